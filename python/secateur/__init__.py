@@ -1,0 +1,1 @@
+"""Structured pruning of vision transformers that people can rely on."""

@@ -1,0 +1,17 @@
+"""The exceptions of secateur; the C++ core raises the same classes."""
+
+
+class Error(Exception):
+    """Base class of everything secateur raises on purpose."""
+
+
+class InvalidArgument(Error, ValueError):
+    """An argument is not what the function takes: ``<argument>: expected <what>, got <what>``."""
+
+
+class Unsupported(Error):
+    """The model, module, device or combination is not supported; the text names it and the reason."""
+
+
+class NumericalError(Error, ArithmeticError):
+    """A computation met NaN or Inf, or a system without a usable solution."""
