@@ -52,7 +52,9 @@ def progress(total: int | None, description: str = "", unit: str = "images") -> 
         task = bar.add_task(description, total=total, note="")
 
         def advance(count: int, /, note: str = "") -> None:
-            bar.update(task, advance=count, **({"note": note} if note else {}))
+            bar.update(task, advance=count)
+            if note:
+                bar.update(task, note=note)
 
         yield advance
 
