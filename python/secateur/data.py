@@ -1,0 +1,456 @@
+"""Images for a model: folders, tars, Hugging Face data sets and scikit-learn's digits, as the model wants them.
+
+timm's readers find the images and timm's transforms prepare them; this module adds what a measurement needs on top:
+an order that depends on the seed alone, exact image counts, no image twice, and augmentation that is a function of
+(seed, epoch, image), so that neither the number of worker processes nor an interruption changes a training run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import random
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from timm.data import create_dataset, create_transform, resolve_model_data_config
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from .errors import InvalidArgument
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Generator
+
+    from PIL import Image
+    from torch import Tensor
+
+__all__ = ["ImageLoader", "data_config", "loader", "split_batch"]
+
+_TRAIN_FOLDERS = ("train", "training")
+_EVAL_FOLDERS = ("val", "valid", "validation", "eval", "evaluation", "test")
+_HUB_PREFIXES = ("hfds", "hfids")
+# Digits fill their 8 x 8 frame and are not symmetric: the full frame is kept, no mirror images, no colours to jitter.
+_DIGITS_TRAIN = {"scale": (0.7, 1.0), "ratio": (0.85, 1.18), "hflip": 0.0, "color_jitter": None}
+
+
+def data_config(model: nn.Module) -> dict[str, Any]:
+    """Return timm's data configuration of the model, with the input size the model was really built for.
+
+    timm derives ``input_size`` from ``pretrained_cfg``, which keeps the published size when a model is built with
+    other ``img_size`` or ``in_chans`` arguments. Here the patch embedding has the last word; ``mean`` and ``std``
+    have one entry for each input channel (their average where the configuration has another number of channels).
+    """
+    config: dict[str, Any] = dict(resolve_model_data_config(model))
+    channels, height, width = config["input_size"]
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is not None:
+        height, width = size
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is not None:
+        channels = first.in_channels
+    config["input_size"] = (int(channels), int(height), int(width))
+    for key in ("mean", "std"):
+        values = tuple(float(value) for value in config[key])
+        config[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
+    return config
+
+
+def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Split what a loader yields, ``images`` or ``(images, targets, ...)``, into images (B, C, H, W) and targets.
+
+    Raises:
+        InvalidArgument: the batch is something else, or holds no image.
+    """
+    items = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+    images = items[0] if items else None
+    targets = items[1] if len(items) > 1 else None
+    if not isinstance(images, torch.Tensor) or images.ndim != 4 or len(images) == 0:
+        got = f"a tensor of shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
+        raise InvalidArgument(f"loader: expected batches of images (B, C, H, W) or (images, targets), got {got}")
+    if targets is not None and (not isinstance(targets, torch.Tensor) or len(targets) != len(images)):
+        got = f"{len(targets)} targets" if isinstance(targets, torch.Tensor) else type(targets).__name__
+        raise InvalidArgument(f"loader: expected one target for each of {len(images)} images, got {got}")
+    return images, targets
+
+
+class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
+    """Batches of (images (B, C, H, W) float32, targets (B,) int64) in an order fixed by seed and epoch.
+
+    Iterating again repeats the same batches until `set_epoch` says otherwise. ``images`` is the number of images in
+    one pass (None for a streamed data set of unknown length), ``description`` names the source.
+    """
+
+    def __init__(self, batches: _Batches | _Stream, images: int | None, batch_size: int, description: str) -> None:
+        self._batches = batches
+        self.images = images
+        self.batch_size = batch_size
+        self.description = description
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self._batches:
+            if isinstance(batch, InvalidArgument):
+                raise batch
+            yield batch
+
+    def __len__(self) -> int:
+        """Return the number of batches in one pass."""
+        if self.images is None:
+            raise TypeError(f"the length of {self.description} is unknown")
+        return -(-self.images // self.batch_size)
+
+    def __repr__(self) -> str:
+        return f"ImageLoader({self.description}, images={self.images}, batch_size={self.batch_size})"
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the order and augmentation of the next passes; the very next pass leaves out ``start`` batches."""
+        self._batches.set_epoch(epoch, start)
+
+
+def loader(
+    source: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    split: str | None = None,
+    batch_size: int = 64,
+    max_images: int | None = None,
+    shuffle: bool = False,
+    workers: int = 0,
+    train: bool = False,
+    seed: int = 0,
+    **transform: Any,
+) -> ImageLoader:
+    """Read images the way the model expects them.
+
+    Args:
+        source: A folder with one sub-folder of images per class; a ``.tar`` of such folders; ``hfds:NAME`` or, read as
+            a stream, ``hfids:NAME`` for a Hugging Face data set; ``digits`` for scikit-learn's 1,797 handwritten
+            digits (8 x 8 pixels, 10 classes).
+        model: gives size, channels, normalisation, interpolation and crop (see `data_config`).
+        split: sub-folder or split name. By default a folder that holds both a training and a validation folder is
+            read from the one or the other by ``train``; digits are split in ``train`` and ``test``, half each,
+            stratified and always the same; a Hugging Face data set has ``train`` and ``validation``.
+        batch_size: the last batch may be smaller; nothing is dropped.
+        max_images: exactly so many images, or all when there are fewer: the first ones, with ``shuffle`` a choice
+            fixed by ``seed``.
+        shuffle: draw the order from seed and epoch. Image folders are otherwise sorted by class.
+        workers: processes that decode; the images do not depend on it.
+        train: use timm's random training transforms (which differ by epoch) in place of the evaluation transforms.
+        seed: of order and augmentation.
+        **transform: further arguments of `timm.data.create_transform`, such as ``scale``, ``hflip``, ``auto_augment``
+            or ``crop_pct``.
+
+    Raises:
+        InvalidArgument: the source is not there, holds no image or no such split, or needs a package that is not
+            installed; an image cannot be read (while iterating); a number is out of range.
+    """
+    name = str(source)
+    _check_int("batch_size", batch_size, 1)
+    _check_int("max_images", max_images, 1, optional=True)
+    _check_int("workers", workers, 0)
+    _check_int("seed", seed, 0)
+    config = data_config(model)
+    channels = config["input_size"][0]
+    if channels not in (1, 3):
+        raise InvalidArgument(f"model: expected 1 or 3 input channels (grey or RGB images), got {channels}")
+    mode = "L" if channels == 1 else "RGB"
+    if name == "digits":
+        config["crop_pct"] = 1.0
+        config.update(_DIGITS_TRAIN if train else {})
+    prepare = _transform(config, train, transform)
+
+    prefix, separator, dataset = name.partition(":")
+    if separator and prefix in _HUB_PREFIXES:
+        split = split or ("train" if train else "validation")
+        description = f"{name} ({split})"
+        found = _hub(prefix, dataset, split, mode, seed, shuffle, max_images)
+        if prefix == "hfids":
+            return _streamed(found, prepare, batch_size, max_images, workers, description)
+        reader = found.reader
+    elif name == "digits":
+        reader = _Digits(split or ("train" if train else "test"))
+        description = f"digits ({reader.split})"
+    else:
+        reader, description = _files(name, split, train)
+
+    dataset_ = _Images(reader, prepare, mode, seed if train else None)
+    order = _Order(len(reader), batch_size, max_images, seed if shuffle else None)
+    return ImageLoader(_Batches(dataset_, order, workers), order.images, batch_size, description)
+
+
+def _check_int(argument: str, value: int | None, least: int, *, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InvalidArgument(f"{argument}: expected an integer of at least {least}, got {value!r}")
+
+
+def _transform(config: dict[str, Any], train: bool, extra: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
+    known = inspect.signature(create_transform).parameters
+    for key in extra:
+        if key not in known or key in ("input_size", "is_training", "use_prefetcher"):
+            raise InvalidArgument(f"transform: expected arguments of timm's create_transform, got {key!r}")
+    prepare: Callable[[Image.Image], Tensor] = create_transform(**{**config, **extra}, is_training=train)
+    return prepare
+
+
+class _Reader(Protocol):
+    """What timm's readers are: a sequence of (open file or image, class index)."""
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]: ...
+
+    def __len__(self) -> int: ...
+
+
+class _Digits:
+    """scikit-learn's digits with a reader's face."""
+
+    def __init__(self, split: str) -> None:
+        if split not in ("train", "test"):
+            raise InvalidArgument(f"split: expected 'train' or 'test' for digits, got {split!r}")
+        if importlib.util.find_spec("sklearn") is None:
+            raise InvalidArgument(
+                "source: expected scikit-learn to be installed for 'digits' (pip install scikit-learn), got no sklearn"
+            )
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        pixels, labels = load_digits(return_X_y=True)
+        halves = train_test_split(pixels, labels, test_size=0.5, stratify=labels, random_state=0)
+        pixels, labels = (halves[0], halves[2]) if split == "train" else (halves[1], halves[3])
+        self.split = split
+        # Grey levels 0 ... 16 in the data set.
+        self._pixels = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        self._labels = labels
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        from PIL import Image
+
+        return Image.fromarray(self._pixels[index]), int(self._labels[index])
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+
+def _files(name: str, split: str | None, train: bool) -> tuple[_Reader, str]:
+    path = Path(name)
+    arguments: dict[str, Any] = {}
+    if path.is_dir():
+        path = _split_folder(path, split, train)
+    elif path.is_file() and path.suffix == ".tar":
+        if split is not None:
+            raise InvalidArgument(f"split: expected none for a tar, got {split!r}")
+        # timm caches the index of a large tar as a pickle beside it, and keeps one descriptor for all processes.
+        arguments = {"cache_tarinfo": False, "cache_tarfiles": False}
+    else:
+        raise InvalidArgument(
+            "source: expected an image folder, a .tar, 'hfds:NAME', 'hfids:NAME' or 'digits', "
+            f"got {name!r}" + ("" if path.exists() else ", which does not exist")
+        )
+    try:
+        reader = create_dataset("", root=str(path), search_split=False, **arguments).reader
+    except (RuntimeError, ValueError, AssertionError, tarfile.TarError) as error:
+        raise InvalidArgument(f"source: expected images in {str(path)!r}, got none ({error})") from error
+    return reader, str(path)
+
+
+def _split_folder(root: Path, split: str | None, train: bool) -> Path:
+    if split is not None:
+        if not (root / split).is_dir():
+            raise InvalidArgument(f"split: expected a sub-folder of {str(root)!r}, got {split!r}")
+        return root / split
+    found = [
+        next((root / name for name in names if (root / name).is_dir()), None)
+        for names in (_TRAIN_FOLDERS, _EVAL_FOLDERS)
+    ]
+    # Both must be there: a lone folder "train" may well be a class of vehicles.
+    chosen = found[0 if train else 1] if None not in found else None
+    return chosen or root
+
+
+def _hub(prefix: str, name: str, split: str, mode: str, seed: int, shuffle: bool, max_images: int | None) -> Any:
+    if importlib.util.find_spec("datasets") is None:
+        raise InvalidArgument(
+            f"source: expected the package 'datasets' for '{prefix}:{name}' (pip install datasets), got none installed"
+        )
+    arguments: dict[str, Any] = {"split": split, "input_img_mode": mode}
+    if prefix == "hfids":
+        # A stream is shuffled by the reader itself; with one batch per image it makes exactly one pass.
+        arguments.update(is_training=shuffle, seed=seed, batch_size=1)
+    try:
+        try:
+            return create_dataset(f"{prefix}/{name}", **arguments)
+        except ValueError as error:
+            if prefix == "hfds" or "num_samples" not in str(error) or max_images is None or shuffle:
+                raise
+            return create_dataset(f"{prefix}/{name}", num_samples=max_images, **arguments)
+    except Exception as error:  # whatever the hub, the disk or the network raise, it is this source that failed
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InvalidArgument(
+            f"source: expected a Hugging Face data set with a split {split!r}, got {name!r} ({reason})"
+        ) from error
+
+
+class _Order:
+    """Batches of (epoch, image index), a function of seed and epoch."""
+
+    def __init__(self, available: int, batch_size: int, max_images: int | None, seed: int | None) -> None:
+        self.images = available if max_images is None else min(max_images, available)
+        self._available = available
+        self._batch_size = batch_size
+        self._seed = seed
+        self.epoch = 0
+        self.start = 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        indices = torch.arange(self.images)
+        if self._seed is not None:
+            # Which images is the seed's choice, in which order the epoch's as well.
+            indices = _permutation(self._available, self._seed)[: self.images]
+            if self.epoch > 0:
+                indices = indices[_permutation(self.images, self._seed, self.epoch)]
+        first, self.start = self.start * self._batch_size, 0
+        for begin in range(first, self.images, self._batch_size):
+            yield [(self.epoch, index) for index in indices[begin : begin + self._batch_size].tolist()]
+
+    def __len__(self) -> int:
+        return -(-self.images // self._batch_size)
+
+
+def _permutation(count: int, *entropy: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(_mix(*entropy)))
+
+
+def _mix(*entropy: int) -> int:
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class _Images(Dataset["tuple[Tensor, int] | InvalidArgument"]):
+    """Decoded, transformed images by (epoch, index)."""
+
+    def __init__(
+        self, reader: _Reader, transform: Callable[[Image.Image], Tensor], mode: str, seed: int | None
+    ) -> None:
+        self._reader = reader
+        self._transform = transform
+        self._mode = mode
+        self._seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | InvalidArgument:
+        epoch, index = key
+        try:
+            image, target = self._open(index)
+        except OSError as error:
+            # timm would put the next image in its place, which counts that one twice. Returned, not raised: a worker
+            # process wraps what it raises in its own traceback.
+            return InvalidArgument(f"source: expected a readable image, got {self._name(index)!r} ({error})")
+        if self._seed is None:
+            return self._transform(image), target
+        with _seeded(_mix(self._seed, epoch, index)):
+            return self._transform(image), target
+
+    def _open(self, index: int) -> tuple[Image.Image, int]:
+        from PIL import Image
+
+        found, target = self._reader[index]
+        if isinstance(found, Image.Image):
+            return found.convert(self._mode), target
+        with found as file, Image.open(file) as image:
+            return image.convert(self._mode), int(-1 if target is None else target)
+
+    def _name(self, index: int) -> str:
+        name = getattr(self._reader, "filename", None)
+        return str(name(index)) if name is not None else f"image {index}"
+
+
+@contextmanager
+def _seeded(seed: int) -> Generator[None, None, None]:
+    """Seed the generators that transforms draw from, and put them back: the caller's dropout is not ours to move."""
+    # torch.manual_seed would also reseed every CUDA device.
+    generator = torch.default_generator
+    states = random.getstate(), np.random.get_state(), generator.get_state()  # noqa: NPY002
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        generator.set_state(states[2])
+
+
+def _collate(samples: Sequence[tuple[Tensor, int] | InvalidArgument]) -> Any:
+    broken = next((sample for sample in samples if isinstance(sample, InvalidArgument)), None)
+    return broken if broken is not None else tuple(default_collate(list(samples)))
+
+
+class _Batches:
+    """A map-style source through torch's loader."""
+
+    def __init__(self, dataset: _Images, order: _Order, workers: int) -> None:
+        self._order = order
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset, batch_sampler=order, num_workers=workers, collate_fn=_collate, persistent_workers=workers > 0
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._loader)
+
+    def set_epoch(self, epoch: int, start: int) -> None:
+        self._order.epoch = epoch
+        self._order.start = start
+
+
+def _streamed(
+    dataset: Any,
+    transform: Callable[[Image.Image], Tensor],
+    batch_size: int,
+    max_images: int | None,
+    workers: int,
+    description: str,
+) -> ImageLoader:
+    if workers > 1:
+        raise InvalidArgument(f"workers: expected at most 1 for a streamed data set, got {workers}")
+    known = [count for count in (max_images, getattr(dataset.reader, "num_samples", None)) if count]
+    dataset.transform = transform
+    images = min(known, default=None)
+    return ImageLoader(_Stream(dataset, batch_size, images, workers), images, batch_size, description)
+
+
+class _Stream:
+    """A streamed source: the reader's own order, cut after the last image."""
+
+    def __init__(self, dataset: IterableDataset[Any], batch_size: int, images: int | None, workers: int) -> None:
+        self._dataset = dataset
+        self._batch_size = batch_size
+        self._images = images
+        self._workers = workers
+        self._start = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        skip, self._start = self._start, 0
+        left = self._images
+        batches: dataLoader[Any] = DataLoader(
+            self._dataset, batch_size=self._batch_size, num_workers=self._workers, collate_fn=_collate
+        )
+        for position, (images, targets) in enumerate(batches):
+            count = len(images) if left is None else min(len(images), left)
+            if position >= skip:
+                yield images[:count], targets[:count]
+            if left is not None:
+                left -= count
+                if left <= 0:
+                    return
+
+    def set_epoch(self, epoch: int, start: int) -> None:
+        self._start = start
+        set_epoch = getattr(self._dataset, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
