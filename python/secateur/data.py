@@ -437,7 +437,7 @@ class _Stream:
     def __iter__(self) -> Iterator[Any]:
         skip, self._start = self._start, 0
         left = self._images
-        batches: dataLoader[Any] = DataLoader(
+        batches: DataLoader[Any] = DataLoader(
             self._dataset, batch_size=self._batch_size, num_workers=self._workers, collate_fn=_collate
         )
         for position, (images, targets) in enumerate(batches):
