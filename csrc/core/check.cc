@@ -1,0 +1,158 @@
+#include "check.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <utility>
+
+#include "../cpu/dispatch.h"
+#include "parallel.h"
+
+namespace secateur {
+namespace {
+
+// Elements that are worth a task of their own.
+constexpr std::size_t kScanTask = std::size_t{1} << 16;
+
+[[noreturn]] void fail_at(const TensorView& view, const std::string& argument,
+                          const std::vector<std::string>& axes, std::int64_t index, double value) {
+  std::string place;
+  for (std::size_t axis = view.rank(); axis-- > 0;) {
+    const std::int64_t size = view.shape[axis];
+    std::string part = std::to_string(index % size);
+    if (axis < axes.size()) part.insert(0, axes[axis] + " ");
+    place.insert(0, part + (place.empty() ? "" : ", "));
+    index /= size;
+  }
+  fail<NumericalError>(argument, "finite values", number(value) + " at (" + place + ")");
+}
+
+}  // namespace
+
+std::string label(const std::string& owner, const char* argument) {
+  return owner.empty() ? argument : owner + " " + argument;
+}
+
+void check_view(const TensorView& view, const std::string& argument) {
+  if (view.device.type != DeviceType::cpu) {
+    fail<Unsupported>(argument, "a tensor on the CPU",
+                      "one on cuda:" + std::to_string(view.device.index));
+  }
+  const std::size_t size = item_size(view.dtype);
+  if (std::any_of(view.shape.begin(), view.shape.end(), [](std::int64_t n) { return n < 0; })) {
+    fail<InvalidArgument>(argument, "sizes of at least 0", to_string(view.shape));
+  }
+  if (view.strides.size() != view.rank()) {
+    fail<InvalidArgument>(argument, "one stride per dimension", to_string(view.strides));
+  }
+  if (view.numel() == 0) return;
+  if (view.data == nullptr) fail<InvalidArgument>(argument, "memory", "a null pointer");
+  if (reinterpret_cast<std::uintptr_t>(view.data) % size != 0) {
+    fail<InvalidArgument>(argument, "memory aligned to " + std::to_string(size) + " bytes",
+                          "an unaligned pointer");
+  }
+}
+
+std::string number(double value) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%g", std::isnan(value) ? std::fabs(value) : value);
+  return text;
+}
+
+void check_at_least(std::int64_t value, std::int64_t low, const std::string& argument) {
+  if (value >= low) return;
+  fail<InvalidArgument>(argument, "at least " + std::to_string(low), std::to_string(value));
+}
+
+void check_range(std::int64_t value, std::int64_t low, std::int64_t high,
+                 const std::string& argument) {
+  if (value >= low && value <= high) return;
+  fail<InvalidArgument>(argument, std::to_string(low) + " to " + std::to_string(high),
+                        std::to_string(value));
+}
+
+void check_sums(const std::vector<double>& values, std::size_t size, const std::string& argument) {
+  if (values.size() != size) {
+    fail<InvalidArgument>(argument, std::to_string(size) + " values",
+                          std::to_string(values.size()));
+  }
+  for (std::size_t i = 0; i < size; ++i) {
+    if (!std::isfinite(values[i])) {
+      fail<NumericalError>(argument, "finite values",
+                           number(values[i]) + " at " + std::to_string(i));
+    }
+  }
+}
+
+void read(const TensorView& view, std::int64_t offset, std::int64_t stride, std::size_t count,
+          double* out) {
+  const auto pack = cpu::kernels().panel.pack_f64[static_cast<std::size_t>(view.dtype)];
+  double panel[cpu::kPanelF64];
+  std::int64_t columns[cpu::kPanelF64];
+  for (std::size_t c = 0; c < cpu::kPanelF64; ++c)
+    columns[c] = static_cast<std::int64_t>(c) * stride;
+  for (std::size_t i = 0; i < count; i += cpu::kPanelF64) {
+    const std::size_t width = std::min(cpu::kPanelF64, count - i);
+    const std::int64_t start = offset + static_cast<std::int64_t>(i) * stride;
+    pack(view.data, &start, 1, columns, width, panel);
+    std::copy_n(panel, width, out + i);
+  }
+}
+
+std::vector<std::int64_t> offsets(const TensorGeometry& view, std::size_t axes) {
+  std::vector<std::int64_t> result{0};
+  for (std::size_t axis = 0; axis < axes; ++axis) {
+    std::vector<std::int64_t> next;
+    next.reserve(result.size() * static_cast<std::size_t>(view.shape[axis]));
+    for (const std::int64_t base : result) {
+      for (std::int64_t i = 0; i < view.shape[axis]; ++i) {
+        next.push_back(base + i * view.strides[axis]);
+      }
+    }
+    result = std::move(next);
+  }
+  return result;
+}
+
+double check_finite(const TensorView& view, const std::string& argument,
+                    const std::vector<std::string>& axes) {
+  if (view.numel() == 0) return 0;
+  const std::size_t last = view.rank() == 0 ? 0 : view.rank() - 1;
+  const std::vector<std::int64_t> rows = offsets(view, last);
+  const std::size_t length = view.rank() == 0 ? 1 : static_cast<std::size_t>(view.shape[last]);
+  const std::int64_t stride = view.rank() == 0 ? 1 : view.strides[last];
+  const std::size_t size = item_size(view.dtype);
+  const auto scan = cpu::kernels().panel.scan[static_cast<std::size_t>(view.dtype)];
+  const auto row_is_finite = [&](std::size_t row, double* peak) {
+    const char* at =
+        static_cast<const char*>(view.data) + rows[row] * static_cast<std::int64_t>(size);
+    return scan(at, stride, length, peak);
+  };
+
+  const std::size_t step = std::max<std::size_t>(1, kScanTask / length);
+  const std::size_t tasks = (rows.size() + step - 1) / step;
+  std::vector<double> peaks(tasks, 0.0);
+  std::atomic<bool> finite{true};
+  parallel_for(tasks, parallel_slots(), [&](std::size_t task, std::size_t) {
+    const std::size_t end = std::min(rows.size(), (task + 1) * step);
+    for (std::size_t row = task * step; row < end; ++row) {
+      if (!row_is_finite(row, &peaks[task])) finite.store(false, std::memory_order_relaxed);
+    }
+  });
+  if (finite) return *std::max_element(peaks.begin(), peaks.end());
+
+  for (std::size_t row = 0;; ++row) {
+    double peak = 0;
+    if (row_is_finite(row, &peak)) continue;
+    for (std::size_t i = 0;; ++i) {
+      double value = 0;
+      read(view, rows[row] + static_cast<std::int64_t>(i) * stride, stride, 1, &value);
+      if (!std::isfinite(value)) {
+        fail_at(view, argument, axes, static_cast<std::int64_t>(row * length + i), value);
+      }
+    }
+  }
+}
+
+}  // namespace secateur

@@ -1,0 +1,52 @@
+// The checks every public function makes before it changes anything, in one place.
+#pragma once
+
+#include <secateur/error.h>
+#include <secateur/tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace secateur {
+
+/// Throws E with the library's one form of text.
+template <typename E>
+[[noreturn]] void fail(const std::string& argument, const std::string& expected,
+                       const std::string& got) {
+  throw E(argument + ": expected " + expected + ", got " + got);
+}
+
+/// An argument as errors name it: "blocks.3.attn q", or "q" for an object without a name.
+std::string label(const std::string& owner, const char* argument);
+
+/// A CPU view with sizes >= 0 and memory that is there and aligned.
+void check_view(const TensorView& view, const std::string& argument);
+
+/// low <= value <= high.
+void check_range(std::int64_t value, std::int64_t low, std::int64_t high,
+                 const std::string& argument);
+
+/// value >= low.
+void check_at_least(std::int64_t value, std::int64_t low, const std::string& argument);
+
+/// A short decimal form for error texts: "1e+200", "nan", "-inf".
+std::string number(double value);
+
+/// A vector of a saved state: its size, and that every value is finite.
+void check_sums(const std::vector<double>& values, std::size_t size, const std::string& argument);
+
+/// Refuses NaN and Inf, naming the first in row-major order; `axes` names the view's axes for that
+/// (e.g. {"image", "token", "head", "channel"}). Returns the largest magnitude.
+/// The view has been checked.
+double check_finite(const TensorView& view, const std::string& argument,
+                    const std::vector<std::string>& axes);
+
+/// Reads `count` elements, the first at `offset`, `stride` apart (in elements), as doubles.
+void read(const TensorView& view, std::int64_t offset, std::int64_t stride, std::size_t count,
+          double* out);
+
+/// Offsets (in elements) of all indices over the view's first `axes` axes, row-major.
+std::vector<std::int64_t> offsets(const TensorGeometry& view, std::size_t axes);
+
+}  // namespace secateur

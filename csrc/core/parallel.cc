@@ -1,0 +1,166 @@
+#include "parallel.h"
+
+#include <secateur/runtime.h>
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+
+namespace secateur {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+
+thread_local bool inside = false;
+
+/// Marks a thread while it runs tasks.
+class Inside {
+ public:
+  Inside() : before_(inside) { inside = true; }
+  ~Inside() { inside = before_; }
+  Inside(const Inside&) = delete;
+  Inside& operator=(const Inside&) = delete;
+
+ private:
+  bool before_;
+};
+
+/// One call of parallel_for.
+struct Job {
+  std::size_t tasks;
+  const std::function<void(std::size_t, std::size_t)>& task;
+  std::atomic<std::size_t> next{0};
+  std::exception_ptr error{};
+  std::mutex error_mutex{};
+
+  void work(std::size_t slot) {
+    const Inside mark;
+    for (std::size_t i = next.fetch_add(1); i < tasks; i = next.fetch_add(1)) {
+      try {
+        task(i, slot);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(error_mutex);
+        if (!error) error = std::current_exception();
+        next.store(tasks);
+      }
+    }
+  }
+};
+
+class Pool {
+ public:
+  /// False when another call has the pool.
+  bool run(Job& job, std::size_t helpers) {
+    const std::unique_lock<std::mutex> caller(callers_, std::try_to_lock);
+    if (!caller.owns_lock()) return false;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      grow(helpers);
+      job_ = &job;
+      wanted_ = std::min(helpers, workers_.size());
+      running_ = wanted_;
+      ++generation_;
+    }
+    wake_.notify_all();
+    job.work(0);
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [&] { return running_ == 0; });
+    job_ = nullptr;
+    return true;
+  }
+
+ private:
+  // A machine that refuses another thread gets by with those it has.
+  void grow(std::size_t count) {
+    while (workers_.size() < count) {
+      try {
+        workers_.reserve(workers_.size() + 1);
+        workers_.emplace_back(
+            [this, slot = workers_.size() + 1, seen = generation_] { serve(slot, seen); });
+      } catch (const std::exception&) {
+        return;
+      }
+    }
+  }
+
+  void serve(std::size_t slot, std::size_t seen) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return generation_ != seen; });
+      seen = generation_;
+      if (slot > wanted_) continue;
+      Job* job = job_;
+      lock.unlock();
+      job->work(slot);
+      lock.lock();
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex callers_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::condition_variable done_;
+  std::vector<std::thread> workers_;
+  Job* job_ = nullptr;
+  std::size_t wanted_ = 0;
+  std::size_t running_ = 0;
+  std::size_t generation_ = 0;
+};
+
+// Never deleted: joining threads while a process exits, or in a forked child that does not have
+// them, can only hang.
+std::atomic<Pool*> pool{nullptr};
+// What forked children leave behind stays reachable, which is what leak checkers ask for.
+std::atomic<Pool*> parents_pool{nullptr};
+std::atomic<int> thread_count{0};
+
+void forget_pool() {
+  parents_pool.store(pool.exchange(nullptr));
+  inside = false;
+}
+
+Pool& shared_pool() {
+  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
+  static_cast<void>(registered);
+  Pool* current = pool.load();
+  if (current == nullptr) {
+    Pool* fresh = new Pool;
+    if (pool.compare_exchange_strong(current, fresh)) return *fresh;
+    delete fresh;
+  }
+  return *current;
+}
+
+}  // namespace
+
+int threads() {
+  const int chosen = thread_count.load();
+  if (chosen > 0) return chosen;
+  return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMaxThreads);
+}
+
+void set_threads(int n) {
+  check_range(n, 1, kMaxThreads, "n");
+  thread_count.store(n);
+}
+
+std::size_t parallel_slots() { return static_cast<std::size_t>(threads()); }
+
+void parallel_for(std::size_t tasks, std::size_t slots,
+                  const std::function<void(std::size_t, std::size_t)>& task) {
+  const std::size_t helpers = std::min(slots, tasks) - (tasks > 0 ? 1 : 0);
+  Job job{tasks, task};
+  if (inside || helpers == 0 || !shared_pool().run(job, helpers)) job.work(0);
+  if (job.error) std::rethrow_exception(job.error);
+}
+
+}  // namespace secateur

@@ -1,0 +1,77 @@
+// The kernels' interface. Kernels trust their arguments; they do not allocate, check, throw or
+// print. This header is included by sources compiled for wide instruction sets, so it may not
+// include a standard header that has inline code (nor may they).
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace secateur::cpu {
+
+// Matrices are multiplied from panels: the rows of kPanel<…> adjacent columns, row-major, zeros
+// after the last column. One panel of kRows rows is 32 KiB.
+constexpr size_t kPanelF64 = 16;
+constexpr size_t kPanelF32 = 32;
+constexpr size_t kRows = 256;
+
+// In the order of secateur::DType.
+constexpr size_t kDTypes = 4;
+
+struct PanelKernels {
+  // Whether all of `count` elements, `stride` apart, are finite; raises *peak to the largest
+  // magnitude among them.
+  bool (*scan[kDTypes])(const void* src, int64_t stride, size_t count, double* peak);
+
+  // Packs one panel: element (r, c) is src[rows[r] + columns[c]], or src[rows[r] + c] where
+  // columns is null.
+  void (*pack_f64[kDTypes])(const void* src, const int64_t* rows, size_t row_count,
+                            const int64_t* columns, size_t column_count, double* panel);
+  // The same in float32; null for float64 sources.
+  void (*pack_f32[kDTypes])(const void* src, const int64_t* rows, size_t row_count,
+                            const int64_t* columns, size_t column_count, float* panel);
+
+  // Multiplies the panel by `factor`.
+  void (*scale)(double* panel, size_t rows, double factor);
+  // Subtracts each column's mean, which it leaves in mean[kPanelF64].
+  void (*center)(double* panel, size_t rows, double* mean);
+
+  // Adds each column's sum to sums[…].
+  void (*column_sums_f64)(const double* panel, size_t rows, double* sums);
+  void (*column_sums_f32)(const float* panel, size_t rows, double* sums);
+};
+
+struct GramKernels {
+  // c[i * ldc + j] += Σ_r a[r, i] b[r, j] over two panels. f32: at most kRows rows, which are
+  // summed in float32 and then added in float64.
+  void (*tile_f64)(const double* a, const double* b, size_t rows, double* c, size_t ldc);
+  void (*tile_f32)(const float* a, const float* b, size_t rows, double* c, size_t ldc);
+};
+
+struct ScoreKernels {
+  // SNP's ω from the symmetric (d, d) Grams of one head's queries and keys, rows `ld` apart.
+  // limit: how many leading singular triplets may count. The Grams are overwritten; `work` holds
+  // score_workspace(ld) doubles. Entries should be of the order of 1 to 1e100.
+  // False when the eigenvalue iteration does not converge.
+  bool (*omega)(size_t d, size_t ld, size_t limit, double* query_gram, double* key_gram,
+                double* work, double* out);
+};
+
+constexpr size_t score_workspace(size_t ld) { return 2 * ld * ld + 6 * ld; }
+
+// One table per kernel source and instruction set, named e.g. gram_avx2.
+#define SECATEUR_DECLARE_KERNELS(isa)    \
+  extern const PanelKernels panel_##isa; \
+  extern const GramKernels gram_##isa;   \
+  extern const ScoreKernels score_##isa;
+SECATEUR_DECLARE_KERNELS(baseline)
+SECATEUR_DECLARE_KERNELS(avx2)
+SECATEUR_DECLARE_KERNELS(avx512)
+SECATEUR_DECLARE_KERNELS(neon)
+#undef SECATEUR_DECLARE_KERNELS
+
+// The name of the table that the source at hand defines.
+#define SECATEUR_JOIN_(name, isa) name##_##isa
+#define SECATEUR_JOIN(name, isa) SECATEUR_JOIN_(name, isa)
+#define SECATEUR_TABLE(name) SECATEUR_JOIN(name, SECATEUR_KERNEL_ISA)
+
+}  // namespace secateur::cpu

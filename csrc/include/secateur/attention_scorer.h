@@ -1,0 +1,80 @@
+// SNP's importance of query/key neurons (Shim et al., ECCV 2024, arXiv:2404.11630).
+#pragma once
+
+#include <secateur/export.h>
+#include <secateur/tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace secateur {
+
+/// Everything an AttentionScorer has accumulated: sums over images, float64, row-major.
+/// A packed matrix is its upper triangle, row by row: (0,0) (0,1) … (0,d-1) (1,1) ….
+struct AttentionScorerState {
+  std::int64_t images = 0;
+  std::int64_t tokens = 0;         ///< over all images
+  std::vector<double> score_sum;   ///< (heads, head_dim)
+  std::vector<double> query_gram;  ///< (heads, d(d+1)/2), with moments only: Σ QᵀQ
+  std::vector<double> key_gram;    ///< Σ K_cᵀK_c, keys centred over each image's tokens
+  std::vector<double> score_gram;  ///< Σ (QᵀQ)∘(K_cᵀK_c)
+};
+
+/// Scores the query/key neurons of one attention layer over a stream of images.
+///
+/// For an image and a head, QKᵀ = Σ_i q_i k_iᵀ = Σ_j σ_j u_j v_jᵀ, and neuron i scores
+///     ω_i = Σ_{j ≤ min(γ, N, d), σ_j > 1e-7 σ_1} |cos(u_j, q_i)| |cos(v_j, k_i)|,
+/// computed from the d×d Gram matrices in float64. A neuron or head of zero norm scores 0.
+/// The score of a layer is the mean over images. Images are added in order, one by one: the sums
+/// have the same bits however the images are split into batches and for any number of threads.
+///
+/// Not synchronised: one object is for one thread at a time.
+class SECATEUR_API AttentionScorer {
+ public:
+  /// gamma: leading singular triplets that count. moments: also accumulate the Grams.
+  /// name: put in front of every error of this object. Throws InvalidArgument.
+  AttentionScorer(std::int64_t heads, std::int64_t head_dim, std::int64_t gamma = 8,
+                  bool moments = false, std::string name = "");
+
+  /// Adds a batch. q, k: (images, tokens, heads, head_dim), the same shape, any strides and dtype.
+  /// Throws InvalidArgument, Unsupported (not on the CPU) or NumericalError (NaN, Inf; with
+  /// moments also magnitudes above 1e60); the object is then as it was before the call.
+  void update(const TensorView& q, const TensorView& k);
+
+  /// Adds what another scorer of the same heads, head_dim, gamma and moments has seen.
+  void merge(const AttentionScorer& other);
+
+  /// (heads, head_dim) mean scores. Throws InvalidArgument when no image has been seen.
+  std::vector<double> scores() const;
+
+  /// (heads, head_dim, head_dim) sums, full symmetric. Throw InvalidArgument without moments.
+  std::vector<double> query_gram() const;
+  std::vector<double> key_gram() const;
+  std::vector<double> score_gram() const;
+
+  const AttentionScorerState& state() const { return state_; }
+  /// Replaces everything accumulated. Throws InvalidArgument for sizes or counts that do not fit
+  /// this object and NumericalError for a value that is not finite, before anything is replaced.
+  void load_state(AttentionScorerState state);
+
+  std::int64_t heads() const { return heads_; }
+  std::int64_t head_dim() const { return head_dim_; }
+  std::int64_t gamma() const { return gamma_; }
+  bool moments() const { return moments_; }
+  const std::string& name() const { return name_; }
+  std::int64_t images() const { return state_.images; }
+
+ private:
+  std::string label(const char* argument) const;
+  std::vector<double> full(const std::vector<double>& packed, const char* what) const;
+
+  std::int64_t heads_;
+  std::int64_t head_dim_;
+  std::int64_t gamma_;
+  bool moments_;
+  std::string name_;
+  AttentionScorerState state_;
+};
+
+}  // namespace secateur

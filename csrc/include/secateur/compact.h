@@ -1,0 +1,21 @@
+// Cutting an axis down to the indices that stay, in the tensor's own memory.
+#pragma once
+
+#include <secateur/export.h>
+#include <secateur/tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace secateur {
+
+/// Keeps `keep` (ascending, unique, in range, at least one) along axis `dim`, in place, moving
+/// memory forward only and without a second buffer. Returns the view of the result, which begins
+/// at tensor.data. A row-major contiguous tensor is packed: the result is contiguous and the owner
+/// may shrink the memory. Any other keeps its strides, and only elements of the view are written.
+/// Throws InvalidArgument (also for a view whose elements may overlap: each stride has to step over
+/// the span of the axes with smaller strides) or Unsupported, before anything is moved.
+SECATEUR_API MutableTensorView compact(const MutableTensorView& tensor, std::int64_t dim,
+                                       const std::vector<std::int64_t>& keep);
+
+}  // namespace secateur

@@ -1,0 +1,14 @@
+// SECATEUR_API marks what the library exports; everything else is hidden.
+#pragma once
+
+#if defined(SECATEUR_STATIC)
+#define SECATEUR_API
+#elif defined(_WIN32)
+#if defined(SECATEUR_BUILDING)
+#define SECATEUR_API __declspec(dllexport)
+#else
+#define SECATEUR_API __declspec(dllimport)
+#endif
+#else
+#define SECATEUR_API __attribute__((visibility("default")))
+#endif

@@ -1,0 +1,29 @@
+// What the library runs on.
+#pragma once
+
+#include <secateur/export.h>
+
+#include <string>
+#include <vector>
+
+namespace secateur {
+
+/// The instruction set of the kernels in use: "baseline", "avx2", "avx512" or "neon". Chosen once:
+/// the environment variable SECATEUR_ISA, or the widest that this machine has.
+/// Throws InvalidArgument when SECATEUR_ISA names none of available_isas(); so does every function
+/// of the library that computes.
+SECATEUR_API std::string isa();
+
+/// What this build holds and this machine can run, narrowest first.
+SECATEUR_API std::vector<std::string> available_isas();
+
+/// Threads a call may use, the caller's included; from the start the cores this process may use.
+SECATEUR_API int threads();
+
+/// Throws InvalidArgument unless 1 <= n <= 1024. Results do not depend on it.
+SECATEUR_API void set_threads(int n);
+
+/// "major.minor.patch".
+SECATEUR_API std::string version();
+
+}  // namespace secateur

@@ -1,0 +1,11 @@
+// All of the library.
+#pragma once
+
+#include <secateur/attention_scorer.h>
+#include <secateur/compact.h>
+#include <secateur/error.h>
+#include <secateur/moment_accumulator.h>
+#include <secateur/runtime.h>
+#include <secateur/select.h>
+#include <secateur/tensor.h>
+#include <secateur/value_similarity.h>

@@ -1,0 +1,32 @@
+// The errors of the type conversion: the library's classes and its form of text.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <secateur/error.h>
+#include <secateur/tensor.h>
+
+#include <string>
+
+namespace secateur::python {
+
+template <typename E>
+[[noreturn]] void fail(const std::string& argument, const std::string& expected,
+                       const std::string& got) {
+  throw E(argument + ": expected " + expected + ", got " + got);
+}
+
+inline std::string type_name(pybind11::handle object) {
+  return pybind11::str(pybind11::type::handle_of(object).attr("__name__"));
+}
+
+[[noreturn]] inline void refuse_dtype(const std::string& argument, const std::string& got) {
+  fail<InvalidArgument>(argument, "dtype float32, float16, bfloat16 or float64", got);
+}
+
+inline void check_rank(std::size_t rank, const std::string& argument) {
+  if (rank <= kMaxRank) return;
+  fail<InvalidArgument>(argument, "at most " + std::to_string(kMaxRank) + " dimensions",
+                        std::to_string(rank));
+}
+
+}  // namespace secateur::python

@@ -1,0 +1,45 @@
+// An object that Python threads may share: calls release the GIL and take turns.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <mutex>
+#include <utility>
+
+namespace secateur::python {
+
+template <typename T>
+class Guarded {
+ public:
+  template <typename... Args>
+  explicit Guarded(Args&&... args) : object_(std::forward<Args>(args)...) {}
+
+  /// What no call changes (dims, name): no lock.
+  const T& fixed() const { return object_; }
+
+  /// function(object) without the GIL. Nobody waits for the lock while holding the GIL.
+  template <typename Function>
+  auto run(Function&& function) {
+    const pybind11::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return function(object_);
+  }
+
+  /// function(object, other's object); other may be this one.
+  template <typename Function>
+  void run_with(Guarded& other, Function&& function) {
+    if (&other == this) {
+      run([&](T& object) { function(object, object); });
+      return;
+    }
+    const pybind11::gil_scoped_release release;
+    const std::scoped_lock lock(mutex_, other.mutex_);
+    function(object_, other.object_);
+  }
+
+ private:
+  T object_;
+  std::mutex mutex_;
+};
+
+}  // namespace secateur::python

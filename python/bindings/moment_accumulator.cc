@@ -1,0 +1,129 @@
+#include <secateur/moment_accumulator.h>
+
+#include "array.h"
+#include "bindings.h"
+#include "guarded.h"
+#include "state.h"
+
+namespace secateur::python {
+namespace {
+
+using Accumulator = Guarded<MomentAccumulator>;
+
+std::string label(const Accumulator& self, const char* argument) {
+  const std::string& name = self.fixed().name();
+  return name.empty() ? argument : name + " " + argument;
+}
+
+py::ssize_t dim(const Accumulator& self) { return self.fixed().dim(); }
+py::ssize_t packed(const Accumulator& self) { return dim(self) * (dim(self) + 1) / 2; }
+
+py::dict get_state(Accumulator& self) {
+  MomentAccumulatorState state = self.run([](const MomentAccumulator& m) { return m.state(); });
+  py::dict result;
+  result["rows"] = count_to_numpy(state.rows);
+  result["sum"] = to_numpy(std::move(state.sum), {dim(self)});
+  result["second_moment"] = to_numpy(std::move(state.second_moment), {packed(self)});
+  return result;
+}
+
+void set_state(Accumulator& self, py::handle object) {
+  const StateReader reader(object, {"rows", "sum", "second_moment"});
+  MomentAccumulatorState state;
+  state.rows = reader.count("rows");
+  state.sum = reader.sums("sum", {dim(self)});
+  state.second_moment = reader.sums("second_moment", {packed(self)});
+  self.run([&](MomentAccumulator& m) { m.load_state(std::move(state)); });
+}
+
+}  // namespace
+
+void register_moment_accumulator(py::module_& module) {
+  py::class_<Accumulator>(
+      module, "MomentAccumulator",
+      R"(Accumulates rows, Σ x and Σ x xᵀ of a layer's features over a stream of batches.
+
+float32, float16 and bfloat16 rows are multiplied in float32, at most 4,096 at a time, and added up
+in float64; float64 rows are multiplied in float64. The sums have the same bits for any number of
+threads. Threads may share an object; their calls take turns.
+
+Args:
+    dim: features per row, 1 to 65536.
+    name: put in front of every error of this object, such as the layer's module path.
+
+Raises:
+    InvalidArgument: dim out of its range.
+)")
+      .def(py::init<std::int64_t, std::string>(), py::arg("dim"), py::kw_only(),
+           py::arg("name") = "")
+      .def_property_readonly("dim", [](const Accumulator& m) { return m.fixed().dim(); })
+      .def_property_readonly("name", [](const Accumulator& m) { return m.fixed().name(); })
+      .def_property_readonly(
+          "rows",
+          [](Accumulator& self) {
+            return self.run([](const MomentAccumulator& m) { return m.rows(); });
+          },
+          "Rows seen.")
+      .def(
+          "update",
+          [](Accumulator& self, py::handle x) {
+            const Array rows(x, label(self, "x"));
+            self.run([&](MomentAccumulator& m) { m.update(rows.view()); });
+          },
+          py::arg("x"), R"(Adds every row, without a copy and without the GIL.
+
+Args:
+    x: (..., dim), at least one axis, any strides; float32, float16, bfloat16 or float64.
+
+Raises:
+    InvalidArgument: not an array, or another last axis or dtype.
+    Unsupported: not on the CPU.
+    NumericalError: a NaN or Inf (named by its place), or a magnitude above 1e120.
+        The object is then as it was before the call.
+)")
+      .def(
+          "merge",
+          [](Accumulator& self, Accumulator& other) {
+            self.run_with(other,
+                          [](MomentAccumulator& m, const MomentAccumulator& o) { m.merge(o); });
+          },
+          py::arg("other"), R"(Adds what another accumulator has seen.
+
+Raises:
+    InvalidArgument: another dim.
+)")
+      .def(
+          "sum",
+          [](Accumulator& self) {
+            return to_numpy(self.run([](const MomentAccumulator& m) { return m.sum(); }),
+                            {dim(self)});
+          },
+          "Σ x over rows, (dim,).")
+      .def(
+          "second_moment",
+          [](Accumulator& self) {
+            return to_numpy(self.run([](const MomentAccumulator& m) { return m.second_moment(); }),
+                            {dim(self), dim(self)});
+          },
+          "Σ x xᵀ over rows, (dim, dim).")
+      .def("state", &get_state, R"(Everything accumulated, as arrays to save.
+
+Returns:
+    ``rows`` (1,) int64; ``sum`` (dim,); ``second_moment`` (dim(dim+1)/2,): the upper triangle,
+    row by row.
+)")
+      .def("load_state", &set_state, py::arg("state"),
+           R"(Replaces everything accumulated by what state() gave.
+
+Raises:
+    InvalidArgument: keys, shapes, dtypes or counts that do not fit this object.
+    NumericalError: a value that is not finite. Nothing is replaced then.
+)")
+      .def("__repr__", [](Accumulator& self) {
+        const auto rows = self.run([](const MomentAccumulator& m) { return m.rows(); });
+        return py::str("MomentAccumulator(dim={}, name={!r}): {} rows")
+            .format(self.fixed().dim(), self.fixed().name(), rows);
+      });
+}
+
+}  // namespace secateur::python

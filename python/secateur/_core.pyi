@@ -1,0 +1,281 @@
+"""The C++ core: scoring and cutting on buffers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+class SupportsDLPack(Protocol):
+    """A tensor of any framework that exports DLPack, such as torch's."""
+
+    def __dlpack__(self, *, stream: Any = ...) -> Any: ...
+    def __dlpack_device__(self) -> tuple[Any, Any]: ...
+
+Array: TypeAlias = npt.NDArray[Any] | SupportsDLPack
+"""float32, float16, bfloat16 or float64 on the CPU, any strides, taken without a copy."""
+
+class AttentionScorer:
+    """Scores the query/key neurons of one attention layer over a stream of images.
+
+    SNP's importance (Shim et al., ECCV 2024, arXiv:2404.11630): the sum over the ``gamma`` leading
+    singular triplets of QKᵀ of |cos(u_j, q_i)| |cos(v_j, k_i)|, in float64, averaged over images.
+    Neurons and heads of zero norm score 0. The sums have the same bits however the images are split
+    into batches and for any number of threads. Threads may share an object; their calls take turns.
+
+    Args:
+        heads: attention heads, 1 to 65536.
+        head_dim: neurons per head, 1 to 4096.
+        gamma: singular triplets that count, at least 1.
+        moments: also accumulate QᵀQ, K_cᵀK_c and their elementwise product.
+        name: put in front of every error of this object, such as the layer's module path.
+
+    Raises:
+        InvalidArgument: a number out of its range.
+    """
+
+    def __init__(
+        self, heads: int, head_dim: int, gamma: int = 8, *, moments: bool = False, name: str = ""
+    ) -> None: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def gamma(self) -> int: ...
+    @property
+    def moments(self) -> bool: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def images(self) -> int:
+        """Images seen."""
+
+    def update(self, q: Array, k: Array) -> None:
+        """Adds a batch of images, without a copy and without the GIL.
+
+        Args:
+            q: queries (images, tokens, heads, head_dim).
+            k: keys, the same shape.
+
+        Raises:
+            InvalidArgument: not an array, or another shape or dtype.
+            Unsupported: not on the CPU.
+            NumericalError: a NaN or Inf (named by its place); with moments, a magnitude above 1e60.
+                The object is then as it was before the call.
+        """
+
+    def merge(self, other: AttentionScorer) -> None:
+        """Adds what another scorer has seen.
+
+        Raises:
+            InvalidArgument: other heads, head_dim, gamma or moments.
+        """
+
+    def scores(self) -> npt.NDArray[np.float64]:
+        """Mean importance over images, (heads, head_dim).
+
+        Raises:
+            InvalidArgument: no image has been seen.
+        """
+
+    def query_gram(self) -> npt.NDArray[np.float64]:
+        """Σ QᵀQ over images, (heads, head_dim, head_dim).
+
+        Raises:
+            InvalidArgument: a scorer without moments.
+        """
+
+    def key_gram(self) -> npt.NDArray[np.float64]:
+        """Σ K_cᵀK_c over images, keys centred over each image's tokens.
+
+        Raises:
+            InvalidArgument: a scorer without moments.
+        """
+
+    def score_gram(self) -> npt.NDArray[np.float64]:
+        """Σ (QᵀQ)∘(K_cᵀK_c) over images: inner products of the neurons' rank-one score maps.
+
+        Raises:
+            InvalidArgument: a scorer without moments.
+        """
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything accumulated, as arrays to save.
+
+        Returns:
+            ``images`` and ``tokens`` (1,) int64; ``score_sum`` (heads, head_dim); with moments
+            ``query_gram``, ``key_gram``, ``score_gram`` (heads, d(d+1)/2): upper triangles, row by
+            row.
+        """
+
+    def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Replaces everything accumulated by what state() gave.
+
+        Raises:
+            InvalidArgument: keys, shapes, dtypes or counts that do not fit this object.
+            NumericalError: a value that is not finite. Nothing is replaced then.
+        """
+
+class MomentAccumulator:
+    """Accumulates rows, Σ x and Σ x xᵀ of a layer's features over a stream of batches.
+
+    float32, float16 and bfloat16 rows are multiplied in float32, at most 4,096 at a time, and added
+    up in float64; float64 rows are multiplied in float64. The sums have the same bits for any
+    number of threads. Threads may share an object; their calls take turns.
+
+    Args:
+        dim: features per row, 1 to 65536.
+        name: put in front of every error of this object, such as the layer's module path.
+
+    Raises:
+        InvalidArgument: dim out of its range.
+    """
+
+    def __init__(self, dim: int, *, name: str = "") -> None: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def rows(self) -> int:
+        """Rows seen."""
+
+    def update(self, x: Array) -> None:
+        """Adds every row, without a copy and without the GIL.
+
+        Args:
+            x: (..., dim), at least one axis.
+
+        Raises:
+            InvalidArgument: not an array, or another last axis or dtype.
+            Unsupported: not on the CPU.
+            NumericalError: a NaN or Inf (named by its place), or a magnitude above 1e120.
+                The object is then as it was before the call.
+        """
+
+    def merge(self, other: MomentAccumulator) -> None:
+        """Adds what another accumulator has seen.
+
+        Raises:
+            InvalidArgument: another dim.
+        """
+
+    def sum(self) -> npt.NDArray[np.float64]:
+        """Σ x over rows, (dim,)."""
+
+    def second_moment(self) -> npt.NDArray[np.float64]:
+        """Σ x xᵀ over rows, (dim, dim)."""
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything accumulated, as arrays to save.
+
+        Returns:
+            ``rows`` (1,) int64; ``sum`` (dim,); ``second_moment`` (dim(dim+1)/2,): the upper
+            triangle, row by row.
+        """
+
+    def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Replaces everything accumulated by what state() gave.
+
+        Raises:
+            InvalidArgument: keys, shapes, dtypes or counts that do not fit this object.
+            NumericalError: a value that is not finite. Nothing is replaced then.
+        """
+
+def value_similarity(weights: Array) -> npt.NDArray[np.float64]:
+    """For each row, the sum over all other rows of 1 − |cos|.
+
+    SNP's importance of value neurons (Shim et al., ECCV 2024, arXiv:2404.11630): low where other
+    rows, of any head, say the same. A zero row scores 0 and has cosine 0 with every other.
+
+    Args:
+        weights: (rows, D), or (heads, head_dim, D) compared across all heads.
+
+    Returns:
+        (rows,) or (heads, head_dim).
+
+    Raises:
+        InvalidArgument: not an array, or another shape or dtype.
+        Unsupported: not on the CPU.
+        NumericalError: a NaN or Inf.
+    """
+
+def value_similarity_from_moment(moment: Array) -> npt.NDArray[np.float64]:
+    """value_similarity over activations, from their second moment.
+
+    Args:
+        moment: symmetric (R, R) with a diagonal of at least 0; cos_ij = C_ij / sqrt(C_ii C_jj).
+
+    Returns:
+        (R,).
+
+    Raises:
+        InvalidArgument: not an array, not square, not symmetric, or a negative diagonal.
+        Unsupported: not on the CPU.
+        NumericalError: a NaN or Inf.
+    """
+
+def select(scores: Array, keep: int) -> npt.NDArray[np.int64]:
+    """The highest scores of each group, as ascending indices.
+
+    Args:
+        scores: (n,) or (groups, n); of equal scores the lower index is kept.
+        keep: how many to keep per group, 1 to n.
+
+    Returns:
+        (keep,) or (groups, keep).
+
+    Raises:
+        InvalidArgument: not an array, another shape or dtype, or keep out of its range.
+        Unsupported: not on the CPU.
+        NumericalError: a NaN.
+    """
+
+def compact(
+    tensor: Array, dim: int, keep: Sequence[int] | npt.NDArray[np.integer[Any]]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Keeps some indices along one axis, in place, moving memory forward without a second buffer.
+
+    Args:
+        tensor: any shape and strides, writable. A row-major contiguous one is packed at the front
+            of its memory, and the rest may be given back; any other keeps its strides, and nothing
+            outside of the view is written.
+        dim: the axis, from 0.
+        keep: ascending, unique indices, at least one.
+
+    Returns:
+        Shape and strides (in elements) of the result, which begins where the tensor began.
+
+    Raises:
+        InvalidArgument: a bad index, a read-only or self-overlapping tensor, another dtype.
+            Nothing has been moved then.
+        Unsupported: not on the CPU.
+    """
+
+class runtime:  # noqa: N801
+    """What the core runs on."""
+
+    @staticmethod
+    def isa() -> str:
+        """Instruction set in use: SECATEUR_ISA, or the widest this machine has."""
+
+    @staticmethod
+    def available_isas() -> list[str]:
+        """What this build holds and this machine can run, narrowest first."""
+
+    @staticmethod
+    def threads() -> int:
+        """Threads a call may use, the caller's included."""
+
+    @staticmethod
+    def set_threads(n: int) -> None:
+        """Sets the number of threads; results do not depend on it.
+
+        Raises:
+            InvalidArgument: not 1 to 1024.
+        """
+
+    @staticmethod
+    def version() -> str:
+        """Version of the core, major.minor.patch."""
