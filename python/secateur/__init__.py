@@ -1,1 +1,43 @@
-"""Structured pruning of vision transformers that people can rely on."""
+"""Structured pruning of vision transformers that people can rely on.
+
+anatomy = secateur.inspect(model)                  what can be cut
+stats   = secateur.calibrate(model, loader)        what is worth keeping
+plan    = secateur.plan(model, stats, target=secateur.Target(macs=0.5))
+report  = secateur.prune(model, plan)              in place
+secateur.save(model, path); secateur.load(path)
+"""
+
+from importlib.metadata import version as _version
+
+from . import core
+from .allocate import Target
+from .anatomy import Anatomy
+from .calibrate import calibrate
+from .checkpoint import load, save
+from .errors import Error, InvalidArgument, NumericalError, Unsupported
+from .families import inspect
+from .plan import Plan, plan
+from .score import methods
+from .statistics import Statistics
+from .surgery import Report, prune
+
+__all__ = [
+    "Anatomy",
+    "Error",
+    "InvalidArgument",
+    "NumericalError",
+    "Plan",
+    "Report",
+    "Statistics",
+    "Target",
+    "Unsupported",
+    "calibrate",
+    "core",
+    "inspect",
+    "load",
+    "methods",
+    "plan",
+    "prune",
+    "save",
+]
+__version__ = _version("secateur")

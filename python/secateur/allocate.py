@@ -1,0 +1,341 @@
+"""How many units of each group stay: from fractions, from a file, or from a budget."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .anatomy import Anatomy, Group
+from .errors import InvalidArgument, Unsupported
+
+DEFAULT_GROUPS = ("qk", "v", "ffn")
+_TARGET_MULTIPLES = {"qk": 8, "v": 8, "ffn": 32, "width": 32}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A budget: fractions, in (0, 1], of the MACs and of the parameters of the model that is planned for.
+
+    Raises:
+        InvalidArgument: no fraction given, or one outside (0, 1].
+    """
+
+    macs: float | None = None
+    params: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if not given:
+            raise InvalidArgument("target: expected macs= or params=, got neither")
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+                raise InvalidArgument(f"target.{name}: expected a fraction in (0, 1], got {value!r}")
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} = {value:g}" for name, value in vars(self).items() if value is not None)
+
+
+def kept_count(size: int, fraction: float, multiple: int = 1) -> int:
+    """Units that stay when ``fraction`` of ``size`` is removed.
+
+    size − round_half_even(fraction · size), then the nearest multiple (the larger of two equally near), at least one
+    multiple and at most ``size``; a ``size`` that is no multiple, or is below one, can stay whole.
+    """
+    kept = size - round(fraction * size)
+    if multiple == 1:
+        return max(1, kept)
+    largest = size // multiple * multiple
+    if kept >= size or largest == 0:
+        return size
+    nearest = max(multiple, math.floor(kept / multiple + 0.5) * multiple)
+    return size if nearest > largest else nearest
+
+
+def counts_from_ratios(
+    anatomy: Anatomy,
+    ratios: Mapping[str, float] | str | Path,
+    *,
+    groups: Iterable[str] | None,
+    freeze: Iterable[str],
+    min_keep: Mapping[str, int],
+    round_to: int | Mapping[str, int] | None,
+) -> dict[str, int]:
+    """Kept units by group, from the fraction removed of each kind or group, or from a per-block file.
+
+    Raises:
+        InvalidArgument: a key or value that does not fit; the text names it.
+        Unsupported: a kind that this model cannot lose.
+    """
+    if isinstance(ratios, Mapping):
+        fractions = _fractions(anatomy, ratios)
+    else:
+        fractions = _fractions_from_file(anatomy, ratios)
+    free = _Choice(anatomy, groups, freeze, min_keep, round_to, default_multiples={})
+    return {
+        group.name: free.count(group, fractions.get(group.name, 0.0)) if group in free.groups else group.size
+        for group in anatomy.groups
+    }
+
+
+def counts_from_target(
+    anatomy: Anatomy,
+    target: Target,
+    *,
+    groups: Iterable[str] | None,
+    freeze: Iterable[str],
+    min_keep: Mapping[str, int],
+    round_to: int | Mapping[str, int] | None,
+) -> dict[str, int]:
+    """Kept units by group: one removed fraction for all named groups, the least that meets the budget.
+
+    What rounding leaves of the budget is then spent one rounding step at a time, on the group that lost the largest
+    share, while a step fits; query/key and value of one layer step together, so that they keep one size.
+
+    Raises:
+        InvalidArgument: the budget cannot be met; the text says what can.
+        Unsupported: a kind that this model cannot lose.
+    """
+    free = _Choice(anatomy, groups or DEFAULT_GROUPS, freeze, min_keep, round_to, _TARGET_MULTIPLES)
+    budget = _Budget(anatomy, target)
+
+    def counts(fraction: float) -> dict[str, int]:
+        return {group.name: free.count(group, fraction) for group in free.groups}
+
+    smallest = counts(1.0)
+    if not budget.holds(smallest):
+        raise InvalidArgument(f"target: expected {budget.reach(smallest)} (the least these groups reach), got {target}")
+    # Sizes only change at a few fractions: bisect to the last of them that is too large for the budget.
+    low, high = 0.0, 1.0
+    if budget.holds(counts(0.0)):
+        high = 0.0
+    for _ in range(50 if high else 0):
+        middle = (low + high) / 2
+        low, high = (low, middle) if budget.holds(counts(middle)) else (middle, high)
+    kept = {**anatomy.sizes, **counts(high)}
+
+    steps = [_Step(bundle, free) for bundle in _bundles(free, kept)]
+    while steps:
+        step = min(steps, key=lambda candidate: candidate.share(kept))
+        wider = step.next(kept)
+        if wider is not None and budget.holds(wider):
+            kept = wider
+        else:
+            # A step that does not fit now never will: every other step only adds to the cost.
+            steps.remove(step)
+    return kept
+
+
+class _Choice:
+    """Which groups may be cut, and to which counts."""
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        groups: Iterable[str] | None,
+        freeze: Iterable[str],
+        min_keep: Mapping[str, int],
+        round_to: int | Mapping[str, int] | None,
+        default_multiples: Mapping[str, int],
+    ) -> None:
+        if groups is not None:
+            _check_kinds(anatomy, "groups", groups)
+        frozen = _matching(anatomy, "freeze", freeze)
+        named = None if groups is None else set(groups)
+        self.groups = [
+            group
+            for group in anatomy.groups
+            if group.name not in frozen and (named is None or group.kind in named or group.name in named)
+        ]
+        self._minimum = _per_group(anatomy, "min_keep", min_keep)
+        self._multiple = dict.fromkeys(anatomy.sizes, 1)
+        for group in anatomy.groups:
+            self._multiple[group.name] = default_multiples.get(group.kind, 1)
+        if isinstance(round_to, Mapping):
+            self._multiple.update(_per_group(anatomy, "round_to", round_to))
+        elif round_to is not None:
+            self._multiple = dict.fromkeys(anatomy.sizes, _positive("round_to", round_to))
+        for group in anatomy.groups:
+            self._multiple[group.name] = math.lcm(self._multiple[group.name], group.multiple)
+
+    def multiple(self, group: Group) -> int:
+        return self._multiple[group.name]
+
+    def count(self, group: Group, fraction: float) -> int:
+        multiple = self.multiple(group)
+        least = min(group.size, math.ceil(self._minimum.get(group.name, 1) / multiple) * multiple)
+        return max(least, kept_count(group.size, fraction, multiple))
+
+    def step_up(self, group: Group, kept: int) -> int:
+        wider = (kept // self.multiple(group) + 1) * self.multiple(group)
+        return group.size if wider > group.size // self.multiple(group) * self.multiple(group) else wider
+
+
+class _Step:
+    """Groups that grow together by one multiple each."""
+
+    def __init__(self, groups: list[Group], free: _Choice) -> None:
+        self._groups, self._free = groups, free
+
+    def share(self, kept: Mapping[str, int]) -> float:
+        return kept[self._groups[0].name] / self._groups[0].size
+
+    def next(self, kept: Mapping[str, int]) -> dict[str, int] | None:
+        if all(kept[group.name] == group.size for group in self._groups):
+            return None
+        return {**kept, **{group.name: self._free.step_up(group, kept[group.name]) for group in self._groups}}
+
+
+def _bundles(free: _Choice, kept: Mapping[str, int]) -> list[list[Group]]:
+    """Groups to step together: query/key and value of a layer where they are and stay equal, others alone."""
+    by_block: dict[int, Group] = {
+        group.block: group for group in free.groups if group.kind == "v" and group.block is not None
+    }
+    bundles: list[list[Group]] = []
+    paired: set[str] = set()
+    for group in free.groups:
+        value = by_block.get(group.block) if group.kind == "qk" and group.block is not None else None
+        if value is not None and (group.size, kept[group.name], free.multiple(group)) == (
+            value.size,
+            kept[value.name],
+            free.multiple(value),
+        ):
+            bundles.append([group, value])
+            paired |= {group.name, value.name}
+    return bundles + [[group] for group in free.groups if group.name not in paired]
+
+
+class _Budget:
+    """Does a choice of sizes meet the target?"""
+
+    def __init__(self, anatomy: Anatomy, target: Target) -> None:
+        self._limits = []
+        for name, fraction in (("macs", target.macs), ("params", target.params)):
+            if fraction is not None:
+                count = anatomy.macs_at if name == "macs" else anatomy.params_at
+                self._limits.append((name, count, getattr(anatomy, name), fraction))
+
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        return all(count(sizes) <= fraction * dense for _, count, dense, fraction in self._limits)
+
+    def reach(self, sizes: Mapping[str, int]) -> str:
+        return ", ".join(
+            f"{name} >= {math.ceil(count(sizes) / dense * 1e4) / 1e4:g}" for name, count, dense, _ in self._limits
+        )
+
+
+def _check_kinds(anatomy: Anatomy, argument: str, names: Iterable[str]) -> None:
+    """Every name is a kind or a group of this model."""
+    if isinstance(names, str):
+        raise InvalidArgument(f"{argument}: expected a sequence of group names, got the string {names!r}")
+    kinds = list(dict.fromkeys(group.kind for group in anatomy.groups))
+    for name in names:
+        if name in anatomy.refused:
+            raise Unsupported(
+                f"{argument}: expected kinds that this model can lose, got {name!r} ({anatomy.refused[name]})"
+            )
+        if name not in kinds and name not in anatomy.sizes:
+            raise InvalidArgument(f"{argument}: expected {', '.join(kinds)} or a group's name, got {name!r}")
+
+
+def _matching(anatomy: Anatomy, argument: str, patterns: Iterable[str]) -> set[str]:
+    """Names of the groups that are named by kind, by name or by a shell pattern such as 'blocks.0.*'."""
+    if isinstance(patterns, str):
+        raise InvalidArgument(f"{argument}: expected a sequence of names or patterns, got the string {patterns!r}")
+    found: set[str] = set()
+    for pattern in patterns:
+        names = {g.name for g in anatomy.groups if g.kind == pattern or fnmatchcase(g.name, pattern)}
+        if not names:
+            raise InvalidArgument(f"{argument}: expected a kind, group name or pattern of this model, got {pattern!r}")
+        found |= names
+    return found
+
+
+def _per_group(anatomy: Anatomy, argument: str, values: Mapping[str, int]) -> dict[str, int]:
+    """Spread positive integers by kind or group name over groups; a group's own name wins over its kind."""
+    _check_kinds(anatomy, argument, values)
+    return {
+        group.name: _positive(f"{argument}[{key!r}]", values[key])
+        for group in anatomy.groups
+        for key in (group.name, group.kind)
+        if key in values and (key == group.name or group.name not in values)
+    }
+
+
+def _positive(argument: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidArgument(f"{argument}: expected a positive integer, got {value!r}")
+    return value
+
+
+def _fraction(argument: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise InvalidArgument(f"{argument}: expected the fraction removed, in [0, 1), got {value!r}")
+    return float(value)
+
+
+def _fractions(anatomy: Anatomy, ratios: Mapping[str, float]) -> dict[str, float]:
+    _check_kinds(anatomy, "ratios", ratios)
+    checked = {name: _fraction(f"ratios[{name!r}]", value) for name, value in ratios.items()}
+    return {group.name: checked.get(group.name, checked.get(group.kind, 0.0)) for group in anatomy.groups}
+
+
+def shipped_configurations() -> list[str]:
+    """Names of the published per-block ratio files that ship with the package."""
+    folder = resources.files(__package__) / "configs"
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def _fractions_from_file(anatomy: Anatomy, source: str | Path) -> dict[str, float]:
+    """Read a per-block file: group names, or the names that SNP's authors use (Shim et al., ECCV 2024).
+
+    There matmul_{2i} is block i's query/key, matmul_{2i+1} its value, blocks_i_mlp_fc1 its FFN, and the last add the
+    residual width; index 0 has no number.
+    """
+    shipped = resources.files(__package__) / "configs" / f"{source}.json"
+    if isinstance(source, str) and source in shipped_configurations():
+        text = shipped.read_text()
+    else:
+        path = Path(source)
+        if not path.is_file():
+            names = ", ".join(shipped_configurations())
+            raise InvalidArgument(f"ratios: expected a dict, one of {names}, or a file, got {str(source)!r}")
+        text = path.read_text()
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise InvalidArgument(f"ratios: expected JSON in {source}, got {error}") from error
+    if not isinstance(values, dict):
+        raise InvalidArgument(f"ratios: expected a JSON object in {source}, got {type(values).__name__}")
+    values.pop("source", None)
+    group_of = {_published_name(anatomy, group): group.name for group in anatomy.groups}
+    if not any(key in group_of for key in values):
+        group_of = {name: name for name in anatomy.sizes}
+    _check_file_keys(anatomy, source, values, group_of)
+    return {group_of[key]: _fraction(f"ratios[{key!r}]", value) for key, value in values.items()}
+
+
+def _check_file_keys(anatomy: Anatomy, source: str | Path, values: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    for key in values:
+        if "width" in anatomy.refused and (key == "width" or key.startswith("add_")):
+            raise Unsupported(f"ratios: {source} cuts the width ({anatomy.refused['width']})")
+        if key not in names:
+            raise InvalidArgument(f"ratios: expected keys of this model in {source}, got the extra key {key!r}")
+    for key, group in names.items():
+        if key not in values and group != "width":
+            raise InvalidArgument(f"ratios: expected the key {key!r} in {source}, got none")
+
+
+def _published_name(anatomy: Anatomy, group: Group) -> str:
+    if group.block is None:
+        index = 2 * len({g.block for g in anatomy.groups if g.block is not None})
+        return f"add_{index}" if group.kind == "width" else group.name
+    if group.kind == "ffn":
+        return f"blocks_{group.block}_mlp_fc1"
+    index = 2 * group.block + (group.kind == "v")
+    return f"matmul_{index}" if index else "matmul"

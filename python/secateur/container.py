@@ -1,0 +1,130 @@
+"""The one file format: safetensors whose metadata holds a JSON header and SHA-256 checksums. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .errors import InvalidArgument
+
+_KEY = "secateur"
+_FORMAT = 1
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its place when the block ends well, and is removed if not."""
+    if not path.parent.is_dir():
+        raise InvalidArgument(f"path: expected a file in an existing folder, got {path}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's values, row-major; the device does not matter."""
+    data = tensor.detach().cpu().contiguous()
+    return hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def write(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a file of this kind, whole or not at all.
+
+    Args:
+        path: the file; its folder must exist.
+        kind: what the file is, such as "model".
+        header: JSON values.
+        tensors: name to tensor, on any device, of any strides.
+
+    Raises:
+        InvalidArgument: the folder does not exist, or the header holds a value that JSON cannot.
+    """
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    try:
+        fields = json.dumps(header, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"header: expected JSON values, got {error}") from error
+    outer = {
+        "format": _FORMAT,
+        "kind": kind,
+        "fields": fields,
+        "table_sha256": _table(kind, fields, {n: (str(t.dtype), tuple(t.shape)) for n, t in flat.items()}),
+        "data_sha256": _data(flat),
+    }
+    with replacing(Path(path)) as temporary:
+        save_file(flat, temporary, metadata={_KEY: json.dumps(outer, sort_keys=True)})
+
+
+def read(path: str | Path, kind: str, *, verify: bool = True) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read the header and tensors of a file of this kind.
+
+    Args:
+        path: the file.
+        kind: what it must be.
+        verify: check the tensors' values against their checksum, too.
+
+    Raises:
+        InvalidArgument: no such file, truncated or damaged, another program's, another kind, or a newer format.
+    """
+    path = Path(path)
+    expected = f"{path.name}: expected a secateur {kind} file"
+    if not path.is_file():
+        raise InvalidArgument(f"path: expected a secateur {kind} file, got {path}, which is no file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if _KEY not in metadata:
+                raise InvalidArgument(f"{expected}, got a safetensors file that secateur did not write")
+            outer = _outer(metadata[_KEY], expected, kind)
+            # Copies: safetensors may map the file, and a mapped tensor changes when the file does.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise InvalidArgument(f"{expected}, got one that is truncated, damaged or no safetensors ({error})") from error
+    table = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if outer["table_sha256"] != _table(kind, outer["fields"], table):
+        raise InvalidArgument(f"{expected}, got one whose header does not match its checksum")
+    if verify and outer["data_sha256"] != _data(tensors):
+        raise InvalidArgument(f"{expected}, got one whose data do not match their checksum")
+    fields: dict[str, Any] = json.loads(outer["fields"])
+    return fields, tensors
+
+
+def _outer(text: str, expected: str, kind: str) -> dict[str, Any]:
+    try:
+        outer = json.loads(text)
+        found, version, checked = outer["kind"], outer["format"], (outer["fields"], outer["table_sha256"])
+        well_formed = isinstance(version, int) and all(isinstance(value, str) for value in checked)
+    except (ValueError, KeyError, TypeError):
+        well_formed = False
+    if not well_formed:
+        raise InvalidArgument(f"{expected}, got one whose header is damaged")
+    if version > _FORMAT:
+        raise InvalidArgument(f"{expected} of format {_FORMAT} or older, got format {version}: update secateur")
+    if found != kind:
+        raise InvalidArgument(f"{expected}, got a {found} file")
+    return {"data_sha256": None, **outer}
+
+
+def _table(kind: str, fields: str, table: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+    text = json.dumps([_FORMAT, kind, fields, sorted((n, d, list(s)) for n, (d, s) in table.items())])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _data(tensors: Mapping[str, torch.Tensor]) -> str:
+    digests = "".join(digest(tensors[name]) for name in sorted(tensors))
+    return hashlib.sha256(digests.encode()).hexdigest()

@@ -1,0 +1,422 @@
+"""timm's VisionTransformer (vit, deit, deit3, dinov2, clip and siglip towers, hybrids) with plain blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.layers import (
+    Attention,
+    AttentionPoolLatent,
+    DropPath,
+    GluMlp,
+    HybridEmbed,
+    LayerNorm,
+    LayerNormFp32,
+    LayerScale,
+    Mlp,
+    PatchEmbed,
+    RmsNorm,
+    RmsNormFp32,
+    SwiGLU,
+)
+from timm.models import get_model_args
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .. import cost
+from ..anatomy import Anatomy, AttentionSite, FfnSite, Group, Member, NormSite, Role
+from ..errors import InvalidArgument, Unsupported
+from ..modules import HeadNorm, PrunedAttention, PrunedAttentionPoolLatent
+
+NAME = "vision_transformer"
+
+_MODELS = (VisionTransformer, VisionTransformerDistilled)
+# Centred (LayerNorm) or not (RMSNorm).
+_NORMS: dict[type[nn.Module], bool] = {
+    nn.LayerNorm: True,
+    LayerNorm: True,
+    LayerNormFp32: True,
+    RmsNorm: False,
+    RmsNormFp32: False,
+}
+_FP32_NORMS = (LayerNormFp32, RmsNormFp32)
+
+
+def accepts(model: nn.Module) -> bool:
+    """Is the model a VisionTransformer by exact class? A subclass may compute anything."""
+    return type(model) in _MODELS
+
+
+def build(architecture: str, arguments: Mapping[str, Any], device: torch.device) -> nn.Module:
+    """Build the dense model: a timm model name, or the name of one of the family's classes.
+
+    Raises:
+        Unsupported: timm does not know the architecture.
+    """
+    for cls in _MODELS:
+        if architecture == cls.__name__:
+            return cls(**arguments, device=device)
+    if not timm.is_model(architecture):
+        raise Unsupported(f"architecture: expected a model that timm {timm.__version__} knows, got {architecture!r}")
+    model: nn.Module = timm.create_model(architecture, pretrained=False, **arguments, device=device)
+    return model
+
+
+def inspect(model: nn.Module) -> Anatomy:
+    """Describe the model's groups, or raise Unsupported naming the module and the reason."""
+    assert isinstance(model, VisionTransformer)
+    return _Inspection(model).anatomy()
+
+
+def adapt(model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
+    """Make modules and attributes fit parameters that were just cut."""
+    assert isinstance(model, VisionTransformer)
+    for site in anatomy.attention:
+        if sizes[site.qk] != site.qk_dim or sizes[site.v] != site.v_dim:
+            parent: Any = model.get_submodule(site.name.rpartition(".")[0])
+            parent.attn = _pruned_attention(model.get_submodule(site.name), site, sizes[site.qk], sizes[site.v])
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.out_features, module.in_features = module.weight.shape
+    block: Any
+    for block in model.blocks:
+        _fit_norm(block.attn.norm, block.attn.attn_dim)
+        _fit_norm(block.mlp.norm, block.mlp.fc2.in_features)
+    if "width" in sizes and sizes["width"] != model.embed_dim:
+        _fit_width(model, sizes["width"])
+
+
+def _fit_norm(norm: Any, size: int) -> None:
+    if type(norm) in _NORMS:
+        norm.normalized_shape = (size,)
+
+
+def _fit_width(model: VisionTransformer, width: int) -> None:
+    model.embed_dim = model.num_features = model.head_hidden_size = width
+    for info in model.feature_info:
+        info["num_chs"] = width
+    model.patch_embed.proj.out_channels = width
+    block: Any
+    for block in model.blocks:
+        _fit_norm(block.norm1, width)
+        _fit_norm(block.norm2, width)
+    for norm in (model.norm_pre, model.norm, model.fc_norm, getattr(model.patch_embed, "norm", None)):
+        if norm is not None:
+            _fit_norm(norm, width)
+    pool: Any = model.attn_pool
+    if pool is not None:
+        pool.out_features = width
+        _fit_norm(pool.norm, width)
+        # The same module object, so that references and hooks stay; only the final reshape differs.
+        pool.__class__ = PrunedAttentionPoolLatent
+
+
+def _pruned_attention(attn: Any, site: AttentionSite, qk_dim: int, v_dim: int) -> PrunedAttention:
+    def head_norm(norm: Any) -> nn.Module:
+        if isinstance(norm, HeadNorm):
+            return HeadNorm(site.heads, qk_dim, norm.eps, norm.centred, norm.upcast, norm.weight, norm.bias)
+        if type(norm) in _NORMS and qk_dim != site.qk_dim:
+            bias = getattr(norm, "bias", None)
+            upcast = type(norm) in _FP32_NORMS
+            return HeadNorm(site.heads, qk_dim, norm.eps, _NORMS[type(norm)], upcast, norm.weight, bias)
+        unchanged: nn.Module = norm
+        return unchanged
+
+    pruned = PrunedAttention(
+        attn.qkv,
+        attn.proj,
+        num_heads=site.heads,
+        qk_dim=qk_dim,
+        v_dim=v_dim,
+        scale=float(attn.scale),
+        q_norm=head_norm(attn.q_norm),
+        k_norm=head_norm(attn.k_norm),
+        norm=attn.norm,
+        gate=attn.gate,
+        attn_drop=attn.attn_drop,
+        proj_drop=attn.proj_drop,
+        fused_attn=attn.fused_attn,
+    )
+    return pruned.train(attn.training)
+
+
+class _Inspection:
+    """One walk over a model, collecting groups, sites and products."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        self.model = model
+        self.width = int(model.embed_dim)
+        self.tokens = int(model.patch_embed.num_patches) + int(model.num_prefix_tokens)
+        self.groups: list[Group] = []
+        self.stream: list[Member] = []
+        self.attention: list[AttentionSite] = []
+        self.ffn: list[FfnSite] = []
+        self.norms: list[NormSite] = []
+        self.products: list[cost.Product] = []
+        self.refused: dict[str, str] = {}
+
+    def anatomy(self) -> Anatomy:
+        model = self.model
+        self.patch_embedding()
+        for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
+            if getattr(model, name, None) is not None:
+                self.stream.append(Member("", name, 2, "elementwise"))
+        self.norm("norm_pre", self.stream, reads_stream=False)
+        if type(model.blocks) is not nn.Sequential:
+            raise _unsupported("blocks", model.blocks, "an nn.Sequential of blocks")
+        for index, block in enumerate(model.blocks):
+            self.block(index, block)
+        self.norm("norm", self.stream)
+        self.norm("fc_norm", self.stream, pooled=True)
+        self.pool()
+        self.classifier("head")
+        if isinstance(model, VisionTransformerDistilled):
+            self.classifier("head_dist")
+        if "width" not in self.refused:
+            self.groups.append(Group("width", "width", None, self.width, tuple(self.stream)))
+        self.refuse_tied()
+        architecture, arguments, rebuildable = _identity(model)
+        height, width = map(int, model.patch_embed.img_size)
+        return Anatomy(
+            family=NAME,
+            architecture=architecture,
+            arguments=arguments,
+            input_size=(int(model.in_chans), height, width),
+            groups=tuple(self.groups),
+            attention=tuple(self.attention),
+            ffn=tuple(self.ffn),
+            norms=tuple(self.norms),
+            products=tuple(self.products),
+            shapes={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+            refused=self.refused,
+            rebuildable=rebuildable,
+        )
+
+    def patch_embedding(self) -> None:
+        embed: Any = self.model.patch_embed
+        if type(embed) is HybridEmbed:
+            macs = _backbone_macs(embed.backbone, (int(self.model.in_chans), *embed.img_size))
+            self.products.append(cost.FixedProduct("patch_embed.backbone", macs))
+            if isinstance(embed.proj, nn.Identity):
+                self.refused["width"] = "patch_embed.proj: Identity, so the backbone's features are the residual stream"
+                return
+        elif type(embed) is not PatchEmbed:
+            raise _unsupported("patch_embed", embed, "PatchEmbed or HybridEmbed")
+        self.rows("patch_embed.proj", self.stream, "writer")
+        self.products.append(cost.WeightProduct("patch_embed.proj", int(embed.num_patches)))
+        if type(embed) is PatchEmbed:
+            self.norm("patch_embed.norm", self.stream, reads_stream=False)
+
+    def block(self, index: int, block: nn.Module) -> None:
+        name = f"blocks.{index}"
+        pre_norm = type(block) is Block
+        if type(block) is ResPostBlock:
+            self.refused.setdefault("width", f"{name}: ResPostBlock normalises what it adds to the residual stream")
+        elif not pre_norm:
+            raise _unsupported(name, block, "timm's Block")
+        for child in ("ls1", "ls2"):
+            scale = getattr(block, child, None)
+            if type(scale) is LayerScale:
+                self.stream.append(Member(f"{name}.{child}", "gamma", 0, "elementwise"))
+            elif scale is not None and type(scale) is not nn.Identity:
+                raise _unsupported(f"{name}.{child}", scale, "LayerScale")
+        for child in ("drop_path1", "drop_path2"):
+            if type(getattr(block, child)) not in (DropPath, nn.Identity):
+                raise _unsupported(f"{name}.{child}", getattr(block, child), "DropPath")
+        self.norm(f"{name}.norm1", self.stream, reads_stream=pre_norm)
+        self.attention_layer(index, f"{name}.attn")
+        self.norm(f"{name}.norm2", self.stream, reads_stream=pre_norm)
+        self.mlp(index, f"{name}.mlp")
+
+    def attention_layer(self, index: int, name: str) -> None:
+        attn: Any = self.model.get_submodule(name)
+        if type(attn) is Attention:
+            qk_dim = v_dim = int(attn.head_dim)
+        elif type(attn) is PrunedAttention:
+            qk_dim, v_dim = attn.qk_dim, attn.v_dim
+        else:
+            raise _unsupported(name, attn, "timm's Attention")
+        heads = int(attn.num_heads)
+        qk: list[Member] = []
+        v: list[Member] = []
+        for offset in (0, heads * qk_dim):
+            self.rows(f"{name}.qkv", qk, "writer", offset)
+        self.rows(f"{name}.qkv", v, "writer", 2 * heads * qk_dim)
+        self.columns(f"{name}.qkv", self.stream)
+        self.columns(f"{name}.proj", v)
+        self.rows(f"{name}.proj", self.stream, "writer")
+        q_norm = self.head_norm(f"{name}.q_norm", qk)
+        k_norm = self.head_norm(f"{name}.k_norm", qk)
+        self.norm(f"{name}.norm", v, reads_stream=False)
+        if attn.gate is not None:
+            self.rows(f"{name}.gate", v, "elementwise")
+            self.columns(f"{name}.gate", self.stream)
+            self.products.append(cost.WeightProduct(f"{name}.gate", self.tokens))
+        block = f"blocks.{index}"
+        self.groups += [
+            Group(f"{block}.qk", "qk", index, qk_dim, tuple(qk), heads, per_head=True),
+            Group(f"{block}.v", "v", index, v_dim, tuple(v), heads, per_head=True),
+        ]
+        self.attention.append(
+            AttentionSite(
+                name, f"{block}.qk", f"{block}.v", heads, qk_dim, v_dim, f"{name}.qkv", q_norm, k_norm, f"{name}.proj"
+            )
+        )
+        self.products += [
+            cost.WeightProduct(f"{name}.qkv", self.tokens),
+            cost.AttentionProduct(name, self.tokens, self.tokens, heads, f"{block}.qk", f"{block}.v"),
+            cost.WeightProduct(f"{name}.proj", self.tokens),
+        ]
+
+    def mlp(self, index: int, name: str) -> None:
+        mlp: Any = self.model.get_submodule(name)
+        members: list[Member] = []
+        size = int(mlp.fc2.in_features) if type(mlp) in (Mlp, GluMlp, SwiGLU) else 0
+        if type(mlp) is Mlp:
+            branches = [("fc1", 0)]
+        elif type(mlp) is GluMlp:
+            branches = [("fc1", 0), ("fc1", size)]
+        elif type(mlp) is SwiGLU:
+            branches = [("fc1_g", 0), ("fc1_x", 0)]
+        else:
+            raise _unsupported(name, mlp, "Mlp, GluMlp or SwiGLU")
+        for branch, offset in branches:
+            self.rows(f"{name}.{branch}", members, "writer", offset)
+        for branch in dict.fromkeys(branch for branch, _ in branches):
+            self.columns(f"{name}.{branch}", self.stream)
+            self.products.append(cost.WeightProduct(f"{name}.{branch}", self.tokens))
+        self.norm(f"{name}.norm", members, reads_stream=False)
+        self.columns(f"{name}.fc2", members)
+        self.rows(f"{name}.fc2", self.stream, "writer")
+        self.products.append(cost.WeightProduct(f"{name}.fc2", self.tokens))
+        group = f"blocks.{index}.ffn"
+        self.groups.append(Group(group, "ffn", index, size, tuple(members)))
+        self.ffn.append(FfnSite(name, group, size, f"{name}.fc2"))
+
+    def pool(self) -> None:
+        pool: Any = self.model.attn_pool
+        if pool is None:
+            return
+        if type(pool) not in (AttentionPoolLatent, PrunedAttentionPoolLatent):
+            self.refused["width"] = f"attn_pool: {type(pool).__name__} splits the residual stream itself into heads"
+            return
+        if pool.pos_embed is not None:
+            self.stream.append(Member("attn_pool", "pos_embed", 1, "elementwise"))
+        self.columns("attn_pool.kv", self.stream)
+        keys = self.tokens - (0 if self.model.pool_include_prefix else int(self.model.num_prefix_tokens))
+        queries, inner = int(pool.latent_len), int(pool.head_dim)
+        if type(pool.q) is nn.Linear:
+            self.products.append(cost.WeightProduct("attn_pool.q", queries))
+        self.products += [
+            cost.WeightProduct("attn_pool.kv", keys),
+            cost.AttentionProduct("attn_pool", queries, keys, int(pool.num_heads), inner, inner),
+        ]
+        if type(pool.proj) is not nn.Linear or pool.mlp is None:
+            self.refused["width"] = "attn_pool: without an output projection its width is its heads'"
+            return
+        self.rows("attn_pool.proj", self.stream, "writer")
+        self.norm("attn_pool.norm", self.stream, reads_stream=False)
+        self.columns("attn_pool.mlp.fc1", self.stream)
+        self.rows("attn_pool.mlp.fc2", self.stream, "writer")
+        for child in ("proj", "mlp.fc1", "mlp.fc2"):
+            self.products.append(cost.WeightProduct(f"attn_pool.{child}", queries))
+
+    def classifier(self, name: str) -> None:
+        head = self.model.get_submodule(name)
+        if type(head) is nn.Identity:
+            return
+        self.columns(name, self.stream)
+        pooled = self.model.attn_pool is not None or bool(self.model.global_pool)
+        self.products.append(cost.WeightProduct(name, 1 if pooled else self.tokens))
+
+    def rows(self, name: str, members: list[Member], role: Role, offset: int = 0) -> None:
+        layer: Any = self.linear(name)
+        members.append(Member(name, "weight", 0, role, offset))
+        if layer.bias is not None:
+            members.append(Member(name, "bias", 0, role, offset))
+
+    def columns(self, name: str, members: list[Member]) -> None:
+        self.linear(name)
+        members.append(Member(name, "weight", 1, "reader"))
+
+    def linear(self, name: str) -> Any:
+        # By exact class: adapters, quantised and parametrised layers keep their weights elsewhere.
+        layer: Any = self.model.get_submodule(name)
+        expected = nn.Conv2d if name == "patch_embed.proj" else nn.Linear
+        if type(layer) is not expected:
+            raise _unsupported(name, layer, f"nn.{expected.__name__}")
+        return layer
+
+    def norm(self, name: str, members: list[Member], *, reads_stream: bool = True, pooled: bool = False) -> None:
+        norm = self.model.get_submodule(name)
+        if type(norm) is nn.Identity:
+            return
+        if type(norm) not in _NORMS:
+            raise _unsupported(name, norm, "LayerNorm or RmsNorm")
+        self.norm_members(name, norm, members, shared=False)
+        if reads_stream and members is self.stream:
+            self.norms.append(NormSite(name, self.width, _NORMS[type(norm)], pooled))
+
+    def head_norm(self, name: str, members: list[Member]) -> str | None:
+        norm = self.model.get_submodule(name)
+        if type(norm) is nn.Identity:
+            return None
+        if type(norm) is not HeadNorm and type(norm) not in _NORMS:
+            raise _unsupported(name, norm, "LayerNorm or RmsNorm")
+        self.norm_members(name, norm, members, shared=type(norm) is not HeadNorm)
+        return name
+
+    def norm_members(self, name: str, norm: nn.Module, members: list[Member], *, shared: bool) -> None:
+        for parameter in ("weight", "bias"):
+            if getattr(norm, parameter, None) is not None:
+                members.append(Member(name, parameter, 0, "norm", shared=shared))
+
+    def refuse_tied(self) -> None:
+        seen: dict[int, str] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            first = seen.setdefault(id(parameter), name)
+            if first != name:
+                raise Unsupported(f"{name}: expected a parameter of its own, got one tied to {first}")
+
+
+def _unsupported(name: str, module: nn.Module, expected: str) -> Unsupported:
+    return Unsupported(f"{name}: expected {expected}, got {type(module).__name__}")
+
+
+def _backbone_macs(backbone: nn.Module, input_size: tuple[int, ...]) -> int:
+    """Count a convolutional stem's MACs by tracing shapes only; its weights are neither read nor copied."""
+    state = {k: torch.empty_like(v, device="meta", dtype=torch.float32) for k, v in backbone.state_dict().items()}
+    images = torch.empty(1, *input_size, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(backbone, state, (images,))
+    return int(counter.get_total_flops()) // 2
+
+
+def _identity(model: VisionTransformer) -> tuple[str, dict[str, Any], bool]:
+    """What builds the model's dense form, as timm or `set_factory` recorded it, and whether either did."""
+    origin = getattr(model, "secateur_factory", None)
+    if origin is not None:
+        name, arguments = origin
+        return name, dict(arguments), True
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if architecture:
+        return architecture, get_model_args(model), True
+    return type(model).__name__, {}, False
+
+
+def set_factory(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> None:
+    """Record how the dense form of a hand-built model is made: a timm model name or a class name of the family.
+
+    Raises:
+        InvalidArgument: neither; nothing is imported by name.
+    """
+    if name not in {cls.__name__ for cls in _MODELS} and not timm.is_model(name):
+        names = " or ".join(cls.__name__ for cls in _MODELS)
+        raise InvalidArgument(f"factory: expected a timm model name, {names}, got {name!r}")
+    # A plain attribute: deepcopy and pickle of the user's own carry it along.
+    setattr(model, "secateur_factory", (name, dict(arguments)))  # noqa: B010

@@ -1,0 +1,86 @@
+"""Whose statistics and plans these are: a fingerprint of the model, compared before anything is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .anatomy import Anatomy
+from .container import digest
+from .errors import InvalidArgument
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Architecture, arguments, group sizes and the SHA-256 of every parameter that a cut would touch."""
+
+    architecture: str
+    arguments: Mapping[str, Any]
+    sizes: Mapping[str, int]
+    digests: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module, anatomy: Anatomy) -> Fingerprint:
+        """Take the fingerprint of a model."""
+        arguments = {name: _plain(value) for name, value in sorted(anatomy.arguments.items())}
+        digests = {name: digest(model.get_parameter(name)) for name in sorted(anatomy.members_of)}
+        return cls(anatomy.architecture, arguments, dict(anatomy.sizes), digests)
+
+    def require(self, other: Fingerprint, what: str, *, strict: bool) -> None:
+        """Refuse a different model.
+
+        Args:
+            other: the fingerprint that was found.
+            what: the argument it belongs to, for the message.
+            strict: if false, other weights of the same dimensions will do.
+
+        Raises:
+            InvalidArgument: they differ; the text names the first difference.
+        """
+        difference = self._difference(other, strict)
+        if difference:
+            raise InvalidArgument(f"{what}: expected the same model, got {difference}")
+
+    def _difference(self, other: Fingerprint, strict: bool) -> str | None:
+        if self.architecture != other.architecture:
+            return f"architecture {other.architecture!r} where it was {self.architecture!r}"
+        for kind, mine, found in (
+            ("argument", self.arguments, other.arguments),
+            ("size of group", self.sizes, other.sizes),
+            *((("weights of", self.digests, other.digests),) if strict else ()),
+        ):
+            for name in sorted({*mine, *found}):
+                if mine.get(name) != found.get(name):
+                    if kind == "weights of":
+                        return f"other weights of {name}"
+                    return f"{kind} {name} = {found.get(name)} where it was {mine.get(name)}"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "architecture": self.architecture,
+            "arguments": dict(self.arguments),
+            "sizes": dict(self.sizes),
+            "digests": dict(self.digests),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Fingerprint:
+        """Back from JSON values."""
+        return cls(fields["architecture"], fields["arguments"], fields["sizes"], fields["digests"])
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back; what JSON cannot hold is named by its representation."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    name = getattr(value, "__qualname__", None) or getattr(type(value), "__qualname__", "object")
+    return f"<{name}>"

@@ -1,0 +1,199 @@
+"""The modules that take the place of timm's where a cut leaves shapes that timm's cannot hold."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from timm.layers import AttentionPoolLatent, maybe_add_mask, resolve_self_attn_mask
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm or RMSNorm over each head's kept channels, with a scale and shift of each head's own.
+
+    Args:
+        heads: number of heads.
+        size: channels per head that are normalised over.
+        eps: added to the variance (or mean square).
+        centred: LayerNorm if true, else RMSNorm.
+        upcast: compute in float32 and cast back.
+        weight: (heads · size,) or None.
+        bias: (heads · size,) or None.
+    """
+
+    centred: Final[bool]
+    upcast: Final[bool]
+    eps: Final[float]
+    heads: Final[int]
+    size: Final[int]
+
+    def __init__(
+        self,
+        heads: int,
+        size: int,
+        eps: float,
+        centred: bool,
+        upcast: bool,
+        weight: nn.Parameter | None,
+        bias: nn.Parameter | None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.size, self.eps, self.centred, self.upcast = heads, size, eps, centred, upcast
+        self.weight = weight
+        self.bias = bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise (B, heads, N, size) over the last axis."""
+        dtype = x.dtype
+        if self.upcast:
+            x = x.float()
+        if self.centred:
+            x = F.layer_norm(x, [self.size], None, None, self.eps)
+        else:
+            x = F.rms_norm(x, [self.size], None, self.eps)
+        if self.weight is not None:
+            x = x * self.weight.view(self.heads, 1, self.size)
+        if self.bias is not None:
+            x = x + self.bias.view(self.heads, 1, self.size)
+        return x.to(dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        return f"heads={self.heads}, size={self.size}, eps={self.eps}, centred={self.centred}"
+
+
+class PrunedAttention(nn.Module):
+    """Multi-head self-attention with qk_dim query/key and v_dim value channels per head.
+
+    The attributes are timm's ``Attention``'s. The softmax scale is the dense model's 1/√dense_head_dim: it stays what
+    the model was trained with, whatever is cut (Shim et al., SNP, ECCV 2024, prune the scores, not their temperature).
+
+    Args:
+        qkv: Linear(C, heads · (2 qk_dim + v_dim)): queries, keys, values, each head by head.
+        proj: Linear(heads · v_dim, C_out).
+        num_heads: number of heads.
+        qk_dim: query/key channels per head.
+        v_dim: value channels per head.
+        scale: factor on the scores.
+        q_norm: applied to the queries (B, heads, N, qk_dim).
+        k_norm: applied to the keys.
+        norm: applied to the heads' joined output (B, N, heads · v_dim).
+        gate: Linear(C, heads · v_dim) whose sigmoid multiplies it, or None.
+        attn_drop: dropout on the attention weights.
+        proj_drop: dropout on the output.
+        fused_attn: use torch's scaled_dot_product_attention.
+    """
+
+    fused_attn: Final[bool]
+    num_heads: Final[int]
+    qk_dim: Final[int]
+    v_dim: Final[int]
+    scale: Final[float]
+
+    def __init__(
+        self,
+        qkv: nn.Linear,
+        proj: nn.Linear,
+        *,
+        num_heads: int,
+        qk_dim: int,
+        v_dim: int,
+        scale: float,
+        q_norm: nn.Module,
+        k_norm: nn.Module,
+        norm: nn.Module,
+        gate: nn.Linear | None,
+        attn_drop: nn.Dropout,
+        proj_drop: nn.Dropout,
+        fused_attn: bool,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.qk_dim, self.v_dim = num_heads, qk_dim, v_dim
+        self.head_dim = qk_dim
+        self.attn_dim = num_heads * v_dim
+        self.scale = scale
+        self.fused_attn = fused_attn
+        self.qkv = qkv
+        self.q_norm = q_norm
+        self.k_norm = k_norm
+        self.attn_drop = attn_drop
+        self.norm = norm
+        self.gate = gate
+        self.proj = proj
+        self.proj_drop = proj_drop
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """Attend over (B, N, C); ``attn_mask`` and ``is_causal`` as in timm's ``Attention``."""
+        y: torch.Tensor
+        B, N, _ = x.shape  # noqa: N806
+        qk_all, v_all = self.num_heads * self.qk_dim, self.num_heads * self.v_dim
+        q, k, v = self.qkv(x).split([qk_all, qk_all, v_all], dim=-1)
+        q = self.q_norm(q.reshape(B, N, self.num_heads, self.qk_dim).transpose(1, 2))
+        k = self.k_norm(k.reshape(B, N, self.num_heads, self.qk_dim).transpose(1, 2))
+        v = v.reshape(B, N, self.num_heads, self.v_dim).transpose(1, 2)
+
+        if self.fused_attn:
+            # Fused kernels exist only where q, k and v have one size: zeros change neither scores nor values.
+            if self.qk_dim < self.v_dim:
+                q, k = F.pad(q, [0, self.v_dim - self.qk_dim]), F.pad(k, [0, self.v_dim - self.qk_dim])
+            elif self.v_dim < self.qk_dim:
+                v = F.pad(v, [0, self.qk_dim - self.v_dim])
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=attn_mask,
+                dropout_p=self.attn_drop.p if self.training else 0.0,
+                is_causal=is_causal,
+                scale=self.scale,
+            )
+            if self.v_dim < self.qk_dim:
+                y = y[..., : self.v_dim]
+        else:
+            attn = (q * self.scale) @ k.transpose(-2, -1)
+            attn = maybe_add_mask(attn, resolve_self_attn_mask(N, attn, attn_mask, is_causal))
+            y = self.attn_drop(attn.softmax(dim=-1)) @ v
+
+        y = self.norm(y.transpose(1, 2).reshape(B, N, v_all))
+        if self.gate is not None:
+            y = y * self.gate(x).sigmoid()
+        y = self.proj_drop(self.proj(y))
+        return y
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        return f"num_heads={self.num_heads}, qk_dim={self.qk_dim}, v_dim={self.v_dim}, scale={self.scale:.6g}"
+
+
+class PrunedAttentionPoolLatent(AttentionPoolLatent):
+    """timm's latent attention pool for an input that is narrower than its heads together.
+
+    timm's reshapes the attended values to the input's width, which is heads · head_dim only before a width cut.
+    """
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Pool (B, N, C) into (B, out_features)."""
+        y: torch.Tensor
+        B, N, _ = x.shape  # noqa: N806
+        if self.pos_embed is not None:
+            x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
+        q = self.q(self.latent.expand(B, -1, -1))
+        q = q.reshape(B, self.latent_len, self.num_heads, self.head_dim).transpose(1, 2)
+        k, v = self.kv(x).reshape(B, N, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.fused_attn:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        else:
+            attn = maybe_add_mask((q * self.scale) @ k.transpose(-2, -1), attn_mask)
+            y = attn.softmax(dim=-1) @ v
+        y = y.transpose(1, 2).reshape(B, self.latent_len, self.num_heads * self.head_dim)
+        y = self.proj_drop(self.proj(y))
+        if self.mlp is not None:
+            y = y + self.mlp(self.norm(y))
+        if self.pool == "token":
+            y = y[:, 0]
+        elif self.pool == "avg":
+            y = y.mean(1)
+        return y

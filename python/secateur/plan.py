@@ -1,0 +1,207 @@
+"""Which units stay: a Plan, made from statistics and a budget, bound to one model, saved as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from . import core
+from .allocate import Target, counts_from_ratios, counts_from_target
+from .anatomy import Anatomy
+from .container import replacing
+from .errors import InvalidArgument
+from .families import family_of
+from .identity import Fingerprint
+from .score import method_named
+from .statistics import Statistics
+
+Indices = npt.NDArray[np.int64]
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which units of which group stay, for one model.
+
+    ``keep`` maps a group to sorted indices, (heads, kept) or (1, kept); groups that stay whole are not in it.
+    ``params`` and ``macs`` are (before, after).
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    fingerprint: Fingerprint
+    keep: Mapping[str, Indices]
+    params: tuple[int, int]
+    macs: tuple[int, int]
+
+    def check(self, anatomy: Anatomy) -> dict[str, int]:
+        """Check that every index list fits the model; return the size each group will have.
+
+        Raises:
+            InvalidArgument: an unknown group, or indices that are not sorted, unique, in range, or equally many a head.
+        """
+        sizes = dict(anatomy.sizes)
+        for name, keep in self.keep.items():
+            if name not in sizes:
+                raise InvalidArgument(f"plan.keep: expected groups of this model, got {name!r}")
+            group = anatomy.group(name)
+            if keep.ndim != 2 or keep.shape[0] != group.heads or not 1 <= keep.shape[1] <= group.size:
+                raise InvalidArgument(
+                    f"plan.keep[{name!r}]: expected ({group.heads}, 1…{group.size}) indices, got shape {keep.shape}"
+                )
+            if (np.diff(keep) <= 0).any() or keep.min() < 0 or keep.max() >= group.size:
+                raise InvalidArgument(
+                    f"plan.keep[{name!r}]: expected sorted, unique indices below {group.size}, got others"
+                )
+            sizes[name] = keep.shape[1]
+        return sizes
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "method": self.method,
+            "options": dict(self.options),
+            "fingerprint": self.fingerprint.to_dict(),
+            "keep": {name: keep.tolist() for name, keep in self.keep.items()},
+            "params": list(self.params),
+            "macs": list(self.macs),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON with a checksum; the same plan gives the same bytes.
+
+        Raises:
+            InvalidArgument: the folder does not exist.
+        """
+        fields = _canonical(self.to_dict())
+        outer = {"secateur": "plan", "format": _FORMAT, "sha256": hashlib.sha256(fields.encode()).hexdigest()}
+        with replacing(Path(path)) as temporary:
+            temporary.write_text(_canonical({**outer, "plan": json.loads(fields)}) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that ``save`` wrote.
+
+        Raises:
+            InvalidArgument: no such file, another kind of file, a newer format, or a checksum that does not match.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InvalidArgument(f"path: expected a secateur plan, got {path}, which is no file")
+        try:
+            outer = json.loads(path.read_bytes())
+            if not isinstance(outer, dict) or outer.get("secateur") != "plan":
+                raise ValueError("another kind of file")
+            if outer["format"] > _FORMAT:
+                raise InvalidArgument(
+                    f"{path.name}: expected format {_FORMAT} or older, got {outer['format']}: update secateur"
+                )
+            fields = outer["plan"]
+            if outer["sha256"] != hashlib.sha256(_canonical(fields).encode()).hexdigest():
+                raise ValueError("one that does not match its checksum")
+            return cls(
+                method=fields["method"],
+                options=fields["options"],
+                fingerprint=Fingerprint.from_dict(fields["fingerprint"]),
+                keep={name: np.asarray(keep, np.int64) for name, keep in fields["keep"].items()},
+                params=(fields["params"][0], fields["params"][1]),
+                macs=(fields["macs"][0], fields["macs"][1]),
+            )
+        except InvalidArgument:
+            raise
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise InvalidArgument(f"{path.name}: expected a secateur plan, got {error}") from error
+
+    def __str__(self) -> str:
+        return (
+            f"Plan({self.method}): {self.params[0] / 1e6:.2f} -> {self.params[1] / 1e6:.2f} M parameters, "
+            f"{self.macs[0] / 1e9:.3f} -> {self.macs[1] / 1e9:.3f} GMACs, {len(self.keep)} groups cut"
+        )
+
+
+def plan(
+    model: nn.Module,
+    stats: Statistics,
+    *,
+    method: str = "snp",
+    target: Target | None = None,
+    ratios: Mapping[str, float] | str | Path | None = None,
+    groups: Iterable[str] | None = None,
+    freeze: Iterable[str] = (),
+    min_keep: Mapping[str, int] | None = None,
+    round_to: int | Mapping[str, int] | None = None,
+    strict: bool = True,
+    **options: str,
+) -> Plan:
+    """Choose which units stay. The same model, statistics and arguments give the same plan.
+
+    Args:
+        model: the model that was calibrated; it is not changed.
+        stats: what ``calibrate`` measured on it.
+        method: the importance criterion; see ``methods()``.
+        target: a budget, met with one removed fraction for all groups; never exceeded, and missed by less than one
+            rounding step of the smallest group. Exactly one of ``target`` and ``ratios`` is given.
+        ratios: fraction removed by kind or group, {"qk": .5, "v": .5, "ffn": .5, "width": .1}, or a per-block file: the
+            name of a shipped one ("snp_deit_t", "snp_deit_s_1.3g") or a path.
+        groups: kinds or names of groups that may be cut; with a target ("qk", "v", "ffn") unless given.
+        freeze: kinds, names or patterns ("blocks.0.*") of groups that stay whole.
+        min_keep: fewest units to keep, by kind or group.
+        round_to: kept counts are multiples of this (per head for query/key and value), an int or a dict by kind or
+            group; unless given 8 per head and 32 otherwise with a target, 1 with ratios. A whole group may always stay.
+        strict: refuse statistics of other weights; if false, the same dimensions are enough.
+        **options: the method's own; SNP takes similarity="weights" (the paper's) or "activations".
+
+    Raises:
+        InvalidArgument: an argument that does not fit, an infeasible target, or statistics of another model.
+        Unsupported: a kind of cut that this model does not allow.
+    """
+    if (target is None) == (ratios is None):
+        raise InvalidArgument(f"target, ratios: expected exactly one, got {'neither' if target is None else 'both'}")
+    if not isinstance(stats, Statistics):
+        raise InvalidArgument(f"stats: expected Statistics from calibrate, got {type(stats).__name__}")
+    criterion = method_named(method)
+    chosen = _options(options, criterion.OPTIONS)
+    anatomy = family_of(model).inspect(model)
+    fingerprint = Fingerprint.of(model, anatomy)
+    stats.settings.fingerprint.require(fingerprint, "model", strict=strict)
+    groups = None if groups is None else list(groups) if not isinstance(groups, str) else groups
+    limits: dict[str, Any] = {"groups": groups, "freeze": freeze, "min_keep": min_keep or {}, "round_to": round_to}
+    if target is not None:
+        sizes = counts_from_target(anatomy, target, **limits)
+    else:
+        assert ratios is not None
+        sizes = counts_from_ratios(anatomy, ratios, **limits)
+    keep = {
+        group.name: core.select(criterion.score(model, stats, group, chosen), sizes[group.name])
+        for group in anatomy.groups
+        if sizes[group.name] < group.size
+    }
+    return Plan(
+        method=method,
+        options={**chosen, "target": None if target is None else vars(target), "gamma": stats.settings.gamma},
+        fingerprint=fingerprint,
+        keep=keep,
+        params=(anatomy.params, anatomy.params_at(sizes)),
+        macs=(anatomy.macs, anatomy.macs_at(sizes)),
+    )
+
+
+def _options(given: Mapping[str, str], allowed: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    for name, value in given.items():
+        if name not in allowed:
+            raise InvalidArgument(f"options: expected {', '.join(allowed) or 'none'}, got {name!r}")
+        if value not in allowed[name]:
+            raise InvalidArgument(f"{name}: expected one of {', '.join(allowed[name])}, got {value!r}")
+    return {name: given.get(name, values[0]) for name, values in allowed.items()}
+
+
+def _canonical(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, sort_keys=True, allow_nan=False, separators=(",", ":"))

@@ -1,0 +1,187 @@
+"""Cut a model: compact its parameters in place and make the modules fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.table import Table
+from torch import nn
+
+from . import core
+from .anatomy import Anatomy, Group, render
+from .errors import InvalidArgument
+from .families import Family, family_of
+from .identity import Fingerprint
+from .plan import Indices, Plan
+
+LAYOUTS = ("exact",)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a cut changed: each pair is (before, after), ``groups`` by name, sizes per head where per head."""
+
+    params: tuple[int, int]
+    macs: tuple[int, int]
+    groups: Mapping[str, tuple[int, int]]
+
+    @property
+    def blocks(self) -> list[dict[str, tuple[int, int]]]:
+        """Per block: kind to (before, after)."""
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        for name, pair in self.groups.items():
+            block, _, kind = name.rpartition(".")
+            if block:
+                found.setdefault(block, {})[kind] = pair
+        return list(found.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "params": list(self.params),
+            "macs": list(self.macs),
+            "groups": {name: list(pair) for name, pair in self.groups.items()},
+        }
+
+    def __str__(self) -> str:
+        table = Table(box=box.SIMPLE)
+        for column in ("", "before", "after", "kept"):
+            table.add_column(column, justify="right" if column else "left")
+        for name, (before, after) in (("parameters", self.params), ("MACs", self.macs)):
+            table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.1%}")
+        for name, (before, after) in self.groups.items():
+            table.add_row(name, str(before), str(after), f"{after / before:.1%}")
+        return render(table)
+
+
+def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool = True) -> Report:
+    """Cut the model in place as planned. Gradients are dropped; build optimizers afterwards.
+
+    A parameter that owns its storage is compacted inside it, and the storage is shrunk; one that shares it (a
+    state_dict you hold, a mapped file) or lives on another device gets a new one, and the old values stay with their
+    other owner. The extra memory is never more than the largest new tensor.
+
+    Args:
+        model: the model that was planned for.
+        plan: what to keep.
+        layout: "exact": attention modules of our own that take the kept sizes as they are.
+        strict: refuse other weights than the plan was made for; if false, the same dimensions are enough.
+
+    Raises:
+        InvalidArgument: another model than the plan's, or a plan whose indices do not fit; nothing is changed.
+        Unsupported: the model is of no supported family.
+    """
+    if layout not in LAYOUTS:
+        raise InvalidArgument(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if not isinstance(plan, Plan):
+        raise InvalidArgument(f"plan: expected a Plan, got {type(plan).__name__}")
+    family = family_of(model)
+    anatomy = family.inspect(model)
+    plan.fingerprint.require(Fingerprint.of(model, anatomy), "model", strict=strict)
+    sizes = plan.check(anatomy)
+    _cut(model, family, anatomy, plan.keep)
+    return Report(
+        params=(anatomy.params, anatomy.params_at(sizes)),
+        macs=(anatomy.macs, anatomy.macs_at(sizes)),
+        groups={group.name: (group.size, sizes[group.name]) for group in anatomy.groups},
+    )
+
+
+def shape(model: nn.Module, family: Family, sizes: Mapping[str, int]) -> None:
+    """Give a model of arbitrary weights, on any device, the sizes of a pruned one.
+
+    Raises:
+        InvalidArgument: a group that the model does not have, or a size that it cannot be cut to.
+    """
+    anatomy = family.inspect(model)
+    keep: dict[str, Indices] = {}
+    for name, size in sizes.items():
+        group = anatomy.group(name)
+        if not 1 <= size <= group.size:
+            raise InvalidArgument(f"sizes[{name!r}]: expected 1…{group.size}, got {size}")
+        if size < group.size:
+            keep[name] = np.tile(np.arange(size, dtype=np.int64), (group.heads, 1))
+    _cut(model, family, anatomy, keep)
+
+
+@torch.no_grad()
+def _cut(model: nn.Module, family: Family, anatomy: Anatomy, keep: Mapping[str, Indices]) -> None:
+    for name in anatomy.members_of:
+        axes = _kept_along_axes(anatomy, name, keep)
+        if axes:
+            _compact(model.get_parameter(name), axes)
+    family.adapt(model, anatomy, {**anatomy.sizes, **{name: indices.shape[1] for name, indices in keep.items()}})
+
+
+def _kept_along_axes(anatomy: Anatomy, name: str, keep: Mapping[str, Indices]) -> dict[int, torch.Tensor]:
+    """Axis to the entries of parameter ``name`` that stay, for the axes that lose any."""
+    axes: dict[int, torch.Tensor] = {}
+    masks: dict[int, torch.Tensor] = {}
+    for group, member in anatomy.members_of[name]:
+        if group.name not in keep:
+            continue
+        indices = torch.from_numpy(keep[group.name])
+        if member.shared:
+            # One entry served every head; now each head has its own.
+            axes[member.dim] = indices.flatten()
+            continue
+        mask = masks.setdefault(member.dim, torch.ones(anatomy.shapes[name][member.dim], dtype=torch.bool))
+        mask[member.offset : member.offset + group.heads * group.size] = False
+        mask[member.offset + _flat(group, indices)] = True
+    return axes | {dim: mask.nonzero().flatten() for dim, mask in masks.items()}
+
+
+def _flat(group: Group, indices: torch.Tensor) -> torch.Tensor:
+    return (torch.arange(group.heads)[:, None] * group.size + indices).flatten()
+
+
+def _compact(parameter: nn.Parameter, axes: Mapping[int, torch.Tensor]) -> None:
+    """Keep some entries along some axes."""
+    parameter.grad = None
+    if _owns_its_storage(parameter) and not any(_repeats(indices) for indices in axes.values()):
+        storage = parameter.untyped_storage()
+        data = parameter.detach()
+        shape: tuple[int, ...] = tuple(data.shape)
+        for dim, indices in axes.items():
+            shape, strides = core.compact(data, dim, indices.numpy())
+            data = data.as_strided(shape, strides)
+        parameter.data = data
+        storage.resize_(data.numel() * data.element_size())
+    else:
+        data = parameter.detach()
+        for dim, indices in axes.items():
+            data = data.index_select(dim, indices.to(data.device))
+        parameter.data = data
+
+
+def _repeats(indices: torch.Tensor) -> bool:
+    return bool((indices.diff() <= 0).any())
+
+
+def _owns_its_storage(parameter: nn.Parameter) -> bool:
+    """Is the parameter all there is in a resizable host storage that nothing else refers to?"""
+    storage = parameter.untyped_storage()
+    return (
+        parameter.device.type == "cpu"
+        and parameter.is_contiguous()
+        and parameter.dtype in _CORE_DTYPES
+        and storage.nbytes() == parameter.numel() * parameter.element_size()
+        and storage.resizable()
+        and not storage.is_shared()
+        and _owners(storage) == _SOLE_OWNER
+    )
+
+
+def _owners(storage: torch.UntypedStorage) -> int:
+    # torch has no public count; without it, every storage counts as shared and is replaced.
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return -1 if count is None else int(count(storage._cdata))
+
+
+_CORE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_SOLE_OWNER = max(0, _owners(torch.empty(1).untyped_storage()))
