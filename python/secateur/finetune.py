@@ -107,9 +107,9 @@ def finetune(
 
     The loss is ``(1 - alpha) * cross entropy + alpha * T**2 * KL(teacher || model)`` on logits divided by the
     temperature T (Hinton, Vinyals and Dean, 2015, arXiv:1503.02531). A model with a distillation token (DeiT) learns as
-    its paper has it (Touvron et al., 2021, arXiv:2012.12877): the class head from the labels, the distillation head from
-    the teacher; without a teacher, or with ``alpha=1``, the loss is taken on the mean of the two heads, which is what
-    the model answers with at inference.
+    its paper has it (Touvron et al., 2021, arXiv:2012.12877): the class head from the labels, the distillation head
+    from the teacher; without a teacher, or with an ``alpha`` of 0 or 1, the loss is taken on the mean of the two
+    heads, which is what the model answers with at inference.
 
     Models are left in the mode and on the device they came in; the teacher is not changed at all. The caller's random
     generators are put back.
@@ -260,9 +260,9 @@ class _Run:
         value = float(loss.detach())
         self._finite("loss", value)
         self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         limit = float("inf") if settings.clip_grad is None else settings.clip_grad
-        norm = nn.utils.clip_grad_norm_((p for p in self._model.parameters() if p.grad is not None), limit)
+        norm = nn.utils.clip_grad_norm_([p for p in self._model.parameters() if p.grad is not None], limit)
         self._finite("gradient", float(norm))
         self._schedule.step_update(at.step)
         self._optimizer.step()
@@ -282,7 +282,7 @@ class _Run:
                 "loader: expected (images, targets), or alpha=1 and a teacher for images alone, "
                 f"got images alone with alpha={settings.alpha:g}"
             )
-        loss = student.new_zeros(())
+        loss: Tensor = student.new_zeros(())
         if settings.alpha < 1 and targets is not None:
             check_targets(targets, student, soft=True)
             hard = functional.cross_entropy(student, targets, label_smoothing=settings.label_smoothing)

@@ -1,0 +1,197 @@
+"""Inference speed of a model, alone or against another in the same minute of the same machine."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .data import data_config
+from .errors import InvalidArgument
+from .evaluate import borrowed, device_of
+from .progress import progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor, nn
+
+__all__ = ["Benchmark", "bench"]
+
+# Shorter samples measure the clock and the scheduler.
+_SHORTEST_SAMPLE_S = 0.02
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Medians over the repeats, with their first and third quartiles.
+
+    ``milliseconds`` is the time of one batch, ``images_per_second`` the batch size over it. ``speedup`` is the median
+    of the ratios reference / model of runs made side by side, more than 1 where the model is faster. What belongs to
+    the reference is None without one.
+    """
+
+    images_per_second: float
+    milliseconds: float
+    quartiles: tuple[float, float]
+    reference_images_per_second: float | None
+    reference_milliseconds: float | None
+    reference_quartiles: tuple[float, float] | None
+    speedup: float | None
+    speedup_quartiles: tuple[float, float] | None
+    batch_size: int
+    input_size: tuple[int, int, int]
+    repeats: int
+    threads: int
+    device: str
+
+    def __str__(self) -> str:
+        shape = "x".join(str(size) for size in (self.batch_size, *self.input_size))
+        low, high = self.quartiles
+        line = f"{self.images_per_second:,.1f} images/s ({self.milliseconds:.2f} ms [{low:.2f}, {high:.2f}])"
+        if self.speedup is not None and self.speedup_quartiles is not None:
+            low, high = self.speedup_quartiles
+            line += f", reference {self.reference_images_per_second:,.1f} images/s"
+            line += f", {self.speedup:.2f}x [{low:.2f}, {high:.2f}]"
+        return f"{line}  {shape} on {self.device}, {self.threads} threads, {self.repeats} repeats"
+
+
+def bench(
+    model: nn.Module,
+    reference: nn.Module | None = None,
+    *,
+    batch_size: int = 32,
+    input_size: int | Sequence[int] | None = None,
+    repeats: int = 15,
+    warmup: int = 3,
+    threads: int | None = None,
+    device: torch.device | str | None = None,
+) -> Benchmark:
+    """Time inference on random images; with a reference, both in turn, so that a busy machine slows both.
+
+    Modes, devices and torch's number of threads are afterwards what they were.
+
+    Args:
+        model: takes images (B, C, H, W).
+        reference: usually the dense model.
+        batch_size: images in a batch.
+        input_size: side, (height, width) or (channels, height, width) in pixels; the model's own by default.
+        repeats: measured pairs; each is as many batches as fill 20 ms.
+        warmup: batches before the first measured one, for each model.
+        threads: of torch; its present number by default.
+        device: where to run; the model's own by default.
+
+    Raises:
+        InvalidArgument: a number is out of range, or a model does not take the input.
+    """
+    for argument, value, least in (
+        ("batch_size", batch_size, 1),
+        ("repeats", repeats, 1),
+        ("warmup", warmup, 0),
+        ("threads", threads, 1),
+    ):
+        if value is not None and (isinstance(value, bool) or value < least):
+            raise InvalidArgument(f"{argument}: expected at least {least}, got {value}")
+    size = _input_size(model, input_size)
+    place = device_of(model) if device is None else torch.device(device)
+    models = [model] if reference is None else [model, reference]
+    with ExitStack() as stack:
+        stack.enter_context(_threads(threads))
+        for each in models:
+            stack.enter_context(borrowed(each, place))
+        stack.enter_context(torch.inference_mode())
+        images = torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(place)
+        inputs = [images.to(_dtype(each)) for each in models]
+        loops = [_warm(each, batch, warmup, name) for each, batch, name in zip(models, inputs, _NAMES, strict=False)]
+        times = np.empty((repeats, len(models)))
+        with progress(repeats, "bench", unit="repeats") as advance:
+            for repeat in range(repeats):
+                # Turned round every time: whoever goes second finds warmer caches and a hotter chip.
+                for index in range(len(models))[:: -1 if repeat % 2 else 1]:
+                    times[repeat, index] = _sample(models[index], inputs[index], loops[index])
+                advance(1)
+        used = torch.get_num_threads()
+    medians = np.median(times, axis=0)
+    ratios = times[:, 1] / times[:, 0] if reference is not None else None
+    return Benchmark(
+        images_per_second=float(batch_size / medians[0]),
+        milliseconds=float(1e3 * medians[0]),
+        quartiles=_quartiles(1e3 * times[:, 0]),
+        reference_images_per_second=None if ratios is None else float(batch_size / medians[1]),
+        reference_milliseconds=None if ratios is None else float(1e3 * medians[1]),
+        reference_quartiles=None if ratios is None else _quartiles(1e3 * times[:, 1]),
+        speedup=None if ratios is None else float(np.median(ratios)),
+        speedup_quartiles=None if ratios is None else _quartiles(ratios),
+        batch_size=batch_size,
+        input_size=size,
+        repeats=repeats,
+        threads=used,
+        device=str(place),
+    )
+
+
+_NAMES = ("model", "reference")
+
+
+def _input_size(model: nn.Module, given: int | Sequence[int] | None) -> tuple[int, int, int]:
+    channels, height, width = data_config(model)["input_size"]
+    if given is None:
+        return channels, height, width
+    sizes = (given, given) if isinstance(given, int) else tuple(given)
+    if len(sizes) not in (2, 3) or any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise InvalidArgument(f"input_size: expected a side, (height, width) or (channels, height, width), got {given}")
+    channels, height, width = sizes if len(sizes) == 3 else (channels, *sizes)
+    return channels, height, width
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((parameter.dtype for parameter in model.parameters()), torch.float32)
+
+
+def _warm(model: nn.Module, images: Tensor, warmup: int, name: str) -> int:
+    """Run the warm-up and return how many batches make a sample."""
+    try:
+        model(images)
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        shape = tuple(images.shape)
+        raise InvalidArgument(
+            f"{name}: expected a model that takes images of {shape}, got one that fails ({error})"
+        ) from error
+    for _ in range(warmup):
+        model(images)
+    return max(1, int(np.ceil(_SHORTEST_SAMPLE_S / _sample(model, images, 1))))
+
+
+def _sample(model: nn.Module, images: Tensor, batches: int) -> float:
+    """Return the seconds of one batch, the mean over so many."""
+    _wait(images.device)
+    start = time.perf_counter()
+    for _ in range(batches):
+        model(images)
+    _wait(images.device)
+    return (time.perf_counter() - start) / batches
+
+
+def _wait(place: torch.device) -> None:
+    if place.type != "cpu":
+        torch.accelerator.synchronize(place)
+
+
+def _quartiles(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> tuple[float, float]:
+    low, high = np.quantile(values, (0.25, 0.75))
+    return float(low), float(high)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)

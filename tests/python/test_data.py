@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import importlib.util
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from secateur.data import data_config, loader, split_batch
+from secateur.errors import InvalidArgument
+from timm.data import create_transform
+from torch import nn
+
+CLASSES = ("apple", "banana", "cherry")
+
+
+def small_vit(**arguments: object) -> nn.Module:
+    chosen = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 3}
+    return timm.create_model("vit_tiny_patch16_224", **{**chosen, **arguments})
+
+
+def write_images(root: Path, counts: tuple[int, ...] = (5, 4, 4), size: tuple[int, int] = (40, 36)) -> Path:
+    """One flat colour per image; its red channel is the image's running number times 10."""
+    number = 0
+    for name, count in zip(CLASSES, counts, strict=True):
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", size, (10 * number, 5, 200)).save(root / name / f"{index:03}.png")
+            number += 1
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "images")
+
+
+def numbers(batches: object) -> list[int]:
+    """Recover each image's running number from its normalised red channel."""
+    model = small_vit()
+    mean, std = (data_config(model)[key][0] for key in ("mean", "std"))
+    images = torch.cat([images for images, _ in batches])
+    return [round(float(value)) for value in (images[:, 0].mean(dim=(1, 2)) * std + mean) * 25.5]
+
+
+def test_config_has_the_size_and_channels_the_model_was_built_with() -> None:
+    assert data_config(small_vit())["input_size"] == (3, 32, 32)
+    grey = data_config(small_vit(in_chans=1, img_size=(48, 32)))
+    assert grey["input_size"] == (1, 48, 32)
+    assert len(grey["mean"]) == len(grey["std"]) == 1
+    # A model with another size than its published configuration is the trap: timm answers 224 here.
+    assert timm.data.resolve_model_data_config(small_vit())["input_size"] == (3, 224, 224)
+
+
+def test_config_of_a_convolutional_model_is_timms() -> None:
+    model = timm.create_model("resnet18", num_classes=3)
+    assert data_config(model) == timm.data.resolve_model_data_config(model)
+
+
+def test_folder_in_order_with_class_indices(folder: Path) -> None:
+    batches = list(loader(folder, small_vit(), batch_size=5))
+    assert [tuple(images.shape) for images, _ in batches] == [(5, 3, 32, 32), (5, 3, 32, 32), (3, 3, 32, 32)]
+    assert numbers(batches) == list(range(13))
+    assert torch.cat([targets for _, targets in batches]).tolist() == [0] * 5 + [1] * 4 + [2] * 4
+
+
+def test_evaluation_transform_is_timms(folder: Path) -> None:
+    model = small_vit()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 44, 3), dtype=np.uint8))
+    image.save(folder / "apple" / "000.png")
+    expected = create_transform(**{**timm.data.resolve_model_data_config(model), "input_size": (3, 32, 32)})(image)
+    assert torch.equal(next(iter(loader(folder, model)))[0][0], expected)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("max_images", "expected"), [(1, 1), (5, 5), (7, 7), (13, 13), (99, 13), (None, 13)])
+def test_exact_counts_and_no_image_twice(folder: Path, shuffle: bool, max_images: int | None, expected: int) -> None:
+    source = loader(folder, small_vit(), batch_size=5, max_images=max_images, shuffle=shuffle)
+    found = numbers(source)
+    assert len(found) == len(set(found)) == source.images == expected
+    assert len(list(source)) == len(source)
+
+
+def test_order_is_a_function_of_seed_and_epoch(folder: Path) -> None:
+    def order(seed: int, epoch: int, max_images: int | None = None) -> list[int]:
+        source = loader(folder, small_vit(), batch_size=4, shuffle=True, seed=seed, max_images=max_images)
+        source.set_epoch(epoch)
+        torch.rand(3)  # the global generator has no say
+        return numbers(source)
+
+    assert order(0, 0) == order(0, 0) != list(range(13))
+    assert order(0, 0) != order(1, 0)
+    assert order(0, 0) != order(0, 1)
+    # A limited loader keeps to its images in every epoch.
+    assert order(0, 0, 6) != order(0, 3, 6)
+    assert set(order(0, 0, 6)) == set(order(0, 3, 6))
+    assert set(order(0, 0, 6)) != set(order(1, 0, 6))
+
+
+def test_a_pass_can_start_later_once(folder: Path) -> None:
+    source = loader(folder, small_vit(), batch_size=4, shuffle=True)
+    whole = numbers(source)
+    source.set_epoch(0, start=2)
+    assert numbers(source) == whole[8:]
+    assert numbers(source) == whole
+
+
+def test_training_augmentation_is_a_function_of_seed_epoch_and_image(folder: Path) -> None:
+    def images(epoch: int, seed: int = 0, workers: int = 0) -> torch.Tensor:
+        source = loader(
+            folder, small_vit(), train=True, batch_size=13, seed=seed, workers=workers, auto_augment="rand-m9"
+        )
+        source.set_epoch(epoch)
+        return next(iter(source))[0]
+
+    first = images(0)
+    assert torch.equal(first, images(0))
+    assert torch.equal(first, images(0, workers=1))
+    assert not torch.equal(first, images(1))
+    assert not torch.equal(first, images(0, seed=1))
+
+
+def test_training_leaves_the_global_generators_alone(folder: Path) -> None:
+    source = loader(folder, small_vit(), train=True, auto_augment="augmix-m5")
+
+    def draw() -> tuple[float, float, float]:
+        return float(torch.rand(())), random.random(), float(np.random.random())  # noqa: NPY002
+
+    def seed() -> None:
+        torch.manual_seed(5)
+        random.seed(5)
+        np.random.seed(5)  # noqa: NPY002
+
+    seed()
+    expected = draw()
+    seed()
+    _ = source._batches._loader.dataset[0, 3]
+    assert draw() == expected
+
+
+def test_transform_arguments_are_passed_on(folder: Path) -> None:
+    model = small_vit()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 44, 3), dtype=np.uint8)).save(
+        folder / "apple" / "000.png"
+    )
+    config = {**data_config(model), "crop_pct": 0.5}
+    with Image.open(folder / "apple" / "000.png") as image:
+        expected = create_transform(**config)(image)
+    assert torch.equal(next(iter(loader(folder, model, crop_pct=0.5)))[0][0], expected)
+    with pytest.raises(InvalidArgument, match=r"^transform: expected arguments of timm's .*, got 'crop_percent'$"):
+        loader(folder, model, crop_percent=0.5)
+
+
+def test_split_folders(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", (3, 3, 3))
+    model = small_vit()
+    # Alone it may be a class of vehicles.
+    assert loader(tmp_path, model).images == 9
+    write_images(tmp_path / "val", (1, 1, 2))
+    assert loader(tmp_path, model).images == 4
+    assert loader(tmp_path, model, train=True).images == 9
+    assert loader(tmp_path, model, split="train").images == 9
+    with pytest.raises(InvalidArgument, match=r"^split: expected a sub-folder of .*, got 'test'$"):
+        loader(tmp_path, model, split="test")
+
+
+def test_tar_equals_folder_and_leaves_no_pickle(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "images.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.add(folder, arcname="images")
+    model = small_vit()
+    for workers in (0, 2):
+        packed = loader(path, model, batch_size=3, workers=workers)
+        for found, expected in zip(packed, loader(folder, model, batch_size=3), strict=True):
+            assert torch.equal(found[0], expected[0])
+            assert torch.equal(found[1], expected[1])
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["images", "images.tar"]
+    with pytest.raises(InvalidArgument, match=r"^split: expected none for a tar, got 'val'$"):
+        loader(path, model, split="val")
+
+
+def test_grey_model_gets_one_channel(folder: Path) -> None:
+    images, _ = next(iter(loader(folder, small_vit(in_chans=1))))
+    assert images.shape == (13, 1, 32, 32)
+
+
+def test_digits_are_real_stratified_and_disjoint() -> None:
+    from sklearn.datasets import load_digits
+
+    model = small_vit(num_classes=10, in_chans=1, img_size=8, patch_size=2)
+    config = data_config(model)
+    halves = {}
+    for split in ("train", "test"):
+        images, targets = next(iter(loader("digits", model, split=split, batch_size=2000)))
+        halves[split] = (images * config["std"][0] + config["mean"][0]) * 16, targets
+    assert [len(halves[split][1]) for split in ("train", "test")] == [898, 899]
+    counts = [torch.bincount(halves[split][1]) for split in ("train", "test")]
+    assert int((counts[0] - counts[1]).abs().max()) <= 1
+    # At 8 x 8 pixels the transform resizes nothing: every scikit-learn image is in exactly one half, unaltered.
+    pixels, labels = load_digits(return_X_y=True)
+    found = {
+        (tuple(row), int(label))
+        for images, targets in halves.values()
+        for row, label in zip(images.flatten(1).round().int().tolist(), targets, strict=True)
+    }
+    assert found == {(tuple(row), int(label)) for row, label in zip(pixels.astype(int).tolist(), labels, strict=True)}
+    assert sum(len(targets) for _, targets in halves.values()) == len(labels)
+
+
+def test_digits_split_does_not_depend_on_the_seed() -> None:
+    model = small_vit()
+    first, second = (next(iter(loader("digits", model, batch_size=8, seed=seed)))[0] for seed in (0, 1))
+    assert torch.equal(first, second)
+    assert loader("digits", model, train=True).images == 898
+    with pytest.raises(InvalidArgument, match=r"^split: expected 'train' or 'test' for digits, got 'val'$"):
+        loader("digits", model, split="val")
+
+
+def test_missing_sources_say_what_is_missing(tmp_path: Path) -> None:
+    model = small_vit()
+    with pytest.raises(
+        InvalidArgument, match=r"^source: expected an image folder, .* got '.*nowhere', which does not ex"
+    ):
+        loader(tmp_path / "nowhere", model)
+    with pytest.raises(InvalidArgument, match=r"^source: expected images in '.*', got none \("):
+        loader(tmp_path, model)
+    (tmp_path / "text.txt").write_text("no image")
+    with pytest.raises(InvalidArgument, match=r"^source: expected an image folder, .* got '.*text.txt'$"):
+        loader(tmp_path / "text.txt", model)
+    with tarfile.open(tmp_path / "empty.tar", "w") as tar:
+        tar.add(tmp_path / "text.txt", arcname="text.txt")
+    with pytest.raises(InvalidArgument, match=r"^source: expected images in '.*empty.tar', got none"):
+        loader(tmp_path / "empty.tar", model)
+    (tmp_path / "broken.tar").write_bytes(b"this is no tar at all")
+    with pytest.raises(InvalidArgument, match=r"^source: expected images in '.*broken.tar', got none"):
+        loader(tmp_path / "broken.tar", model)
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "text"),
+    [
+        ("digits", "sklearn", r"^source: expected scikit-learn to be installed for 'digits'"),
+        ("hfds:user/pictures", "datasets", r"^source: expected the package 'datasets' for 'hfds:user/pictures'"),
+        ("hfids:user/pictures", "datasets", r"^source: expected the package 'datasets' for 'hfids:user/pictures'"),
+    ],
+)
+def test_missing_packages_are_named(source: str, package: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(InvalidArgument, match=text):
+        loader(source, small_vit())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_named_and_not_replaced_by_its_neighbour(folder: Path, workers: int) -> None:
+    (folder / "banana" / "001.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    name = Path("banana", "001.png")
+    with pytest.raises(InvalidArgument, match=rf"^source: expected a readable image, got '{name}' \([^\n]*\)$"):
+        list(loader(folder, small_vit(), batch_size=4, workers=workers))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
+        ({"max_images": 0}, "max_images: expected an integer of at least 1, got 0"),
+        ({"workers": -1}, "workers: expected an integer of at least 0, got -1"),
+        ({"seed": -1}, "seed: expected an integer of at least 0, got -1"),
+        ({"batch_size": 1.5}, "batch_size: expected an integer of at least 1, got 1.5"),
+    ],
+)
+def test_numbers_out_of_range(folder: Path, arguments: dict[str, int], text: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"^{text}$"):
+        loader(folder, small_vit(), **arguments)
+
+
+def test_models_of_other_channels_are_refused(folder: Path) -> None:
+    with pytest.raises(InvalidArgument, match=r"^model: expected 1 or 3 input channels \(grey or RGB images\), got 4$"):
+        loader(folder, small_vit(in_chans=4))
+
+
+def test_split_batch() -> None:
+    images, targets = torch.zeros(2, 3, 4, 4), torch.tensor([1, 0])
+    assert split_batch(images) == (images, None)
+    assert split_batch([images, targets, "more"]) == (images, targets)
+    for batch, got in (
+        ((), "NoneType"),
+        ("text", "str"),
+        (torch.zeros(3, 4, 4), r"a tensor of shape \(3, 4, 4\)"),
+        (torch.zeros(0, 3, 4, 4), r"a tensor of shape \(0, 3, 4, 4\)"),
+        ((images, targets[:1]), "1 targets"),
+        ((images, ["a", "b"]), "list"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^loader: expected .*, got {got}$"):
+            split_batch(batch)
