@@ -3,6 +3,7 @@
 timm's readers find the images and timm's transforms prepare them; this module adds what a measurement needs on top:
 an order that depends on the seed alone, exact image counts, no image twice, and augmentation that is a function of
 (seed, epoch, image), so that neither the number of worker processes nor an interruption changes a training run.
+Streamed data sets come as their reader has them: shuffled in its own way, augmented from the global generators.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib.util
 import inspect
 import random
 import tarfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -246,8 +248,8 @@ def _files(name: str, split: str | None, train: bool) -> tuple[_Reader, str]:
     elif path.is_file() and path.suffix == ".tar":
         if split is not None:
             raise InvalidArgument(f"split: expected none for a tar, got {split!r}")
-        # timm caches the index of a large tar as a pickle beside it, and keeps one descriptor for all processes.
-        arguments = {"cache_tarinfo": False, "cache_tarfiles": False}
+        # timm would keep the index of a large tar as a pickle beside it.
+        arguments = {"cache_tarinfo": False}
     else:
         raise InvalidArgument(
             "source: expected an image folder, a .tar, 'hfds:NAME', 'hfids:NAME' or 'digits', "
@@ -257,7 +259,16 @@ def _files(name: str, split: str | None, train: bool) -> tuple[_Reader, str]:
         reader = create_dataset("", root=str(path), search_split=False, **arguments).reader
     except (RuntimeError, ValueError, AssertionError, tarfile.TarError) as error:
         raise InvalidArgument(f"source: expected images in {str(path)!r}, got none ({error})") from error
+    if arguments:
+        weakref.finalize(reader, _close, reader.tar_state)
     return reader, str(path)
+
+
+def _close(tar: Any) -> None:
+    """Close what timm's reader opened, which it leaves to the garbage collector."""
+    for state in (*tar.children.values(), tar):
+        if state.tf is not None:
+            state.tf.close()
 
 
 def _split_folder(root: Path, split: str | None, train: bool) -> Path:
@@ -291,6 +302,11 @@ def _hub(prefix: str, name: str, split: str, mode: str, seed: int, shuffle: bool
                 raise
             return create_dataset(f"{prefix}/{name}", num_samples=max_images, **arguments)
     except Exception as error:  # whatever the hub, the disk or the network raise, it is this source that failed
+        if "num_samples" in str(error):
+            raise InvalidArgument(
+                f"max_images: expected a number, and no shuffle, for a stream of unknown length, got {max_images}, "
+                f"shuffle={shuffle} for {name!r} ({split})"
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InvalidArgument(
             f"source: expected a Hugging Face data set with a split {split!r}, got {name!r} ({reason})"

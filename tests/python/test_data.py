@@ -183,6 +183,27 @@ def test_tar_equals_folder_and_leaves_no_pickle(folder: Path, tmp_path: Path) ->
         loader(path, model, split="val")
 
 
+@pytest.mark.parametrize("prefix", ["hfds", "hfids"])
+def test_hugging_face_data_sets(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    source = f"{prefix}:{tmp_path / 'images'}"
+    write_images(tmp_path / "images" / "train")
+    write_images(tmp_path / "images" / "validation", (1, 2, 2))
+    datasets.load_dataset(str(tmp_path / "images"), cache_dir=tmp_path / "cache")  # makes the lengths known
+    model = small_vit()
+    assert numbers(loader(source, model, batch_size=2)) == [0, 1, 2, 3, 4]
+    limited = loader(source, model, batch_size=2, max_images=3, workers=1)
+    assert numbers(limited) == [0, 1, 2]
+    limited.set_epoch(0, start=1)
+    assert numbers(limited) == [2]
+    shuffled = numbers(loader(source, model, split="train", shuffle=True, batch_size=5))
+    assert sorted(shuffled) == list(range(13)) != shuffled
+    with pytest.raises(InvalidArgument, match=r"^(source|max_images): expected .* \(.*nope.*\)"):
+        loader(source, model, split="nope")
+
+
 def test_grey_model_gets_one_channel(folder: Path) -> None:
     images, _ = next(iter(loader(folder, small_vit(in_chans=1))))
     assert images.shape == (13, 1, 32, 32)

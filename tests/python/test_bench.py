@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from secateur import bench as module
+from secateur.bench import bench
+from secateur.errors import InvalidArgument
+from torch import Tensor, nn
+
+
+class Sleeper(nn.Module):
+    """Takes a known time and remembers what it saw."""
+
+    def __init__(self, seconds: float, log: list[str] | None = None, name: str = "") -> None:
+        super().__init__()
+        self.seconds, self.log, self.name = seconds, log, name
+        self.shapes: set[tuple[int, ...]] = set()
+        self.seen: set[tuple[bool, bool, int]] = set()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.log is not None:
+            self.log.append(self.name)
+        self.shapes.add(tuple(images.shape))
+        self.seen.add((self.training, torch.is_inference_mode_enabled(), torch.get_num_threads()))
+        time.sleep(self.seconds)
+        return images
+
+
+def test_known_times_and_their_ratio() -> None:
+    found = bench(Sleeper(0.02), Sleeper(0.05), batch_size=4, input_size=8, repeats=5, warmup=0)
+    assert found.milliseconds == pytest.approx(20, rel=0.15)
+    assert found.reference_milliseconds == pytest.approx(50, rel=0.15)
+    assert found.images_per_second == pytest.approx(4 / (found.milliseconds / 1e3))
+    assert found.speedup == pytest.approx(2.5, rel=0.15)
+    assert found.quartiles[0] <= found.milliseconds <= found.quartiles[1]
+    assert found.speedup_quartiles is not None
+    assert found.speedup_quartiles[0] <= found.speedup <= found.speedup_quartiles[1]
+    assert (found.batch_size, found.input_size, found.repeats, found.device) == (4, (3, 8, 8), 5, "cpu")
+
+
+def test_speedup_is_the_median_of_paired_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The machine slows down fourfold half-way: unpaired medians would say something else.
+    model, reference = Sleeper(0), Sleeper(0)
+    times = {id(model): iter([1.0, 1.0, 4.0, 4.0, 5.0]), id(reference): iter([2.0, 2.0, 8.0, 8.0, 15.0])}
+    monkeypatch.setattr(module, "_warm", lambda *_: 1)
+    monkeypatch.setattr(module, "_sample", lambda which, *_: next(times[id(which)]))
+    found = bench(model, reference, batch_size=10, repeats=5)
+    assert found.speedup == 2.0
+    assert found.speedup_quartiles == (2.0, 2.0)
+    assert (found.milliseconds, found.reference_milliseconds) == (4000.0, 8000.0)
+    assert found.quartiles == (1000.0, 4000.0)
+    assert (found.images_per_second, found.reference_images_per_second) == (2.5, 1.25)
+
+
+def test_models_take_turns() -> None:
+    log: list[str] = []
+    bench(Sleeper(0.03, log, "m"), Sleeper(0.03, log, "r"), repeats=4, warmup=1, input_size=4)
+    # For each model a first batch, the warm-up and one that is timed to size the samples; then the pairs.
+    assert "".join(log) == "mmm" + "rrr" + "mr" + "rm" + "mr" + "rm"
+
+
+def test_short_batches_are_repeated_to_fill_a_sample() -> None:
+    log: list[str] = []
+    found = bench(Sleeper(0.002, log, "m"), repeats=3, warmup=0, input_size=4)
+    assert found.milliseconds == pytest.approx(2, rel=0.3)
+    assert 3 * 6 <= len(log) - 2 <= 3 * 10
+
+
+def test_state_is_restored_and_inference_is_what_is_timed(digits_model: nn.Module) -> None:
+    model = Sleeper(0.0).train()
+    digits_model.train()
+    digits_model.blocks[0].eval()
+    modes = [each.training for each in digits_model.modules()]
+    generator = torch.get_rng_state()
+    found = bench(model, digits_model, batch_size=2, input_size=32, repeats=2, warmup=0, threads=1)
+    assert model.seen == {(False, True, 1)}
+    assert found.threads == 1
+    assert torch.get_num_threads() == 2
+    assert model.training
+    assert [each.training for each in digits_model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_input_size_is_the_models_own(digits_model: nn.Module) -> None:
+    assert bench(digits_model, batch_size=3, repeats=1, warmup=0).input_size == (3, 32, 32)
+    model = Sleeper(0)
+    for size, expected in ((5, (3, 5, 5)), ((5, 6), (3, 5, 6)), ((1, 5, 6), (1, 5, 6))):
+        model.shapes.clear()
+        assert bench(model, batch_size=3, input_size=size, repeats=1).input_size == expected
+        assert model.shapes == {(3, *expected)}
+
+
+def test_without_a_reference_nothing_is_compared() -> None:
+    found = bench(Sleeper(0), batch_size=1, input_size=4, repeats=2)
+    assert found.speedup is None
+    assert found.reference_images_per_second is None
+    assert "reference" not in str(found)
+
+
+def test_text_is_one_line_of_the_figures() -> None:
+    found = bench(Sleeper(0.01), Sleeper(0.02), batch_size=2, input_size=4, repeats=3)
+    assert "\n" not in str(found)
+    assert f"{found.images_per_second:,.1f} images/s" in str(found)
+    assert f"{found.speedup:.2f}x" in str(found)
+    assert "2x3x4x4 on cpu" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"repeats": 0}, "repeats: expected at least 1, got 0"),
+        ({"warmup": -1}, "warmup: expected at least 0, got -1"),
+        ({"threads": 0}, "threads: expected at least 1, got 0"),
+        ({"input_size": (1, 2, 3, 4)}, r"input_size: expected a side, .*, got \(1, 2, 3, 4\)"),
+        ({"input_size": 0}, "input_size: expected a side, .*, got 0"),
+    ],
+)
+def test_refusals(arguments: dict[str, object], text: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"^{text}$"):
+        bench(Sleeper(0), **arguments)
+
+
+def test_a_model_that_does_not_take_the_input_is_named(digits_model: nn.Module) -> None:
+    threads = torch.get_num_threads()
+    with pytest.raises(
+        InvalidArgument, match=r"^reference: expected a model that takes images of \(32, 3, 8, 8\), got one"
+    ):
+        bench(Sleeper(0), digits_model.train(), input_size=8, threads=1)
+    assert digits_model.training
+    assert torch.get_num_threads() == threads
