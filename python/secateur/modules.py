@@ -1,6 +1,6 @@
 """The modules that take the place of timm's where a cut leaves shapes that timm's cannot hold."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
 
 from typing import Final
 
@@ -126,7 +126,6 @@ class PrunedAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """Attend over (B, N, C); ``attn_mask`` and ``is_causal`` as in timm's ``Attention``."""
-        y: torch.Tensor
         B, N, _ = x.shape  # noqa: N806
         qk_all, v_all = self.num_heads * self.qk_dim, self.num_heads * self.v_dim
         q, k, v = self.qkv(x).split([qk_all, qk_all, v_all], dim=-1)
@@ -159,8 +158,8 @@ class PrunedAttention(nn.Module):
         y = self.norm(y.transpose(1, 2).reshape(B, N, v_all))
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()
-        y = self.proj_drop(self.proj(y))
-        return y
+        out: torch.Tensor = self.proj_drop(self.proj(y))
+        return out
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
@@ -175,7 +174,6 @@ class PrunedAttentionPoolLatent(AttentionPoolLatent):
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Pool (B, N, C) into (B, out_features)."""
-        y: torch.Tensor
         B, N, _ = x.shape  # noqa: N806
         if self.pos_embed is not None:
             x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
@@ -196,4 +194,5 @@ class PrunedAttentionPoolLatent(AttentionPoolLatent):
             y = y[:, 0]
         elif self.pool == "avg":
             y = y.mean(1)
-        return y
+        out: torch.Tensor = y
+        return out

@@ -316,7 +316,7 @@ class _Inspection:
             cost.WeightProduct("attn_pool.kv", keys),
             cost.AttentionProduct("attn_pool", queries, keys, int(pool.num_heads), inner, inner),
         ]
-        if type(pool.proj) is not nn.Linear or pool.mlp is None:
+        if pool.mlp is None:
             self.refused["width"] = "attn_pool: without an output projection its width is its heads'"
             return
         self.rows("attn_pool.proj", self.stream, "writer")
@@ -331,7 +331,8 @@ class _Inspection:
         if type(head) is nn.Identity:
             return
         self.columns(name, self.stream)
-        pooled = self.model.attn_pool is not None or bool(self.model.global_pool)
+        pool: Any = self.model.attn_pool
+        pooled = pool is not None or bool(self.model.global_pool)
         self.products.append(cost.WeightProduct(name, 1 if pooled else self.tokens))
 
     def rows(self, name: str, members: list[Member], role: Role, offset: int = 0) -> None:

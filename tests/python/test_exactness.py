@@ -1,0 +1,190 @@
+"""A pruned model computes what the dense one does with the same units switched off: every kind, random plans."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import reference
+import secateur as sc
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import KINDS, images, make
+from secateur import surgery
+from secateur.identity import Fingerprint
+from secateur.modules import HeadNorm, PrunedAttention
+from torch import nn
+
+
+def plan_of(model, keep):
+    anatomy = sc.inspect(model)
+    sizes = {name: indices.shape[1] for name, indices in keep.items()}
+    return sc.Plan(
+        method="random",
+        options={},
+        fingerprint=Fingerprint.of(model, anatomy),
+        keep=keep,
+        params=(anatomy.params, anatomy.params_at(sizes)),
+        macs=(anatomy.macs, anatomy.macs_at(sizes)),
+    )
+
+
+def random_keep(model, seed, kinds=("qk", "v", "ffn", "width"), fraction=None):
+    groups = {g.name: (g.heads, g.size) for g in sc.inspect(model).groups if g.kind in kinds}
+    return reference.random_keep(np.random.default_rng(seed), groups, fraction)
+
+
+def set_fused(model, fused):
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+
+
+@torch.no_grad()
+def check(dense, keep, x):
+    """Prune a copy and hold it to the bars: 1e-10 in float64, 4 times the dense model's own error in float32."""
+    double = copy.deepcopy(dense).double()
+    masked = reference.masked(double, keep)
+    expected = reference.outputs_to_compare(masked(x.double()), masked, keep)
+    scale = float(expected.abs().max())
+
+    sc.prune(double, plan_of(double, keep))
+    for fused in (True, False):
+        set_fused(double, fused)
+        assert float((double(x.double()) - expected).abs().max()) <= 1e-10 * max(1.0, scale)
+
+    single = copy.deepcopy(dense)
+    masked_single = reference.masked(single, keep)
+    own = reference.outputs_to_compare(masked_single(x), masked_single, keep).double() - expected
+    sc.prune(single, plan_of(single, keep))
+    bar = max(4 * float(own.abs().max()), 64 * torch.finfo(torch.float32).eps * scale)
+    assert float((single(x).double() - expected).abs().max()) <= bar
+    return double
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cut", ["qk", "v", "ffn", "width", "all"])
+def test_every_kind_and_cut(kind, cut):
+    dense = make(kind)
+    kinds = ("qk", "v", "ffn", "width") if cut == "all" else (cut,)
+    pruned = check(dense, random_keep(dense, 3, kinds, fraction=0.6), images(dense))
+    assert sum(p.numel() for p in pruned.parameters()) == sc.inspect(pruned).params < sc.inspect(dense).params
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    seed=st.integers(0, 2**31 - 1),
+    cut=st.sets(st.sampled_from(["qk", "v", "ffn", "width"]), min_size=1),
+)
+def test_random_plans(kind, seed, cut):
+    dense = make(kind, seed)
+    check(dense, random_keep(dense, seed, cut), images(dense, seed=seed))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_trained_model(digits_model, digits_images, seed):
+    check(digits_model, random_keep(digits_model, seed), digits_images[:8])
+
+
+def test_nothing_cut_changes_no_bit(digits_model, digits_images):
+    with torch.no_grad():
+        before = digits_model(digits_images)
+        sc.prune(digits_model, plan_of(digits_model, {}))
+        assert torch.equal(digits_model(digits_images), before)
+
+
+@pytest.mark.parametrize("kind", ["plain", "qk_norm", "inner_norms", "swiglu_packed", "map_pool", "gate", "distilled"])
+def test_pruning_twice_is_pruning_once(kind):
+    """The second round's indices are into the first's survivors; the dense softmax scale survives both."""
+    dense = make(kind).double()
+    once, twice = copy.deepcopy(dense), copy.deepcopy(dense)
+    first = random_keep(dense, 1, fraction=0.8)
+    sc.prune(twice, plan_of(twice, first))
+    second = random_keep(twice, 2, fraction=0.6)
+    sc.prune(twice, plan_of(twice, second))
+    joined = {name: np.take_along_axis(first[name], second[name], axis=1) for name in first}
+    sc.prune(once, plan_of(once, joined))
+    x = images(dense).double()
+    with torch.no_grad():
+        assert torch.equal(once(x), twice(x))
+        masked = reference.masked(dense, joined)
+        expected = reference.outputs_to_compare(masked(x), masked, joined)
+        assert float((twice(x) - expected).abs().max()) <= 1e-10
+    assert twice.blocks[0].attn.scale == 13**-0.5
+
+
+def _wrong_scale(monkeypatch):
+    adopt = PrunedAttention.__init__
+
+    def init(self, *args, **kwargs):
+        adopt(self, *args, **{**kwargs, "scale": kwargs["qk_dim"] ** -0.5})
+
+    monkeypatch.setattr(PrunedAttention, "__init__", init)
+
+
+def _wrong_eps(monkeypatch):
+    adopt = HeadNorm.__init__
+    monkeypatch.setattr(HeadNorm, "__init__", lambda self, h, s, eps, *rest: adopt(self, h, s, eps * 3, *rest))
+
+
+def _wrong_index(monkeypatch):
+    kept = surgery._kept_along_axes
+
+    def shifted(anatomy, name, keep):
+        axes = kept(anatomy, name, keep)
+        return {dim: index.roll(1) if index[0] else index for dim, index in axes.items()}
+
+    monkeypatch.setattr(surgery, "_kept_along_axes", shifted)
+
+
+def _shifted_bias(monkeypatch):
+    cut = surgery._compact
+
+    def compact(parameter, axes):
+        cut(parameter, axes)
+        if parameter.ndim == 1:
+            parameter.data = parameter.data.roll(1)
+
+    monkeypatch.setattr(surgery, "_compact", compact)
+
+
+def _off_by_one_unit(monkeypatch):
+    flat = surgery._flat
+    monkeypatch.setattr(surgery, "_flat", lambda group, index: (flat(group, index) + 1) % (group.heads * group.size))
+
+
+@pytest.mark.parametrize("sabotage", [_wrong_scale, _wrong_eps, _wrong_index, _shifted_bias, _off_by_one_unit])
+def test_a_broken_build_is_caught(sabotage, monkeypatch):
+    dense = make("qk_norm")
+    keep = random_keep(dense, 5, fraction=0.5)
+    check(dense, keep, images(dense))
+    sabotage(monkeypatch)
+    with pytest.raises((AssertionError, sc.Error)):
+        check(dense, keep, images(dense))
+
+
+def test_the_softmax_temperature_matters():
+    """1/√d_kept instead of the dense scale is another model, far outside the bars."""
+    dense = make("plain").double()
+    keep = random_keep(dense, 5, ("qk",), fraction=0.5)
+    x = images(dense).double()
+    right, wrong = copy.deepcopy(dense), copy.deepcopy(dense)
+    sc.prune(right, plan_of(right, keep))
+    sc.prune(wrong, plan_of(wrong, keep))
+    for block in wrong.blocks:
+        block.attn.scale = block.attn.qk_dim**-0.5
+    with torch.no_grad():
+        assert float((right(x) - wrong(x)).abs().max()) > 1e-3
+
+
+def test_no_module_of_timm_is_left_with_a_wrong_size(digits_model):
+    pruned = copy.deepcopy(digits_model)
+    sc.prune(pruned, plan_of(pruned, random_keep(pruned, 0, fraction=0.5)))
+    for module in pruned.modules():
+        if isinstance(module, nn.Linear):
+            assert (module.out_features, module.in_features) == tuple(module.weight.shape)
+        if isinstance(module, nn.LayerNorm):
+            assert module.normalized_shape == tuple(module.weight.shape)
