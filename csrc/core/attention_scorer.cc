@@ -256,7 +256,11 @@ void AttentionScorer::merge(const AttentionScorer& other) {
   same(heads_, other.heads_, "heads");
   same(head_dim_, other.head_dim_, "head_dim");
   same(gamma_, other.gamma_, "gamma");
-  same(moments_, other.moments_, "moments");
+  if (moments_ != other.moments_) {
+    fail<InvalidArgument>(label("other"),
+                          moments_ ? "a scorer with moments" : "a scorer without moments",
+                          moments_ ? "one without" : "one with");
+  }
   add(state_.score_sum, other.state_.score_sum);
   add(state_.query_gram, other.state_.query_gram);
   add(state_.key_gram, other.state_.key_gram);

@@ -16,7 +16,7 @@ void check_keep(const Keep& keep, std::int64_t size) {
   if (keep.empty()) fail<InvalidArgument>("keep", "at least one index", "none");
   for (std::size_t i = 0; i < keep.size(); ++i) {
     if (keep[i] < 0 || keep[i] >= size) {
-      fail<InvalidArgument>("keep", "indices from 0 to " + std::to_string(size - 1),
+      fail<InvalidArgument>("keep", "indices in [0, " + std::to_string(size) + ")",
                             std::to_string(keep[i]));
     }
     if (i > 0 && keep[i] <= keep[i - 1]) {

@@ -1,0 +1,242 @@
+#include <algorithm>
+#include <cstring>
+
+#include "reference.h"
+#include "test_tensor.h"
+
+namespace {
+
+using namespace secateur_test;
+using secateur::InvalidArgument;
+using secateur::MomentAccumulator;
+using secateur::MomentAccumulatorState;
+using secateur::NumericalError;
+
+TestTensor rows(const Dims& shape, std::uint64_t seed, DType dtype, const Layout& layout = {},
+                double scale = 1) {
+  TestTensor x(dtype, shape, layout);
+  Random random(seed);
+  x.fill([&](std::int64_t) { return scale * (random.normal() + 0.5); });
+  return x;
+}
+
+/// Compares with the sums in long double. tolerance: relative to Σ|x_i x_j| and Σ|x_i|.
+void check(const MomentAccumulator& moments, const TestTensor& x, double tolerance) {
+  const std::int64_t dim = x.view().shape[x.view().rank() - 1], count = x.view().numel() / dim;
+  ASSERT_EQ(moments.rows(), count);
+  const std::vector<double> second = moments.second_moment();
+  ASSERT_EQ(second.size(), static_cast<std::size_t>(dim * dim));
+  for (std::int64_t i = 0; i < dim; ++i) {
+    long double sum = 0, size = 0;
+    for (std::int64_t r = 0; r < count; ++r) {
+      sum += x.get(r * dim + i);
+      size += std::fabs(x.get(r * dim + i));
+    }
+    EXPECT_NEAR(moments.sum()[static_cast<std::size_t>(i)], static_cast<double>(sum),
+                1e-14 * static_cast<double>(size));
+    for (std::int64_t j = 0; j < dim; ++j) {
+      long double product = 0, magnitude = 0;
+      for (std::int64_t r = 0; r < count; ++r) {
+        const long double term = static_cast<long double>(x.get(r * dim + i)) * x.get(r * dim + j);
+        product += term;
+        magnitude += std::fabs(term);
+      }
+      EXPECT_NEAR(second[static_cast<std::size_t>(i * dim + j)], static_cast<double>(product),
+                  tolerance * static_cast<double>(magnitude))
+          << i << " " << j << " of " << dim;
+    }
+  }
+}
+
+double tolerance(DType dtype) { return dtype == DType::f64 ? 1e-14 : 2e-6; }
+
+TEST(MomentAccumulator, EverySizeAndDType) {
+  for (const DType dtype : kDTypes) {
+    for (const std::int64_t dim : kSizes) {
+      for (const std::int64_t count : {1, 17, 40}) {
+        const TestTensor x = rows({count, dim}, 1, dtype);
+        MomentAccumulator moments(dim);
+        moments.update(x);
+        check(moments, x, tolerance(dtype));
+      }
+    }
+  }
+}
+
+// Several blocks of rows, several groups of panels.
+TEST(MomentAccumulator, ManyRowsAndColumns) {
+  for (const DType dtype : {DType::f32, DType::f64}) {
+    for (const std::int64_t count : {255, 256, 257, 4096, 4097, 9000}) {
+      const TestTensor x = rows({count, 5}, 2, dtype);
+      MomentAccumulator moments(5);
+      moments.update(x);
+      check(moments, x, tolerance(dtype));
+    }
+    const TestTensor wide = rows({3, 290}, 3, dtype);
+    MomentAccumulator moments(290);
+    moments.update(wide);
+    check(moments, wide, tolerance(dtype));
+  }
+}
+
+TEST(MomentAccumulator, EveryRankAndLayout) {
+  for (const DType dtype : kDTypes) {
+    const std::vector<std::pair<Dims, Layout>> cases{
+        {{9}, {{}, 2, {0}}},
+        {{6, 9}, {{1, 0}, 1, {}}},
+        {{2, 3, 9}, {{2, 0, 1}, 2, {1}}},
+        {{2, 3, 2, 9}, {{}, 3, {0, 3}}},
+    };
+    for (const auto& [shape, layout] : cases) {
+      const TestTensor x = rows(shape, 4, dtype, layout);
+      MomentAccumulator moments(9);
+      moments.update(x);
+      check(moments, x, tolerance(dtype));
+    }
+  }
+}
+
+// Every 16-bit pattern is read as what it means.
+TEST(MomentAccumulator, ReadsEveryHalfAndBFloat) {
+  for (const DType dtype : {DType::f16, DType::bf16}) {
+    for (std::uint32_t first = 0; first < 65536; first += 16) {
+      std::uint16_t bits[16];
+      double values[16];
+      bool finite = true;
+      for (std::uint32_t i = 0; i < 16; ++i) {
+        bits[i] = static_cast<std::uint16_t>(first + i);
+        values[i] = decode(dtype, reinterpret_cast<const char*>(bits + i));
+        finite = finite && std::isfinite(values[i]);
+      }
+      MomentAccumulator moments(16);
+      const TensorView view(bits, dtype, {1, 16});
+      if (!finite) {
+        EXPECT_THROW(moments.update(view), NumericalError) << first;
+        continue;
+      }
+      moments.update(view);
+      for (std::size_t i = 0; i < 16; ++i) ASSERT_EQ(moments.sum()[i], values[i]) << first + i;
+    }
+  }
+}
+
+// Magnitudes whose float32 products would overflow or vanish are multiplied in float64.
+TEST(MomentAccumulator, ExtremeMagnitudes) {
+  for (const double scale : {1e-30, 1e-12, 1e12, 1e30}) {
+    for (const DType dtype : {DType::f32, DType::bf16, DType::f64}) {
+      const TestTensor x = rows({40, 7}, 5, dtype, {}, scale);
+      MomentAccumulator moments(7);
+      moments.update(x);
+      check(moments, x, tolerance(dtype));
+    }
+  }
+}
+
+void expect_same(const MomentAccumulatorState& a, const MomentAccumulatorState& b) {
+  EXPECT_EQ(a.rows, b.rows);
+  EXPECT_EQ(a.sum, b.sum);
+  EXPECT_EQ(a.second_moment, b.second_moment);
+}
+
+TEST(MomentAccumulator, SameBitsForAnyThreads) {
+  for (const DType dtype : {DType::f32, DType::f64}) {
+    const TestTensor x = rows({5000, 150}, 6, dtype);
+    MomentAccumulator one(150);
+    {
+      const Threads set(1);
+      one.update(x);
+    }
+    for (const int threads : {2, 3, 5}) {
+      const Threads set(threads);
+      MomentAccumulator many(150);
+      many.update(x);
+      expect_same(many.state(), one.state());
+    }
+  }
+}
+
+TEST(MomentAccumulator, UpdatesAndMergesAddUp) {
+  const TestTensor x = rows({10, 6}, 7, DType::f64);
+  TensorView head = x, tail = x;
+  head.shape = Dims{4, 6};
+  tail.shape = Dims{6, 6};
+  tail.data = static_cast<const char*>(tail.data) + 4 * 6 * 8;
+  MomentAccumulator updates(6), a(6), b(6);
+  updates.update(head);
+  updates.update(tail);
+  check(updates, x, 1e-14);
+  a.update(head);
+  b.update(tail);
+  a.merge(b);
+  check(a, x, 1e-14);
+  a.merge(a);
+  EXPECT_EQ(a.rows(), 20);
+  EXPECT_EQ(a.sum()[5], 2 * updates.sum()[5]);
+  expect_error<InvalidArgument>([&] { a.merge(MomentAccumulator(7)); },
+                                "other: expected dim 6, got 7");
+}
+
+TEST(MomentAccumulator, NoRowsAreNoRows) {
+  MomentAccumulator moments(3);
+  moments.update(TestTensor(DType::f32, {0, 3}));
+  EXPECT_EQ(moments.rows(), 0);
+}
+
+TEST(MomentAccumulator, StateRoundTrip) {
+  MomentAccumulator first(6), second(6), straight(6);
+  first.update(rows({5, 6}, 8, DType::f32));
+  second.load_state(first.state());
+  second.update(rows({5, 6}, 9, DType::f32));
+  straight.update(rows({5, 6}, 8, DType::f32));
+  straight.update(rows({5, 6}, 9, DType::f32));
+  expect_same(second.state(), straight.state());
+
+  const MomentAccumulatorState good = second.state();
+  const auto state = [&](auto change) {
+    MomentAccumulatorState copy = good;
+    change(copy);
+    return [&second, copy] { second.load_state(copy); };
+  };
+  using State = MomentAccumulatorState;
+  expect_error<InvalidArgument>(state([](State& s) { s.rows = -2; }),
+                                "rows: expected at least 0, got -2");
+  expect_error<InvalidArgument>(state([](State& s) { s.sum.clear(); }),
+                                "sum: expected 6 values, got 0");
+  expect_error<InvalidArgument>(state([](State& s) { s.second_moment.pop_back(); }),
+                                "second_moment: expected 21 values, got 20");
+  expect_error<NumericalError>(state([](State& s) { s.sum[3] = kInf; }),
+                               "sum: expected finite values, got inf at 3");
+  expect_error<NumericalError>(state([](State& s) { s.second_moment[20] = kNaN; }),
+                               "second_moment: expected finite values, got nan at 20");
+  expect_same(second.state(), good);
+}
+
+TEST(MomentAccumulator, RefusalsLeaveNoTrace) {
+  expect_error<InvalidArgument>([] { MomentAccumulator(0); }, "dim: expected 1 to 65536, got 0");
+  expect_error<InvalidArgument>([] { MomentAccumulator(65537, "fc1"); },
+                                "fc1 dim: expected 1 to 65536, got 65537");
+  for (const DType dtype : kDTypes) {
+    MomentAccumulator moments(4, "blocks.0.mlp.fc2");
+    moments.update(rows({3, 4}, 10, dtype));
+    const MomentAccumulatorState before = moments.state();
+    for (const double bad : {kNaN, kInf, -kInf}) {
+      TestTensor x = rows({2, 3, 4}, 11, dtype);
+      x.set(17, bad);
+      const std::string text = std::isnan(bad) ? "nan" : bad < 0 ? "-inf" : "inf";
+      expect_error<NumericalError>(
+          [&] { moments.update(x); },
+          "blocks.0.mlp.fc2 x: expected finite values, got " + text + " at (1, 1, 1)");
+    }
+    expect_error<InvalidArgument>([&] { moments.update(rows({4, 3}, 12, dtype)); },
+                                  "blocks.0.mlp.fc2 x: expected shape (..., 4), got (4, 3)");
+    expect_error<InvalidArgument>([&] { moments.update(rows(Dims{}, 12, dtype)); },
+                                  "blocks.0.mlp.fc2 x: expected shape (..., 4), got ()");
+    expect_same(moments.state(), before);
+  }
+  TestTensor huge(DType::f64, {1, 2});
+  huge.fill([](std::int64_t) { return 1e121; });
+  expect_error<NumericalError>([&] { MomentAccumulator(2).update(huge); },
+                               "x: expected magnitudes up to 1e120, got 1e+121");
+}
+
+}  // namespace

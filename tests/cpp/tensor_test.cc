@@ -1,0 +1,75 @@
+#include "test_tensor.h"
+
+namespace {
+
+using namespace secateur_test;
+using secateur::InvalidArgument;
+
+TEST(Tensor, RefusesRanks) {
+  expect_error<InvalidArgument>([] { Dims({1, 1, 1, 1, 1, 1, 1, 1, 1}); },
+                                "shape: expected at most 8 dimensions, got 9");
+  expect_error<InvalidArgument>([] { TensorView(nullptr, DType::f32, Dims{2, 3}, Dims{1}); },
+                                "strides: expected 2 values, one per dimension, got 1");
+}
+
+TEST(Tensor, Contiguity) {
+  float x[24] = {};
+  EXPECT_EQ(TensorView(x, DType::f32, {2, 3, 4}).strides, (Dims{12, 4, 1}));
+  EXPECT_TRUE(TensorView(x, DType::f32, {2, 3, 4}).is_contiguous());
+  EXPECT_TRUE(TensorView(x, DType::f32, {2, 1, 4}, {4, 99, 1}).is_contiguous());
+  EXPECT_TRUE(TensorView(x, DType::f32, {2, 0, 4}, {7, 7, 7}).is_contiguous());
+  EXPECT_FALSE(TensorView(x, DType::f32, {4, 3}, {1, 4}).is_contiguous());
+  EXPECT_FALSE(TensorView(x, DType::f32, {3}, {-1}).is_contiguous());
+  EXPECT_EQ(TensorView(x, DType::f32, {2, 3, 4}).numel(), 24);
+  EXPECT_EQ(TensorView(x, DType::f32, Dims{}).numel(), 1);
+}
+
+TEST(Tensor, Text) {
+  EXPECT_EQ(secateur::to_string(Dims{}), "()");
+  EXPECT_EQ(secateur::to_string(Dims{5}), "(5,)");
+  EXPECT_EQ(secateur::to_string(Dims{2, -3}), "(2, -3)");
+  EXPECT_STREQ(secateur::name(DType::bf16), "bfloat16");
+}
+
+// The checks that every function shares, seen through one of them.
+TEST(Tensor, EveryFunctionRefusesBadViews) {
+  alignas(8) char memory[64] = {};
+  const auto call = [&](const TensorView& view) {
+    return [view] { secateur::value_similarity(view); };
+  };
+  expect_error<secateur::Unsupported>(
+      call(TensorView(memory, DType::f32, {2, 2}, secateur::Device{secateur::DeviceType::cuda, 1})),
+      "weights: expected a tensor on the CPU, got one on cuda:1");
+  expect_error<InvalidArgument>(call(TensorView(memory + 1, DType::f32, {2, 2})),
+                                "weights: expected memory aligned to 4 bytes, got an unaligned "
+                                "pointer");
+  expect_error<InvalidArgument>(call(TensorView(nullptr, DType::f32, {2, 2})),
+                                "weights: expected memory, got a null pointer");
+  expect_error<InvalidArgument>(call(TensorView(memory, DType::f32, {2, -2})),
+                                "weights: expected sizes of at least 0, got (2, -2)");
+  TensorView torn(memory, DType::f32, {2, 2});
+  torn.strides = Dims{1};
+  expect_error<InvalidArgument>(call(torn), "weights: expected one stride per dimension, got (1,)");
+}
+
+// The same views through every other function: none may forget to check.
+TEST(Tensor, EveryFunctionRefusesCuda) {
+  float memory[4] = {};
+  const secateur::Device cuda{secateur::DeviceType::cuda, 0};
+  const MutableTensorView matrix(memory, DType::f32, {2, 2}, cuda);
+  const TensorView batch(memory, DType::f32, {1, 1, 2, 2}, cuda);
+  const TensorView good(memory, DType::f32, {1, 1, 2, 2});
+  const std::string got = ": expected a tensor on the CPU, got one on cuda:0";
+  using secateur::Unsupported;
+  secateur::AttentionScorer scorer(2, 2);
+  secateur::MomentAccumulator moments(2);
+  expect_error<Unsupported>([&] { scorer.update(batch, good); }, "q" + got);
+  expect_error<Unsupported>([&] { scorer.update(good, batch); }, "k" + got);
+  expect_error<Unsupported>([&] { moments.update(matrix); }, "x" + got);
+  expect_error<Unsupported>([&] { secateur::value_similarity_from_moment(matrix); },
+                            "moment" + got);
+  expect_error<Unsupported>([&] { secateur::select(matrix, 1); }, "scores" + got);
+  expect_error<Unsupported>([&] { secateur::compact(matrix, 0, {0}); }, "tensor" + got);
+}
+
+}  // namespace
