@@ -3,7 +3,7 @@
 timm's readers find the images and timm's transforms prepare them; this module adds what a measurement needs on top:
 an order that depends on the seed alone, exact image counts, no image twice, and augmentation that is a function of
 (seed, epoch, image), so that neither the number of worker processes nor an interruption changes a training run.
-Streamed data sets come as their reader has them: shuffled in its own way, augmented from the global generators.
+Streamed data sets are shuffled by their reader, and augmented by position in place of image.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .errors import InvalidArgument
 
@@ -173,7 +173,8 @@ def loader(
         description = f"{name} ({split})"
         found = _hub(prefix, dataset, split, mode, seed, shuffle, max_images)
         if prefix == "hfids":
-            return _streamed(found, prepare, batch_size, max_images, workers, description)
+            found.transform = _ByPosition(prepare, seed if train else None)
+            return _streamed(found, batch_size, max_images, workers, description)
         reader = found.reader
     elif name == "digits":
         reader = _Digits(split or ("train" if train else "test"))
@@ -413,7 +414,12 @@ class _Batches:
     def __init__(self, dataset: _Images, order: _Order, workers: int) -> None:
         self._order = order
         self._loader: DataLoader[Any] = DataLoader(
-            dataset, batch_sampler=order, num_workers=workers, collate_fn=_collate, persistent_workers=workers > 0
+            dataset,
+            batch_sampler=order,
+            num_workers=workers,
+            collate_fn=_collate,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # of the workers' seeds, else drawn from the caller's
         )
 
     def __iter__(self) -> Iterator[Any]:
@@ -424,9 +430,25 @@ class _Batches:
         self._order.start = start
 
 
+class _ByPosition:
+    """A transform that is a function of seed, epoch and position in the stream."""
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor], seed: int | None) -> None:
+        self._transform = transform
+        self._seed = seed
+        self.epoch = 0
+        self.position = 0
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        self.position += 1
+        if self._seed is None:
+            return self._transform(image)
+        with _seeded(_mix(self._seed, self.epoch, self.position)):
+            return self._transform(image)
+
+
 def _streamed(
     dataset: Any,
-    transform: Callable[[Image.Image], Tensor],
     batch_size: int,
     max_images: int | None,
     workers: int,
@@ -435,7 +457,6 @@ def _streamed(
     if workers > 1:
         raise InvalidArgument(f"workers: expected at most 1 for a streamed data set, got {workers}")
     known = [count for count in (max_images, getattr(dataset.reader, "num_samples", None)) if count]
-    dataset.transform = transform
     images = min(known, default=None)
     return ImageLoader(_Stream(dataset, batch_size, images, workers), images, batch_size, description)
 
@@ -443,7 +464,7 @@ def _streamed(
 class _Stream:
     """A streamed source: the reader's own order, cut after the last image."""
 
-    def __init__(self, dataset: IterableDataset[Any], batch_size: int, images: int | None, workers: int) -> None:
+    def __init__(self, dataset: Any, batch_size: int, images: int | None, workers: int) -> None:
         self._dataset = dataset
         self._batch_size = batch_size
         self._images = images
@@ -453,8 +474,13 @@ class _Stream:
     def __iter__(self) -> Iterator[Any]:
         skip, self._start = self._start, 0
         left = self._images
+        self._dataset.transform.position = 0
         batches: DataLoader[Any] = DataLoader(
-            self._dataset, batch_size=self._batch_size, num_workers=self._workers, collate_fn=_collate
+            self._dataset,
+            batch_size=self._batch_size,
+            num_workers=self._workers,
+            collate_fn=_collate,
+            generator=torch.Generator(),
         )
         for position, (images, targets) in enumerate(batches):
             count = len(images) if left is None else min(len(images), left)
@@ -467,6 +493,7 @@ class _Stream:
 
     def set_epoch(self, epoch: int, start: int) -> None:
         self._start = start
+        self._dataset.transform.epoch = epoch
         set_epoch = getattr(self._dataset, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(epoch)

@@ -138,7 +138,7 @@ def test_training_leaves_the_global_generators_alone(folder: Path) -> None:
     seed()
     expected = draw()
     seed()
-    _ = source._batches._loader.dataset[0, 3]
+    list(source)
     assert draw() == expected
 
 
@@ -200,6 +200,13 @@ def test_hugging_face_data_sets(prefix: str, tmp_path: Path, monkeypatch: pytest
     assert numbers(limited) == [2]
     shuffled = numbers(loader(source, model, split="train", shuffle=True, batch_size=5))
     assert sorted(shuffled) == list(range(13)) != shuffled
+    training = loader(source, model, train=True, batch_size=5)
+    first = torch.cat([images for images, _ in training])
+    torch.rand(3)
+    training.set_epoch(0, start=1)
+    assert torch.equal(torch.cat([images for images, _ in training]), first[5:])
+    training.set_epoch(1)
+    assert not torch.equal(torch.cat([images for images, _ in training]), first)
     with pytest.raises(InvalidArgument, match=r"^(source|max_images): expected .* \(.*nope.*\)"):
         loader(source, model, split="nope")
 
