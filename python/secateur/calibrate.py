@@ -155,8 +155,8 @@ def _data_configuration(model: nn.Module) -> dict[str, Any]:
 
 
 def _warn_unless_normalised(images: torch.Tensor, data: Any) -> None:
-    """Pixels in [0, 1] become (x − mean) / std: say so when these cannot have."""
-    if not data:
+    """Pixels in [0, 1] become (x − mean) / std: say so when these cannot have. NaN and Inf are the layers' to name."""
+    if not data or not bool(images.isfinite().all()):
         return
     mean, std = np.asarray(data["mean"]), np.asarray(data["std"])
     low, high = float(((0 - mean) / std).min()), float(((1 - mean) / std).max())

@@ -1,0 +1,332 @@
+"""Statistics against literal float64 references, and the promises of calibrate."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import secateur as sc
+import timm
+import torch
+from models import images, make
+from torch import nn
+
+
+def literal_importance(q, k, gamma):
+    """ω by its definition: the SVD of each head's N x N score map, in float64; q, k (B, N, H, d)."""
+    q, k = q.double().transpose(1, 2), k.double().transpose(1, 2)
+    tokens, dim = q.shape[-2:]
+    scores = torch.zeros(q.shape[1], dim, dtype=torch.float64)
+    for qi, ki in zip(q, k, strict=True):
+        u, s, vh = torch.linalg.svd(qi @ ki.transpose(-1, -2))
+        count = min(gamma, tokens, dim)
+        counted = (s[:, :count] > 1e-7 * s[:, :1]) & (s[:, :1] > 0)
+        qn = qi / qi.norm(dim=1, keepdim=True).clamp_min(1e-300)
+        kn = ki / ki.norm(dim=1, keepdim=True).clamp_min(1e-300)
+        terms = (u[..., :count].mT @ qn).abs() * (vh[:, :count] @ kn).abs()
+        scores += (terms * counted[..., None]).sum(1)
+    return scores / len(q)
+
+
+def queries_and_keys(model, x):
+    """What each block's attention sees, read by plain hooks: a list of (q, k), each (B, N, H, d)."""
+    seen = []
+
+    def on_qkv(module, args, output, attn):
+        q, k, _ = output.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)
+        seen.append([attn.q_norm(q), attn.k_norm(k)])
+
+    handles = [
+        block.attn.qkv.register_forward_hook(lambda m, a, o, attn=block.attn: on_qkv(m, a, o, attn))
+        for block in model.blocks
+    ]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def assert_scores(model, x, gamma):
+    stats = sc.calibrate(model, [x], gamma=gamma, collect="scores")
+    for block, (q, k) in enumerate(queries_and_keys(model, x)):
+        expected = literal_importance(q, k, gamma).numpy()
+        np.testing.assert_allclose(stats.importance(f"blocks.{block}.qk"), expected, rtol=0, atol=1e-5)
+        assert np.abs(stats.importance(f"blocks.{block}.qk") - expected).max() <= 1e-3 * expected.std()
+
+
+@pytest.mark.parametrize("gamma", [1, 8, 40])
+def test_scores_of_a_trained_model(digits_model, digits_images, gamma):
+    assert_scores(digits_model, digits_images[:12], gamma)
+
+
+@pytest.mark.parametrize("kind", ["plain", "qk_norm", "qk_rms_norm", "registers_layer_scale", "distilled", "gate"])
+def test_scores_of_random_models(kind):
+    """After query/key norms where there are any."""
+    model = make(kind)
+    assert_scores(model, images(model, 5), 8)
+
+
+def test_scores_of_a_pruned_model(digits_model, digits_images):
+    """Uneven query/key and value sizes: calibrated again, the columns are still told apart."""
+    stats = sc.calibrate(digits_model, [digits_images])
+    sc.prune(digits_model, sc.plan(digits_model, stats, ratios={"qk": 0.6, "v": 0.3}))
+    again = sc.calibrate(digits_model, [digits_images])
+    attn = digits_model.blocks[0].attn
+    with torch.no_grad():
+        x = digits_model.blocks[0].norm1(digits_model._pos_embed(digits_model.patch_embed(digits_images)))
+        q, k, v = attn.qkv(x).split([3 * attn.qk_dim, 3 * attn.qk_dim, 3 * attn.v_dim], dim=-1)
+    expected = literal_importance(q.unflatten(-1, (3, -1)), k.unflatten(-1, (3, -1)), 8)
+    np.testing.assert_allclose(again.importance("blocks.0.qk"), expected.numpy(), atol=1e-5)
+    moments = again.moments("blocks.0.v")
+    flat = v.double().flatten(0, 1)
+    np.testing.assert_allclose(moments.second, (flat.T @ flat / len(flat)).numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def observed(digits_model, digits_images):
+    """Every tensor that is observed in block 1, in float64, read by plain hooks."""
+    model, seen = digits_model.double(), {}
+    block = model.blocks[1]
+    hooks = [
+        block.attn.proj.register_forward_pre_hook(lambda m, a: seen.update(proj=a[0])),
+        block.mlp.fc2.register_forward_pre_hook(lambda m, a: seen.update(hidden=a[0])),
+        block.attn.qkv.register_forward_hook(lambda m, a, o: seen.update(v=o[..., 186:])),
+    ]
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    stream = []
+    hooks += [norm.register_forward_pre_hook(lambda m, a: stream.append(a[0])) for norm in norms]
+    x = digits_images[:10].double()
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return model, x, {**seen, "stream": stream}
+
+
+def moments_of(x):
+    x = x.flatten(0, -2)
+    return x.mean(0).numpy(), (x.T @ x / len(x)).numpy()
+
+
+def test_moments(observed):
+    model, x, seen = observed
+    stats = sc.calibrate(model, [x[:3], x[3:]])
+    for group, what in (("blocks.1.v", "v"), ("blocks.1.attn.proj", "proj"), ("blocks.1.ffn", "hidden")):
+        moments = stats.moments(group)
+        mean, second = moments_of(seen[what])
+        assert moments.rows == 10 * 65
+        np.testing.assert_allclose(moments.mean, mean, atol=1e-12)
+        np.testing.assert_allclose(moments.second, second, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(moments.covariance, second - np.outer(mean, mean), atol=1e-10)
+    centred = [y - y.mean(-1, keepdim=True) for y in seen["stream"]]
+    unit = torch.cat([(y / y.norm(dim=-1, keepdim=True) * 93**0.5).flatten(0, 1) for y in centred])
+    np.testing.assert_allclose(stats.moments("stream").second, moments_of(unit)[1], rtol=1e-9, atol=1e-10)
+
+
+def test_grams(observed, digits_images):
+    model, x, _ = observed
+    stats = sc.calibrate(model, [x])
+    q, k = (t.transpose(1, 2) for t in queries_and_keys(model, x)[2])
+    kc = k - k.mean(2, keepdim=True)
+    gq, gk = q.mT @ q, kc.mT @ kc
+    np.testing.assert_allclose(stats.gram("blocks.2.qk", "query_gram"), gq.sum(0).numpy(), rtol=1e-10, atol=1e-9)
+    np.testing.assert_allclose(stats.gram("blocks.2.qk", "key_gram"), gk.sum(0).numpy(), rtol=1e-10, atol=1e-9)
+    expected = (gq * gk).sum(0).numpy()
+    np.testing.assert_allclose(stats.gram("blocks.2.qk", "score_gram"), expected, rtol=1e-9, atol=1e-9 * expected.max())
+
+
+def test_folds_are_even_and_odd_images(digits_model, digits_images):
+    whole = sc.calibrate(digits_model, [digits_images[:5], digits_images[5:11]], gamma=4)
+    even = sc.calibrate(digits_model, [digits_images[:11:2]], gamma=4)
+    assert whole.images_by_fold == (6, 5)
+    for name in ("blocks.0.qk", "blocks.2.qk"):
+        np.testing.assert_allclose(whole.importance(name, "even"), even.importance(name), rtol=1e-4)
+    np.testing.assert_allclose(
+        whole.moments("blocks.1.ffn", "even").second, even.moments("blocks.1.ffn").second, rtol=1e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5, 0.25, 0.1])
+def test_results_do_not_depend_on_how_images_are_batched(digits_model, digits_images, fraction):
+    model, x = digits_model.double(), digits_images[:22].double()
+    whole = sc.calibrate(model, [x], token_fraction=fraction)
+    split = sc.calibrate(model, x.split([1, 4, 2, 7, 8]), token_fraction=fraction)
+    assert whole.tensors.keys() == split.tensors.keys()
+    for name, array in whole.tensors.items():
+        np.testing.assert_allclose(array, split.tensors[name], rtol=1e-9, atol=1e-9 * np.abs(array).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.25])
+def test_token_fraction_rotates_over_all_positions_in_both_folds(digits_model, digits_images, fraction):
+    stride = round(1 / fraction)
+    x = digits_images[:1].expand(4 * stride, -1, -1, -1)
+    part = sc.calibrate(digits_model, [x], token_fraction=fraction)
+    whole = sc.calibrate(digits_model, [digits_images[:1].expand(2, -1, -1, -1)])
+    for fold in ("even", "odd"):
+        # 2 rounds of all tokens of the same image in each fold.
+        assert part.moments("blocks.0.ffn", fold).rows == 2 * 65
+        np.testing.assert_allclose(
+            part.moments("blocks.0.ffn", fold).second, whole.moments("blocks.0.ffn").second, rtol=1e-4, atol=1e-5
+        )
+    assert part.importance("blocks.0.qk") == pytest.approx(whole.importance("blocks.0.qk"), abs=1e-6)
+
+
+def test_scores_only_collects_no_moments(digits_model, digits_images):
+    stats = sc.calibrate(digits_model, [digits_images], collect="scores")
+    assert {name.split("/")[2] for name in stats.tensors} == {"images", "tokens", "score_sum"}
+    with pytest.raises(sc.InvalidArgument, match="group: expected rows of 'blocks.0.ffn'"):
+        stats.moments("blocks.0.ffn")
+
+
+class Counting:
+    """A loader that counts what is asked of it."""
+
+    def __init__(self, batches):
+        self.batches, self.given = batches, 0
+
+    def __iter__(self):
+        for batch in self.batches:
+            self.given += 1
+            yield batch
+
+
+@pytest.mark.parametrize("limit", [1, 7, 16, 17, 64, 100, None])
+def test_max_images_is_exact_and_reads_no_further(digits_model, digits_images, limit):
+    loader = Counting([(batch, torch.zeros(len(batch))) for batch in digits_images.split(16)])
+    stats = sc.calibrate(digits_model, loader, max_images=limit, collect="scores")
+    expected = min(64, limit or 64)
+    assert stats.images == expected
+    assert loader.given == -(-expected // 16)
+
+
+def fingerprint(model):
+    return (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        [(module.training, len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()],
+        [(p.requires_grad, p.grad, id(p)) for p in model.parameters()],
+    )
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_model_is_left_as_it_was(digits_model, digits_images, broken):
+    digits_model.train()
+    digits_model.blocks[1].eval()
+    digits_model.norm.weight.requires_grad_(False)
+    state, modules, parameters = fingerprint(digits_model)
+    generator = torch.get_rng_state()
+    batches = [digits_images[:8]]
+    if broken:
+        with pytest.raises(RuntimeError, match="the disk is gone"):
+            sc.calibrate(digits_model, raising(batches))
+    else:
+        sc.calibrate(digits_model, batches)
+    after_state, after_modules, after_parameters = fingerprint(digits_model)
+    assert after_modules == modules
+    assert after_parameters == parameters
+    assert all(torch.equal(after_state[name], value) for name, value in state.items())
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def raising(batches):
+    yield from batches
+    raise RuntimeError("the disk is gone")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_image_is_refused_with_the_layers_name(digits_model, digits_images, value):
+    bad = digits_images[:4].clone()
+    bad[2, 1, 5, 5] = value
+    with pytest.raises(sc.NumericalError, match=r"blocks\.0\.attn q: expected finite values"):
+        sc.calibrate(digits_model, [bad], collect="scores")
+    with pytest.raises(sc.NumericalError, match=r"blocks\.0\.norm1"):
+        sc.calibrate(digits_model, [bad])
+    assert sc.calibrate(digits_model, [digits_images]).images == 64
+
+
+@pytest.mark.parametrize(
+    ("batch", "text"),
+    [
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "loader: expected floating-point images .* got torch.uint8"),
+        (torch.zeros(3, 32, 32), "loader: expected floating-point images"),
+        ("image.png", "loader: expected floating-point images .*, got <class 'str'>"),
+    ],
+)
+def test_batches_that_are_no_images(digits_model, batch, text):
+    with pytest.raises(sc.InvalidArgument, match=text):
+        sc.calibrate(digits_model, [batch])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"max_images": 0}, "max_images: expected a positive integer, got 0"),
+        ({"gamma": 0}, "gamma: expected a positive integer, got 0"),
+        ({"gamma": 2.5}, "gamma: expected a positive integer, got 2.5"),
+        ({"collect": "most"}, "collect: expected 'scores' or 'all', got 'most'"),
+        ({"token_fraction": 0.0}, r"token_fraction: expected a fraction in \(0, 1\], got 0.0"),
+        ({"checkpoint_every": 2}, "checkpoint_every: expected resume= to name the file"),
+    ],
+)
+def test_wrong_arguments(digits_model, digits_images, arguments, text):
+    with pytest.raises(sc.InvalidArgument, match=text):
+        sc.calibrate(digits_model, [digits_images], **arguments)
+    with pytest.raises(sc.InvalidArgument, match="loader: expected at least one image, got none"):
+        sc.calibrate(digits_model, [])
+
+
+def test_a_warning_once_when_images_are_not_normalised():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
+    raw = torch.rand(3, 3, 32, 32)
+    right = (raw - 0.5) / 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sc.calibrate(model, [right, right])
+    for wrong in (raw, raw * 255):
+        with pytest.warns(UserWarning, match="calibration images range over") as caught:
+            sc.calibrate(model, [wrong, wrong])
+        assert len(caught) == 1
+
+
+def test_resume_after_an_interruption(digits_model, digits_images, tmp_path):
+    batches = digits_images.split(9)
+    path = tmp_path / "stats.safetensors"
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        sc.calibrate(digits_model, raising(batches[:5]), resume=path, checkpoint_every=2)
+    assert sc.Statistics.load(path).images == 36
+    resumed = sc.calibrate(digits_model, batches, resume=path, checkpoint_every=2)
+    whole = sc.calibrate(digits_model, batches)
+    assert resumed.settings == whole.settings
+    for name, array in whole.tensors.items():
+        assert np.array_equal(array, resumed.tensors[name]), name
+    again = sc.calibrate(digits_model, batches, resume=path)
+    assert again.images == 64
+    assert [entry.name for entry in tmp_path.iterdir()] == ["stats.safetensors"]
+
+
+def test_resume_refuses_another_calibration(digits_model, digits_images, tmp_path):
+    path = tmp_path / "stats.safetensors"
+    sc.calibrate(digits_model, [digits_images], resume=path, gamma=3)
+    with pytest.raises(sc.InvalidArgument, match="resume: expected a file of gamma = 8, got 3"):
+        sc.calibrate(digits_model, [digits_images], resume=path)
+    with torch.no_grad():
+        digits_model.blocks[2].mlp.fc1.weight[5, 5] += 1
+    with pytest.raises(sc.InvalidArgument, match=r"other weights of blocks\.2\.mlp\.fc1\.weight"):
+        sc.calibrate(digits_model, [digits_images], resume=path, gamma=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_dtypes(digits_model, digits_images, dtype):
+    stats = sc.calibrate(digits_model.to(dtype), [digits_images[:4].float()])
+    assert stats.settings.dtype == str(dtype).removeprefix("torch.")
+    q, k = queries_and_keys(digits_model, digits_images[:4].to(dtype))[0]
+    np.testing.assert_allclose(stats.importance("blocks.0.qk"), literal_importance(q, k, 8).numpy(), atol=1e-5)
+
+
+def test_under_autocast(digits_model, digits_images):
+    with torch.autocast("cpu", torch.bfloat16):
+        stats = sc.calibrate(digits_model, [digits_images[:8]])
+    assert stats.settings.dtype == "bfloat16"
+    full = sc.calibrate(digits_model, [digits_images[:8]])
+    assert stats.importance("blocks.1.qk") == pytest.approx(full.importance("blocks.1.qk"), abs=0.2)

@@ -1,0 +1,108 @@
+"""Saved, merged, compared; other models and damaged files refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import secateur as sc
+import torch
+from secateur.statistics import unpack
+
+
+@pytest.fixture
+def stats(digits_model, digits_images):
+    return sc.calibrate(digits_model, [digits_images])
+
+
+def assert_close(first, second, tolerance=1e-12):
+    assert first.settings == second.settings
+    assert first.tensors.keys() == second.tensors.keys()
+    for name, array in first.tensors.items():
+        scale = max(1e-300, float(np.abs(array).max()))
+        np.testing.assert_allclose(array, second.tensors[name], rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+def test_save_and_load(stats, tmp_path):
+    path = tmp_path / "stats.safetensors"
+    stats.save(path)
+    loaded = sc.Statistics.load(path)
+    assert_close(stats, loaded, tolerance=0)
+    assert loaded.images == 64
+    assert repr(loaded) == "Statistics(vit_tiny_patch16_224, 64 images, collect='all', gamma=8)"
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_shards_merge_to_the_whole(digits_model, digits_images, parts):
+    """Cut at even places, so that each image keeps its fold; float64 inputs, so that only order differs."""
+    model, x = digits_model.double(), digits_images[:28].double()
+    whole = sc.calibrate(model, [x])
+    cuts = [2 * (14 * i // parts) for i in range(parts + 1)]
+    shards = [sc.calibrate(model, [x[a:b]]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    merged = sc.Statistics.merge(shards)
+    assert merged.images == 28
+    assert_close(whole, merged)
+
+
+def test_merge_refuses_what_does_not_add(digits_model, digits_images, stats):
+    with pytest.raises(sc.InvalidArgument, match="parts: expected at least one Statistics, got none"):
+        sc.Statistics.merge([])
+    for changed, text in (
+        ({"gamma": 3}, "parts: expected gamma = 8 in all, got 3"),
+        ({"token_fraction": 0.5}, "parts: expected token_fraction = 1.0 in all, got 0.5"),
+        ({"collect": "scores"}, "parts: expected collect = 'all' in all, got 'scores'"),
+    ):
+        other = sc.calibrate(digits_model, [digits_images], **changed)
+        with pytest.raises(sc.InvalidArgument, match=text):
+            sc.Statistics.merge([stats, other])
+    other = sc.calibrate(digits_model.to(torch.bfloat16), [digits_images])
+    with pytest.raises(sc.InvalidArgument, match="parts: expected the same model, got other weights of"):
+        sc.Statistics.merge([stats, other])
+
+
+def test_agreement(digits_model, digits_images, stats):
+    assert all(a.spearman == pytest.approx(1) and a.overlap == 1 for a in stats.agreement(stats).values())
+    own = stats.agreement()
+    assert own.keys() == {"blocks.0.qk", "blocks.1.qk", "blocks.2.qk"}
+    few = sc.calibrate(digits_model, [digits_images[:2]]).agreement()
+    assert all(0.5 < a.spearman <= 1 and 0.5 < a.overlap <= 1 for a in own.values())
+    assert np.mean([a.spearman for a in few.values()]) < np.mean([a.spearman for a in own.values()])
+
+
+def test_agreement_is_the_rank_correlation(stats, digits_model, digits_images):
+    from scipy.stats import spearmanr
+
+    other = sc.calibrate(digits_model, [digits_images[:6]])
+    found = stats.agreement(other)["blocks.1.qk"]
+    pairs = zip(stats.importance("blocks.1.qk"), other.importance("blocks.1.qk"), strict=True)
+    assert found.spearman == pytest.approx(np.mean([spearmanr(a, b).statistic for a, b in pairs]))
+
+
+def test_a_fold_without_images_is_refused(digits_model, digits_images):
+    one = sc.calibrate(digits_model, [digits_images[:1]])
+    assert one.images_by_fold == (1, 0)
+    with pytest.raises(sc.InvalidArgument, match="fold: expected one with images, got 'odd' with none"):
+        one.importance("blocks.0.qk", "odd")
+    with pytest.raises(sc.InvalidArgument, match="group: expected images of 'blocks.9.qk'"):
+        one.importance("blocks.9.qk")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 31])
+def test_unpack(size):
+    full = np.random.default_rng(size).normal(size=(2, size, size))
+    full = full + full.transpose(0, 2, 1)
+    rows, columns = np.triu_indices(size)
+    assert np.array_equal(unpack(full[:, rows, columns]), full)
+
+
+def test_damaged_files(stats, tmp_path):
+    path = tmp_path / "stats.safetensors"
+    stats.save(path)
+    data = path.read_bytes()
+    for position in (9, len(data) // 2, len(data) - 5):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        with pytest.raises(sc.InvalidArgument, match="expected a secateur statistics file, got one"):
+            sc.Statistics.load(path)
+    with pytest.raises(sc.InvalidArgument, match="which is no file"):
+        sc.Statistics.load(tmp_path / "none")
+    with pytest.raises(sc.InvalidArgument, match="path: expected a file in an existing folder"):
+        stats.save(tmp_path / "no_folder" / "stats.safetensors")
