@@ -41,7 +41,8 @@ py::array StateReader::get(const char* key, const py::dtype& dtype,
                           py::str(py::object(array.dtype())));
   }
   if (!std::equal(shape.begin(), shape.end(), array.shape(), array.shape() + array.ndim())) {
-    fail<InvalidArgument>(key, "shape " + std::string(py::str(py::tuple(py::cast(shape)))),
+    fail<InvalidArgument>(key,
+                          "shape " + to_string(Dims({shape.data(), shape.data() + shape.size()})),
                           py::str(array.attr("shape")));
   }
   return array;

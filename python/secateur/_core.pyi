@@ -6,13 +6,13 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-class SupportsDLPack(Protocol):
+class _SupportsDLPack(Protocol):
     """A tensor of any framework that exports DLPack, such as torch's."""
 
     def __dlpack__(self, *, stream: Any = ...) -> Any: ...
     def __dlpack_device__(self) -> tuple[Any, Any]: ...
 
-Array: TypeAlias = npt.NDArray[Any] | SupportsDLPack
+_Array: TypeAlias = npt.NDArray[Any] | _SupportsDLPack
 """float32, float16, bfloat16 or float64 on the CPU, any strides, taken without a copy."""
 
 class AttentionScorer:
@@ -51,11 +51,12 @@ class AttentionScorer:
     def images(self) -> int:
         """Images seen."""
 
-    def update(self, q: Array, k: Array) -> None:
+    def update(self, q: _Array, k: _Array) -> None:
         """Adds a batch of images, without a copy and without the GIL.
 
         Args:
-            q: queries (images, tokens, heads, head_dim).
+            q: queries (images, tokens, heads, head_dim), any strides; float32, float16, bfloat16,
+                float64.
             k: keys, the same shape.
 
         Raises:
@@ -141,11 +142,11 @@ class MomentAccumulator:
     def rows(self) -> int:
         """Rows seen."""
 
-    def update(self, x: Array) -> None:
+    def update(self, x: _Array) -> None:
         """Adds every row, without a copy and without the GIL.
 
         Args:
-            x: (..., dim), at least one axis.
+            x: (..., dim), at least one axis, any strides; float32, float16, bfloat16 or float64.
 
         Raises:
             InvalidArgument: not an array, or another last axis or dtype.
@@ -183,14 +184,15 @@ class MomentAccumulator:
             NumericalError: a value that is not finite. Nothing is replaced then.
         """
 
-def value_similarity(weights: Array) -> npt.NDArray[np.float64]:
+def value_similarity(weights: _Array) -> npt.NDArray[np.float64]:
     """For each row, the sum over all other rows of 1 − |cos|.
 
     SNP's importance of value neurons (Shim et al., ECCV 2024, arXiv:2404.11630): low where other
     rows, of any head, say the same. A zero row scores 0 and has cosine 0 with every other.
 
     Args:
-        weights: (rows, D), or (heads, head_dim, D) compared across all heads.
+        weights: (rows, D), or (heads, head_dim, D) compared across all heads; any strides;
+            float32, float16, bfloat16 or float64.
 
     Returns:
         (rows,) or (heads, head_dim).
@@ -201,7 +203,7 @@ def value_similarity(weights: Array) -> npt.NDArray[np.float64]:
         NumericalError: a NaN or Inf.
     """
 
-def value_similarity_from_moment(moment: Array) -> npt.NDArray[np.float64]:
+def value_similarity_from_moment(moment: _Array) -> npt.NDArray[np.float64]:
     """value_similarity over activations, from their second moment.
 
     Args:
@@ -216,7 +218,7 @@ def value_similarity_from_moment(moment: Array) -> npt.NDArray[np.float64]:
         NumericalError: a NaN or Inf.
     """
 
-def select(scores: Array, keep: int) -> npt.NDArray[np.int64]:
+def select(scores: _Array, keep: int) -> npt.NDArray[np.int64]:
     """The highest scores of each group, as ascending indices.
 
     Args:
@@ -224,7 +226,7 @@ def select(scores: Array, keep: int) -> npt.NDArray[np.int64]:
         keep: how many to keep per group, 1 to n.
 
     Returns:
-        (keep,) or (groups, keep).
+        int64 (keep,) or (groups, keep).
 
     Raises:
         InvalidArgument: not an array, another shape or dtype, or keep out of its range.
@@ -233,14 +235,14 @@ def select(scores: Array, keep: int) -> npt.NDArray[np.int64]:
     """
 
 def compact(
-    tensor: Array, dim: int, keep: Sequence[int] | npt.NDArray[np.integer[Any]]
+    tensor: _Array, dim: int, keep: Sequence[int] | npt.NDArray[np.integer[Any]]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Keeps some indices along one axis, in place, moving memory forward without a second buffer.
 
     Args:
-        tensor: any shape and strides, writable. A row-major contiguous one is packed at the front
-            of its memory, and the rest may be given back; any other keeps its strides, and nothing
-            outside of the view is written.
+        tensor: any shape and strides, writable, float32, float16, bfloat16 or float64. A row-major
+            contiguous one is packed at the front of its memory, and the rest may be given back; any
+            other keeps its strides, and nothing outside of the view is written.
         dim: the axis, from 0.
         keep: ascending, unique indices, at least one.
 
