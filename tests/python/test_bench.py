@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import importlib
 import time
 
 import pytest
 import torch
-from secateur import bench as module
 from secateur.bench import bench
 from secateur.errors import InvalidArgument
 from torch import Tensor, nn
+
+# The package's attribute of this name is the function.
+module = importlib.import_module("secateur.bench")
 
 
 class Sleeper(nn.Module):
