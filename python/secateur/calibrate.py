@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from timm.data import resolve_model_data_config
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from . import core
 from .anatomy import Anatomy, AttentionSite, FfnSite, NormSite
+from .data import data_config, split_batch
 from .errors import InvalidArgument
 from .families import family_of
 from .identity import Fingerprint
@@ -132,13 +132,9 @@ def _batches(loader: Iterable[Any], max_images: int | None) -> Iterator[torch.Te
     """Batches of images, exactly ``max_images`` in all; the loader is not asked for a batch more than that needs."""
     left = max_images
     for batch in loader:
-        images = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
-        if not isinstance(images, torch.Tensor) or images.ndim != 4 or not images.is_floating_point():
-            found = (
-                f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images)
-            )
-            raise InvalidArgument(f"loader: expected floating-point images (B, C, H, W), got {found}")
-        images = images[:left]
+        images = split_batch(batch)[0][:left]
+        if not images.is_floating_point():
+            raise InvalidArgument(f"loader: expected floating-point images, got {images.dtype}")
         yield images
         if left is not None:
             left -= len(images)
@@ -150,7 +146,7 @@ def _data_configuration(model: nn.Module) -> dict[str, Any]:
     """The model's own data configuration, as JSON values; empty for a model that timm's factory did not make."""
     if not getattr(model, "pretrained_cfg", None):
         return {}
-    config = resolve_model_data_config(model)
+    config = data_config(model)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in sorted(config.items())}
 
 

@@ -104,13 +104,14 @@ def shape(model: nn.Module, family: Family, sizes: Mapping[str, int]) -> None:
         group = anatomy.group(name)
         if not 1 <= size <= group.size:
             raise InvalidArgument(f"sizes[{name!r}]: expected 1…{group.size}, got {size}")
-        if size < group.size:
-            keep[name] = np.tile(np.arange(size, dtype=np.int64), (group.heads, 1))
+        keep[name] = np.tile(np.arange(size, dtype=np.int64), (group.heads, 1))
     _cut(model, family, anatomy, keep)
 
 
 @torch.no_grad()
 def _cut(model: nn.Module, family: Family, anatomy: Anatomy, keep: Mapping[str, Indices]) -> None:
+    # Sorted, unique and as many as there are: nothing to cut.
+    keep = {name: indices for name, indices in keep.items() if indices.shape[1] < anatomy.sizes[name]}
     for name in anatomy.members_of:
         axes = _kept_along_axes(anatomy, name, keep)
         if axes:

@@ -12,7 +12,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-_BASE = {
+BASE = {
     "img_size": (12, 15),
     "patch_size": 3,
     "embed_dim": 39,
@@ -63,7 +63,7 @@ KINDS = {
 
 def make(kind, seed=0):
     """A model of this kind with weights that leave no term at zero, in evaluation mode."""
-    kwargs = {**_BASE, **KINDS[kind]}
+    kwargs = {**BASE, **KINDS[kind]}
     gated, distilled = kwargs.pop("gated", False), kwargs.pop("distilled", False)
     if kwargs.pop("hybrid", False):
         model = timm.create_model("vit_tiny_r_s16_p8_224", img_size=64, embed_dim=39, num_heads=3, depth=2)
@@ -76,6 +76,7 @@ def make(kind, seed=0):
 
 
 def images(model, batch=2, seed=0):
+    """Images in [-1, 1], what timm's inception normalisation gives."""
     generator = torch.Generator().manual_seed(seed)
     height, width = model.patch_embed.img_size
-    return torch.randn(batch, model.in_chans, height, width, generator=generator)
+    return torch.rand(batch, model.in_chans, height, width, generator=generator) * 2 - 1

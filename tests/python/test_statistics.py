@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import secateur as sc
@@ -37,7 +39,7 @@ def test_shards_merge_to_the_whole(digits_model, digits_images, parts):
     model, x = digits_model.double(), digits_images[:28].double()
     whole = sc.calibrate(model, [x])
     cuts = [2 * (14 * i // parts) for i in range(parts + 1)]
-    shards = [sc.calibrate(model, [x[a:b]]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    shards = [sc.calibrate(model, [x[a:b]]) for a, b in pairwise(cuts)]
     merged = sc.Statistics.merge(shards)
     assert merged.images == 28
     assert_close(whole, merged)

@@ -406,7 +406,10 @@ def _identity(model: VisionTransformer) -> tuple[str, dict[str, Any], bool]:
         return name, dict(arguments), True
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if architecture:
-        return architecture, get_model_args(model), True
+        # timm leaves the drop rates out of what it publishes; a model that is trained on needs them back.
+        recorded = getattr(model, "_model_args", {})
+        drop = {name: value for name, value in recorded.items() if "drop" in name}
+        return architecture, get_model_args(model, drop), True
     return type(model).__name__, {}, False
 
 
