@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-__all__ = ["ImageLoader", "data_config", "loader", "split_batch"]
+__all__ = ["ImageLoader", "data_config", "default_split", "loader", "split_batch"]
 
 _TRAIN_FOLDERS = ("train", "training")
 _EVAL_FOLDERS = ("val", "valid", "validation", "eval", "evaluation", "test")
@@ -167,24 +167,42 @@ def loader(
         config.update(_DIGITS_TRAIN if train else {})
     prepare = _transform(config, train, transform)
 
+    split = default_split(name, train=train) if split is None else split
     prefix, separator, dataset = name.partition(":")
     if separator and prefix in _HUB_PREFIXES:
-        split = split or ("train" if train else "validation")
         description = f"{name} ({split})"
-        found = _hub(prefix, dataset, split, mode, seed, shuffle, max_images)
+        found = _hub(prefix, dataset, str(split), mode, seed, shuffle, max_images)
         if prefix == "hfids":
             found.transform = _ByPosition(prepare, seed if train else None)
             return _streamed(found, batch_size, max_images, workers, description)
         reader = found.reader
     elif name == "digits":
-        reader = _Digits(split or ("train" if train else "test"))
-        description = f"digits ({reader.split})"
+        reader = _Digits(str(split))
+        description = f"digits ({split})"
     else:
-        reader, description = _files(name, split, train)
+        reader, description = _files(name, split)
 
     dataset_ = _Images(reader, prepare, mode, seed if train else None)
     order = _Order(len(reader), batch_size, max_images, seed if shuffle else None)
     return ImageLoader(_Batches(dataset_, order, workers), order.images, batch_size, description)
+
+
+def default_split(source: str | os.PathLike[str], *, train: bool) -> str | None:
+    """Return the split that `loader` reads of a source unless told: the one for training, or the one for evaluation.
+
+    None stands for the whole source: a tar, or a folder that does not hold both a training and a validation folder.
+    """
+    name = str(source)
+    if name == "digits":
+        return "train" if train else "test"
+    if name.partition(":")[0] in _HUB_PREFIXES:
+        return "train" if train else "validation"
+    # Both must be there: a lone folder "train" may well be a class of vehicles.
+    found = [
+        next((folder for folder in folders if (Path(name) / folder).is_dir()), None)
+        for folders in (_TRAIN_FOLDERS, _EVAL_FOLDERS)
+    ]
+    return None if None in found else found[0 if train else 1]
 
 
 def _check_int(argument: str, value: int | None, least: int, *, optional: bool = False) -> None:
@@ -241,11 +259,13 @@ class _Digits:
         return len(self._labels)
 
 
-def _files(name: str, split: str | None, train: bool) -> tuple[_Reader, str]:
+def _files(name: str, split: str | None) -> tuple[_Reader, str]:
     path = Path(name)
     arguments: dict[str, Any] = {}
     if path.is_dir():
-        path = _split_folder(path, split, train)
+        if split is not None and not (path / split).is_dir():
+            raise InvalidArgument(f"split: expected a sub-folder of {name!r}, got {split!r}")
+        path = path / (split or "")
     elif path.is_file() and path.suffix == ".tar":
         if split is not None:
             raise InvalidArgument(f"split: expected none for a tar, got {split!r}")
@@ -270,20 +290,6 @@ def _close(tar: Any) -> None:
     for state in (*tar.children.values(), tar):
         if state.tf is not None:
             state.tf.close()
-
-
-def _split_folder(root: Path, split: str | None, train: bool) -> Path:
-    if split is not None:
-        if not (root / split).is_dir():
-            raise InvalidArgument(f"split: expected a sub-folder of {str(root)!r}, got {split!r}")
-        return root / split
-    found = [
-        next((root / name for name in names if (root / name).is_dir()), None)
-        for names in (_TRAIN_FOLDERS, _EVAL_FOLDERS)
-    ]
-    # Both must be there: a lone folder "train" may well be a class of vehicles.
-    chosen = found[0 if train else 1] if None not in found else None
-    return chosen or root
 
 
 def _hub(prefix: str, name: str, split: str, mode: str, seed: int, shuffle: bool, max_images: int | None) -> Any:

@@ -1,0 +1,546 @@
+"""The command line: each command is the function of its name, from files to files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import timm
+import torch
+import typer
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from . import Plan, Statistics, Target, __version__
+from . import calibrate as calibrate_
+from . import inspect as inspect_
+from . import plan as plan_
+from . import prune as prune_
+from .bench import bench as bench_
+from .checkpoint import load as load_
+from .checkpoint import save as save_
+from .data import ImageLoader, default_split, loader
+from .errors import Error, InvalidArgument
+from .evaluate import evaluate as evaluate_
+from .finetune import finetune as finetune_
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from .statistics import Collect
+
+app = typer.Typer(
+    help="Structured pruning of vision transformers: cut a trained timm model to a smaller dense one.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong usage.
+
+    A failure is one line on stderr; with SECATEUR_TRACEBACK=1 in the environment it is the traceback.
+    """
+    try:
+        app(args=None if argv is None else list(argv), prog_name="secateur")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception as error:
+        if os.environ.get("SECATEUR_TRACEBACK") == "1":
+            raise
+        text = " ".join(str(error).split())
+        kind = "" if isinstance(error, (Error, OSError)) else f"{type(error).__name__}: "
+        sys.stderr.write(f"secateur: {kind}{text}\n")
+        return 1
+    return 0
+
+
+# --- What several commands take ---------------------------------------------------------------------------------------
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"expected a JSON object, got {text!r} ({error})") from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"expected a JSON object, got {text!r}")
+    return value
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _use_threads(count: int | None) -> int | None:
+    if count is not None:
+        torch.set_num_threads(count)
+    return count
+
+
+_MODEL = "The model"
+Model = Annotated[str | None, typer.Option("--model", help="A timm model name.", rich_help_panel=_MODEL)]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        help="A file of secateur's, or with --model a .safetensors state dict for it.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Pretrained = Annotated[
+    bool | None,
+    typer.Option(
+        "--pretrained/--no-pretrained",
+        help="Fetch timm's weights, or go on with random ones.",
+        show_default=False,
+        rich_help_panel=_MODEL,
+    ),
+]
+Classes = Annotated[int | None, typer.Option("--num-classes", min=0, help="Of --model.", rich_help_panel=_MODEL)]
+Kwargs = Annotated[
+    str | None,
+    typer.Option("--model-kwargs", metavar="JSON", help='More arguments, as {"img_size": 32}.', rich_help_panel=_MODEL),
+]
+_DATA = "The images"
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data", help="An image folder, a .tar, hfds:NAME, hfids:NAME (streamed), or digits.", rich_help_panel=_DATA
+    ),
+]
+Split = Annotated[str | None, typer.Option("--split", help="Sub-folder or split name.", rich_help_panel=_DATA)]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, rich_help_panel=_DATA)]
+MaxImages = Annotated[
+    int | None, typer.Option("--max-images", min=1, help="Exactly so many, drawn by --seed.", rich_help_panel=_DATA)
+]
+Workers = Annotated[int, typer.Option("--workers", min=0, help="Decoding processes.", rich_help_panel=_DATA)]
+Seed = Annotated[int, typer.Option("--seed", min=0)]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of torch.", callback=_use_threads)]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
+Out = Annotated[Path, typer.Option("--out", help="The file to write.")]
+Resume = Annotated[Path | None, typer.Option("--resume", help="Checkpoint: read where it exists, and written.")]
+Every = Annotated[int | None, typer.Option("--checkpoint-every", min=1)]
+Loose = Annotated[bool, typer.Option("--strict/--no-strict", help="Refuse other weights of the same dimensions, too.")]
+
+
+class _Output:
+    """Either text for people or one JSON object."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self.fields: dict[str, Any] = {}
+        self._lines: list[Any] = []
+
+    def show(self, *lines: Any, **fields: Any) -> None:
+        self._lines += lines
+        self.fields |= fields
+
+    def flush(self) -> None:
+        if self._as_json:
+            sys.stdout.write(json.dumps(self.fields) + "\n")
+            return
+        console = Console()
+        for line in self._lines:
+            console.print(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
+
+
+@contextlib.contextmanager
+def _output(as_json: bool) -> Iterator[_Output]:
+    """Collect what a command has to say; whatever a library prints meanwhile goes to stderr."""
+    output = _Output(as_json)
+    with contextlib.redirect_stdout(sys.stderr):
+        yield output
+    output.flush()
+
+
+def _model(
+    name: str | None,
+    file: Path | None,
+    pretrained: bool | None,
+    classes: int | None,
+    kwargs: str | None,
+    *,
+    weights: bool = True,
+    prefix: str = "",
+) -> nn.Module:
+    """Build or load a model; ``weights`` where random ones would make no sense unless asked for."""
+    if name is None:
+        if file is None:
+            raise typer.BadParameter(f"expected --{prefix}checkpoint FILE or --{prefix}model NAME")
+        if pretrained is not None or classes is not None or kwargs is not None:
+            raise typer.BadParameter("--pretrained, --num-classes and --model-kwargs need --model")
+        return load_(file)
+    if file is not None and pretrained:
+        raise typer.BadParameter("expected --checkpoint or --pretrained, got both")
+    if weights and file is None and pretrained is None:
+        raise typer.BadParameter("expected --checkpoint FILE or --pretrained (or --no-pretrained for random weights)")
+    arguments = {} if kwargs is None else _json_object(kwargs)
+    if classes is not None:
+        arguments["num_classes"] = classes
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=bool(pretrained), **arguments)
+    except Exception as error:  # timm, the hub and the network raise what they like; it is this model that failed
+        raise InvalidArgument(f"model: expected a model that timm can build, got {name!r} ({error})") from error
+    if file is not None:
+        _load_state(model, name, file)
+    return model.eval()
+
+
+def _load_state(model: nn.Module, name: str, file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            own = "secateur" in (opened.metadata() or {})
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise InvalidArgument(f"checkpoint: expected a .safetensors file, got {str(file)!r} ({error})") from error
+    if own:
+        raise InvalidArgument("checkpoint: expected a plain state dict with --model, got a file of secateur's own")
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise InvalidArgument(f"checkpoint: expected the parameters of {name!r}, got others ({error})") from error
+
+
+def _images(
+    model: nn.Module, source: str, split: str | None, batch_size: int, workers: int, **rest: Any
+) -> ImageLoader:
+    return loader(source, model, split=split, batch_size=batch_size, workers=workers, **rest)
+
+
+def _number_or_object(text: str) -> int | dict[str, int]:
+    try:
+        return int(text)
+    except ValueError:
+        return _json_object(text)
+
+
+# --- The commands -----------------------------------------------------------------------------------------------------
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"secateur {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _show: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def inspect(
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    num_classes: Classes = None,
+    model_kwargs: Kwargs = None,
+    as_json: Json = False,
+) -> None:
+    """Show what can be cut out of a model, and what it costs."""
+    with _output(as_json) as output:
+        net = _model(model, checkpoint, pretrained, num_classes, model_kwargs, weights=False)
+        anatomy = inspect_(net)
+        output.show(str(anatomy), **anatomy.to_dict())
+
+
+@app.command()
+def calibrate(
+    data: Data,
+    out: Out,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    num_classes: Classes = None,
+    model_kwargs: Kwargs = None,
+    split: Split = None,
+    batch_size: BatchSize = 64,
+    max_images: MaxImages = 1024,
+    workers: Workers = 0,
+    collect: Annotated[str, typer.Option(help='"scores", or "all" for moments too.')] = "all",
+    gamma: Annotated[int, typer.Option(min=1, help="Leading singular directions that count.")] = 8,
+    token_fraction: Annotated[float, typer.Option(help="Share of the tokens that feed the moments.")] = 1.0,
+    resume: Resume = None,
+    checkpoint_every: Every = None,
+    device: Device = None,
+    seed: Seed = 0,
+    _threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Collect a model's statistics over images; labels are not used. Reads the training split unless told."""
+    with _output(as_json) as output:
+        net = _model(model, checkpoint, pretrained, num_classes, model_kwargs)
+        net.to(device or "cpu")
+        split = split or default_split(data, train=True)
+        # Folders are sorted by class: the first images would be of a few classes only.
+        shuffle = not data.startswith("hfids:")
+        images = _images(net, data, split, batch_size, workers, max_images=max_images, shuffle=shuffle, seed=seed)
+        kind: Collect = collect  # type: ignore[assignment]  # the function checks it
+        stats = calibrate_(
+            net,
+            images,
+            max_images=max_images,
+            collect=kind,
+            gamma=gamma,
+            token_fraction=token_fraction,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+        )
+        stats.save(out)
+        output.show(f"{stats.images:,} images of {images.description} -> {out}", images=stats.images, file=str(out))
+
+
+@app.command()
+def plan(
+    stats: Annotated[Path, typer.Option("--stats", help="What calibrate wrote.")],
+    out: Out,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    num_classes: Classes = None,
+    model_kwargs: Kwargs = None,
+    method: Annotated[str, typer.Option(help="The importance criterion.")] = "snp",
+    target_macs: Annotated[float | None, typer.Option(help="MACs to keep, as a fraction.")] = None,
+    target_params: Annotated[float | None, typer.Option(help="Parameters to keep, as a fraction.")] = None,
+    ratios: Annotated[
+        str | None,
+        typer.Option(help='Removed fractions: {"qk": 0.5, ...}, a shipped configuration\'s name, or a file.'),
+    ] = None,
+    groups: Annotated[str | None, typer.Option(help="Kinds or groups that may be cut: qk,v,ffn,width.")] = None,
+    freeze: Annotated[str, typer.Option(help="Kinds, groups or patterns that stay whole.")] = "",
+    min_keep: Annotated[str | None, typer.Option(metavar="JSON", help="Fewest units to keep.")] = None,
+    round_to: Annotated[str | None, typer.Option(metavar="N|JSON", help="Kept counts are multiples of it.")] = None,
+    similarity: Annotated[str | None, typer.Option(help="Of SNP: weights or activations.")] = None,
+    strict: Loose = True,
+    as_json: Json = False,
+) -> None:
+    """Choose what stays, for a budget (--target-macs, --target-params) or by --ratios."""
+    if (ratios is None) == (target_macs is None and target_params is None):
+        raise typer.BadParameter("expected either --ratios, or --target-macs and/or --target-params")
+    with _output(as_json) as output:
+        net = _model(model, checkpoint, pretrained, num_classes, model_kwargs)
+        chosen = plan_(
+            net,
+            Statistics.load(stats),
+            method=method,
+            target=Target(macs=target_macs, params=target_params) if ratios is None else None,
+            ratios=_json_object(ratios) if ratios is not None and ratios.lstrip().startswith("{") else ratios,
+            groups=None if groups is None else _names(groups),
+            freeze=_names(freeze),
+            min_keep=None if min_keep is None else _json_object(min_keep),
+            round_to=None if round_to is None else _number_or_object(round_to),
+            strict=strict,
+            **({} if similarity is None else {"similarity": similarity}),
+        )
+        chosen.save(out)
+        kept = {name: int(keep.shape[1]) for name, keep in chosen.keep.items()}
+        output.show(
+            f"{chosen} -> {out}",
+            method=chosen.method,
+            params=list(chosen.params),
+            macs=list(chosen.macs),
+            kept=kept,
+            file=str(out),
+        )
+
+
+@app.command()
+def prune(
+    plan: Annotated[Path, typer.Option("--plan", help="What plan wrote.")],
+    out: Out,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    num_classes: Classes = None,
+    model_kwargs: Kwargs = None,
+    strict: Loose = True,
+    as_json: Json = False,
+) -> None:
+    """Cut a model as planned and save what is left."""
+    with _output(as_json) as output:
+        net = _model(model, checkpoint, pretrained, num_classes, model_kwargs)
+        report = prune_(net, Plan.load(plan), strict=strict)
+        save_(net, out)
+        output.show(str(report), f"-> {out}", **report.to_dict(), file=str(out))
+
+
+@app.command()
+def evaluate(
+    data: Data,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    num_classes: Classes = None,
+    model_kwargs: Kwargs = None,
+    split: Split = None,
+    batch_size: BatchSize = 64,
+    max_images: MaxImages = None,
+    workers: Workers = 0,
+    device: Device = None,
+    seed: Seed = 0,
+    _threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure accuracy and loss."""
+    with _output(as_json) as output:
+        net = _model(model, checkpoint, pretrained, num_classes, model_kwargs)
+        shuffle = max_images is not None and not data.startswith("hfids:")
+        images = _images(net, data, split, batch_size, workers, max_images=max_images, shuffle=shuffle, seed=seed)
+        found = evaluate_(net, images, device=device)
+        output.show(str(found), **asdict(found))
+
+
+@app.command()
+def finetune(
+    data: Data,
+    out: Out,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    num_classes: Classes = None,
+    model_kwargs: Kwargs = None,
+    split: Split = None,
+    batch_size: BatchSize = 64,
+    max_images: MaxImages = None,
+    workers: Workers = 0,
+    augment: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="Arguments of timm's create_transform.", rich_help_panel=_DATA),
+    ] = None,
+    val_data: Annotated[str | None, typer.Option(help="Evaluated after each pass.", rich_help_panel=_DATA)] = None,
+    val_split: Annotated[str | None, typer.Option(rich_help_panel=_DATA)] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="The dense model: a file of secateur's, or a state dict for --teacher-model.")
+    ] = None,
+    teacher_model: Annotated[str | None, typer.Option(help="A timm model name.")] = None,
+    teacher_pretrained: Annotated[bool | None, typer.Option("--teacher-pretrained", show_default=False)] = None,
+    teacher_kwargs: Annotated[str | None, typer.Option(metavar="JSON")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1)] = None,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+    opt: Annotated[str, typer.Option(help="An optimizer of timm's.")] = "adamw",
+    lr: float = 5e-4,
+    min_lr: float | None = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="In steps; a twentieth by default.")] = None,
+    weight_decay: float = 0.05,
+    clip_grad: Annotated[float, typer.Option(help="0 for no limit.")] = 1.0,
+    temperature: float = 2.0,
+    alpha: Annotated[float | None, typer.Option(help="The teacher's share in the loss.")] = None,
+    label_smoothing: float = 0.0,
+    resume: Resume = None,
+    checkpoint_every: Every = None,
+    device: Device = None,
+    seed: Seed = 0,
+    _threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Train a model, with the dense one as teacher where given, and save it."""
+    if epochs is not None and steps is not None:
+        raise typer.BadParameter("expected --epochs or --steps, got both")
+    transform = {} if augment is None else _json_object(augment)
+    with _output(as_json) as output:
+        net = _model(model, checkpoint, pretrained, num_classes, model_kwargs)
+        master = None
+        if teacher is not None or teacher_model is not None:
+            master = _model(teacher_model, teacher, teacher_pretrained, None, teacher_kwargs, prefix="teacher-")
+        images = _images(
+            net,
+            data,
+            split,
+            batch_size,
+            workers,
+            max_images=max_images,
+            shuffle=True,
+            train=True,
+            seed=seed,
+            **transform,
+        )
+        validation = None if val_data is None else _images(net, val_data, val_split, batch_size, workers)
+        found = finetune_(
+            net,
+            images,
+            teacher=master,
+            epochs=epochs,
+            steps=steps,
+            opt=opt,
+            lr=lr,
+            min_lr=min_lr,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            clip_grad=clip_grad or None,
+            temperature=temperature,
+            alpha=alpha,
+            label_smoothing=label_smoothing,
+            val_loader=validation,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+            seed=seed,
+            device=device,
+        )
+        save_(net, out)
+        output.show(f"{found} -> {out}", **asdict(found), file=str(out))
+
+
+@app.command()
+def bench(
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    num_classes: Classes = None,
+    model_kwargs: Kwargs = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Measured in turn: a file of secateur's, or a state dict for --reference-model.")
+    ] = None,
+    reference_model: Annotated[str | None, typer.Option(help="A timm model name.")] = None,
+    reference_kwargs: Annotated[str | None, typer.Option(metavar="JSON")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    input_size: Annotated[int | None, typer.Option(min=1, help="Side in pixels; the model's own by default.")] = None,
+    repeats: Annotated[int, typer.Option(min=1)] = 15,
+    warmup: Annotated[int, typer.Option(min=0)] = 3,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Time inference, with --reference in paired runs."""
+    with _output(as_json) as output:
+        net = _model(model, checkpoint, pretrained, num_classes, model_kwargs, weights=False)
+        other = None
+        if reference is not None or reference_model is not None:
+            other = _model(reference_model, reference, None, None, reference_kwargs, weights=False, prefix="reference-")
+        found = bench_(
+            net,
+            other,
+            batch_size=batch_size,
+            input_size=input_size,
+            repeats=repeats,
+            warmup=warmup,
+            threads=threads,
+            device=device,
+        )
+        output.show(str(found), **asdict(found))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the pruned model.")] = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps only, to see that it works.")] = False,
+    _threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Train, prune to half the MACs, fine-tune, measure, save and reload, on scikit-learn's handwritten digits."""
+    from .demo import demo as demo_
+
+    with _output(as_json) as output:
+        found = demo_(out, **({"steps": 20, "finetune_steps": 4, "repeats": 3} if quick else {}))
+        output.show(found.table(), **found.to_dict())

@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import secateur
+import torch
+from safetensors.torch import save_file
+from secateur.cli import main
+from secateur.data import loader
+from secateur.evaluate import evaluate
+from torch import nn
+
+NAME = "vit_tiny_patch16_224"
+KWARGS = {"img_size": 32, "patch_size": 4, "embed_dim": 93, "num_heads": 3, "depth": 3}
+MODEL = ["--model", NAME, "--model-kwargs", json.dumps(KWARGS), "--num-classes", "10"]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process; return exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def run_json(run: Run) -> Callable[..., dict[str, object]]:
+    """Run a command that must succeed with --json, and parse all of its stdout."""
+
+    def call(*arguments: object) -> dict[str, object]:
+        code, out, err = run(*arguments, "--json")
+        assert code == 0, err
+        found = json.loads(out)
+        assert isinstance(found, dict)
+        return found
+
+    return call
+
+
+@pytest.fixture
+def state(digits_model: nn.Module, tmp_path: Path) -> Path:
+    path = tmp_path / "digits.safetensors"
+    save_file(digits_model.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def dense(digits_model: nn.Module, tmp_path: Path) -> Path:
+    path = tmp_path / "dense.safetensors"
+    secateur.save(digits_model, path)
+    return path
+
+
+def test_the_whole_way(
+    run_json: Callable[..., dict[str, object]], state: Path, tmp_path: Path, digits_model: nn.Module
+) -> None:
+    """calibrate, plan, prune, evaluate, finetune, evaluate, bench: from files to files."""
+    model = [*MODEL, "--checkpoint", state]
+    stats, plan, pruned, tuned = (tmp_path / name for name in ("s.st", "p.json", "pruned.st", "tuned.st"))
+
+    found = run_json("calibrate", *model, "--data", "digits", "--max-images", 96, "--gamma", 4, "--out", stats)
+    assert found == {"images": 96, "file": str(stats)}
+    assert secateur.Statistics.load(stats).images == 96
+
+    found = run_json("plan", *model, "--stats", stats, "--target-macs", 0.7, "--round-to", 1, "--out", plan)
+    assert found["method"] == "snp"
+    assert found["macs"][1] <= 0.7 * found["macs"][0]
+    # The same by the functions, on the same images in the same order.
+    images = loader("digits", digits_model, split="train", batch_size=64, max_images=96, shuffle=True)
+    expected = secateur.plan(
+        digits_model,
+        secateur.calibrate(digits_model, images, max_images=96, gamma=4),
+        target=secateur.Target(macs=0.7),
+        round_to=1,
+    )
+    assert secateur.Plan.load(plan).to_dict() == expected.to_dict()
+
+    found = run_json("prune", *model, "--plan", plan, "--out", pruned)
+    report = secateur.prune(digits_model, expected)
+    assert found == {**report.to_dict(), "file": str(pruned)}
+
+    found = run_json("evaluate", "--checkpoint", pruned, "--data", "digits")
+    held_out = loader("digits", digits_model)
+    assert found["images"] == 899
+    assert found["top1"] == evaluate(digits_model, held_out).top1
+
+    training = ["--data", "digits", "--steps", 6, "--lr", 1e-3, "--batch-size", 32, "--max-images", 96]
+    teacher = [
+        "--teacher",
+        state,
+        "--teacher-model",
+        NAME,
+        "--teacher-kwargs",
+        json.dumps({**KWARGS, "num_classes": 10}),
+    ]
+    resume = ["--resume", tmp_path / "run.st", "--checkpoint-every", 3]
+    found = run_json(
+        "finetune", "--checkpoint", pruned, *training, *teacher, *resume, "--val-data", "digits", "--out", tuned
+    )
+    assert found["steps"] == 6
+    assert [entry["step"] for entry in found["history"]] == [3, 6]
+    validated = run_json("evaluate", "--checkpoint", tuned, "--data", "digits")
+    assert found["history"][-1]["top1"] == validated["top1"]
+
+    found = run_json("bench", "--checkpoint", tuned, "--reference", pruned, "--repeats", 2, "--batch-size", 2)
+    assert found["repeats"] == 2
+    assert found["reference_images_per_second"] > 0
+    assert (found["batch_size"], found["input_size"]) == (2, [3, 32, 32])
+
+
+def test_inspect_is_for_people_and_machines(run: Run, dense: Path, digits_model: nn.Module) -> None:
+    code, out, err = run("inspect", "--checkpoint", dense)
+    assert (code, err) == (0, "")
+    assert str(secateur.inspect(digits_model)).strip() in out
+    code, out, _ = run("inspect", *MODEL, "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads(json.dumps(secateur.inspect(digits_model).to_dict()))
+
+
+def test_ratios_groups_and_limits_reach_the_plan(
+    run_json: Callable[..., dict[str, object]], dense: Path, tmp_path: Path
+) -> None:
+    stats = tmp_path / "s.st"
+    run_json("calibrate", "--checkpoint", dense, "--data", "digits", "--max-images", 8, "--out", stats)
+    common = ["plan", "--checkpoint", dense, "--stats", stats, "--out", tmp_path / "p.json"]
+    kept = run_json(*common, "--ratios", '{"qk": 0.5, "ffn": 0.25}')["kept"]
+    assert {name: size for name, size in kept.items() if name.endswith("qk")} == {
+        f"blocks.{i}.qk": 15 for i in range(3)
+    }
+    assert {name.rpartition(".")[2] for name in kept} == {"qk", "ffn"}
+    kept = run_json(*common, "--ratios", '{"ffn": 0.5}', "--freeze", "blocks.0.*", "--min-keep", '{"ffn": 300}')["kept"]
+    assert kept == {"blocks.1.ffn": 300, "blocks.2.ffn": 300}
+    kept = run_json(*common, "--target-params", 0.8, "--groups", "ffn", "--round-to", '{"ffn": 4}')["kept"]
+    assert {size % 4 for size in kept.values()} == {0}
+    ratios = tmp_path / "ratios.json"
+    ratios.write_text('{"ffn": 0.5}')
+    code = main([*map(str, common), "--ratios", str(ratios)])
+    assert code == 1  # a per-block file names every block
+
+
+def test_options_of_the_images(run_json: Callable[..., dict[str, object]], dense: Path) -> None:
+    held_out = run_json("evaluate", "--checkpoint", dense, "--data", "digits")
+    training = run_json("evaluate", "--checkpoint", dense, "--data", "digits", "--split", "train")
+    some = run_json("evaluate", "--checkpoint", dense, "--data", "digits", "--max-images", 50, "--batch-size", 7)
+    assert [found["images"] for found in (held_out, training, some)] == [899, 898, 50]
+    assert held_out["top1"] > 85
+
+
+def test_threads_are_set(run: Run, dense: Path) -> None:
+    code, *_ = run("evaluate", "--checkpoint", dense, "--data", "digits", "--max-images", 2, "--threads", 1)
+    assert code == 0
+    assert torch.get_num_threads() == 1
+
+
+def failure(run: Run, *arguments: object) -> str:
+    code, out, err = run(*arguments)
+    assert code == 1
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    return err
+
+
+def test_failures_are_one_line(run: Run, dense: Path, state: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert failure(run, "evaluate", "--checkpoint", tmp_path / "none", "--data", "digits").startswith(
+        "secateur: path: expected a secateur model file, got "
+    )
+    assert "source: expected an image folder" in failure(run, "evaluate", "--checkpoint", dense, "--data", "nowhere")
+    assert "which has no groups" not in failure(run, "inspect", "--model", "resnet18")
+    assert "expected a model that timm can build, got 'no_such_vit'" in failure(
+        run, "inspect", "--model", "no_such_vit"
+    )
+    assert "got a safetensors file that secateur did not write" in failure(run, "inspect", "--checkpoint", state)
+    assert "checkpoint: expected a plain state dict with --model, got a file of secateur's own" in failure(
+        run, "inspect", *MODEL, "--checkpoint", dense
+    )
+    assert f"checkpoint: expected the parameters of {NAME!r}, got others" in failure(
+        run, "inspect", "--model", NAME, "--checkpoint", state
+    )
+    assert "checkpoint: expected a .safetensors file" in failure(run, "inspect", *MODEL, "--checkpoint", __file__)
+    assert "secateur" in failure(run, "prune", "--checkpoint", dense, "--plan", state, "--out", out)
+    assert "collect" in failure(
+        run, "calibrate", "--checkpoint", dense, "--data", "digits", "--collect", "some", "--out", out
+    )
+    assert not out.exists()
+
+
+def test_a_mistake_of_ours_is_one_line_too_and_a_traceback_on_request(
+    run: Run, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr("secateur.cli.inspect_", broken)
+    assert failure(run, "inspect", "--checkpoint", dense) == "secateur: RuntimeError: first line second line\n"
+    monkeypatch.setenv("SECATEUR_TRACEBACK", "1")
+    with pytest.raises(RuntimeError):
+        run("inspect", "--checkpoint", dense)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["inspect"], "expected --checkpoint FILE or --model NAME"),
+        (["evaluate", "--data", "digits", *MODEL], "expected --checkpoint FILE or --pretrained"),
+        (["evaluate", "--checkpoint", "x"], "Missing option '--data'"),
+        (["inspect", "--checkpoint", "x", "--num-classes", "3"], "need --model"),
+        (["inspect", "--model", NAME, "--model-kwargs", "{"], "expected a JSON object"),
+        (["inspect", "--model", NAME, "--model-kwargs", "[1]"], "expected a JSON object"),
+        (["inspect", "--model", NAME, "--checkpoint", "x", "--pretrained"], "got both"),
+        (["plan", "--stats", "s", "--out", "o", "--checkpoint", "x"], "expected either --ratios, or --target-macs"),
+        (
+            ["plan", "--stats", "s", "--out", "o", "--checkpoint", "x", "--ratios", "{}", "--target-macs", "0.5"],
+            "expected either --ratios, or --target-macs",
+        ),
+        (["finetune", "--data", "digits", "--out", "o", "--epochs", "1", "--steps", "1"], "got both"),
+        (["evaluate", "--data", "digits", "--batch-size", "0"], "--batch-size"),
+        (["shear"], "No such command 'shear'"),
+        (["inspect", "--no-such-option"], "No such option"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(run: Run, arguments: list[str], text: str) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    flat = " ".join(err.replace("│", " ").split())  # typer draws a box round it
+    assert text in flat
+
+
+def test_random_weights_are_taken_when_asked_for(run_json: Callable[..., dict[str, object]]) -> None:
+    found = run_json("evaluate", *MODEL, "--no-pretrained", "--data", "digits", "--max-images", 8)
+    assert found["images"] == 8
+
+
+def test_version_and_help(run: Run) -> None:
+    assert run("--version") == (0, f"secateur {secateur.__version__}\n", "")
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("inspect", "calibrate", "plan", "prune", "evaluate", "finetune", "bench", "demo"):
+        assert command in out
+        assert run(command, "--help")[0] == 0
+
+
+def test_as_a_module_in_its_own_process(dense: Path) -> None:
+    command = [sys.executable, "-m", "secateur", "inspect", "--checkpoint", str(dense), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["params"] > 0
+    done = subprocess.run([*command[:-2], "nowhere"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("secateur: path: expected a secateur model file, got nowhere")
+
+
+def test_the_installed_command() -> None:
+    from importlib.metadata import entry_points
+
+    (command,) = entry_points(group="console_scripts", name="secateur")
+    assert command.load() is main
