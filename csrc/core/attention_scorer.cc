@@ -2,20 +2,17 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <memory>
 #include <utility>
 
-#include "../cpu/dispatch.h"
 #include "buffer.h"
 #include "check.h"
+#include "head_scorer.h"
 #include "packed.h"
 #include "parallel.h"
 
 namespace secateur {
 namespace {
-
-using cpu::kPanelF64;
 
 constexpr std::int64_t kMaxHeads = 65536;
 constexpr std::int64_t kMaxHeadDim = 4096;
@@ -23,128 +20,6 @@ constexpr std::int64_t kMaxHeadDim = 4096;
 constexpr double kMaxMagnitude = 1e60;
 // Results of that many bytes wait at most until they are added up in the order of the images.
 constexpr std::size_t kPendingBytes = std::size_t{32} << 20;
-
-/// The power of two that brings a magnitude into [1, 2); multiplying by it is exact.
-double normalising_factor(double peak) {
-  return peak > 0 ? std::ldexp(1.0, -std::max(std::ilogb(peak), -1000)) : 1.0;
-}
-
-/// What one thread needs to score one head of one image.
-class Workspace {
- public:
-  Workspace(std::size_t tokens, std::size_t head_dim)
-      : tokens_(tokens),
-        dim_(head_dim),
-        panels_((head_dim + kPanelF64 - 1) / kPanelF64),
-        ld_(panels_ * kPanelF64),
-        panel_(panels_ * tokens * kPanelF64),
-        query_gram_(ld_ * ld_),
-        key_gram_(ld_ * ld_),
-        mean_(ld_),
-        work_(cpu::score_workspace(ld_)) {}
-
-  /// ω of one head into `scores`, and its Grams (packed; may be null) into the three moments.
-  bool score(const TensorView& q, const TensorView& k, std::int64_t image, std::int64_t head,
-             std::size_t gamma, double* scores, double* query_moment, double* key_moment,
-             double* score_moment) {
-    const double query_unit = gram(q, image, head, false, query_gram_.data());
-    const double key_unit = gram(k, image, head, true, key_gram_.data());
-    if (query_moment != nullptr) {
-      pack_moments(query_unit, key_unit, query_moment, key_moment, score_moment);
-    }
-    // G_k from the centred keys and their mean: no cancellation where keys share an offset.
-    double* key = key_gram_.data();
-    const double* mean = mean_.data();
-    for (std::size_t i = 0; i < dim_; ++i) {
-      const double left = static_cast<double>(tokens_) * mean[i];
-      for (std::size_t j = i; j < dim_; ++j) key[i * ld_ + j] += left * mean[j];
-    }
-    mirror(query_gram_.data());
-    mirror(key);
-    const std::size_t limit = std::min({gamma, tokens_, dim_});
-    return cpu::kernels().score.omega(dim_, ld_, limit, query_gram_.data(), key, work_.data(),
-                                      scores);
-  }
-
- private:
-  /// The Gram's upper triangle for values scaled by a power of two, which it returns squared: the
-  /// Gram in units of the input is the result over that.
-  double gram(const TensorView& x, std::int64_t image, std::int64_t head, bool center,
-              double* out) {
-    const auto& kernels = cpu::kernels();
-    const auto pack = kernels.panel.pack_f64[static_cast<std::size_t>(x.dtype)];
-    const std::int64_t start = image * x.strides[0] + head * x.strides[2];
-    rows_.resize(tokens_);
-    for (std::size_t n = 0; n < tokens_; ++n) {
-      rows_[n] = start + static_cast<std::int64_t>(n) * x.strides[1];
-    }
-    columns_.resize(dim_);
-    for (std::size_t c = 0; c < dim_; ++c) {
-      columns_[c] = static_cast<std::int64_t>(c) * x.strides[3];
-    }
-    double peak = 0;
-    for (std::size_t p = 0; p < panels_; ++p) {
-      const std::size_t first = p * kPanelF64;
-      const std::size_t width = std::min(kPanelF64, dim_ - first);
-      // Without column offsets a column is one element from the next: start the rows further on.
-      const bool unit = x.strides[3] == 1;
-      const char* base = static_cast<const char*>(x.data) + (unit ? first * item_size(x.dtype) : 0);
-      pack(base, rows_.data(), tokens_, unit ? nullptr : columns_.data() + first, width, panel(p));
-      const auto scan = kernels.panel.scan[static_cast<std::size_t>(DType::f64)];
-      scan(panel(p), 1, tokens_ * kPanelF64, &peak);
-    }
-    const double factor = normalising_factor(peak);
-    for (std::size_t p = 0; p < panels_; ++p) {
-      if (factor != 1) kernels.panel.scale(panel(p), tokens_, factor);
-      if (center) kernels.panel.center(panel(p), tokens_, mean_.data() + p * kPanelF64);
-    }
-    std::fill_n(out, ld_ * ld_, 0.0);
-    for (std::size_t row = 0; row < tokens_; row += cpu::kRows) {
-      const std::size_t count = std::min(cpu::kRows, tokens_ - row);
-      for (std::size_t i = 0; i < panels_; ++i) {
-        for (std::size_t j = i; j < panels_; ++j) {
-          kernels.gram.tile_f64(panel(i) + row * kPanelF64, panel(j) + row * kPanelF64, count,
-                                out + i * kPanelF64 * ld_ + j * kPanelF64, ld_);
-        }
-      }
-    }
-    return factor * factor;
-  }
-
-  void pack_moments(double query_unit, double key_unit, double* query_moment, double* key_moment,
-                    double* score_moment) const {
-    for (std::size_t i = 0; i < dim_; ++i) {
-      const std::size_t row = packed_row(i, dim_);
-      for (std::size_t j = i; j < dim_; ++j) {
-        const double query = query_gram_.data()[i * ld_ + j] / query_unit;
-        const double key = key_gram_.data()[i * ld_ + j] / key_unit;
-        query_moment[row + j] = query;
-        key_moment[row + j] = key;
-        score_moment[row + j] = query * key;
-      }
-    }
-  }
-
-  void mirror(double* matrix) const {
-    for (std::size_t i = 0; i < dim_; ++i) {
-      for (std::size_t j = i + 1; j < dim_; ++j) matrix[j * ld_ + i] = matrix[i * ld_ + j];
-    }
-  }
-
-  double* panel(std::size_t p) { return panel_.data() + p * tokens_ * kPanelF64; }
-
-  std::size_t tokens_;
-  std::size_t dim_;
-  std::size_t panels_;
-  std::size_t ld_;
-  std::vector<std::int64_t> rows_;
-  std::vector<std::int64_t> columns_;
-  Buffer<double> panel_;
-  Buffer<double> query_gram_;
-  Buffer<double> key_gram_;
-  Buffer<double> mean_;
-  Buffer<double> work_;
-};
 
 }  // namespace
 
@@ -204,22 +79,27 @@ void AttentionScorer::update(const TensorView& q, const TensorView& k) {
   const std::size_t chunk = std::clamp<std::size_t>(kPendingBytes / (heads * item * sizeof(double)),
                                                     std::min(slots, images), images);
   Buffer<double> pending(chunk * heads * item);
-  std::vector<std::unique_ptr<Workspace>> workspaces(slots);
+  std::vector<std::unique_ptr<HeadScorer>> scorers(slots);
   AttentionScorerState next = state_;
   std::atomic<bool> converged{true};
 
   for (std::size_t begin = 0; begin < images; begin += chunk) {
     const std::size_t count = std::min(chunk, images - begin);
     parallel_for(count * heads, slots, [&](std::size_t task, std::size_t slot) {
-      auto& workspace = workspaces[slot];
-      if (!workspace) workspace = std::make_unique<Workspace>(tokens, dim);
+      auto& scorer = scorers[slot];
+      if (!scorer) scorer = std::make_unique<HeadScorer>(tokens, dim);
       double* scores = pending.data() + task * item;
-      double* moment = moments_ ? scores + dim : nullptr;
-      const bool ok = workspace->score(q, k, static_cast<std::int64_t>(begin + task / heads),
-                                       static_cast<std::int64_t>(task % heads), gamma, scores,
-                                       moment, moments_ ? moment + packed : nullptr,
-                                       moments_ ? moment + 2 * packed : nullptr);
-      if (!ok) converged.store(false, std::memory_order_relaxed);
+      HeadMoments moments;
+      if (moments_) {
+        moments.query_gram = scores + dim;
+        moments.key_gram = moments.query_gram + packed;
+        moments.score_gram = moments.key_gram + packed;
+      }
+      const auto image = static_cast<std::int64_t>(begin + task / heads);
+      const auto head = static_cast<std::int64_t>(task % heads);
+      if (!scorer->score(q, k, image, head, gamma, scores, moments)) {
+        converged.store(false, std::memory_order_relaxed);
+      }
     });
     if (!converged) {
       fail<NumericalError>(label("q"), "an eigenvalue iteration that converges",

@@ -93,7 +93,8 @@ void accumulate(const TensorView& x, MomentAccumulatorState& state) {
   const auto panel_at = [&](std::size_t block, std::size_t panel) {
     return packed.data() + (block * panels + panel) * kRows * kPanel;
   };
-  const std::size_t group_size = kGroup * kGroup * kTile;
+  const std::size_t side = std::min(kGroup, panels);
+  const std::size_t group_size = side * side * kTile;
   Buffer<double> tiles(slots * group_size);
 
   for (std::size_t begin = 0; begin < rows.size(); begin += chunk_rows) {
@@ -115,7 +116,7 @@ void accumulate(const TensorView& x, MomentAccumulatorState& state) {
       const std::size_t right_end = std::min(panels, (right + 1) * kGroup);
       double* sums = tiles.data() + slot * group_size;
       const auto tile_at = [&](std::size_t i, std::size_t j) {
-        return sums + ((i - left * kGroup) * kGroup + (j - right * kGroup)) * kTile;
+        return sums + ((i - left * kGroup) * side + (j - right * kGroup)) * kTile;
       };
       std::fill_n(sums, group_size, 0.0);
       for (std::size_t block = 0; block < used; ++block) {

@@ -39,6 +39,7 @@ struct Job {
   const std::function<void(std::size_t, std::size_t)>& task;
   std::atomic<std::size_t> next{0};
   std::exception_ptr error{};
+  std::size_t error_task = 0;
   std::mutex error_mutex{};
 
   void work(std::size_t slot) {
@@ -48,7 +49,11 @@ struct Job {
         task(i, slot);
       } catch (...) {
         const std::lock_guard<std::mutex> lock(error_mutex);
-        if (!error) error = std::current_exception();
+        // Tasks begin in order: every lower one has begun, and is heard before the call ends.
+        if (!error || i < error_task) {
+          error = std::current_exception();
+          error_task = i;
+        }
         next.store(tasks);
       }
     }
@@ -145,7 +150,10 @@ Pool& shared_pool() {
 int threads() {
   const int chosen = thread_count.load();
   if (chosen > 0) return chosen;
-  return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMaxThreads);
+  // Asked once: it reads files and takes longer than a small update.
+  static const int cores =
+      std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMaxThreads);
+  return cores;
 }
 
 void set_threads(int n) {

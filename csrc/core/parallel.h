@@ -16,8 +16,8 @@ namespace secateur {
 std::size_t parallel_slots();
 
 /// Runs task(i, slot) for all i < tasks. At most one task at a time has a given slot < slots, so a
-/// slot may own scratch memory. The first exception that a task throws is thrown here, after all
-/// running tasks have ended; the tasks not yet begun are dropped.
+/// slot may own scratch memory. When tasks throw, those not yet begun are dropped, and the
+/// exception of the lowest task that threw is thrown here: the same for any number of threads.
 void parallel_for(std::size_t tasks, std::size_t slots,
                   const std::function<void(std::size_t task, std::size_t slot)>& task);
 

@@ -8,6 +8,7 @@
 #include "buffer.h"
 #include "check.h"
 #include "parallel.h"
+#include "scale.h"
 
 namespace secateur {
 namespace {
@@ -18,9 +19,9 @@ using cpu::kRows;
 // Panels of rows that a task compares with all others: they stay in the second-level cache.
 constexpr std::size_t kGroup = 4;
 
-/// Scales each column of a panel to norm 1 (by way of a power of two, so that no square overflows);
-/// a zero column stays zero.
-void normalise(double* panel, std::size_t rows) {
+/// Scales each column of a panel to norm 1 (by way of a power of two, so that no square overflows).
+/// A zero column stays zero and is marked.
+void normalise(double* panel, std::size_t rows, char* zero) {
   double peak[kPanelF64] = {}, squares[kPanelF64] = {};
   for (std::size_t r = 0; r < rows; ++r) {
     for (std::size_t c = 0; c < kPanelF64; ++c) {
@@ -29,7 +30,7 @@ void normalise(double* panel, std::size_t rows) {
   }
   double factor[kPanelF64];
   for (std::size_t c = 0; c < kPanelF64; ++c) {
-    factor[c] = peak[c] > 0 ? std::ldexp(1.0, -std::max(std::ilogb(peak[c]), -1000)) : 0.0;
+    factor[c] = normalising_factor(peak[c]);
   }
   for (std::size_t r = 0; r < rows; ++r) {
     for (std::size_t c = 0; c < kPanelF64; ++c) {
@@ -39,15 +40,16 @@ void normalise(double* panel, std::size_t rows) {
     }
   }
   for (std::size_t c = 0; c < kPanelF64; ++c) {
-    factor[c] = squares[c] > 0 ? 1 / std::sqrt(squares[c]) : 0.0;
+    zero[c] = squares[c] == 0;
+    factor[c] = zero[c] ? 0.0 : 1 / std::sqrt(squares[c]);
   }
   for (std::size_t r = 0; r < rows; ++r) {
     for (std::size_t c = 0; c < kPanelF64; ++c) panel[r * kPanelF64 + c] *= factor[c];
   }
 }
 
-/// How far apart C_ij and C_ji may be, relative to sqrt(C_ii C_jj): rounding of a second moment that
-/// somebody computed in float32, or stored in 16 bits, but no other matrix.
+/// How far apart C_ij and C_ji may be, relative to sqrt(C_ii C_jj): rounding of a second moment
+/// that somebody computed in float32, or stored in 16 bits, but no other matrix.
 double asymmetry(DType dtype) {
   switch (dtype) {
     case DType::f16:
@@ -92,17 +94,12 @@ std::vector<double> value_similarity(const TensorView& weights) {
   const auto tile = cpu::kernels().gram.tile_f64;
   const std::size_t slots = parallel_slots();
 
-  std::vector<char> zero(count);
+  std::vector<char> zero(panels * kPanelF64);
   parallel_for(panels, slots, [&](std::size_t p, std::size_t) {
     const std::size_t first = p * kPanelF64;
     const std::size_t width = std::min(kPanelF64, count - first);
     pack(weights.data, elements.data(), length, rows.data() + first, width, panel_at(p));
-    normalise(panel_at(p), length);
-    for (std::size_t c = 0; c < width; ++c) {
-      bool all = true;
-      for (std::size_t r = 0; r < length && all; ++r) all = panel_at(p)[r * kPanelF64 + c] == 0;
-      zero[first + c] = all;
-    }
+    normalise(panel_at(p), length, zero.data() + first);
   });
 
   std::vector<double> scores(count, 0.0);
@@ -163,7 +160,7 @@ std::vector<double> value_similarity_from_moment(const TensorView& moment) {
     read(moment, at * moment.strides[1], moment.strides[0], count, column);
     for (std::size_t j = 0; j < count; ++j) {
       const double scale = norms[i] * norms[j];
-      if (std::fabs(row[j] - column[j]) > tolerance * scale) {
+      if (j > i && std::fabs(row[j] - column[j]) > tolerance * scale) {
         fail<InvalidArgument>(
             "moment", "a symmetric matrix",
             number(row[j]) + place(i, j) + " and " + number(column[j]) + place(j, i));

@@ -69,8 +69,8 @@ class Tensor {
  public:
   /// Throws InvalidArgument or Unsupported, naming the argument.
   Tensor(py::handle object, const std::string& argument) {
-    if (from_exchange_api(object, argument)) return;
-    from_capsule(object, argument);
+    refuse_negative_view(object, argument);
+    if (!from_exchange_api(object, argument)) from_capsule(object, argument);
   }
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
@@ -123,7 +123,7 @@ class Tensor {
     py::object source = py::reinterpret_borrow<py::object>(object);
     py::object capsule;
     try {
-      if (py::cast<bool>(py::bool_(py::getattr(source, "requires_grad", py::bool_(false))))) {
+      if (py::bool_(py::getattr(source, "requires_grad", py::bool_(false)))) {
         source = source.attr("detach")();
       }
       try {
@@ -160,8 +160,17 @@ class Tensor {
     if (device.rfind("cpu", 0) != 0) {
       fail<Unsupported>(argument, "a tensor on the CPU", "one on " + device);
     }
+    // torch appends a stack trace to some of its messages.
+    const std::string reason = py::str(error.value());
     fail<InvalidArgument>(argument, "a strided CPU tensor",
-                          type_name(object) + " (" + std::string(py::str(error.value())) + ")");
+                          type_name(object) + " (" + reason.substr(0, reason.find('\n')) + ")");
+  }
+
+  // torch exports the memory of a lazily negated tensor as it is, with the other sign.
+  static void refuse_negative_view(py::handle object, const std::string& argument) {
+    const py::object is_neg = py::getattr(object, "is_neg", py::none());
+    if (is_neg.is_none() || !is_neg().cast<bool>()) return;
+    fail<InvalidArgument>(argument, "values in memory", "a negative view (see resolve_neg)");
   }
 
   static Device device(const DLDevice& device, const std::string& argument) {

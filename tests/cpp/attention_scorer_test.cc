@@ -203,9 +203,12 @@ TEST(AttentionScorer, DuplicateAndDependentNeurons) {
       q.set(n * d + 3, -2 * q.get(n * d + 2));
       k.set(n * d + 3, k.get(n * d + 2));
     }
-    const Comparison result = compare(q, k, d - 3);
-    EXPECT_EQ(result.heads, 1);
-    EXPECT_LT(result.error, 1e-8) << d;
+    // Within the rank, and beyond it.
+    for (const std::int64_t gamma : {d - 3, d + 5}) {
+      const Comparison result = compare(q, k, gamma);
+      EXPECT_EQ(result.heads, 1);
+      EXPECT_LT(result.error, 1e-8) << d << " gamma " << gamma;
+    }
     const Values scores = scores_of(q, k);
     EXPECT_NEAR(scores[0], scores[1], 1e-8);
     EXPECT_NEAR(scores[2], scores[3], 1e-8);

@@ -159,6 +159,20 @@ TEST(ValueSimilarity, Refuses) {
   }
 }
 
+// Of several the first, whoever finds it.
+TEST(ValueSimilarity, FromMomentNamesTheFirstAsymmetry) {
+  TestTensor moment(DType::f64, {90, 90});
+  moment.fill([](std::int64_t i) { return i % 90 == i / 90 ? 1 : i / 90 >= 3 ? 0.5 : 0.25; });
+  for (const int threads : {1, 2, 5}) {
+    const Threads set(threads);
+    for (int i = 0; i < 20; ++i) {
+      expect_error<InvalidArgument>([&] { value_similarity_from_moment(moment); },
+                                    "moment: expected a symmetric matrix, got 0.25 at (row 0, "
+                                    "column 3) and 0.5 at (row 3, column 0)");
+    }
+  }
+}
+
 TEST(ValueSimilarity, FromMomentRefuses) {
   const auto moment = [](const std::vector<double>& values) {
     return [values] {

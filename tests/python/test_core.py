@@ -411,6 +411,11 @@ def test_all_arrays_are_taken(make):
         (lambda: torch.ones(2, 2).bool(), errors.InvalidArgument, "x: expected dtype .*, got bool"),
         (lambda: torch.ones(2, 2).cfloat(), errors.InvalidArgument, "x: expected dtype .*, got complex64"),
         (lambda: torch.ones(2, 2).to(torch.float8_e5m2), errors.InvalidArgument, "x: expected dtype .*, got float8"),
+        (
+            lambda: torch.ones(2, 2, dtype=torch.cfloat).conj().imag,
+            errors.InvalidArgument,
+            "x: expected values in memory",
+        ),
         (lambda: np.ones((2, 2), int), errors.InvalidArgument, "x: expected dtype .*, got int64"),
         (lambda: np.ones((2, 2), ">f4"), errors.InvalidArgument, "x: expected dtype .*, got >f4"),
         (lambda: np.ones((2, 2), complex), errors.InvalidArgument, "x: expected dtype .*, got complex128"),

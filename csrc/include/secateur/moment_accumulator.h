@@ -20,7 +20,8 @@ struct MomentAccumulatorState {
 ///
 /// float32, float16 and bfloat16 rows are multiplied in float32, at most 4,096 rows at a time, and
 /// added up in float64; float64 rows (and magnitudes that float32 products cannot hold) are
-/// multiplied in float64. The sums have the same bits for any number of threads.
+/// multiplied in float64. Float32 products below 1e-38 beside ordinary ones are lost. The sums have
+/// the same bits for any number of threads.
 ///
 /// Not synchronised: one object is for one thread at a time.
 class SECATEUR_API MomentAccumulator {
