@@ -9,13 +9,16 @@ secateur.save(model, path); secateur.load(path)
 
 from importlib.metadata import version as _version
 
-from . import core
+from . import core, data
 from .allocate import Target
 from .anatomy import Anatomy
+from .bench import Benchmark, bench
 from .calibrate import calibrate
 from .checkpoint import load, save
 from .errors import Error, InvalidArgument, NumericalError, Unsupported
+from .evaluate import Evaluation, evaluate
 from .families import inspect
+from .finetune import FinetuneResult, finetune
 from .plan import Plan, plan
 from .score import methods
 from .statistics import Statistics
@@ -23,7 +26,10 @@ from .surgery import Report, prune
 
 __all__ = [
     "Anatomy",
+    "Benchmark",
     "Error",
+    "Evaluation",
+    "FinetuneResult",
     "InvalidArgument",
     "NumericalError",
     "Plan",
@@ -31,8 +37,12 @@ __all__ = [
     "Statistics",
     "Target",
     "Unsupported",
+    "bench",
     "calibrate",
     "core",
+    "data",
+    "evaluate",
+    "finetune",
     "inspect",
     "load",
     "methods",
