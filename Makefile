@@ -1,0 +1,63 @@
+# Each target is the only command needed on a fresh machine with Python >= 3.10 and a C++17 compiler.
+#   make demo        the main job on real images, in minutes     make lint        ruff, clang-format, mypy
+#   make test        C++ tests (where GoogleTest is) and pytest  make sanitize    C++ tests under asan and ubsan
+#   make bench       the Python benchmarks                       make clean       all that the above made
+# PYTHON=python3.12 chooses the interpreter of .venv; VENV= another place for it.
+
+PYTHON ?= python3
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# The tests build C++ as well; pip's cmake serves where there is none, or an old one.
+WITH_PATH := PATH="$(abspath $(BIN)):$$PATH"
+# What an installed package depends on: any of it newer than the stamp, and pip builds again.
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake python/bindings -type f)
+PYTHON_FILES := python tests benchmarks
+CPP_FILES = $(shell find csrc python/bindings tests/cpp examples -name '*.cc' -o -name '*.h' -o -name '*.cpp' -o -name '*.inc')
+
+.PHONY: demo test test-cpp test-python lint sanitize bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/secateur demo --out demo
+
+test: test-cpp test-python
+
+test-python: $(VENV)/.installed-test
+	$(WITH_PATH) $(BIN)/python -m pytest
+
+# GoogleTest is the one thing that pip cannot bring; without it the C++ code is tested through Python alone.
+test-cpp: $(VENV)/.installed-test
+	@if $(WITH_PATH) cmake --preset dev > $(VENV)/cmake-dev.log 2>&1; then \
+	  $(WITH_PATH) && cmake --build --preset dev --parallel $(JOBS) && ctest --preset dev; \
+	elif grep -q GTest $(VENV)/cmake-dev.log; then \
+	  echo "make: GoogleTest was not found, the C++ tests are left out"; \
+	else \
+	  cat $(VENV)/cmake-dev.log; exit 1; \
+	fi
+
+sanitize: $(VENV)/.installed-test
+	$(WITH_PATH) && cmake --preset asan && cmake --build --preset asan --parallel $(JOBS) && ctest --preset asan
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check $(wildcard $(PYTHON_FILES))
+	$(BIN)/ruff format --check $(wildcard $(PYTHON_FILES))
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --benchmark-only --benchmark-enable benchmarks/python
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "make: Python 3.10 or newer is needed (PYTHON=...)")'
+	$(PYTHON) -m venv $(VENV)
+
+# Built in isolation, in place: pip brings scikit-build-core, pybind11 and, where they are missing, cmake and ninja.
+$(VENV)/.installed-%: $(SOURCES) | $(VENV)/bin/python
+	@echo "make: installing secateur[$*] in $(VENV)"
+	@$(PIP) install --editable ".[$*]" $(if $(filter demo,$*),,"cmake>=3.25")
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

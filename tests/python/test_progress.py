@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+from secateur.progress import progress
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes what is captured for a terminal
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def test_silent_where_nobody_watches(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress(3, "calibrate") as advance:
+        advance(3, note="loss 1.0")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_terminal_sees_count_rate_and_remaining_time(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(4000, "calibrate") as advance:
+        for _ in range(3):
+            time.sleep(0.15)
+            advance(1000, note="loss 1.25")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for text in ("calibrate", "3,000/4,000 images", " images/s", "0:00:0", "loss 1.25"):
+        assert text in captured.err
+
+
+def test_unknown_length_and_other_units(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(None, "finetune", unit="steps") as advance:
+        time.sleep(0.15)
+        advance(7)
+        time.sleep(0.15)
+    assert "7 steps" in capsys.readouterr().err
+
+
+def test_the_display_ends_with_an_exception(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ZeroDivisionError), progress(3) as advance:
+        advance(1 // 0)
+    assert capsys.readouterr().err.rstrip().endswith("\x1b[2K")  # the transient line is wiped
