@@ -42,7 +42,7 @@ std::string AttentionScorer::label(const char* argument) const {
   return secateur::label(name_, argument);
 }
 
-void AttentionScorer::update(const TensorView& q, const TensorView& k) {
+void AttentionScorer::check_batch(const TensorView& q, const TensorView& k) const {
   const auto check = [&](const TensorView& x, const char* argument) {
     check_view(x, label(argument));
     if (x.rank() != 4 || x.shape[0] < 1 || x.shape[1] < 1 || x.shape[2] != heads_ ||
@@ -66,7 +66,10 @@ void AttentionScorer::update(const TensorView& q, const TensorView& k) {
   };
   check_values(q, "q");
   check_values(k, "k");
+}
 
+void AttentionScorer::update(const TensorView& q, const TensorView& k) {
+  check_batch(q, k);
   const auto images = static_cast<std::size_t>(q.shape[0]);
   const auto tokens = static_cast<std::size_t>(q.shape[1]);
   const auto heads = static_cast<std::size_t>(heads_);

@@ -50,7 +50,7 @@ struct GramKernels {
 struct ScoreKernels {
   // SNP's ω from the symmetric (d, d) Grams of one head's queries and keys, rows `ld` apart.
   // limit: how many leading singular triplets may count. The Grams are overwritten; `work` holds
-  // score_workspace(ld) doubles. Entries should be of the order of 1 to 1e100.
+  // score_workspace(ld) doubles. The largest entries should be of the order of 1 to 1e10.
   // False when the eigenvalue iteration does not converge.
   bool (*omega)(size_t d, size_t ld, size_t limit, double* query_gram, double* key_gram,
                 double* work, double* out);

@@ -235,7 +235,7 @@ def select(scores: _Array, keep: int) -> npt.NDArray[np.int64]:
     """
 
 def compact(
-    tensor: _Array, dim: int, keep: Sequence[int] | npt.NDArray[np.integer[Any]]
+    tensor: _Array, dim: int, keep: Sequence[int] | npt.NDArray[np.integer[Any]] | _SupportsDLPack
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Keeps some indices along one axis, in place, moving memory forward without a second buffer.
 
