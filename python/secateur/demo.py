@@ -60,7 +60,7 @@ class Demo:
         """Lay the figures out in one table, dense beside pruned."""
         table = Table(box=box.SIMPLE_HEAD, title="Handwritten digits, half held out", title_justify="left")
         for name in ("", "dense", "pruned", ""):
-            table.add_column(name, justify="right" if name else "left")
+            table.add_column(name, justify="right" if name else "left", no_wrap=True)
         (params, fewer), (macs, less) = self.params, self.macs
         speed = self.benchmark
         table.add_row("parameters", f"{params / 1e6:.2f} M", f"{fewer / 1e6:.2f} M", f"{fewer / params:.1%}")
@@ -77,8 +77,8 @@ class Demo:
             f"{speed.images_per_second:,.0f}",
             f"{speed.speedup:.2f}x",
         )
-        table.add_row("file", "", f"{self.file_bytes / 1e6:.2f} MB", str(self.file))
-        table.caption = f"{self.seconds:.0f} s"
+        table.add_row("file", "", f"{self.file_bytes / 1e6:.2f} MB", "")
+        table.caption = f"{self.file}, all in {self.seconds:.0f} s"
         table.caption_justify = "left"
         return table
 
@@ -92,7 +92,12 @@ def _points(found: Evaluation, reference: Evaluation) -> str:
 
 
 def demo(
-    folder: str | os.PathLike[str] = "demo", *, steps: int = 290, finetune_steps: int = 58, repeats: int = 15
+    folder: str | os.PathLike[str] = "demo",
+    *,
+    steps: int = 290,
+    finetune_steps: int = 58,
+    max_images: int | None = None,
+    repeats: int = 15,
 ) -> Demo:
     """Train a ViT on scikit-learn's digits, cut it to half its MACs with SNP, and compare it with the dense model.
 
@@ -103,6 +108,7 @@ def demo(
         folder: where ``pruned.safetensors`` goes; made if it is not there.
         steps: of training, 32 images each.
         finetune_steps: at most a fifth of ``steps``.
+        max_images: at most so many for calibration and for each evaluation.
         repeats: of the benchmark.
 
     Raises:
@@ -117,12 +123,12 @@ def demo(
     file = folder / "pruned.safetensors"
 
     model = _vit()
-    held_out = _held_out(model)
+    held_out = _held_out(model, max_images)
     finetune(model, _training(model), steps=steps, opt="muon", lr=0.01, min_lr=1e-5, label_smoothing=0.1)
     trained = evaluate(model, held_out)
 
     # Calibration needs no labels, and sees training images only.
-    stats = calibrate(model, loader("digits", model, split="train", batch_size=_BATCH))
+    stats = calibrate(model, loader("digits", model, split="train", batch_size=_BATCH, max_images=max_images))
     pruned = copy.deepcopy(model)
     report = prune(pruned, plan(pruned, stats, method="snp", target=Target(macs=_TARGET)))
     if report.macs[1] > _TARGET * report.macs[0]:
@@ -147,7 +153,7 @@ def demo(
     benchmark = bench(pruned, model, batch_size=_BATCH, repeats=repeats)
 
     save(pruned, file)
-    reloaded = _reload(file, logits_digest(pruned, held_out))
+    reloaded = _reload(file, logits_digest(pruned, held_out), max_images)
     return Demo(
         params=report.params,
         macs=(inspect(model).macs, inspect(pruned).macs),
@@ -186,8 +192,8 @@ def _training(model: nn.Module) -> ImageLoader:
     return loader("digits", model, split="train", batch_size=_BATCH, train=True, shuffle=True)
 
 
-def _held_out(model: nn.Module) -> ImageLoader:
-    return loader("digits", model, split="test", batch_size=_BATCH)
+def _held_out(model: nn.Module, max_images: int | None) -> ImageLoader:
+    return loader("digits", model, split="test", batch_size=_BATCH, max_images=max_images)
 
 
 @torch.inference_mode()
@@ -197,11 +203,12 @@ def logits_digest(model: nn.Module, images: ImageLoader) -> str:
     return digest(torch.cat([model(batch) for batch, _ in images]))
 
 
-def _reload(file: Path, expected: str) -> Evaluation:
+def _reload(file: Path, expected: str, max_images: int | None) -> Evaluation:
     """Load the file in a new process and evaluate it there."""
-    code = "import sys; from secateur.demo import report_file; report_file(sys.argv[1], int(sys.argv[2]))"
+    code = "import json, sys; from secateur.demo import report_file; report_file(*map(json.loads, sys.argv[1:]))"
     # The number of threads may decide the order of a sum.
-    command = [sys.executable, "-c", code, str(file), str(torch.get_num_threads())]
+    arguments = (str(file), torch.get_num_threads(), max_images)
+    command = [sys.executable, "-c", code, *map(json.dumps, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -212,10 +219,10 @@ def _reload(file: Path, expected: str) -> Evaluation:
     return Evaluation(**found["evaluation"])
 
 
-def report_file(file: str, threads: int) -> None:
+def report_file(file: str, threads: int, max_images: int | None) -> None:
     """Print what the demo compares of a saved model, as JSON: the far side of the demo's new process."""
     torch.set_num_threads(threads)
     model = load(file)
-    held_out = _held_out(model)
+    held_out = _held_out(model, max_images)
     found = {"digest": logits_digest(model, held_out), "evaluation": asdict(evaluate(model, held_out))}
     sys.stdout.write(json.dumps(found))
