@@ -80,6 +80,20 @@ TEST(ValueSimilarity, ZeroAndDuplicateRows) {
   }
 }
 
+// Rounding makes a row's cosine with itself or its copy a little more or less than 1.
+TEST(ValueSimilarity, ARowAloneScoresZeroAndCopiesNotLess) {
+  for (std::uint64_t seed = 0; seed < 100; ++seed) {
+    const TestTensor row = weights({1, 11}, seed);
+    EXPECT_EQ(value_similarity(row)[0], 0);
+    TestTensor copies(DType::f64, {2, 11});
+    copies.fill([&](std::int64_t i) { return row.get(i % 11) * (i < 11 ? 1 : -4); });
+    for (const double score : value_similarity(copies)) {
+      EXPECT_GE(score, 0);
+      EXPECT_LT(score, 1e-15);
+    }
+  }
+}
+
 // Each row has a scale of its own, even where squares would overflow or vanish.
 TEST(ValueSimilarity, ScaleOfARowDoesNotMatter) {
   const TestTensor plain = weights({9, 6}, 7);
