@@ -24,7 +24,14 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: nn.Module, anatomy: Anatomy) -> Fingerprint:
-        """Take the fingerprint of a model."""
+        """Take the fingerprint of a model.
+
+        Raises:
+            InvalidArgument: a parameter without values (the meta device).
+        """
+        for name in anatomy.members_of:
+            if model.get_parameter(name).is_meta:
+                raise InvalidArgument(f"model: expected weights, got none in {name} (device meta)")
         arguments = {name: _plain(value) for name, value in sorted(anatomy.arguments.items())}
         digests = {name: digest(model.get_parameter(name)) for name in sorted(anatomy.members_of)}
         return cls(anatomy.architecture, arguments, dict(anatomy.sizes), digests)

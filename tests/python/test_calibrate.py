@@ -330,3 +330,22 @@ def test_under_autocast(digits_model, digits_images):
     assert stats.settings.dtype == "bfloat16"
     full = sc.calibrate(digits_model, [digits_images[:8]])
     assert stats.importance("blocks.1.qk") == pytest.approx(full.importance("blocks.1.qk"), abs=0.2)
+
+
+def test_a_model_without_weights_is_refused():
+    model = timm.create_model("vit_tiny_patch16_224", device="meta", depth=1)
+    with pytest.raises(sc.InvalidArgument, match="model: expected weights, got none in"):
+        sc.calibrate(model, [torch.zeros(1, 3, 224, 224)])
+
+
+@pytest.mark.parametrize("shape", [(12, 15), (3, 3)])
+def test_one_image_and_few_tokens(shape):
+    """Fewer tokens than neurons, down to two: a class token and one patch."""
+    model = make("plain")
+    model.set_input_size(shape)
+    x = images(model, 1)
+    stats = sc.calibrate(model, [x])
+    q, k = queries_and_keys(model, x)[0]
+    np.testing.assert_allclose(stats.importance("blocks.0.qk"), literal_importance(q, k, 8).numpy(), atol=1e-5)
+    sc.prune(model, sc.plan(model, stats, ratios={"qk": 0.5, "v": 0.5, "ffn": 0.5, "width": 0.5}))
+    assert model(x).shape == (1, 7)

@@ -7,6 +7,7 @@ import json
 import struct
 import subprocess
 import sys
+import warnings
 from functools import partial
 
 import pytest
@@ -131,6 +132,10 @@ def test_a_model_built_by_hand_needs_its_factory(tmp_path):
     assert not path.exists()
     loaded = rebuilt(model, tmp_path, factory=("VisionTransformer", HAND))
     rebuilt(loaded, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(loaded)
+    assert torch.equal(scripted(images(loaded)), loaded(images(loaded)))
     with pytest.raises(sc.InvalidArgument, match="factory: expected a timm model name, VisionTransformer or"):
         sc.save(model, path, factory=("os.system", {}))
 
