@@ -1,0 +1,84 @@
+// The thread pool itself: internal, so only where the library is linked statically.
+#include "parallel.h"
+
+#include <atomic>
+#include <chrono>
+#include <stdexcept>
+#include <thread>
+
+#include "test_tensor.h"
+
+namespace {
+
+using namespace secateur_test;
+using secateur::parallel_for;
+
+TEST(Parallel, EveryTaskOnce) {
+  for (const std::size_t slots : {1, 2, 3, 5, 16}) {
+    for (const std::size_t tasks : {0, 1, 2, 7, 1000}) {
+      std::vector<std::atomic<int>> runs(tasks);
+      parallel_for(tasks, slots, [&](std::size_t task, std::size_t slot) {
+        EXPECT_LT(slot, slots);
+        ++runs[task];
+      });
+      for (const auto& count : runs) ASSERT_EQ(count, 1);
+    }
+  }
+}
+
+// A slot's scratch memory is one task's at a time.
+TEST(Parallel, SlotsAreExclusive) {
+  std::vector<std::atomic<int>> users(4);
+  std::atomic<int> clashes{0};
+  parallel_for(400, 4, [&](std::size_t, std::size_t slot) {
+    clashes += ++users[slot] != 1;
+    std::this_thread::sleep_for(std::chrono::microseconds(20));
+    --users[slot];
+  });
+  EXPECT_EQ(clashes, 0);
+}
+
+// Whichever task throws first, the lowest is heard.
+TEST(Parallel, TheLowestTaskThatThrowsIsHeard) {
+  for (const bool lowest_is_late : {false, true}) {
+    for (int i = 0; i < 20; ++i) {
+      try {
+        parallel_for(8, 4, [&](std::size_t task, std::size_t) {
+          if ((task == 0) == lowest_is_late) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(2));
+          }
+          throw std::runtime_error(std::to_string(task));
+        });
+        FAIL() << "no exception";
+      } catch (const std::runtime_error& error) {
+        EXPECT_STREQ(error.what(), "0");
+      }
+    }
+  }
+}
+
+TEST(Parallel, NothingNewBeginsAfterAnException) {
+  std::atomic<int> begun{0};
+  EXPECT_THROW(parallel_for(100000, 2,
+                            [&](std::size_t, std::size_t) {
+                              ++begun;
+                              throw std::runtime_error("");
+                            }),
+               std::runtime_error);
+  EXPECT_LE(begun, 2);
+}
+
+TEST(Parallel, NestedCallsRunOnTheirThread) {
+  std::atomic<int> runs{0};
+  parallel_for(6, 3, [&](std::size_t, std::size_t) {
+    const auto thread = std::this_thread::get_id();
+    parallel_for(5, 3, [&](std::size_t, std::size_t slot) {
+      EXPECT_EQ(slot, 0u);
+      EXPECT_EQ(std::this_thread::get_id(), thread);
+      ++runs;
+    });
+  });
+  EXPECT_EQ(runs, 30);
+}
+
+}  // namespace
