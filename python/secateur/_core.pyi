@@ -34,9 +34,7 @@ class AttentionScorer:
         InvalidArgument: a number out of its range.
     """
 
-    def __init__(
-        self, heads: int, head_dim: int, gamma: int = 8, *, moments: bool = False, name: str = ""
-    ) -> None: ...
+    def __init__(self, heads: int, head_dim: int, gamma: int = 8, *, moments: bool = False, name: str = "") -> None: ...
     @property
     def heads(self) -> int: ...
     @property
