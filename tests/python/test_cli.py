@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import secateur
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from secateur.cli import main
 from secateur.data import loader
 from secateur.evaluate import evaluate
@@ -127,6 +127,20 @@ def test_inspect_is_for_people_and_machines(run: Run, dense: Path, digits_model:
     assert json.loads(out) == json.loads(json.dumps(secateur.inspect(digits_model).to_dict()))
 
 
+def test_json_is_alone_on_stdout(run: Run, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inspect = secateur.inspect
+
+    def talkative(model: nn.Module) -> secateur.Anatomy:
+        print("a library has something to say")
+        return inspect(model)
+
+    monkeypatch.setattr("secateur.cli.inspect_", talkative)
+    code, out, err = run("inspect", "--checkpoint", dense, "--json")
+    assert code == 0
+    assert json.loads(out)["params"] > 0
+    assert "a library has something to say" in err
+
+
 def test_ratios_groups_and_limits_reach_the_plan(
     run_json: Callable[..., dict[str, object]], dense: Path, tmp_path: Path
 ) -> None:
@@ -177,7 +191,7 @@ def test_failures_are_one_line(run: Run, dense: Path, state: Path, tmp_path: Pat
         "secateur: path: expected a secateur model file, got "
     )
     assert "source: expected an image folder" in failure(run, "evaluate", "--checkpoint", dense, "--data", "nowhere")
-    assert "which has no groups" not in failure(run, "inspect", "--model", "resnet18")
+    assert "resnet" in failure(run, "inspect", "--model", "resnet18").lower()
     assert "expected a model that timm can build, got 'no_such_vit'" in failure(
         run, "inspect", "--model", "no_such_vit"
     )
@@ -188,6 +202,9 @@ def test_failures_are_one_line(run: Run, dense: Path, state: Path, tmp_path: Pat
     assert f"checkpoint: expected the parameters of {NAME!r}, got others" in failure(
         run, "inspect", "--model", NAME, "--checkpoint", state
     )
+    weights = load_file(state)
+    save_file({name: tensor for name, tensor in weights.items() if name != "norm.bias"}, tmp_path / "short")
+    assert "norm.bias" in failure(run, "inspect", *MODEL, "--checkpoint", tmp_path / "short")
     assert "checkpoint: expected a .safetensors file" in failure(run, "inspect", *MODEL, "--checkpoint", __file__)
     assert "secateur" in failure(run, "prune", "--checkpoint", dense, "--plan", state, "--out", out)
     assert "collect" in failure(
