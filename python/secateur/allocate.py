@@ -101,7 +101,7 @@ def counts_from_target(
         InvalidArgument: the budget cannot be met; the text says what can.
         Unsupported: a kind that this model cannot lose.
     """
-    free = _Choice(anatomy, groups or DEFAULT_GROUPS, freeze, min_keep, round_to, _TARGET_MULTIPLES)
+    free = _Choice(anatomy, DEFAULT_GROUPS if groups is None else groups, freeze, min_keep, round_to, _TARGET_MULTIPLES)
     budget = _Budget(anatomy, target)
 
     def counts(fraction: float) -> dict[str, int]:
@@ -143,10 +143,12 @@ class _Choice:
         round_to: int | Mapping[str, int] | None,
         default_multiples: Mapping[str, int],
     ) -> None:
-        if groups is not None:
-            _check_kinds(anatomy, "groups", groups)
-        frozen = _matching(anatomy, "freeze", freeze)
-        named = None if groups is None else set(groups)
+        named = None if groups is None else set(_sequence("groups", groups))
+        if named is not None:
+            _check_kinds(anatomy, "groups", named)
+            if not named:
+                raise InvalidArgument("groups: expected at least one kind or group, got none")
+        frozen = _matching(anatomy, "freeze", _sequence("freeze", freeze))
         self.groups = [
             group
             for group in anatomy.groups
@@ -229,10 +231,14 @@ class _Budget:
         )
 
 
+def _sequence(argument: str, names: Any) -> list[str]:
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise InvalidArgument(f"{argument}: expected a sequence of names, got {names!r}")
+    return list(names)
+
+
 def _check_kinds(anatomy: Anatomy, argument: str, names: Iterable[str]) -> None:
     """Every name is a kind or a group of this model."""
-    if isinstance(names, str):
-        raise InvalidArgument(f"{argument}: expected a sequence of group names, got the string {names!r}")
     kinds = list(dict.fromkeys(group.kind for group in anatomy.groups))
     for name in names:
         if name in anatomy.refused:
@@ -245,8 +251,6 @@ def _check_kinds(anatomy: Anatomy, argument: str, names: Iterable[str]) -> None:
 
 def _matching(anatomy: Anatomy, argument: str, patterns: Iterable[str]) -> set[str]:
     """Names of the groups that are named by kind, by name or by a shell pattern such as 'blocks.0.*'."""
-    if isinstance(patterns, str):
-        raise InvalidArgument(f"{argument}: expected a sequence of names or patterns, got the string {patterns!r}")
     found: set[str] = set()
     for pattern in patterns:
         names = {g.name for g in anatomy.groups if g.kind == pattern or fnmatchcase(g.name, pattern)}
@@ -258,6 +262,8 @@ def _matching(anatomy: Anatomy, argument: str, patterns: Iterable[str]) -> set[s
 
 def _per_group(anatomy: Anatomy, argument: str, values: Mapping[str, int]) -> dict[str, int]:
     """Spread positive integers by kind or group name over groups; a group's own name wins over its kind."""
+    if not isinstance(values, Mapping):
+        raise InvalidArgument(f"{argument}: expected a dict by kind or group, got {values!r}")
     _check_kinds(anatomy, argument, values)
     return {
         group.name: _positive(f"{argument}[{key!r}]", values[key])

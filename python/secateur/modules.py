@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 from timm.layers import AttentionPoolLatent, maybe_add_mask, resolve_self_attn_mask
@@ -70,59 +70,26 @@ class PrunedAttention(nn.Module):
     The attributes are timm's ``Attention``'s. The softmax scale is the dense model's 1/√dense_head_dim: it stays what
     the model was trained with, whatever is cut (Shim et al., SNP, ECCV 2024, prune the scores, not their temperature).
 
-    Args:
-        qkv: Linear(C, heads · (2 qk_dim + v_dim)): queries, keys, values, each head by head.
-        proj: Linear(heads · v_dim, C_out).
-        num_heads: number of heads.
-        qk_dim: query/key channels per head.
-        v_dim: value channels per head.
-        scale: factor on the scores.
-        q_norm: applied to the queries (B, heads, N, qk_dim).
-        k_norm: applied to the keys.
-        norm: applied to the heads' joined output (B, N, heads · v_dim).
-        gate: Linear(C, heads · v_dim) whose sigmoid multiplies it, or None.
-        attn_drop: dropout on the attention weights.
-        proj_drop: dropout on the output.
-        fused_attn: use torch's scaled_dot_product_attention.
+    ``qkv`` is Linear(C, heads · (2 qk_dim + v_dim)): queries, keys, values, each head by head; ``q_norm`` and
+    ``k_norm`` are applied to (B, heads, N, qk_dim); ``norm``, ``gate`` and ``proj`` to (B, N, heads · v_dim).
     """
 
-    fused_attn: Final[bool]
-    num_heads: Final[int]
-    qk_dim: Final[int]
-    v_dim: Final[int]
-    scale: Final[float]
+    num_heads: int
+    head_dim: int
+    attn_dim: int
+    qk_dim: int
+    v_dim: int
+    scale: float
+    fused_attn: bool
 
-    def __init__(
-        self,
-        qkv: nn.Linear,
-        proj: nn.Linear,
-        *,
-        num_heads: int,
-        qk_dim: int,
-        v_dim: int,
-        scale: float,
-        q_norm: nn.Module,
-        k_norm: nn.Module,
-        norm: nn.Module,
-        gate: nn.Linear | None,
-        attn_drop: nn.Dropout,
-        proj_drop: nn.Dropout,
-        fused_attn: bool,
-    ) -> None:
-        super().__init__()
-        self.num_heads, self.qk_dim, self.v_dim = num_heads, qk_dim, v_dim
-        self.head_dim = qk_dim
-        self.attn_dim = num_heads * v_dim
-        self.scale = scale
-        self.fused_attn = fused_attn
-        self.qkv = qkv
-        self.q_norm = q_norm
-        self.k_norm = k_norm
-        self.attn_drop = attn_drop
-        self.norm = norm
-        self.gate = gate
-        self.proj = proj
-        self.proj_drop = proj_drop
+    @classmethod
+    def adopt(cls, attn: Any, qk_dim: int, v_dim: int, q_norm: nn.Module, k_norm: nn.Module) -> None:
+        """Turn timm's ``Attention`` (or one of ours) into this class, the same object: its hooks and modes stay."""
+        attn.__class__ = cls
+        attn.qk_dim, attn.v_dim = qk_dim, v_dim
+        attn.head_dim = qk_dim
+        attn.attn_dim = attn.num_heads * v_dim
+        attn.q_norm, attn.k_norm = q_norm, k_norm
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """Attend over (B, N, C); ``attn_mask`` and ``is_causal`` as in timm's ``Attention``."""

@@ -53,6 +53,9 @@ class Plan:
             if name not in sizes:
                 raise InvalidArgument(f"plan.keep: expected groups of this model, got {name!r}")
             group = anatomy.group(name)
+            if not isinstance(keep, np.ndarray) or keep.dtype != np.int64:
+                found = f"{keep.dtype} array" if isinstance(keep, np.ndarray) else type(keep).__name__
+                raise InvalidArgument(f"plan.keep[{name!r}]: expected an int64 NumPy array, got {found}")
             if keep.ndim != 2 or keep.shape[0] != group.heads or not 1 <= keep.shape[1] <= group.size:
                 raise InvalidArgument(
                     f"plan.keep[{name!r}]: expected ({group.heads}, 1…{group.size}) indices, got shape {keep.shape}"
@@ -147,8 +150,9 @@ def plan(
         model: the model that was calibrated; it is not changed.
         stats: what ``calibrate`` measured on it.
         method: the importance criterion; see ``methods()``.
-        target: a budget, met with one removed fraction for all groups; never exceeded, and missed by less than one
-            rounding step of the smallest group. Exactly one of ``target`` and ``ratios`` is given.
+        target: a budget, met with one removed fraction for all groups; never exceeded, and missed by less than the
+            smallest rounding step that is left, query/key and value of a layer stepping together. Exactly one of
+            ``target`` and ``ratios`` is given.
         ratios: fraction removed by kind or group, {"qk": .5, "v": .5, "ffn": .5, "width": .1}, or a per-block file: the
             name of a shipped one ("snp_deit_t", "snp_deit_s_1.3g") or a path.
         groups: kinds or names of groups that may be cut; with a target ("qk", "v", "ffn") unless given.
@@ -165,6 +169,10 @@ def plan(
     """
     if (target is None) == (ratios is None):
         raise InvalidArgument(f"target, ratios: expected exactly one, got {'neither' if target is None else 'both'}")
+    if target is not None and not isinstance(target, Target):
+        raise InvalidArgument(f"target: expected a Target, such as Target(macs=0.5), got {target!r}")
+    if ratios is not None and not isinstance(ratios, (Mapping, str, Path)):
+        raise InvalidArgument(f"ratios: expected a dict, a name or a path, got {ratios!r}")
     if not isinstance(stats, Statistics):
         raise InvalidArgument(f"stats: expected Statistics from calibrate, got {type(stats).__name__}")
     criterion = method_named(method)
@@ -172,7 +180,6 @@ def plan(
     anatomy = family_of(model).inspect(model)
     fingerprint = Fingerprint.of(model, anatomy)
     stats.settings.fingerprint.require(fingerprint, "model", strict=strict)
-    groups = None if groups is None else list(groups) if not isinstance(groups, str) else groups
     limits: dict[str, Any] = {"groups": groups, "freeze": freeze, "min_keep": min_keep or {}, "round_to": round_to}
     if target is not None:
         sizes = counts_from_target(anatomy, target, **limits)

@@ -112,10 +112,13 @@ def shape(model: nn.Module, family: Family, sizes: Mapping[str, int]) -> None:
 def _cut(model: nn.Module, family: Family, anatomy: Anatomy, keep: Mapping[str, Indices]) -> None:
     # Sorted, unique and as many as there are: nothing to cut.
     keep = {name: indices for name, indices in keep.items() if indices.shape[1] < anatomy.sizes[name]}
-    for name in anatomy.members_of:
-        axes = _kept_along_axes(anatomy, name, keep)
-        if axes:
-            _compact(model.get_parameter(name), axes)
+    # All indices before the first cut: what does not fit fails here, with the model whole.
+    axes = {name: _kept_along_axes(anatomy, name, keep) for name in anatomy.members_of}
+    for parameter in model.parameters():
+        parameter.grad = None
+    for name, kept in axes.items():
+        if kept:
+            _compact(model.get_parameter(name), kept)
     family.adapt(model, anatomy, {**anatomy.sizes, **{name: indices.shape[1] for name, indices in keep.items()}})
 
 
@@ -143,7 +146,6 @@ def _flat(group: Group, indices: torch.Tensor) -> torch.Tensor:
 
 def _compact(parameter: nn.Parameter, axes: Mapping[int, torch.Tensor]) -> None:
     """Keep some entries along some axes."""
-    parameter.grad = None
     if _owns_its_storage(parameter) and not any(_repeats(indices) for indices in axes.values()):
         storage = parameter.untyped_storage()
         data = parameter.detach()
@@ -154,10 +156,17 @@ def _compact(parameter: nn.Parameter, axes: Mapping[int, torch.Tensor]) -> None:
         parameter.data = data
         storage.resize_(data.numel() * data.element_size())
     else:
-        data = parameter.detach()
-        for dim, indices in axes.items():
-            data = data.index_select(dim, indices.to(data.device))
-        parameter.data = data
+        parameter.data = _gather(parameter.detach(), axes)
+
+
+def _gather(data: torch.Tensor, axes: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """A new tensor of the kept entries; rows and columns at once, so that nothing between is ever whole."""
+    if set(axes) == {0, 1}:
+        rows, columns = (axes[dim].to(data.device) for dim in (0, 1))
+        return data[rows[:, None], columns]
+    for dim, indices in axes.items():
+        data = data.index_select(dim, indices.to(data.device))
+    return data
 
 
 def _repeats(indices: torch.Tensor) -> bool:

@@ -120,12 +120,13 @@ def test_pruning_twice_is_pruning_once(kind):
 
 
 def _wrong_scale(monkeypatch):
-    adopt = PrunedAttention.__init__
+    adopt = PrunedAttention.adopt
 
-    def init(self, *args, **kwargs):
-        adopt(self, *args, **{**kwargs, "scale": kwargs["qk_dim"] ** -0.5})
+    def rescaled(attn, qk_dim, *rest):
+        adopt(attn, qk_dim, *rest)
+        attn.scale = qk_dim**-0.5
 
-    monkeypatch.setattr(PrunedAttention, "__init__", init)
+    monkeypatch.setattr(PrunedAttention, "adopt", rescaled)
 
 
 def _wrong_eps(monkeypatch):

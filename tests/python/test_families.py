@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import reference
 import secateur as sc
 import timm
 import torch
+import torch.nn.utils.prune
 from models import KINDS, images, make
 from test_exactness import plan_of
 from timm.layers import Attention, HybridEmbed, LayerNorm, Mlp
@@ -122,6 +124,16 @@ def _parametrized(model):
     nn.utils.parametrizations.weight_norm(model.blocks[1].attn.qkv)
 
 
+def _masked(model):
+    torch.nn.utils.prune.l1_unstructured(model.blocks[1].attn.qkv, "weight", 0.5)
+
+
+def _spectral(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.spectral_norm(model.blocks[0].mlp.fc1)
+
+
 def _tied(model):
     model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
 
@@ -153,11 +165,19 @@ def _other_embedding(model):
     model.patch_embed.num_patches, model.patch_embed.img_size = 16, (12, 12)
 
 
+_COMPUTED = (
+    "{}.weight: expected a parameter, got a tensor that a hook computes "
+    "(torch.nn.utils.prune, weight_norm or spectral_norm; make it permanent first)"
+)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         (_adapter, "blocks.1.mlp.fc2: expected nn.Linear, got LowRank"),
         (_parametrized, "blocks.1.attn.qkv: expected nn.Linear, got ParametrizedLinear"),
+        (_masked, _COMPUTED.format("blocks.1.attn.qkv")),
+        (_spectral, _COMPUTED.format("blocks.0.mlp.fc1")),
         (_tied, "blocks.1.mlp.fc1.weight: expected a parameter of its own, got one tied to blocks.0.mlp.fc1.weight"),
         (_other_norm, "blocks.0.norm2: expected LayerNorm or RmsNorm, got BatchNorm1d"),
         (_other_mlp, "blocks.0.mlp: expected Mlp, GluMlp or SwiGLU, got Sequential"),

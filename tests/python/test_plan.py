@@ -169,6 +169,8 @@ def test_other_dimensions_are_refused_even_if_not_strict(digits_model, stats):
     [
         ({}, "target, ratios: expected exactly one, got neither"),
         ({"ratios": {"qk": 0.1}, "target": sc.Target(macs=0.5)}, "expected exactly one, got both"),
+        ({"target": 0.5}, r"target: expected a Target, such as Target\(macs=0.5\), got 0.5"),
+        ({"ratios": 0.5}, "ratios: expected a dict, a name or a path, got 0.5"),
         ({"ratios": {"qk": 0.1}, "method": "magic"}, "method: expected one of snp, got 'magic'"),
         (
             {"ratios": {"qk": 0.1}, "similarity": "looks"},
@@ -200,11 +202,13 @@ def test_activations_need_moments(digits_model, digits_images):
         ([[0, 1]] * 2 + [[1, 31]], "expected sorted, unique indices below 31"),
         ([[0, 1]] * 2 + [[-1, 1]], "expected sorted, unique indices below 31"),
         ([[], [], []], r"indices, got shape \(3, 0\)"),
+        (np.zeros((3, 1)), "expected an int64 NumPy array, got float64 array"),
+        (np.zeros((3, 1), np.uint64), "expected an int64 NumPy array, got uint64 array"),
     ],
 )
 def test_a_plan_that_does_not_fit_changes_nothing(digits_model, stats, keep, text):
     plan = sc.plan(digits_model, stats, ratios={"qk": 0.5})
-    plan.keep["blocks.1.qk"] = np.asarray(keep, np.int64)
+    plan.keep["blocks.1.qk"] = keep if isinstance(keep, np.ndarray) else np.asarray(keep, np.int64)
     before = copy.deepcopy(digits_model.state_dict())
     with pytest.raises(sc.InvalidArgument, match=text):
         sc.prune(digits_model, plan)

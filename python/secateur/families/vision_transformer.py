@@ -78,8 +78,7 @@ def adapt(model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
     assert isinstance(model, VisionTransformer)
     for site in anatomy.attention:
         if sizes[site.qk] != site.qk_dim or sizes[site.v] != site.v_dim:
-            parent: Any = model.get_submodule(site.name.rpartition(".")[0])
-            parent.attn = _pruned_attention(model.get_submodule(site.name), site, sizes[site.qk], sizes[site.v])
+            _adopt_attention(model.get_submodule(site.name), site, sizes[site.qk], sizes[site.v])
     for module in model.modules():
         if type(module) is nn.Linear:
             module.out_features, module.in_features = module.weight.shape
@@ -116,33 +115,19 @@ def _fit_width(model: VisionTransformer, width: int) -> None:
         pool.__class__ = PrunedAttentionPoolLatent
 
 
-def _pruned_attention(attn: Any, site: AttentionSite, qk_dim: int, v_dim: int) -> PrunedAttention:
+def _adopt_attention(attn: Any, site: AttentionSite, qk_dim: int, v_dim: int) -> None:
     def head_norm(norm: Any) -> nn.Module:
+        if qk_dim == site.qk_dim or isinstance(norm, nn.Identity):
+            unchanged: nn.Module = norm
+            return unchanged
         if isinstance(norm, HeadNorm):
-            return HeadNorm(site.heads, qk_dim, norm.eps, norm.centred, norm.upcast, norm.weight, norm.bias)
-        if type(norm) in _NORMS and qk_dim != site.qk_dim:
-            bias = getattr(norm, "bias", None)
-            upcast = type(norm) in _FP32_NORMS
-            return HeadNorm(site.heads, qk_dim, norm.eps, _NORMS[type(norm)], upcast, norm.weight, bias)
-        unchanged: nn.Module = norm
-        return unchanged
+            centred, upcast = norm.centred, norm.upcast
+        else:
+            centred, upcast = _NORMS[type(norm)], type(norm) in _FP32_NORMS
+        bias = getattr(norm, "bias", None)
+        return HeadNorm(site.heads, qk_dim, norm.eps, centred, upcast, norm.weight, bias).train(norm.training)
 
-    pruned = PrunedAttention(
-        attn.qkv,
-        attn.proj,
-        num_heads=site.heads,
-        qk_dim=qk_dim,
-        v_dim=v_dim,
-        scale=float(attn.scale),
-        q_norm=head_norm(attn.q_norm),
-        k_norm=head_norm(attn.k_norm),
-        norm=attn.norm,
-        gate=attn.gate,
-        attn_drop=attn.attn_drop,
-        proj_drop=attn.proj_drop,
-        fused_attn=attn.fused_attn,
-    )
-    return pruned.train(attn.training)
+    PrunedAttention.adopt(attn, qk_dim, v_dim, head_norm(attn.q_norm), head_norm(attn.k_norm))
 
 
 class _Inspection:
@@ -351,6 +336,7 @@ class _Inspection:
         expected = nn.Conv2d if name == "patch_embed.proj" else nn.Linear
         if type(layer) is not expected:
             raise _unsupported(name, layer, f"nn.{expected.__name__}")
+        _refuse_computed(name, layer)
         return layer
 
     def norm(self, name: str, members: list[Member], *, reads_stream: bool = True, pooled: bool = False) -> None:
@@ -373,6 +359,7 @@ class _Inspection:
         return name
 
     def norm_members(self, name: str, norm: nn.Module, members: list[Member], *, shared: bool) -> None:
+        _refuse_computed(name, norm)
         for parameter in ("weight", "bias"):
             if getattr(norm, parameter, None) is not None:
                 members.append(Member(name, parameter, 0, "norm", shared=shared))
@@ -387,6 +374,16 @@ class _Inspection:
 
 def _unsupported(name: str, module: nn.Module, expected: str) -> Unsupported:
     return Unsupported(f"{name}: expected {expected}, got {type(module).__name__}")
+
+
+def _refuse_computed(name: str, module: nn.Module) -> None:
+    """torch.nn.utils.prune, weight_norm and spectral_norm keep the class but compute the weight before each forward."""
+    for parameter in ("weight", "bias"):
+        if getattr(module, parameter, None) is not None and parameter not in module._parameters:
+            raise Unsupported(
+                f"{name}.{parameter}: expected a parameter, got a tensor that a hook computes "
+                "(torch.nn.utils.prune, weight_norm or spectral_norm; make it permanent first)"
+            )
 
 
 def _backbone_macs(backbone: nn.Module, input_size: tuple[int, ...]) -> int:
