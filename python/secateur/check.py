@@ -25,7 +25,7 @@ def integer(argument: str, value: object, least: int = 1, *, optional: bool = Fa
     """
     if value is None and optional:
         return None
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise InvalidArgument(f"{argument}: expected an integer of at least {least}, got {value!r}")
     return int(value)
 
@@ -85,7 +85,7 @@ def _below(value: float, high: float, open_high: bool) -> bool:
 
 def _finite(value: object) -> float | None:
     # bool is a number to Python; here it is a slip.
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     try:
         found = float(value)

@@ -13,7 +13,7 @@ import inspect
 import random
 import tarfile
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from timm.data import create_dataset, create_transform, resolve_model_data_config
+from timm.layers import PatchEmbed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from . import check, generators
 from .errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -33,7 +35,16 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-__all__ = ["ImageLoader", "data_config", "default_split", "loader", "split_batch"]
+__all__ = [
+    "ImageLoader",
+    "data_config",
+    "default_split",
+    "images_in",
+    "input_dtype",
+    "loader",
+    "model_input",
+    "split_batch",
+]
 
 _TRAIN_FOLDERS = ("train", "training")
 _EVAL_FOLDERS = ("val", "valid", "validation", "eval", "evaluation", "test")
@@ -80,6 +91,55 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
         got = f"{len(targets)} targets" if isinstance(targets, torch.Tensor) else type(targets).__name__
         raise InvalidArgument(f"loader: expected one target for each of {len(images)} images, got {got}")
     return images, targets
+
+
+def input_dtype(model: nn.Module) -> torch.dtype:
+    """Return the type of the model's first floating-point parameter; float32 if it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def model_input(model: nn.Module, images: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """Return images (B, C, H, W) as the model computes: in its type, on ``device`` or else where its parameters are.
+
+    Channels and size are compared with the model's where it tells them. A model of dynamic size takes what its patches
+    divide; one without a parameter takes images as they are.
+
+    Raises:
+        InvalidArgument: the images are of another shape than the model takes, or integers.
+    """
+    if not images.is_floating_point():
+        raise InvalidArgument(f"loader: expected floating-point images, got {images.dtype}")
+    shape = tuple(images.shape)
+    channels, sides, limits, fits = "C", "H, W", "", images.ndim == 4
+    embed = getattr(model, "patch_embed", None)
+    # timm's own says what it takes; others, such as a hybrid's, are left to say it themselves.
+    if isinstance(embed, PatchEmbed):
+        channels = str(embed.proj.in_channels)
+        fits = fits and shape[1] == embed.proj.in_channels
+        if embed.img_size is not None and embed.strict_img_size:
+            sides = ", ".join(str(side) for side in embed.img_size)
+            fits = fits and shape[2:] == tuple(embed.img_size)
+        elif embed.img_size is not None and not embed.dynamic_img_pad:
+            limits = " with sides in multiples of {} x {}".format(*embed.patch_size)
+            fits = fits and all(side % step == 0 for side, step in zip(shape[2:], embed.patch_size, strict=True))
+    if not fits:
+        raise InvalidArgument(f"loader: expected images (B, {channels}, {sides}){limits}, got {shape}")
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return images if device is None else images.to(device)
+    return images.to(parameter.device if device is None else device, parameter.dtype)
+
+
+def images_in(loader: Iterable[Any], max_images: int | None = None) -> int | None:
+    """Return how many images one pass over a loader gives, at most ``max_images``; None where that cannot be known."""
+    known = getattr(loader, "images", None)
+    dataset = getattr(loader, "dataset", None)
+    if known is None and isinstance(dataset, Sized):
+        try:
+            known = len(dataset)
+        except TypeError:  # a length that is declared, and unknown
+            known = None
+    return min((count for count in (known, max_images) if count is not None), default=None)
 
 
 class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
@@ -153,10 +213,10 @@ def loader(
             installed; an image cannot be read (while iterating); a number is out of range.
     """
     name = str(source)
-    _check_int("batch_size", batch_size, 1)
-    _check_int("max_images", max_images, 1, optional=True)
-    _check_int("workers", workers, 0)
-    _check_int("seed", seed, 0)
+    batch_size = check.integer("batch_size", batch_size)
+    max_images = check.integer("max_images", max_images, optional=True)
+    workers = check.integer("workers", workers, 0)
+    seed = check.integer("seed", seed, 0)
     config = data_config(model)
     channels = config["input_size"][0]
     if channels not in (1, 3):
@@ -203,13 +263,6 @@ def default_split(source: str | os.PathLike[str], *, train: bool) -> str | None:
         for folders in (_TRAIN_FOLDERS, _EVAL_FOLDERS)
     ]
     return None if None in found else found[0 if train else 1]
-
-
-def _check_int(argument: str, value: int | None, least: int, *, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InvalidArgument(f"{argument}: expected an integer of at least {least}, got {value!r}")
 
 
 def _transform(config: dict[str, Any], train: bool, extra: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
@@ -395,18 +448,12 @@ class _Images(Dataset["tuple[Tensor, int] | InvalidArgument"]):
 @contextmanager
 def _seeded(seed: int) -> Generator[None, None, None]:
     """Seed the generators that transforms draw from, and put them back: the caller's dropout is not ours to move."""
-    # torch.manual_seed would also reseed every CUDA device.
-    generator = torch.default_generator
-    states = random.getstate(), np.random.get_state(), generator.get_state()  # noqa: NPY002
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    generator.manual_seed(seed)
-    try:
+    with generators.kept():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        # torch.manual_seed would also reseed every CUDA device.
+        torch.default_generator.manual_seed(seed)
         yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        generator.set_state(states[2])
 
 
 def _collate(samples: Sequence[tuple[Tensor, int] | InvalidArgument]) -> Any:

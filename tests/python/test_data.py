@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from secateur.data import data_config, loader, split_batch
+from secateur.data import data_config, images_in, loader, model_input, split_batch
 from secateur.errors import InvalidArgument
 from timm.data import create_transform
 from torch import nn
@@ -299,6 +299,8 @@ def test_a_broken_image_is_named_and_not_replaced_by_its_neighbour(folder: Path,
         ({"workers": -1}, "workers: expected an integer of at least 0, got -1"),
         ({"seed": -1}, "seed: expected an integer of at least 0, got -1"),
         ({"batch_size": 1.5}, "batch_size: expected an integer of at least 1, got 1.5"),
+        ({"batch_size": "3"}, "batch_size: expected an integer of at least 1, got '3'"),
+        ({"workers": True}, "workers: expected an integer of at least 0, got True"),
     ],
 )
 def test_numbers_out_of_range(folder: Path, arguments: dict[str, int], text: str) -> None:
@@ -325,3 +327,75 @@ def test_split_batch() -> None:
     ):
         with pytest.raises(InvalidArgument, match=f"^loader: expected .*, got {got}$"):
             split_batch(batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_images_take_the_type_of_the_model(dtype: torch.dtype) -> None:
+    found = model_input(small_vit().to(dtype), torch.ones(2, 3, 32, 32))
+    assert (found.dtype, found.shape) == (dtype, (2, 3, 32, 32))
+    assert model_input(small_vit().to(dtype), torch.ones(2, 3, 32, 32), "meta").device.type == "meta"
+
+
+def test_integer_parameters_do_not_decide_the_type() -> None:
+    model = nn.Sequential(nn.Identity(), nn.Linear(2, 2).double())
+    model[0].table = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    assert model_input(model, torch.ones(1, 3, 2, 2)).dtype == torch.float64
+    images = torch.ones(1, 3, 2, 2, dtype=torch.float16)
+    assert model_input(nn.Identity(), images) is images
+    assert model_input(nn.Identity(), images, "meta").device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shape", "expected"),
+    [
+        ({}, (4, 3, 40, 40), r"\(B, 3, 32, 32\)"),
+        ({}, (4, 3, 32, 40), r"\(B, 3, 32, 32\)"),
+        ({}, (4, 1, 32, 32), r"\(B, 3, 32, 32\)"),
+        ({"in_chans": 1}, (4, 3, 32, 32), r"\(B, 1, 32, 32\)"),
+        ({}, (3, 32, 32), r"\(B, 3, 32, 32\)"),
+        ({"dynamic_img_size": True}, (4, 1, 40, 40), r"\(B, 3, H, W\) with sides in multiples of 8 x 8"),
+        ({"dynamic_img_size": True}, (4, 3, 40, 41), r"\(B, 3, H, W\) with sides in multiples of 8 x 8"),
+        ({"dynamic_img_size": True, "dynamic_img_pad": True}, (4, 1, 40, 41), r"\(B, 3, H, W\)"),
+    ],
+)
+def test_images_of_another_shape_are_refused(
+    arguments: dict[str, object], shape: tuple[int, ...], expected: str
+) -> None:
+    got = str(shape).replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(InvalidArgument, match=f"^loader: expected images {expected}, got {got}$"):
+        model_input(small_vit(**arguments), torch.zeros(shape))
+
+
+def test_dynamic_sizes_and_other_models_take_what_they_take() -> None:
+    dynamic, padding = small_vit(dynamic_img_size=True), small_vit(dynamic_img_size=True, dynamic_img_pad=True)
+    for model, shape in (
+        (dynamic, (2, 3, 40, 16)),
+        (padding, (2, 3, 41, 33)),
+        (timm.create_model("resnet18"), (2, 3, 33, 35)),
+    ):
+        assert model(model_input(model, torch.zeros(shape))).shape[0] == 2
+
+
+def test_integer_images_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"^loader: expected floating-point images, got torch.uint8$"):
+        model_input(small_vit(), torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_images_in_a_loader(folder: Path) -> None:
+    ours = loader(folder, small_vit(), batch_size=5)
+    torchs = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(7, 2)), batch_size=2)
+    assert [images_in(ours, limit) for limit in (None, 5, 20)] == [13, 5, 13]
+    assert [images_in(torchs, limit) for limit in (None, 5, 20)] == [7, 5, 7]
+    assert [images_in(iter(()), limit) for limit in (None, 5)] == [None, 5]
+
+
+class Endless(torch.utils.data.IterableDataset[torch.Tensor]):
+    def __iter__(self) -> object:
+        return iter(())
+
+    def __len__(self) -> int:
+        raise TypeError("unknown")
+
+
+def test_a_length_that_cannot_be_told() -> None:
+    assert images_in(torch.utils.data.DataLoader(Endless())) is None

@@ -1,0 +1,46 @@
+"""The random generators of the process: Python's, NumPy's, torch's and those of CUDA devices."""
+
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+__all__ = ["get", "kept", "put"]
+
+
+def get(*places: torch.device) -> dict[str, Any]:
+    """Return the states: numbers and uint8 tensors. Of ``places`` those that are CUDA devices count."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - transforms draw from the global generator
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),
+        "torch": torch.default_generator.get_state(),
+    }
+    cuda = [torch.cuda.get_rng_state(place) for place in places if place.type == "cuda"]
+    return {**state, "cuda": cuda} if cuda else state
+
+
+def put(state: Mapping[str, Any], *places: torch.device) -> None:
+    """Put back what `get` returned for as many CUDA devices, or for none."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.default_generator.set_state(state["torch"])
+    for place, device in zip((place for place in places if place.type == "cuda"), state.get("cuda", []), strict=False):
+        torch.cuda.set_rng_state(device, place)
+
+
+@contextmanager
+def kept(*places: torch.device) -> Iterator[None]:
+    """Leave the generators as they were, on an exception too."""
+    state = get(*places)
+    try:
+        yield
+    finally:
+        put(state, *places)
