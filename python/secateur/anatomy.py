@@ -103,7 +103,8 @@ class Anatomy:
     """What can be cut out of a model: groups, the places to observe them, and the exact costs.
 
     ``refused`` maps a kind that this model cannot lose to the reason. ``input_size`` is (channels, height, width).
-    ``architecture`` and ``arguments`` build the dense form where ``rebuildable``.
+    ``architecture`` and ``arguments`` build the dense form; where ``handmade`` nobody recorded how, and they are the
+    class and nothing.
     """
 
     family: str
@@ -117,7 +118,7 @@ class Anatomy:
     products: tuple[cost.Product, ...]
     shapes: Mapping[str, tuple[int, ...]]
     refused: Mapping[str, str] = field(default_factory=dict)
-    rebuildable: bool = True
+    handmade: bool = False
 
     @cached_property
     def sizes(self) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from . import core
+from . import check, core
 from .anatomy import Anatomy, AttentionSite, FfnSite, NormSite
-from .data import data_config, split_batch
-from .errors import InvalidArgument
+from .data import data_config, images_in, model_input, split_batch
+from .errors import InvalidArgument, NumericalError
 from .families import family_of
 from .identity import Fingerprint
 from .progress import progress
@@ -50,20 +50,31 @@ def calibrate(
         token_fraction: share of the tokens that feed the moments, rotating from image to image: every k-th token, with
             k = round(1 / token_fraction). Importance uses all tokens.
         resume: a statistics file. If it exists, its images are skipped in the loader, which must give the same images
-            in the same order, and the sums go on from there; the result is written to it.
+            in the same order, and the sums go on from there. The result is written to it; so is what was collected
+            when the loader fails, an image holds NaN or Inf, or the run is interrupted between two batches.
         checkpoint_every: also write ``resume`` after every so many batches.
 
     Returns:
         Sums in two folds, even and odd images.
 
     Raises:
-        InvalidArgument: an argument out of range, batches that are no images, or a ``resume`` file of another model.
+        InvalidArgument: an argument out of range, batches that are no images of the model's size, a ``resume`` file
+            of another model or settings, or one of more images than are asked for.
         Unsupported: the model is of no supported family.
-        NumericalError: NaN or Inf in a layer; the text names layer and place.
+        NumericalError: NaN or Inf in an image or a layer; the text names layer and place.
     """
     anatomy = family_of(model).inspect(model)
-    _check(max_images, collect, gamma, token_fraction, resume, checkpoint_every)
-    parameter = next(model.parameters())
+    check.integer("max_images", max_images, optional=True)
+    check.integer("gamma", gamma)
+    check.integer("checkpoint_every", checkpoint_every, optional=True)
+    check.fraction("token_fraction", token_fraction, open_low=True)
+    if collect not in ("scores", "all"):
+        raise InvalidArgument(f"collect: expected 'scores' or 'all', got {collect!r}")
+    if checkpoint_every is not None and resume is None:
+        raise InvalidArgument("checkpoint_every: expected resume= to name the file to write, got none")
+    if not isinstance(loader, Iterable):
+        raise InvalidArgument(f"loader: expected batches of images, got {type(loader).__name__}")
+    path = None if resume is None else check.writable("resume", resume)
     settings = Settings(
         fingerprint=Fingerprint.of(model, anatomy),
         gamma=gamma,
@@ -73,59 +84,55 @@ def calibrate(
         data=_data_configuration(model),
     )
     collector = _Collector(anatomy, settings)
-    path = None if resume is None else Path(resume)
     if path is not None and path.is_file():
         collector.restore(Statistics.load(path))
+    if max_images is not None and collector.images > max_images:
+        raise InvalidArgument(f"resume: expected a file of at most {max_images} images, got {collector.images}")
     skip = collector.images
-    core.runtime.set_threads(torch.get_num_threads())
     with (
         _observed(model, collector),
+        _kept(collector, path),
+        core.torch_threads(),
         torch.inference_mode(),
-        progress(_total(loader, max_images), "calibrate") as advance,
+        progress(images_in(loader, max_images), "calibrate") as advance,
     ):
         for index, images in enumerate(_batches(loader, max_images)):
+            advance(len(images))
+            images = model_input(model, images)
             if index == 0:
                 _warn_unless_normalised(images, settings.data)
-            advance(len(images))
             images, skip = images[skip:], max(0, skip - len(images))
             if len(images) == 0:
                 continue
-            model(images.to(parameter.device, parameter.dtype))
-            collector.images += len(images)
+            _refuse_non_finite(images, collector.images)
+            with collector.batch(len(images)):
+                model(images)
             if checkpoint_every and path is not None and (index + 1) % checkpoint_every == 0:
                 collector.statistics().save(path)
+    if skip:
+        raise InvalidArgument(f"resume: expected a loader of at least {collector.images} images, got {skip} fewer")
     if collector.images == 0:
         raise InvalidArgument("loader: expected at least one image, got none")
-    statistics = collector.statistics()
-    if path is not None:
-        statistics.save(path)
-    return statistics
+    return collector.statistics()
 
 
-def _check(
-    max_images: int | None,
-    collect: str,
-    gamma: int,
-    token_fraction: float,
-    resume: str | Path | None,
-    checkpoint_every: int | None,
-) -> None:
-    for name, value in (("max_images", max_images), ("gamma", gamma), ("checkpoint_every", checkpoint_every)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InvalidArgument(f"{name}: expected a positive integer, got {value!r}")
-    if collect not in ("scores", "all"):
-        raise InvalidArgument(f"collect: expected 'scores' or 'all', got {collect!r}")
-    if not 0 < token_fraction <= 1:
-        raise InvalidArgument(f"token_fraction: expected a fraction in (0, 1], got {token_fraction!r}")
-    if checkpoint_every is not None and resume is None:
-        raise InvalidArgument("checkpoint_every: expected resume= to name the file to write, got none")
+@contextmanager
+def _kept(collector: _Collector, path: Path | None) -> Iterator[None]:
+    """Write what was collected when the block ends, well or not, as long as every layer has seen the same images."""
+    before = collector.images
+    try:
+        yield
+    finally:
+        if path is not None and collector.whole and collector.images > before:
+            collector.statistics().save(path)
 
 
-def _total(loader: Iterable[Any], max_images: int | None) -> int | None:
-    """How many images to expect, where that can be known."""
-    dataset = getattr(loader, "dataset", None)
-    known = len(dataset) if isinstance(dataset, Sized) else None
-    return min((n for n in (known, max_images) if n is not None), default=None)
+def _refuse_non_finite(images: torch.Tensor, seen: int) -> None:
+    finite = images.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        first = int((~finite).nonzero()[0, 0])
+        value = images[first][~images[first].isfinite()][0].item()
+        raise NumericalError(f"patch_embed: expected finite values, got {value} in image {seen + first}")
 
 
 def _batches(loader: Iterable[Any], max_images: int | None) -> Iterator[torch.Tensor]:
@@ -133,8 +140,6 @@ def _batches(loader: Iterable[Any], max_images: int | None) -> Iterator[torch.Te
     left = max_images
     for batch in loader:
         images = split_batch(batch)[0][:left]
-        if not images.is_floating_point():
-            raise InvalidArgument(f"loader: expected floating-point images, got {images.dtype}")
         yield images
         if left is not None:
             left -= len(images)
@@ -196,6 +201,7 @@ class _Collector:
 
     def __init__(self, anatomy: Anatomy, settings: Settings) -> None:
         self.images = 0
+        self.whole = True
         self._anatomy = anatomy
         self._settings = settings
         self._dtype = settings.dtype
@@ -214,7 +220,7 @@ class _Collector:
         for ffn in anatomy.ffn:
             self._accumulate(ffn.ffn, ffn.size, ffn.fc2)
         for norm in anatomy.norms:
-            self._accumulate(_stream(norm), norm.size, norm.name)
+            self._accumulate(_stream(norm), norm.size, "")
 
     def _accumulate(self, name: str, size: int, layer: str) -> None:
         if self._all and name not in self._moments:
@@ -225,6 +231,14 @@ class _Collector:
         for name, pair in pairs.items():
             for fold, accumulator in zip(FOLDS, pair, strict=True):
                 yield f"{fold}/{name}", accumulator
+
+    @contextmanager
+    def batch(self, images: int) -> Iterator[None]:
+        """One forward pass. If it fails halfway, some layers have seen images that others have not."""
+        self.whole = False
+        yield
+        self.images += images
+        self.whole = True
 
     def statistics(self) -> Statistics:
         tensors = {
@@ -294,13 +308,20 @@ class _Collector:
             if site.centred:
                 x = x - x.mean(-1, keepdim=True)
             norm = x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-            self._add(_stream(site), x * (x.shape[-1] ** 0.5 / norm))
+            try:
+                self._add(_stream(site), x * (x.shape[-1] ** 0.5 / norm))
+            except NumericalError as error:
+                # All norms share the accumulator: only here is the layer known.
+                raise NumericalError(f"{site.name} {error}") from error
 
         return observe
 
     def _score(self, site: AttentionSite, k: torch.Tensor) -> None:
         q = self._queries.pop(site.name)
-        self._dtype = str(q.dtype).removeprefix("torch.")
+        dtype = str(q.dtype).removeprefix("torch.")
+        if self._dtype not in ("", dtype):
+            raise InvalidArgument(f"resume: expected queries and keys of {self._dtype}, got {dtype}")
+        self._dtype = dtype
         q, k = _on_host(q), _on_host(k)
         for fold, scorer in enumerate(self._scorers[site.qk]):
             start = (fold - self.images) % 2

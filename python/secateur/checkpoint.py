@@ -12,15 +12,20 @@ import torch
 from torch import nn
 
 from . import container, surgery
-from .errors import InvalidArgument
+from .check import writable
+from .errors import Error, InvalidArgument
 from .families import family_named, family_of
 
 # Where weights came from: a pruned model must never be taken for its dense source.
 _WEIGHT_SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "custom_load")
+# Rates that matter in training alone may be changed by hand.
+_FREE = (nn.Dropout, timm.layers.DropPath, timm.layers.PatchDropout)
 
 
 def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str, Any]] | None = None) -> None:
     """Write the model, pruned or dense, to one file that ``load`` rebuilds it from. No pickle.
+
+    Before anything is written, the model is built without weights as ``load`` will, and compared.
 
     Args:
         model: a supported model, on any device.
@@ -29,29 +34,32 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
             where name is a timm model name or "VisionTransformer" or "VisionTransformerDistilled".
 
     Raises:
-        InvalidArgument: how to build the model is not known or cannot be written as JSON, or the folder does not exist.
+        InvalidArgument: the model is not what the recorded arguments or the factory build (a module or a setting was
+            changed by hand), they cannot be written as JSON, or the folder does not exist.
         Unsupported: the model is of no supported family.
     """
-    family = family_of(model)
-    if factory is not None:
-        family.set_factory(model, *factory)
-    anatomy = family.inspect(model)
-    if not anatomy.rebuildable:
-        raise InvalidArgument(
-            f"factory: expected (name, kwargs) that build the dense {anatomy.architecture}, got none; "
-            "timm.create_model records them, a model built by hand does not"
-        )
-    for argument, value in anatomy.arguments.items():
+    path = writable("path", path)
+    anatomy = family_of(model).inspect(model)
+    architecture, arguments = anatomy.architecture, anatomy.arguments
+    handmade = factory is not None or anatomy.handmade
+    if handmade:
+        architecture, arguments = _checked(factory or getattr(model, "secateur_factory", None), architecture)
+    for argument, value in arguments.items():
         if not _is_json(value):
             raise InvalidArgument(f"factory: expected (name, kwargs) of JSON values, got {argument} = {value!r}")
     header = {
         "family": anatomy.family,
-        "architecture": anatomy.architecture,
-        "arguments": dict(anatomy.arguments),
+        "architecture": architecture,
+        "arguments": dict(arguments),
+        "handmade": handmade,
         "sizes": anatomy.sizes,
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "pretrained_cfg": _without_sources(getattr(model, "pretrained_cfg", None)),
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
+    difference = _difference(model, _skeleton(header))
+    if difference:
+        raise InvalidArgument(f"model: expected what {architecture} with its recorded arguments is, got {difference}")
     container.write(path, "model", header, model.state_dict())
 
 
@@ -67,28 +75,79 @@ def load(path: str | Path, *, verify: bool = True) -> nn.Module:
         Unsupported: this timm does not know the architecture.
     """
     header, tensors = container.read(path, "model", verify=verify)
-    name = Path(path).name
+    expected = f"{Path(path).name}: expected a model that timm {timm.__version__} can build"
     try:
-        family = family_named(header["family"])
-        arguments = {key: _tuples(value) for key, value in header["arguments"].items()}
+        model = _skeleton(header)
+        frozen, config = set(header["frozen"]), header["pretrained_cfg"]
+    except KeyError as error:
+        raise InvalidArgument(f"{expected}, got a header without {error}") from error
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{expected}, got {error}") from error
+    built = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(built.keys() | tensors.keys()):
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if built.get(name) != found:
+            raise InvalidArgument(f"{expected}, got {name} of shape {found} where it builds {built.get(name)}")
+    model.load_state_dict(tensors, strict=True, assign=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    if config is not None:
+        restored: Any = _tuples(config)
+        model.pretrained_cfg = model.default_cfg = restored
+    if header["handmade"]:
+        factory: Any = (header["architecture"], header["arguments"])
+        model.secateur_factory = factory
+    return model.eval()
+
+
+def _checked(factory: Any, architecture: str) -> tuple[str, Mapping[str, Any]]:
+    if factory is None:
+        raise InvalidArgument(
+            f"factory: expected (name, kwargs) that build the dense {architecture}, got none; "
+            "timm.create_model records them, a model built by hand does not"
+        )
+    if not isinstance(factory, (tuple, list)) or len(factory) != 2 or not isinstance(factory[1], Mapping):
+        raise InvalidArgument(f"factory: expected (name, kwargs), got {factory!r}")
+    return str(factory[0]), factory[1]
+
+
+def _skeleton(header: Mapping[str, Any]) -> nn.Module:
+    """The model of a header, without weights."""
+    family = family_named(header["family"])
+    arguments = {name: _tuples(value) for name, value in header["arguments"].items()}
+    try:
         model = family.build(header["architecture"], arguments, torch.device("meta"))
         surgery.shape(model, family, header["sizes"])
-        missing = [key for key, _ in model.named_buffers() if key not in tensors]
-        if missing:
-            raise InvalidArgument(f"{name}: expected buffers {', '.join(missing)}, got none")
-        model.load_state_dict(tensors, strict=True, assign=True)
-    except (KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
-        raise InvalidArgument(
-            f"{name}: expected a model that timm {timm.__version__} can build, got {error}"
-        ) from error
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    if header["pretrained_cfg"] is not None:
-        config: Any = {k: _tuples(v) for k, v in header["pretrained_cfg"].items()}
-        model.pretrained_cfg = model.default_cfg = config
-    else:
-        family.set_factory(model, header["architecture"], arguments)
+    except Error:
+        raise
+    except Exception as error:  # timm's constructors raise what they like
+        raise InvalidArgument(f"arguments: expected those of {header['architecture']}, got {error}") from error
     return model.eval()
+
+
+def _difference(model: nn.Module, built: nn.Module) -> str | None:
+    """The first thing that a rebuilt model would lack, or have otherwise."""
+    mine, theirs = dict(model.named_modules()), dict(built.named_modules())
+    for name in dict.fromkeys([*mine, *theirs]):
+        if name not in mine or name not in theirs:
+            return f"{'no ' if name not in mine else ''}module {name}"
+        module, twin = mine[name], theirs[name]
+        if type(module) is not type(twin):
+            return f"{type(module).__name__} at {name} where it builds {type(twin).__name__}"
+        if not isinstance(module, _FREE):
+            for what, found, would in (
+                ("", module.extra_repr(), twin.extra_repr()),
+                (".scale", getattr(module, "scale", None), getattr(twin, "scale", None)),
+                (".eps", getattr(module, "eps", None), getattr(twin, "eps", None)),
+                (".global_pool", getattr(module, "global_pool", None), getattr(twin, "global_pool", None)),
+            ):
+                if found != would:
+                    return f"{name}{what} ({found}) where it builds ({would})"
+    shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, built)]
+    for name in dict.fromkeys([*shapes[0], *shapes[1]]):
+        if shapes[0].get(name) != shapes[1].get(name):
+            return f"{name} of shape {shapes[0].get(name)} where it builds {shapes[1].get(name)}"
+    return None
 
 
 def _is_json(value: Any) -> bool:

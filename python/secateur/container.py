@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .check import writable
 from .errors import InvalidArgument
 
 _KEY = "secateur"
@@ -24,8 +25,7 @@ _FORMAT = 1
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that takes its place when the block ends well, and is removed if not."""
-    if not path.parent.is_dir():
-        raise InvalidArgument(f"path: expected a file in an existing folder, got {path}")
+    writable("path", path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield temporary

@@ -15,7 +15,10 @@ from .errors import InvalidArgument
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Architecture, arguments, group sizes and the SHA-256 of every parameter that a cut would touch."""
+    """Architecture, arguments, group sizes and the SHA-256 of every parameter that a cut would touch.
+
+    A model built by hand has its class for an architecture, and no arguments.
+    """
 
     architecture: str
     arguments: Mapping[str, Any]

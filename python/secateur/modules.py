@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from timm.layers import AttentionPoolLatent, maybe_add_mask, resolve_self_attn_mask
@@ -81,6 +81,16 @@ class PrunedAttention(nn.Module):
     v_dim: int
     scale: float
     fused_attn: bool
+
+    if TYPE_CHECKING:  # torch.jit.script would read these as attributes' types
+        qkv: nn.Linear
+        q_norm: nn.Module
+        k_norm: nn.Module
+        attn_drop: nn.Dropout
+        norm: nn.Module
+        gate: nn.Linear | None
+        proj: nn.Linear
+        proj_drop: nn.Dropout
 
     @classmethod
     def adopt(cls, attn: Any, qk_dim: int, v_dim: int, q_norm: nn.Module, k_norm: nn.Module) -> None:

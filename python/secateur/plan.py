@@ -186,11 +186,12 @@ def plan(
     else:
         assert ratios is not None
         sizes = counts_from_ratios(anatomy, ratios, **limits)
-    keep = {
-        group.name: core.select(criterion.score(model, stats, group, chosen), sizes[group.name])
-        for group in anatomy.groups
-        if sizes[group.name] < group.size
-    }
+    with core.torch_threads():
+        keep = {
+            group.name: core.select(criterion.score(model, stats, group, chosen), sizes[group.name])
+            for group in anatomy.groups
+            if sizes[group.name] < group.size
+        }
     return Plan(
         method=method,
         options={**chosen, "target": None if target is None else vars(target), "gamma": stats.settings.gamma},

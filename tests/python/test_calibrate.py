@@ -235,14 +235,62 @@ def raising(batches):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_bad_image_is_refused_with_the_layers_name(digits_model, digits_images, value):
+def test_a_bad_image_is_refused_and_what_was_collected_stays(digits_model, digits_images, value, tmp_path):
     bad = digits_images[:4].clone()
     bad[2, 1, 5, 5] = value
-    with pytest.raises(sc.NumericalError, match=r"blocks\.0\.attn q: expected finite values"):
-        sc.calibrate(digits_model, [bad], collect="scores")
-    with pytest.raises(sc.NumericalError, match=r"blocks\.0\.norm1"):
-        sc.calibrate(digits_model, [bad])
-    assert sc.calibrate(digits_model, [digits_images]).images == 64
+    path = tmp_path / "stats.safetensors"
+    with pytest.raises(sc.NumericalError, match=f"patch_embed: expected finite values, got {value} in image 10"):
+        sc.calibrate(digits_model, [digits_images[:8], bad], resume=path)
+    kept, clean = sc.Statistics.load(path), sc.calibrate(digits_model, [digits_images[:8]])
+    assert kept.settings == clean.settings
+    assert all(np.array_equal(array, kept.tensors[name]) for name, array in clean.tensors.items())
+
+
+@pytest.mark.parametrize(("collect", "layer"), [("scores", r"blocks\.1\.attn q"), ("all", r"blocks\.1\.norm1 x")])
+def test_a_bad_layer_is_named_and_half_a_batch_is_not_kept(digits_model, digits_images, collect, layer, tmp_path):
+    path = tmp_path / "stats.safetensors"
+    sc.calibrate(digits_model, [digits_images[:8]], collect=collect, resume=path)
+    before = path.read_bytes()
+    nan = float("nan")
+    handle = digits_model.blocks[0].register_forward_hook(lambda _m, _a, y: y.index_fill(0, torch.tensor([2]), nan))
+    with pytest.raises(sc.NumericalError, match=layer + ": expected finite values"):
+        sc.calibrate(digits_model, [digits_images[:16]], collect=collect, resume=path)
+    handle.remove()
+    assert path.read_bytes() == before
+    assert sc.calibrate(digits_model, [digits_images[:16]], collect=collect, resume=path).images == 16
+
+
+def test_an_interrupted_run_keeps_what_it_has(digits_model, digits_images, tmp_path):
+    path = tmp_path / "stats.safetensors"
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        sc.calibrate(digits_model, raising(digits_images.split(16)), resume=path)
+    assert sc.Statistics.load(path).images == 64
+
+
+def test_resume_is_as_exact_as_a_run_in_one_go(digits_model, digits_images, tmp_path):
+    path = tmp_path / "stats.safetensors"
+    batches = digits_images.split(8)
+    assert sc.calibrate(digits_model, batches, max_images=13, resume=path).images == 13
+    assert sc.calibrate(digits_model, batches, max_images=21, resume=path).images == 21
+    with pytest.raises(sc.InvalidArgument, match="resume: expected a file of at most 20 images, got 21"):
+        sc.calibrate(digits_model, batches, max_images=20, resume=path)
+    with pytest.raises(sc.InvalidArgument, match="resume: expected a loader of at least 21 images, got 5 fewer"):
+        sc.calibrate(digits_model, batches[:2], resume=path)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(sc.InvalidArgument, match="keys of float32, got bfloat16"),
+    ):
+        sc.calibrate(digits_model, batches, resume=path)
+    assert sc.Statistics.load(path).images == 21
+
+
+def test_the_cores_threads_are_put_back(digits_model, digits_images):
+    before = sc.core.runtime.threads()
+    sc.core.runtime.set_threads(3)
+    stats = sc.calibrate(digits_model, [digits_images])
+    sc.plan(digits_model, stats, ratios={"qk": 0.5})
+    assert sc.core.runtime.threads() == 3
+    sc.core.runtime.set_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -261,9 +309,12 @@ def test_batches_that_are_no_images(digits_model, batch, text):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"max_images": 0}, "max_images: expected a positive integer, got 0"),
-        ({"gamma": 0}, "gamma: expected a positive integer, got 0"),
-        ({"gamma": 2.5}, "gamma: expected a positive integer, got 2.5"),
+        ({"max_images": 0}, "max_images: expected an integer of at least 1, got 0"),
+        ({"gamma": 0}, "gamma: expected an integer of at least 1, got 0"),
+        ({"gamma": 2.5}, "gamma: expected an integer of at least 1, got 2.5"),
+        ({"token_fraction": "x"}, "token_fraction: expected a fraction in"),
+        ({"resume": "no_folder/stats"}, "resume: expected a file in an existing folder, got no_folder/stats"),
+        ({"resume": "/"}, "resume: expected a file in an existing folder, got /"),
         ({"collect": "most"}, "collect: expected 'scores' or 'all', got 'most'"),
         ({"token_fraction": 0.0}, r"token_fraction: expected a fraction in \(0, 1\], got 0.0"),
         ({"checkpoint_every": 2}, "checkpoint_every: expected resume= to name the file"),
@@ -274,6 +325,10 @@ def test_wrong_arguments(digits_model, digits_images, arguments, text):
         sc.calibrate(digits_model, [digits_images], **arguments)
     with pytest.raises(sc.InvalidArgument, match="loader: expected at least one image, got none"):
         sc.calibrate(digits_model, [])
+    with pytest.raises(sc.InvalidArgument, match="loader: expected batches of images, got int"):
+        sc.calibrate(digits_model, 5)
+    with pytest.raises(sc.InvalidArgument, match=r"loader: expected images \(B, 3, 32, 32\), got \(2, 3, 20, 20\)"):
+        sc.calibrate(digits_model, [torch.zeros(2, 3, 20, 20)])
 
 
 def test_a_warning_once_when_images_are_not_normalised():
@@ -294,7 +349,7 @@ def test_resume_after_an_interruption(digits_model, digits_images, tmp_path):
     path = tmp_path / "stats.safetensors"
     with pytest.raises(RuntimeError, match="the disk is gone"):
         sc.calibrate(digits_model, raising(batches[:5]), resume=path, checkpoint_every=2)
-    assert sc.Statistics.load(path).images == 36
+    assert sc.Statistics.load(path).images == 45
     resumed = sc.calibrate(digits_model, batches, resume=path, checkpoint_every=2)
     whole = sc.calibrate(digits_model, batches)
     assert resumed.settings == whole.settings

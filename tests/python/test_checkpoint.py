@@ -17,6 +17,7 @@ import torch
 from models import BASE, KINDS, images, make
 from safetensors import safe_open
 from safetensors.torch import save_file
+from secateur import container
 from test_exactness import plan_of, random_keep
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -136,15 +137,106 @@ def test_a_model_built_by_hand_needs_its_factory(tmp_path):
         warnings.simplefilter("ignore")
         scripted = torch.jit.script(loaded)
     assert torch.equal(scripted(images(loaded)), loaded(images(loaded)))
-    with pytest.raises(sc.InvalidArgument, match="factory: expected a timm model name, VisionTransformer or"):
+    with pytest.raises(sc.Unsupported, match="architecture: expected one that timm .* got 'os.system'"):
         sc.save(model, path, factory=("os.system", {}))
+    for factory in ("VisionTransformer", ("VisionTransformer",), ("VisionTransformer", [1])):
+        with pytest.raises(sc.InvalidArgument, match=r"factory: expected \(name, kwargs\), got"):
+            sc.save(model, path, factory=factory)
+    for argument in ("checkpoint_path", "pretrained", "pretrained_cfg_overlay", "features_only"):
+        with pytest.raises(
+            sc.InvalidArgument, match=f"arguments: expected those of the architecture, got '{argument}'"
+        ):
+            sc.save(model, path, factory=("vit_tiny_patch16_224", {argument: "weights.pth"}))
+    assert not path.exists()
 
 
-def test_a_factory_that_builds_another_model_is_refused_on_loading(tmp_path):
+def test_saving_leaves_the_model_and_its_fingerprint_alone(tmp_path):
     model = VisionTransformer(**HAND).eval()
-    sc.save(model, tmp_path / "wrong.safetensors", factory=("VisionTransformer", {**HAND, "depth": 3}))
-    with pytest.raises(sc.InvalidArgument, match=r"wrong\.safetensors: expected a model that timm .* can build, got"):
-        sc.load(tmp_path / "wrong.safetensors")
+    stats = sc.calibrate(model, [images(model)])
+    sc.save(model, tmp_path / "hand.safetensors", factory=("VisionTransformer", HAND))
+    assert not hasattr(model, "secateur_factory")
+    plan = sc.plan(model, stats, ratios={"qk": 0.5})
+    assert sc.prune(sc.load(tmp_path / "hand.safetensors"), plan).params == plan.params
+
+
+def _new_head(model):
+    model.head = nn.Linear(39, 3)
+
+
+def _fewer_blocks(model):
+    model.blocks = model.blocks[:1]
+
+
+def _other_activation(model):
+    model.blocks[0].mlp.act = nn.ReLU()
+
+
+def _other_eps(model):
+    model.norm.eps = 0.5
+
+
+def _other_scale(model):
+    model.blocks[1].attn.scale *= 3
+
+
+def _other_pool(model):
+    model.global_pool = "avg"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (_new_head, r"head \(in_features=39, out_features=3, bias=True\) where it builds"),
+        (_fewer_blocks, r"no module blocks\.1"),
+        (_other_activation, r"ReLU at blocks\.0\.mlp\.act where it builds GELU"),
+        (_other_eps, r"norm.* \(.*0\.5.*\) where it builds"),
+        (_other_scale, r"blocks\.1\.attn\.scale"),
+        (_other_pool, r"(\.global_pool \(avg\)|LayerNorm at norm) where it builds"),
+    ],
+)
+@pytest.mark.parametrize("made", ["timm", "by hand"])
+def test_what_would_not_come_back_is_not_saved(change, text, made, tmp_path):
+    path = tmp_path / "m.safetensors"
+    if made == "timm":
+        model, factory = timm.create_model("vit_tiny_patch16_224", **HAND), None
+    else:
+        model, factory = VisionTransformer(**HAND), ("VisionTransformer", HAND)
+    change(model)
+    with pytest.raises(sc.InvalidArgument, match="model: expected what .* is, got .*" + text):
+        sc.save(model, path, factory=factory)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("kwargs", [{}, {**HAND, "depth": 3}, {**HAND, "act_layer": "relu"}, {**HAND, "depht": 2}])
+def test_a_factory_that_builds_another_model_is_refused(kwargs, tmp_path):
+    model = VisionTransformer(**HAND).eval()
+    with pytest.raises(sc.InvalidArgument, match="(model|arguments): expected"):
+        sc.save(model, tmp_path / "wrong.safetensors", factory=("VisionTransformer", kwargs))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_whose_arguments_do_not_build_its_tensors(pruned, tmp_path):
+    """Made by another program with checksums that are right: refused by name, nothing else is read."""
+    path = tmp_path / "m.safetensors"
+    sc.save(pruned, path)
+    for change, text in (
+        ({"embed_dim": 30}, "m.safetensors: expected a model that timm .* can build, got"),
+        ({"checkpoint_path": "evil.pth"}, "got arguments: expected those of the architecture, got 'checkpoint_path'"),
+        ({"num_classes": 11}, r"got head\.bias of shape \(10,\) where it builds \(11,\)"),
+    ):
+        header, tensors = container.read(path, "model")
+        header["arguments"] |= change
+        container.write(tmp_path / "m.safetensors", "model", header, tensors)
+        with pytest.raises(sc.InvalidArgument, match=text):
+            sc.load(path)
+        sc.save(pruned, path)
+
+
+def test_frozen_parameters_come_back_frozen(pruned, tmp_path):
+    pruned.patch_embed.requires_grad_(False)
+    loaded = rebuilt(pruned, tmp_path)
+    frozen = [name for name, parameter in loaded.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["patch_embed.proj.weight", "patch_embed.proj.bias"]
 
 
 def test_arguments_that_json_cannot_hold(tmp_path):

@@ -30,9 +30,6 @@ class Family(Protocol):
     def build(self, architecture: str, arguments: Mapping[str, Any], device: torch.device) -> nn.Module:
         """Build a dense model with arbitrary weights."""
 
-    def set_factory(self, model: nn.Module, name: str, arguments: Mapping[str, Any]) -> None:
-        """Record how the dense form of a hand-built model is made."""
-
 
 _FAMILIES: tuple[Family, ...] = (vision_transformer,)
 

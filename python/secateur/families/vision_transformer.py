@@ -44,6 +44,8 @@ _NORMS: dict[type[nn.Module], bool] = {
     RmsNorm: False,
     RmsNormFp32: False,
 }
+# What timm.create_model takes besides: it would read files or return something else than the model.
+_NOT_ARCHITECTURE = ("checkpoint_path", "cache_dir", "features_only", "scriptable", "exportable", "device", "dtype")
 _FP32_NORMS = (LayerNormFp32, RmsNormFp32)
 
 
@@ -53,16 +55,23 @@ def accepts(model: nn.Module) -> bool:
 
 
 def build(architecture: str, arguments: Mapping[str, Any], device: torch.device) -> nn.Module:
-    """Build the dense model: a timm model name, or the name of one of the family's classes.
+    """Build the dense model: a timm model name, or the name of one of the family's classes. Nothing is fetched.
 
     Raises:
-        Unsupported: timm does not know the architecture.
+        InvalidArgument: an argument that would make timm read or fetch weights.
+        Unsupported: neither timm nor the family knows the architecture.
     """
+    for name in arguments:
+        if name in _NOT_ARCHITECTURE or name.startswith("pretrained"):
+            raise InvalidArgument(f"arguments: expected those of the architecture, got {name!r}")
     for cls in _MODELS:
         if architecture == cls.__name__:
             return cls(**arguments, device=device)
     if not timm.is_model(architecture):
-        raise Unsupported(f"architecture: expected a model that timm {timm.__version__} knows, got {architecture!r}")
+        names = " or ".join(cls.__name__ for cls in _MODELS)
+        raise Unsupported(
+            f"architecture: expected one that timm {timm.__version__} knows, {names}, got {architecture!r}"
+        )
     model: nn.Module = timm.create_model(architecture, pretrained=False, **arguments, device=device)
     return model
 
@@ -165,7 +174,7 @@ class _Inspection:
         if "width" not in self.refused:
             self.groups.append(Group("width", "width", None, self.width, tuple(self.stream)))
         self.refuse_tied()
-        architecture, arguments, rebuildable = _identity(model)
+        architecture, arguments, handmade = _identity(model)
         height, width = map(int, model.patch_embed.img_size)
         return Anatomy(
             family=NAME,
@@ -179,7 +188,7 @@ class _Inspection:
             products=tuple(self.products),
             shapes={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
             refused=self.refused,
-            rebuildable=rebuildable,
+            handmade=handmade,
         )
 
     def patch_embedding(self) -> None:
@@ -396,28 +405,11 @@ def _backbone_macs(backbone: nn.Module, input_size: tuple[int, ...]) -> int:
 
 
 def _identity(model: VisionTransformer) -> tuple[str, dict[str, Any], bool]:
-    """What builds the model's dense form, as timm or `set_factory` recorded it, and whether either did."""
-    origin = getattr(model, "secateur_factory", None)
-    if origin is not None:
-        name, arguments = origin
-        return name, dict(arguments), True
+    """What builds the model's dense form, as timm recorded it; the class alone for a model built by hand."""
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    if architecture:
-        # timm leaves the drop rates out of what it publishes; a model that is trained on needs them back.
-        recorded = getattr(model, "_model_args", {})
-        drop = {name: value for name, value in recorded.items() if "drop" in name}
-        return architecture, get_model_args(model, drop), True
-    return type(model).__name__, {}, False
-
-
-def set_factory(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> None:
-    """Record how the dense form of a hand-built model is made: a timm model name or a class name of the family.
-
-    Raises:
-        InvalidArgument: neither; nothing is imported by name.
-    """
-    if name not in {cls.__name__ for cls in _MODELS} and not timm.is_model(name):
-        names = " or ".join(cls.__name__ for cls in _MODELS)
-        raise InvalidArgument(f"factory: expected a timm model name, {names}, got {name!r}")
-    # A plain attribute: deepcopy and pickle of the user's own carry it along.
-    setattr(model, "secateur_factory", (name, dict(arguments)))  # noqa: B010
+    recorded: dict[str, Any] | None = getattr(model, "_model_args", None)
+    if not architecture or recorded is None:
+        return type(model).__name__, {}, True
+    # timm leaves the drop rates out of what it publishes; a model that is trained on needs them back.
+    drop = {name: value for name, value in recorded.items() if "drop" in name}
+    return architecture, get_model_args(model, drop), False
