@@ -11,14 +11,15 @@ from timm.utils import accuracy
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .data import split_batch
+from . import check
+from .data import images_in, model_input, split_batch
 from .errors import InvalidArgument, NumericalError
 from .progress import progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["Evaluation", "borrowed", "check_targets", "device_of", "evaluate"]
+__all__ = ["Evaluation", "borrowed", "check_targets", "device_of", "evaluate", "full_precision", "place_for"]
 
 
 @dataclass(frozen=True)
@@ -47,27 +48,27 @@ def evaluate(
     """Measure a classifier in evaluation mode; its mode and device are what they were afterwards.
 
     Args:
-        model: maps images (B, C, H, W) to logits (B, classes).
-        loader: an iterable of (images, targets), targets (B,) class indices.
+        model: maps images (B, C, H, W) to logits (B, classes), in any floating-point type.
+        loader: an iterable of (images, targets), targets (B,) class indices; the images are cast to the model's type.
         device: where to run; the model's own by default.
         max_images: stop after exactly so many images.
 
     Raises:
-        InvalidArgument: the loader yields nothing, no targets, or targets that are no class of the model.
+        InvalidArgument: no model with weights, no such device, or a loader that yields nothing, images of another
+            shape, no targets, or targets that are no class of the model.
         NumericalError: a logit is NaN or infinite.
     """
-    if max_images is not None and max_images < 1:
-        raise InvalidArgument(f"max_images: expected at least 1, got {max_images}")
+    max_images = check.integer("max_images", max_images, optional=True)
     images_seen, top1, top5, loss = 0, 0, 0, 0.0
-    total = max_images if max_images is not None else getattr(loader, "images", None)
+    total = images_in(loader, max_images)
     with borrowed(model, device) as place, progress(total, "evaluate") as advance, torch.inference_mode():
         for batch in loader:
             images, targets = split_batch(batch)
             if targets is None:
                 raise InvalidArgument("loader: expected (images, targets), got images alone")
             left = len(images) if max_images is None else max_images - images_seen
-            images, targets = images[:left].to(place), targets[:left].to(place)
-            logits = model(images).float()
+            images, targets = model_input(model, images[:left], place), targets[:left].to(place)
+            logits = full_precision(model(images))
             check_targets(targets, logits, soft=False)
             if not torch.isfinite(logits).all():
                 first = images_seen + int((~torch.isfinite(logits)).any(dim=1).nonzero()[0])
@@ -105,6 +106,17 @@ def check_targets(targets: Tensor, logits: Tensor, *, soft: bool) -> None:
         raise InvalidArgument(f"loader: expected class indices from 0 to {logits.shape[1] - 1}, got {got}")
 
 
+def full_precision(logits: object) -> Tensor:
+    """Return what a model gave as float32, or as float64 if it is: a loss taken in half precision underflows.
+
+    Raises:
+        InvalidArgument: it is no tensor.
+    """
+    if not isinstance(logits, Tensor):
+        raise InvalidArgument(f"model: expected logits (B, classes), got a {type(logits).__name__}")
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return where the model's first parameter or buffer is; the CPU if it has none."""
     for tensors in (model.parameters(), model.buffers()):
@@ -113,15 +125,47 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def place_for(model: nn.Module, device: torch.device | str | None = None, *, argument: str = "model") -> torch.device:
+    """Return where a model is to run: ``device``, or else where it is.
+
+    Raises:
+        InvalidArgument: it is no module or without weights (``argument`` names it), or there is no such device.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidArgument(f"{argument}: expected an nn.Module, got {type(model).__name__}")
+    if any(tensor.is_meta for tensors in (model.parameters(), model.buffers()) for tensor in tensors):
+        raise InvalidArgument(f"{argument}: expected a model with weights, got one on the meta device")
+    if device is None:
+        return device_of(model)
+    try:
+        place = torch.device(device)
+        if place.type != "cpu":
+            torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InvalidArgument(f"device: expected one that is there, got {str(device)!r} ({reason})") from error
+    if place.type == "meta":
+        raise InvalidArgument(f"device: expected one that computes, got {str(device)!r}")
+    return place
+
+
 @contextmanager
 def borrowed(
-    model: nn.Module, device: torch.device | str | None = None, *, training: bool = False
+    model: nn.Module,
+    device: torch.device | str | None = None,
+    *,
+    training: bool = False,
+    argument: str = "model",
 ) -> Iterator[torch.device]:
-    """Put a model into one mode and on one device, and every module of it back afterwards, on an exception too."""
+    """Put a model into one mode and on one device, and every module of it back afterwards, on an exception too.
+
+    Raises:
+        InvalidArgument: as `place_for`.
+    """
+    place = place_for(model, device, argument=argument)
     modes = [(module, module.training) for module in model.modules()]
     home = device_of(model)
     try:
-        place = home if device is None else torch.device(device)
         model.train(training)
         if place != home:
             model.to(place)

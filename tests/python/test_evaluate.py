@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
 import torch
 from secateur.data import ImageLoader
 from secateur.errors import InvalidArgument, NumericalError
-from secateur.evaluate import Evaluation, borrowed, evaluate
+from secateur.evaluate import Evaluation, borrowed, evaluate, place_for
+from secateur.progress import progress
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 
 class Echo(nn.Module):
@@ -125,7 +128,11 @@ def test_cuda_and_back(digits_model: nn.Module, digits_loader: ImageLoader) -> N
             {},
             r"loader: expected targets \(B,\) of class indices, got \(2, 3\) torch.float32",
         ),
-        ([], {"max_images": 0}, r"max_images: expected at least 1, got 0"),
+        ([], {"max_images": 0}, r"max_images: expected an integer of at least 1, got 0"),
+        ([], {"max_images": "5"}, r"max_images: expected an integer of at least 1, got '5'"),
+        ([], {"device": "gpu"}, r"device: expected one that is there, got 'gpu' \([^\n]+\)"),
+        ([], {"device": "meta"}, r"device: expected one that computes, got 'meta'"),
+        ([torch.zeros(2, 1, 3, 3, dtype=torch.long)], {}, r"loader: expected \(images, targets\), got images alone"),
     ],
 )
 def test_refusals(batches: list[object], arguments: dict[str, int], text: str) -> None:
@@ -152,3 +159,61 @@ def test_logits_that_are_not_finite_are_refused(value: float) -> None:
 def test_result_is_frozen() -> None:
     with pytest.raises(AttributeError):
         Evaluation(1.0, 2.0, 3.0, 4).top1 = 5.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_every_precision(digits_model: nn.Module, digits_loader: ImageLoader, dtype: torch.dtype) -> None:
+    expected = evaluate(digits_model, digits_loader, max_images=128)
+    found = evaluate(digits_model.to(dtype), digits_loader, max_images=128)
+    assert found.top1 == pytest.approx(expected.top1, abs=1.6)
+    assert found.loss == pytest.approx(expected.loss, rel=0.05)
+    assert {parameter.dtype for parameter in digits_model.parameters()} == {dtype}
+
+
+def test_images_of_another_size_are_refused(digits_model: nn.Module) -> None:
+    batch = (torch.zeros(4, 3, 20, 20), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(InvalidArgument, match=r"^loader: expected images \(B, 3, 32, 32\), got \(4, 3, 20, 20\)$"):
+        evaluate(digits_model.train(), [batch])
+    assert digits_model.training
+
+
+def test_what_is_no_model(digits_model: nn.Module) -> None:
+    with pytest.raises(InvalidArgument, match=r"^model: expected an nn.Module, got str$"):
+        evaluate("vit", [])  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match=r"^model: expected a model with weights, got one on the meta device$"):
+        evaluate(digits_model.to("meta"), [])
+    with pytest.raises(InvalidArgument, match=r"^teacher: expected an nn.Module, got NoneType$"):
+        place_for(None, argument="teacher")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_without_its_driver(digits_model: nn.Module) -> None:
+    digits_model.train()
+    with pytest.raises(InvalidArgument, match=r"^device: expected one that is there, got 'cuda' \([^\n]+\)$"):
+        evaluate(digits_model, [], device="cuda")
+    assert digits_model.training
+
+
+class Pair(nn.Module):
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images, images
+
+
+def test_an_output_that_is_no_tensor_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"^model: expected logits \(B, classes\), got a tuple$"):
+        evaluate(Pair(), [(torch.zeros(2, 1, 3, 3), torch.zeros(2, dtype=torch.long))])
+
+
+def test_progress_knows_the_length_of_torchs_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    totals = []
+    module = importlib.import_module("secateur.evaluate")
+
+    def record(total: int | None, *arguments: object, **rest: object) -> object:
+        totals.append(total)
+        return progress(total, *arguments, **rest)
+
+    monkeypatch.setattr(module, "progress", record)
+    source = DataLoader(TensorDataset(torch.zeros(7, 1, 3, 3), torch.zeros(7, dtype=torch.long)), batch_size=2)
+    evaluate(Echo(), source)
+    evaluate(Echo(), source, max_images=9)
+    assert totals == [7, 7]
