@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from .data import data_config
+from . import check
+from .data import data_config, input_dtype
 from .errors import InvalidArgument
-from .evaluate import borrowed, device_of
+from .evaluate import borrowed, place_for
 from .progress import progress
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from torch import Tensor, nn
 
@@ -86,18 +88,17 @@ def bench(
         device: where to run; the model's own by default.
 
     Raises:
-        InvalidArgument: a number is out of range, or a model does not take the input.
+        InvalidArgument: a number is out of range, there is no such device, or a model is none or does not take the
+            input.
     """
-    for argument, value, least in (
-        ("batch_size", batch_size, 1),
-        ("repeats", repeats, 1),
-        ("warmup", warmup, 0),
-        ("threads", threads, 1),
-    ):
-        if value is not None and (isinstance(value, bool) or value < least):
-            raise InvalidArgument(f"{argument}: expected at least {least}, got {value}")
+    batch_size = check.integer("batch_size", batch_size)
+    repeats = check.integer("repeats", repeats)
+    warmup = check.integer("warmup", warmup, 0)
+    threads = check.integer("threads", threads, optional=True)
+    place = place_for(model, device)
+    if reference is not None:
+        place_for(reference, argument="reference")
     size = _input_size(model, input_size)
-    place = device_of(model) if device is None else torch.device(device)
     models = [model] if reference is None else [model, reference]
     with ExitStack() as stack:
         stack.enter_context(_threads(threads))
@@ -105,7 +106,7 @@ def bench(
             stack.enter_context(borrowed(each, place))
         stack.enter_context(torch.inference_mode())
         images = torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(place)
-        inputs = [images.to(_dtype(each)) for each in models]
+        inputs = [images.to(input_dtype(each)) for each in models]
         loops = [_warm(each, batch, warmup, name) for each, batch, name in zip(models, inputs, _NAMES, strict=False)]
         times = np.empty((repeats, len(models)))
         with progress(repeats, "bench", unit="repeats") as advance:
@@ -141,15 +142,14 @@ def _input_size(model: nn.Module, given: int | Sequence[int] | None) -> tuple[in
     channels, height, width = data_config(model)["input_size"]
     if given is None:
         return channels, height, width
-    sizes = (given, given) if isinstance(given, int) else tuple(given)
-    if len(sizes) not in (2, 3) or any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise InvalidArgument(f"input_size: expected a side, (height, width) or (channels, height, width), got {given}")
+    sizes: tuple[Any, ...] = tuple(given) if isinstance(given, Sequence) else (given, given)
+    whole = all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in sizes)
+    if len(sizes) not in (2, 3) or not whole:
+        raise InvalidArgument(
+            f"input_size: expected a side, (height, width) or (channels, height, width), got {given!r}"
+        )
     channels, height, width = sizes if len(sizes) == 3 else (channels, *sizes)
     return channels, height, width
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((parameter.dtype for parameter in model.parameters()), torch.float32)
 
 
 def _warm(model: nn.Module, images: Tensor, warmup: int, name: str) -> int:

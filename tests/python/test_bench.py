@@ -114,11 +114,20 @@ def test_text_is_one_line_of_the_figures() -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        ({"repeats": 0}, "repeats: expected at least 1, got 0"),
-        ({"warmup": -1}, "warmup: expected at least 0, got -1"),
-        ({"threads": 0}, "threads: expected at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
+        ({"repeats": 0}, "repeats: expected an integer of at least 1, got 0"),
+        ({"warmup": -1}, "warmup: expected an integer of at least 0, got -1"),
+        ({"threads": 0}, "threads: expected an integer of at least 1, got 0"),
         ({"input_size": (1, 2, 3, 4)}, r"input_size: expected a side, .*, got \(1, 2, 3, 4\)"),
+        ({"batch_size": "3"}, "batch_size: expected an integer of at least 1, got '3'"),
+        ({"repeats": 1.5}, "repeats: expected an integer of at least 1, got 1.5"),
+        ({"threads": 1.5}, "threads: expected an integer of at least 1, got 1.5"),
+        ({"warmup": True}, "warmup: expected an integer of at least 0, got True"),
+        ({"input_size": 8.5}, "input_size: expected a side, .*, got 8.5"),
+        ({"input_size": True}, "input_size: expected a side, .*, got True"),
+        ({"input_size": "88"}, "input_size: expected a side, .*, got '88'"),
+        ({"device": "gpu"}, r"device: expected one that is there, got 'gpu' \(.*\)"),
+        ({"reference": "vit"}, "reference: expected an nn.Module, got str"),
         ({"input_size": 0}, "input_size: expected a side, .*, got 0"),
     ],
 )
@@ -135,3 +144,16 @@ def test_a_model_that_does_not_take_the_input_is_named(digits_model: nn.Module) 
         bench(Sleeper(0), digits_model.train(), input_size=8, threads=1)
     assert digits_model.training
     assert torch.get_num_threads() == threads
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(InvalidArgument, match=r"^model: expected an nn.Module, got str$"):
+        bench("vit")  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match=r"^reference: expected a model with weights, got one on the meta device"):
+        bench(Sleeper(0), Sleeper(0).to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_every_precision(digits_model: nn.Module, dtype: torch.dtype) -> None:
+    found = bench(Sleeper(0), digits_model.to(dtype), batch_size=2, input_size=32, repeats=1, warmup=0)
+    assert found.reference_milliseconds > 0
