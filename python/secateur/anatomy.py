@@ -145,12 +145,11 @@ class Anatomy:
                 return group
         raise InvalidArgument(f"group: expected one of {', '.join(self.sizes)}, got {name!r}")
 
-    def numel(self, name: str, sizes: Mapping[str, int] | None = None) -> int:
+    def numel(self, name: str, sizes: Mapping[str, int]) -> int:
         """Number of entries that parameter ``name`` has when each group has the given size."""
         shape = list(self.shapes[name])
         extra = 1
-        for group, member in self.members_of.get(name, ()) if sizes else ():
-            assert sizes is not None
+        for group, member in self.members_of.get(name, ()):
             kept = sizes.get(group.name, group.size)
             if member.shared:
                 shape[member.dim] = kept
@@ -198,7 +197,7 @@ class Anatomy:
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.input_size))
-        title = f"{self.architecture}: {self.params / 1e6:.2f} M parameters, {self.macs / 1e9:.3f} GMACs at {size}"
+        title = f"{self.architecture}: {units(self.params)} parameters, {units(self.macs)} MACs at {size}"
         table = Table(box=box.SIMPLE)
         table.add_column("block")
         for column in ("heads", "qk per head", "v per head", "ffn"):
@@ -226,6 +225,14 @@ def parameter_of(model: nn.Module, member: Member) -> nn.Parameter:
     parameter = getattr(model.get_submodule(member.module), member.parameter)
     assert isinstance(parameter, nn.Parameter)
     return parameter
+
+
+def units(count: int) -> str:
+    """A count in thousands, millions or billions, to three digits or more."""
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= factor:
+            return f"{count / factor:.{3 if unit == 'G' else 2}f} {unit}"
+    return str(count)
 
 
 def render(table: Table) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 
 from . import core
 from .allocate import Target, counts_from_ratios, counts_from_target
-from .anatomy import Anatomy
+from .anatomy import Anatomy, units
 from .container import replacing
 from .errors import InvalidArgument
 from .families import family_of
@@ -120,14 +120,14 @@ class Plan:
             )
         except InvalidArgument:
             raise
+        except UnicodeDecodeError as error:
+            raise InvalidArgument(f"{path.name}: expected a secateur plan, got a file that is no text") from error
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise InvalidArgument(f"{path.name}: expected a secateur plan, got {error}") from error
 
     def __str__(self) -> str:
-        return (
-            f"Plan({self.method}): {self.params[0] / 1e6:.2f} -> {self.params[1] / 1e6:.2f} M parameters, "
-            f"{self.macs[0] / 1e9:.3f} -> {self.macs[1] / 1e9:.3f} GMACs, {len(self.keep)} groups cut"
-        )
+        params, macs = (" -> ".join(map(units, pair)) for pair in (self.params, self.macs))
+        return f"Plan({self.method}): {params} parameters, {macs} MACs, {len(self.keep)} groups cut"
 
 
 def plan(

@@ -139,6 +139,8 @@ class Statistics:
         Raises:
             InvalidArgument: ``other`` is of another model.
         """
+        if other is not None and not isinstance(other, Statistics):
+            raise InvalidArgument(f"other: expected Statistics, got {type(other).__name__}")
         if other is not None:
             self.settings.fingerprint.require(other.settings.fingerprint, "other", strict=True)
         found = {}
@@ -158,6 +160,8 @@ class Statistics:
         Raises:
             InvalidArgument: nothing to merge, or different models, settings or observations.
         """
+        if not isinstance(parts, Sequence) or not all(isinstance(part, Statistics) for part in parts):
+            raise InvalidArgument(f"parts: expected a list of Statistics, got {parts!r}")
         if not parts:
             raise InvalidArgument("parts: expected at least one Statistics, got none")
         first = parts[0]
@@ -196,6 +200,8 @@ class Statistics:
         return cls(settings, {name: tensor.numpy() for name, tensor in tensors.items()})
 
     def _sum(self, group: str, what: str, fold: str | None) -> Float:
+        if fold is not None and fold not in FOLDS:
+            raise InvalidArgument(f"fold: expected even, odd or None, got {fold!r}")
         folds = FOLDS if fold is None else (fold,)
         try:
             total: Float = np.sum([self.tensors[f"{name}/{group}/{what}"] for name in folds], axis=0)

@@ -21,7 +21,7 @@ def test_the_readme_example_runs_as_it_stands(tmp_path):
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     run = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "GMACs" in run.stdout
+    assert "MACs at 3x32x32" in run.stdout
     assert "top-1" in run.stdout
     assert (tmp_path / "pruned.safetensors").is_file()
 

@@ -99,7 +99,7 @@ def test_kinds_are_described_completely(kind):
     sizes = {group.kind: (group.heads, group.size) for group in anatomy.groups if group.block in (0, None)}
     assert sizes["qk"] == sizes["v"] == (3, 13)
     assert sizes["width"] == (1, 39)
-    assert anatomy.params == sum(anatomy.numel(name) for name in anatomy.shapes)
+    assert anatomy.params == sum(anatomy.numel(name, {}) for name in anatomy.shapes)
 
 
 class Subclass(VisionTransformer):

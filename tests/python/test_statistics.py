@@ -48,6 +48,13 @@ def test_shards_merge_to_the_whole(digits_model, digits_images, parts):
 def test_merge_refuses_what_does_not_add(digits_model, digits_images, stats):
     with pytest.raises(sc.InvalidArgument, match="parts: expected at least one Statistics, got none"):
         sc.Statistics.merge([])
+    for parts in (stats, [stats, "stats.safetensors"]):
+        with pytest.raises(sc.InvalidArgument, match="parts: expected a list of Statistics, got"):
+            sc.Statistics.merge(parts)
+    with pytest.raises(sc.InvalidArgument, match="other: expected Statistics, got int"):
+        stats.agreement(5)
+    with pytest.raises(sc.InvalidArgument, match="fold: expected even, odd or None, got 'third'"):
+        stats.importance("blocks.0.qk", "third")
     for changed, text in (
         ({"gamma": 3}, "parts: expected gamma = 8 in all, got 3"),
         ({"token_fraction": 0.5}, "parts: expected token_fraction = 1.0 in all, got 0.5"),
