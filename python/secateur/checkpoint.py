@@ -40,6 +40,9 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
     """
     path = writable("path", path)
     anatomy = family_of(model).inspect(model)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise InvalidArgument(f"model: expected weights, got none in {name} (device meta)")
     architecture, arguments = anatomy.architecture, anatomy.arguments
     handmade = factory is not None or anatomy.handmade
     if handmade:

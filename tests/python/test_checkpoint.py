@@ -232,6 +232,12 @@ def test_a_file_whose_arguments_do_not_build_its_tensors(pruned, tmp_path):
         sc.save(pruned, path)
 
 
+def test_a_model_without_weights_is_not_saved(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", **HAND, device="meta")
+    with pytest.raises(sc.InvalidArgument, match="model: expected weights, got none in"):
+        sc.save(model, tmp_path / "m.safetensors")
+
+
 def test_frozen_parameters_come_back_frozen(pruned, tmp_path):
     pruned.patch_embed.requires_grad_(False)
     loaded = rebuilt(pruned, tmp_path)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import secateur as sc
+from secateur import cli
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -31,15 +33,10 @@ def test_the_readme_command_lines_are_understood():
     commands = [shlex.split(line) for line in README.splitlines() if line.startswith("secateur ")]
     assert len(commands) == 5
     for words in commands:
-        help_text = subprocess.run(
-            [sys.executable, "-m", "secateur", words[1], "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={"PATH": "/usr/bin", "COLUMNS": "200", "TERM": "dumb"},
-        ).stdout
+        shown = CliRunner().invoke(cli.app, [words[1], "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+        assert shown.exit_code == 0
         for option in (word for word in words if word.startswith("--")):
-            assert option in help_text, f"{words[1]} {option}"
+            assert option in shown.output, f"{words[1]} {option}"
 
 
 @pytest.mark.parametrize(
