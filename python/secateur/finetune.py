@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -15,10 +16,10 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import container
-from .data import split_batch
+from . import check, container, generators
+from .data import images_in, model_input, split_batch
 from .errors import InvalidArgument, NumericalError, Unsupported
-from .evaluate import borrowed, check_targets, evaluate
+from .evaluate import borrowed, check_targets, evaluate, full_precision, place_for
 from .progress import progress
 
 if TYPE_CHECKING:
@@ -115,7 +116,9 @@ def finetune(
     generators are put back.
 
     Args:
-        model: maps images (B, C, H, W) to logits (B, classes). Parameters that do not require a gradient stay.
+        model: maps images (B, C, H, W) to logits (B, classes). Parameters that do not require a gradient stay. It is
+            trained in the type it has; images are cast to it, and losses taken in float32 or better. float16 is too narrow
+            for the squared gradients of Adam and its like; bfloat16 and float32 are not.
         loader: batches of images or (images, targets, ...), targets (B,) class indices or (B, classes) probabilities.
             A loader with ``set_epoch`` is told the number of each pass.
         teacher: gives logits of the same shape; the dense model, usually.
@@ -133,7 +136,8 @@ def finetune(
         label_smoothing: in [0, 1).
         val_loader: evaluated after each pass.
         resume: the checkpoint file. Where it exists, training continues from it, and ends with the same bits as a run
-            that was never interrupted; it is written every ``checkpoint_every`` steps and at the end.
+            that was never interrupted: the model must come as it came to the first call, with the same teacher, batches
+            and settings. It is written every ``checkpoint_every`` steps and at the end.
         checkpoint_every: in steps; None writes at the end alone.
         seed: of order, augmentation, dropout and stochastic depth.
         device: where to train; the model's own by default.
@@ -142,39 +146,42 @@ def finetune(
         InvalidArgument: an argument or a batch is not as described, or the checkpoint is damaged or of another run.
         NumericalError: the loss or the gradient is NaN or infinite; the weights are those of the last good step.
     """
+    place = place_for(model, device)
+    if teacher is not None:
+        place_for(teacher, argument="teacher")
     total = _total_steps(loader, epochs, steps)
+    lr = check.number("lr", lr, open_low=True)
     settings = _Settings(
         steps=total,
         opt=opt,
-        lr=_number("lr", lr, low=0.0, open_low=True),
-        min_lr=_number("min_lr", lr / 100 if min_lr is None else min_lr, low=0.0, high=lr),
-        warmup=total // 20 if warmup is None else warmup,
-        weight_decay=_number("weight_decay", weight_decay, low=0.0),
-        clip_grad=None if clip_grad is None else _number("clip_grad", clip_grad, low=0.0, open_low=True),
+        lr=lr,
+        min_lr=check.number("min_lr", lr / 100 if min_lr is None else min_lr, high=lr),
+        warmup=total // 20 if warmup is None else check.integer("warmup", warmup, 0),
+        weight_decay=check.number("weight_decay", weight_decay),
+        clip_grad=None if clip_grad is None else check.number("clip_grad", clip_grad, open_low=True),
         distilled=teacher is not None,
-        temperature=_number("temperature", temperature, low=0.0, open_low=True),
-        alpha=_number("alpha", (0.0 if teacher is None else 0.5) if alpha is None else alpha, low=0.0, high=1.0),
-        label_smoothing=_number("label_smoothing", label_smoothing, low=0.0, high=1.0),
-        seed=seed,
+        temperature=check.number("temperature", temperature, open_low=True),
+        alpha=check.fraction("alpha", (0.0 if teacher is None else 0.5) if alpha is None else alpha),
+        label_smoothing=check.fraction("label_smoothing", label_smoothing, open_high=True),
+        seed=check.integer("seed", seed, 0),
     )
-    if not 0 <= settings.warmup < total:
+    if settings.warmup >= total:
         raise InvalidArgument(f"warmup: expected fewer than the {total} steps of the run, got {settings.warmup}")
     if teacher is model:
         raise InvalidArgument("teacher: expected another model than the one to train, got the same")
     if teacher is None and settings.alpha > 0:
         raise InvalidArgument(f"teacher: expected a model with alpha={settings.alpha:g}, got None")
-    if checkpoint_every is not None and (resume is None or checkpoint_every < 1):
-        got = f"{checkpoint_every}" if resume is not None else "no resume"
-        raise InvalidArgument(f"checkpoint_every: expected at least 1 and a resume file to write, got {got}")
+    checkpoint_every = check.integer("checkpoint_every", checkpoint_every, optional=True)
+    if checkpoint_every is not None and resume is None:
+        raise InvalidArgument("checkpoint_every: expected a resume file to write, got no resume")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InvalidArgument("model: expected a parameter that requires a gradient, got none")
-    path = None if resume is None else Path(resume)
-    if path is not None and not path.parent.is_dir():
-        raise InvalidArgument(f"resume: expected a file in an existing folder, got {str(path)!r}")
+    path = None if resume is None else check.writable("resume", resume)
+    origin = None if path is None else _origin(model, teacher, loader)
 
-    with _generators(), _heads_apart(model, settings), borrowed(model, device, training=True) as place:
+    with generators.kept(*_cuda_devices()), _heads_apart(model, settings), borrowed(model, place, training=True):
         optimizer = _optimizer(model, settings)
-        run = _Run(model, teacher, optimizer, settings, place)
+        run = _Run(model, teacher, optimizer, settings, place, origin)
         resumed = run.load(path) if path is not None and path.is_file() else 0
         try:
             with torch.enable_grad(), nullcontext() if teacher is None else borrowed(teacher, place):
@@ -194,6 +201,7 @@ class _Run:
         optimizer: torch.optim.Optimizer,
         settings: _Settings,
         place: torch.device,
+        origin: Mapping[str, Any] | None,
     ) -> None:
         self.at = _Progress()
         self._model = model
@@ -201,6 +209,7 @@ class _Run:
         self._optimizer = optimizer
         self._settings = settings
         self._place = place
+        self._origin = origin
         self._generators: Any = None
         self._schedule = CosineLRScheduler(
             optimizer,
@@ -246,7 +255,7 @@ class _Run:
         for _ in range(skip):
             next(batches, None)
         if self._generators is not None:
-            _set_generators(self._generators, self._place)
+            generators.put(self._generators, self._place)
             self._generators = None
         yield from batches
         if at.batch == 0:
@@ -255,7 +264,6 @@ class _Run:
     def _step(self, batch: Any) -> float:
         at, settings = self.at, self._settings
         images, targets = split_batch(batch)
-        images = images.to(self._place)
         loss = self._loss(images, None if targets is None else targets.to(self._place))
         value = float(loss.detach())
         self._finite("loss", value)
@@ -265,7 +273,18 @@ class _Run:
         norm = nn.utils.clip_grad_norm_([p for p in self._model.parameters() if p.grad is not None], limit)
         self._finite("gradient", float(norm))
         self._schedule.step_update(at.step)
+        narrow = [p for p in self._model.parameters() if p.dtype == torch.float16 and p.grad is not None]
+        before = [p.detach().clone() for p in narrow]
         self._optimizer.step()
+        # Squared gradients and Adam's epsilon are zero in float16.
+        if not all(bool(p.isfinite().all()) for p in narrow):
+            with torch.no_grad():
+                for parameter, value_before in zip(narrow, before, strict=True):
+                    parameter.copy_(value_before)
+            raise NumericalError(
+                f"weights: expected finite values, got nan or inf in step {at.step + 1}: {settings.opt} needs more "
+                f"than float16; the weights are those after step {at.step}"
+            )
         at.step += 1
         at.batch += 1
         at.loss += value * len(images)
@@ -274,9 +293,10 @@ class _Run:
 
     def _loss(self, images: Tensor, targets: Tensor | None) -> Tensor:
         settings = self._settings
-        output = self._model(images)
+        output = self._model(model_input(self._model, images, self._place))
         # Two heads only when `_heads_apart` asked for them.
-        student, pupil = output if isinstance(output, tuple) else (output, output)
+        heads = output if isinstance(output, tuple) and len(output) == 2 else (output, output)
+        student, pupil = (full_precision(head) for head in heads)
         if targets is None and settings.alpha < 1:
             raise InvalidArgument(
                 "loader: expected (images, targets), or alpha=1 and a teacher for images alone, "
@@ -285,16 +305,17 @@ class _Run:
         loss: Tensor = student.new_zeros(())
         if settings.alpha < 1 and targets is not None:
             check_targets(targets, student, soft=True)
+            targets = targets.to(student.dtype) if targets.is_floating_point() else targets
             hard = functional.cross_entropy(student, targets, label_smoothing=settings.label_smoothing)
             loss = loss + (1 - settings.alpha) * hard
         if self._teacher is not None and settings.alpha > 0:
             # Not inference mode: its tensors cannot be kept for the backward pass.
             with torch.no_grad():
-                wanted = self._teacher(images)
+                wanted = self._teacher(model_input(self._teacher, images, self._place))
             if not isinstance(wanted, Tensor) or wanted.shape != pupil.shape:
                 got = tuple(wanted.shape) if isinstance(wanted, Tensor) else type(wanted).__name__
                 raise InvalidArgument(f"teacher: expected logits of shape {tuple(pupil.shape)}, got {got}")
-            loss = loss + settings.alpha * _distillation(pupil, wanted, settings.temperature)
+            loss = loss + settings.alpha * _distillation(pupil, wanted.to(pupil.dtype), settings.temperature)
         return loss
 
     def _finite(self, what: str, value: float) -> None:
@@ -322,8 +343,9 @@ class _Run:
     def save(self, path: Path) -> None:
         """Write the checkpoint."""
         tensors = {f"model.{name}": tensor for name, tensor in _state(self._model).items()}
-        rest = {"optimizer": self._optimizer.state_dict(), "generators": _get_generators(self._place)}
+        rest = {"optimizer": self._optimizer.state_dict(), "generators": generators.get(self._place)}
         header = {
+            "origin": self._origin,
             "settings": asdict(self._settings),
             "progress": asdict(self.at),
             "rest": {key: _pack(value, tensors, key) for key, value in rest.items()},
@@ -348,14 +370,60 @@ class _Run:
                     f"resume: expected a checkpoint of this model, got {name} of shape {shapes[0]} "
                     f"where the model has {shapes[1]}"
                 )
+        self._require(header.get("origin") or {})
         rest = {key: _unpack(value, tensors) for key, value in header["rest"].items()}
-        self._optimizer.load_state_dict(rest["optimizer"])
+        try:
+            self._optimizer.load_state_dict(rest["optimizer"])
+        except ValueError as error:  # raised before anything is loaded
+            raise InvalidArgument(
+                f"resume: expected a checkpoint of the parameters that require a gradient, got others ({error})"
+            ) from error
         with torch.no_grad():
             for name, tensor in model.items():
                 tensor.copy_(found[name])
         self.at = _Progress(**header["progress"])
         self._generators = rest["generators"]
         return self.at.step
+
+    def _require(self, found: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint that began with other weights, another teacher or other batches."""
+        mine = self._origin or {}
+        for name in ("model", "teacher"):
+            if found.get(name) != mine.get(name):
+                raise InvalidArgument(
+                    f"resume: expected a checkpoint that began with this {name}, got one whose {name} had other weights"
+                )
+        for name in ("batches", "batch_size", "images"):
+            before, now = found.get(name), mine.get(name)
+            # A loader need not know.
+            if before is not None and now is not None and before != now:
+                raise InvalidArgument(
+                    f"resume: expected a checkpoint of this loader, got one with {name}={before} where it is {now} now"
+                )
+
+
+def _origin(model: nn.Module, teacher: nn.Module | None, loader: Iterable[Any]) -> dict[str, Any]:
+    """Return what a run begins with: digests of the weights, and what the loader tells of its batches."""
+    batch_size = getattr(loader, "batch_size", None)
+    return {
+        "model": _digest(model),
+        "teacher": None if teacher is None else _digest(teacher),
+        "batches": _length(loader),
+        "batch_size": batch_size if isinstance(batch_size, int) else None,
+        "images": images_in(loader),
+    }
+
+
+def _digest(model: nn.Module) -> str:
+    lines = [f"{name} {tensor.dtype} {container.digest(tensor)}" for name, tensor in sorted(_state(model).items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -373,26 +441,16 @@ def _distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
 def _total_steps(loader: Iterable[Any], epochs: int | None, steps: int | None) -> int:
     if epochs is not None and steps is not None:
         raise InvalidArgument(f"steps: expected either epochs or steps, got epochs={epochs} and steps={steps}")
-    for argument, value in (("epochs", epochs), ("steps", steps)):
-        if value is not None and value < 1:
-            raise InvalidArgument(f"{argument}: expected at least 1, got {value}")
+    steps = check.integer("steps", steps, optional=True)
+    epochs = check.integer("epochs", epochs, optional=True)
     if steps is not None:
         return steps
-    try:
-        length = len(loader)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise InvalidArgument(f"steps: expected a number for a loader of unknown length, got None ({error})") from error
+    length = _length(loader)
+    if length is None:
+        raise InvalidArgument("steps: expected a number for a loader of unknown length, got None")
     if length < 1:
         raise InvalidArgument("loader: expected at least one batch, got none")
     return length * (1 if epochs is None else epochs)
-
-
-def _number(argument: str, value: float, *, low: float, high: float = float("inf"), open_low: bool = False) -> float:
-    if not (low < value if open_low else low <= value) or value > high or not np.isfinite(value):
-        limits = f"more than {low:g}" if open_low else f"at least {low:g}"
-        limits += "" if high == float("inf") else f" and at most {high:g}"
-        raise InvalidArgument(f"{argument}: expected {limits}, got {value:g}")
-    return float(value)
 
 
 def _optimizer(model: nn.Module, settings: _Settings) -> torch.optim.Optimizer:
@@ -422,26 +480,6 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _get_generators(place: torch.device) -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - transforms draw from the global generator
-    state = {
-        "python": random.getstate(),
-        "numpy": (kind, [int(key) for key in keys], *rest),
-        "torch": torch.default_generator.get_state(),
-    }
-    if place.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(place)
-    return state
-
-
-def _set_generators(state: Mapping[str, Any], place: torch.device) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
-    torch.default_generator.set_state(state["torch"])
-    if "cuda" in state and place.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], place)
-
-
 def _seed_generators(seed: int, epoch: int) -> None:
     value = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> np.uint64(1))
     random.seed(value)
@@ -449,17 +487,11 @@ def _seed_generators(seed: int, epoch: int) -> None:
     torch.manual_seed(value)
 
 
-@contextmanager
-def _generators() -> Iterator[None]:
-    places = [torch.device("cpu")]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        places += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    states = [(_get_generators(place), place) for place in places]
-    try:
-        yield
-    finally:
-        for state, place in states:
-            _set_generators(state, place)
+def _cuda_devices() -> list[torch.device]:
+    """Return all devices whose generators a run may move: those of a process that uses CUDA."""
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return []
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -461,21 +462,33 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:
     ("arguments", "text"),
     [
         ({"epochs": 1, "steps": 1}, "steps: expected either epochs or steps, got epochs=1 and steps=1"),
-        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
-        ({"steps": 0}, "steps: expected at least 1, got 0"),
-        ({"lr": 0.0}, "lr: expected more than 0, got 0"),
-        ({"lr": math.nan}, "lr: expected more than 0, got nan"),
-        ({"min_lr": 1.0}, "min_lr: expected at least 0 and at most 0.0005, got 1"),
+        ({"epochs": 0}, "epochs: expected an integer of at least 1, got 0"),
+        ({"steps": 0}, "steps: expected an integer of at least 1, got 0"),
+        ({"lr": 0.0}, "lr: expected a number of more than 0, got 0.0"),
+        ({"lr": math.nan}, "lr: expected a number of more than 0, got nan"),
+        ({"min_lr": 1.0}, "min_lr: expected a number of at least 0 and at most 0.0005, got 1.0"),
         ({"warmup": 5}, "warmup: expected fewer than the 5 steps of the run, got 5"),
-        ({"weight_decay": -1.0}, "weight_decay: expected at least 0, got -1"),
-        ({"clip_grad": 0.0}, "clip_grad: expected more than 0, got 0"),
-        ({"temperature": 0.0}, "temperature: expected more than 0, got 0"),
-        ({"alpha": 1.5}, "alpha: expected at least 0 and at most 1, got 1.5"),
+        ({"weight_decay": -1.0}, "weight_decay: expected a number of at least 0, got -1.0"),
+        ({"clip_grad": 0.0}, "clip_grad: expected a number of more than 0, got 0.0"),
+        ({"temperature": 0.0}, "temperature: expected a number of more than 0, got 0.0"),
+        ({"alpha": 1.5}, r"alpha: expected a fraction in \[0, 1\], got 1.5"),
         ({"alpha": 0.5}, "teacher: expected a model with alpha=0.5, got None"),
-        ({"label_smoothing": -0.1}, "label_smoothing: expected at least 0 and at most 1, got -0.1"),
+        ({"label_smoothing": -0.1}, r"label_smoothing: expected a fraction in \[0, 1\), got -0.1"),
         ({"opt": "nothing"}, r"opt: expected an optimizer of timm.optim, got 'nothing' \(.*\)"),
-        ({"checkpoint_every": 2}, "checkpoint_every: expected at least 1 and a resume file to write, got no resume"),
-        ({"resume": "no/such/folder/run"}, "resume: expected a file in an existing folder, got 'no/such/folder/run'"),
+        ({"checkpoint_every": 2}, "checkpoint_every: expected a resume file to write, got no resume"),
+        ({"resume": "no/such/folder/run"}, "resume: expected a file in an existing folder, got no/such/folder/run"),
+        ({"resume": "."}, r"resume: expected a file in an existing folder, got \."),
+        ({"resume": ".", "checkpoint_every": "2"}, "checkpoint_every: expected an integer of at least 1, got '2'"),
+        ({"steps": "3"}, "steps: expected an integer of at least 1, got '3'"),
+        ({"steps": 1.5}, "steps: expected an integer of at least 1, got 1.5"),
+        ({"lr": "x"}, "lr: expected a number of more than 0, got 'x'"),
+        ({"alpha": "x"}, r"alpha: expected a fraction in \[0, 1\], got 'x'"),
+        ({"seed": -1}, "seed: expected an integer of at least 0, got -1"),
+        ({"warmup": 0.5}, "warmup: expected an integer of at least 0, got 0.5"),
+        ({"warmup": -1}, "warmup: expected an integer of at least 0, got -1"),
+        ({"label_smoothing": 1.0}, r"label_smoothing: expected a fraction in \[0, 1\), got 1.0"),
+        ({"teacher": "vit"}, "teacher: expected an nn.Module, got str"),
+        ({"device": "gpu"}, r"device: expected one that is there, got 'gpu' \(.*\)"),
     ],
 )
 def test_refusals(arguments: dict[str, object], text: str) -> None:
@@ -520,3 +533,113 @@ def test_text_says_what_was_done() -> None:
     assert str(found) == (
         f"10 steps, 2 epochs, loss {found.history[-1]['loss']:.4f}, top-1 {found.history[-1]['top1']:.2f} %"
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "opt"),
+    # Adam, and with it Muon's part for vectors, squares gradients to zero in float16.
+    [
+        (torch.float16, "momentum"),
+        *((dtype, opt) for dtype in (torch.bfloat16, torch.float64) for opt in ("momentum", "muon")),
+    ],
+)
+def test_models_of_every_precision(opt: str, dtype: torch.dtype) -> None:
+    model, expected = quiet().to(dtype), quiet()
+    before = weights(model)
+    arguments = {"opt": opt, "lr": 1e-2, "epochs": 2, "val_loader": batches()}
+    found = finetune(model, batches(), teacher=quiet(), **arguments)
+    whole = finetune(expected, batches(), teacher=quiet(), **arguments)
+    assert found.history[-1]["loss"] == pytest.approx(whole.history[-1]["loss"], rel=0.05)
+    assert {tensor.dtype for tensor in weights(model).values()} == {dtype}
+    assert not same(weights(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_teacher_of_another_precision(dtype: torch.dtype) -> None:
+    teacher = quiet()
+    nn.init.normal_(teacher.head.weight)
+    first, second = quiet(), quiet()
+    expected = finetune(first, batches(), teacher=teacher, alpha=1.0).history[-1]["loss"]
+    found = finetune(second, batches(), teacher=teacher.to(dtype), alpha=1.0).history[-1]["loss"]
+    assert found == pytest.approx(expected, rel=0.05)
+    assert {tensor.dtype for tensor in weights(second).values()} == {torch.float32}
+
+
+def test_soft_targets_of_another_precision() -> None:
+    images, targets = batches(1)[0]
+    soft = functional.one_hot(targets, 3).double()
+    assert math.isfinite(finetune(tiny(), [(images, soft)]).history[0]["loss"])
+
+
+def test_an_optimizer_that_float16_is_too_narrow_for() -> None:
+    model = quiet().half()
+    before = weights(model)
+    with pytest.raises(NumericalError, match=r"^weights: expected finite values, .* in step 1: adamw .* after step 0$"):
+        finetune(model, batches(), opt="adamw")
+    assert same(weights(model), before)
+
+
+def test_images_of_another_size_are_refused() -> None:
+    model = tiny()
+    before = weights(model)
+    with pytest.raises(InvalidArgument, match=r"^loader: expected images \(B, 3, 8, 8\), got \(4, 3, 12, 12\)$"):
+        finetune(model, [(torch.zeros(4, 3, 12, 12), torch.zeros(4, dtype=torch.long))])
+    assert same(weights(model), before)
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(InvalidArgument, match=r"^model: expected an nn.Module, got str$"):
+        finetune("vit", batches())  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match=r"^model: expected a model with weights, got one on the meta device$"):
+        finetune(tiny().to("meta"), batches())
+    with pytest.raises(InvalidArgument, match=r"^teacher: expected a model with weights, got one on the meta device$"):
+        finetune(tiny(), batches(), teacher=tiny().to("meta"))
+
+
+def nudged(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.bias[0] += 1e-6
+    return model
+
+
+def pairs(count: int = 20, batch_size: int = 4) -> object:
+    images, targets = (torch.cat(parts)[:count] for parts in zip(*batches(), strict=True))
+    return DataLoader(TensorDataset(images, targets), batch_size=batch_size)
+
+
+@pytest.mark.parametrize(
+    ("model", "teacher", "source", "text"),
+    [
+        (lambda: nudged(tiny()), tiny, pairs, "that began with this model, got one whose model had other weights"),
+        (tiny, lambda: nudged(tiny()), pairs, "that began with this teacher, got one whose teacher had other weights"),
+        (tiny, tiny, lambda: pairs(batch_size=2), "of this loader, got one with batches=5 where it is 10 now"),
+        (tiny, tiny, lambda: pairs(12), "of this loader, got one with batches=5 where it is 3 now"),
+        (tiny, tiny, lambda: pairs(18), "of this loader, got one with images=20 where it is 18 now"),
+        (tiny, tiny, lambda: pairs(5, 1), "of this loader, got one with batch_size=4 where it is 1 now"),
+    ],
+)
+def test_a_checkpoint_that_began_otherwise_is_refused(
+    tmp_path: Path,
+    model: Callable[[], nn.Module],
+    teacher: Callable[[], nn.Module],
+    source: Callable[[], object],
+    text: str,
+) -> None:
+    path = tmp_path / "run.safetensors"
+    finetune(tiny(), pairs(), teacher=tiny(), steps=4, resume=path)
+    assert finetune(tiny(), pairs(), teacher=tiny(), steps=4, resume=path).resumed == 4
+    student = model()
+    before = weights(student)
+    with pytest.raises(InvalidArgument, match=f"^resume: expected a checkpoint {text}$"):
+        finetune(student, source(), teacher=teacher(), steps=4, resume=path)
+    assert same(weights(student), before)
+
+
+def test_a_checkpoint_of_other_frozen_parameters_is_refused(tmp_path: Path) -> None:
+    path = interrupted(tmp_path / "run.safetensors")
+    model = tiny()
+    model.patch_embed.requires_grad_(False)
+    before = weights(model)
+    with pytest.raises(InvalidArgument, match=r"^resume: expected a checkpoint of the parameters that require"):
+        finetune(model, batches(), resume=path)
+    assert same(weights(model), before)
