@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from . import Plan, Statistics, Target, __version__
+from . import Plan, Statistics, Target, __version__, check, generators
 from . import calibrate as calibrate_
 from . import inspect as inspect_
 from . import plan as plan_
@@ -26,9 +26,10 @@ from . import prune as prune_
 from .bench import bench as bench_
 from .checkpoint import load as load_
 from .checkpoint import save as save_
-from .data import ImageLoader, default_split, loader
+from .data import default_split, loader
 from .errors import Error, InvalidArgument
 from .evaluate import evaluate as evaluate_
+from .evaluate import place_for
 from .finetune import finetune as finetune_
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def _file_to_write(option: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Refuse it before hours of work, not after."""
+    return None if path is None else check.writable(str(option.opts[0]), path)
+
+
 def _use_threads(count: int | None) -> int | None:
     if count is not None:
         torch.set_num_threads(count)
@@ -127,8 +133,11 @@ Seed = Annotated[int, typer.Option("--seed", min=0)]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of torch.", callback=_use_threads)]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
-Out = Annotated[Path, typer.Option("--out", help="The file to write.")]
-Resume = Annotated[Path | None, typer.Option("--resume", help="Checkpoint: read where it exists, and written.")]
+Out = Annotated[Path, typer.Option("--out", help="The file to write.", callback=_file_to_write)]
+Resume = Annotated[
+    Path | None,
+    typer.Option("--resume", help="Checkpoint: read where it exists, and written.", callback=_file_to_write),
+]
 Every = Annotated[int | None, typer.Option("--checkpoint-every", min=1)]
 Loose = Annotated[bool, typer.Option("--strict/--no-strict", help="Refuse other weights of the same dimensions, too.")]
 
@@ -163,6 +172,15 @@ def _output(as_json: bool) -> Iterator[_Output]:
     output.flush()
 
 
+@contextlib.contextmanager
+def _option(name: str) -> Iterator[None]:
+    """Say which option a file was given by when it cannot be read."""
+    try:
+        yield
+    except (Error, OSError) as error:
+        raise InvalidArgument(f"{name}: {str(error).removeprefix('path: ')}") from error
+
+
 def _model(
     name: str | None,
     file: Path | None,
@@ -174,12 +192,14 @@ def _model(
     prefix: str = "",
 ) -> nn.Module:
     """Build or load a model; ``weights`` where random ones would make no sense unless asked for."""
+    option = f"--{prefix.removesuffix('-') or 'checkpoint'}"
     if name is None:
         if file is None:
             raise typer.BadParameter(f"expected --{prefix}checkpoint FILE or --{prefix}model NAME")
         if pretrained is not None or classes is not None or kwargs is not None:
             raise typer.BadParameter("--pretrained, --num-classes and --model-kwargs need --model")
-        return load_(file)
+        with _option(option):
+            return load_(file)
     if file is not None and pretrained:
         raise typer.BadParameter("expected --checkpoint or --pretrained, got both")
     if weights and file is None and pretrained is None:
@@ -188,33 +208,30 @@ def _model(
     if classes is not None:
         arguments["num_classes"] = classes
     try:
-        model: nn.Module = timm.create_model(name, pretrained=bool(pretrained), **arguments)
+        # Random weights are the same in every process: what one command made of them, another finds again.
+        with generators.kept():
+            torch.default_generator.manual_seed(0)
+            model: nn.Module = timm.create_model(name, pretrained=bool(pretrained), **arguments)
     except Exception as error:  # timm, the hub and the network raise what they like; it is this model that failed
         raise InvalidArgument(f"model: expected a model that timm can build, got {name!r} ({error})") from error
     if file is not None:
-        _load_state(model, name, file)
+        _load_state(model, name, file, option)
     return model.eval()
 
 
-def _load_state(model: nn.Module, name: str, file: Path) -> None:
+def _load_state(model: nn.Module, name: str, file: Path, option: str) -> None:
     try:
         with safe_open(file, framework="pt") as opened:
             own = "secateur" in (opened.metadata() or {})
         state = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise InvalidArgument(f"checkpoint: expected a .safetensors file, got {str(file)!r} ({error})") from error
+        raise InvalidArgument(f"{option}: expected a .safetensors file, got {str(file)!r} ({error})") from error
     if own:
-        raise InvalidArgument("checkpoint: expected a plain state dict with --model, got a file of secateur's own")
+        raise InvalidArgument(f"{option}: expected a plain state dict with --model, got a file of secateur's own")
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise InvalidArgument(f"checkpoint: expected the parameters of {name!r}, got others ({error})") from error
-
-
-def _images(
-    model: nn.Module, source: str, split: str | None, batch_size: int, workers: int, **rest: Any
-) -> ImageLoader:
-    return loader(source, model, split=split, batch_size=batch_size, workers=workers, **rest)
+        raise InvalidArgument(f"{option}: expected the parameters of {name!r}, got others ({error})") from error
 
 
 def _number_or_object(text: str) -> int | dict[str, int]:
@@ -282,11 +299,20 @@ def calibrate(
     """Collect a model's statistics over images; labels are not used. Reads the training split unless told."""
     with _output(as_json) as output:
         net = _model(model, checkpoint, pretrained, num_classes, model_kwargs)
-        net.to(device or "cpu")
+        net.to(place_for(net, device))
         split = split or default_split(data, train=True)
         # Folders are sorted by class: the first images would be of a few classes only.
         shuffle = not data.startswith("hfids:")
-        images = _images(net, data, split, batch_size, workers, max_images=max_images, shuffle=shuffle, seed=seed)
+        images = loader(
+            data,
+            net,
+            split=split,
+            batch_size=batch_size,
+            workers=workers,
+            max_images=max_images,
+            shuffle=shuffle,
+            seed=seed,
+        )
         kind: Collect = collect  # type: ignore[assignment]  # the function checks it
         stats = calibrate_(
             net,
@@ -327,17 +353,22 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Choose what stays, for a budget (--target-macs, --target-params) or by --ratios."""
+    kinds = None if groups is None else _names(groups)
+    if kinds == []:
+        raise typer.BadParameter("expected --groups of kinds or groups, got none")
     if (ratios is None) == (target_macs is None and target_params is None):
         raise typer.BadParameter("expected either --ratios, or --target-macs and/or --target-params")
     with _output(as_json) as output:
         net = _model(model, checkpoint, pretrained, num_classes, model_kwargs)
+        with _option("--stats"):
+            collected = Statistics.load(stats)
         chosen = plan_(
             net,
-            Statistics.load(stats),
+            collected,
             method=method,
             target=Target(macs=target_macs, params=target_params) if ratios is None else None,
             ratios=_json_object(ratios) if ratios is not None and ratios.lstrip().startswith("{") else ratios,
-            groups=None if groups is None else _names(groups),
+            groups=kinds,
             freeze=_names(freeze),
             min_keep=None if min_keep is None else _json_object(min_keep),
             round_to=None if round_to is None else _number_or_object(round_to),
@@ -371,7 +402,9 @@ def prune(
     """Cut a model as planned and save what is left."""
     with _output(as_json) as output:
         net = _model(model, checkpoint, pretrained, num_classes, model_kwargs)
-        report = prune_(net, Plan.load(plan), strict=strict)
+        with _option("--plan"):
+            wanted = Plan.load(plan)
+        report = prune_(net, wanted, strict=strict)
         save_(net, out)
         output.show(str(report), f"-> {out}", **report.to_dict(), file=str(out))
 
@@ -397,7 +430,16 @@ def evaluate(
     with _output(as_json) as output:
         net = _model(model, checkpoint, pretrained, num_classes, model_kwargs)
         shuffle = max_images is not None and not data.startswith("hfids:")
-        images = _images(net, data, split, batch_size, workers, max_images=max_images, shuffle=shuffle, seed=seed)
+        images = loader(
+            data,
+            net,
+            split=split,
+            batch_size=batch_size,
+            workers=workers,
+            max_images=max_images,
+            shuffle=shuffle,
+            seed=seed,
+        )
         found = evaluate_(net, images, device=device)
         output.show(str(found), **asdict(found))
 
@@ -454,19 +496,21 @@ def finetune(
         master = None
         if teacher is not None or teacher_model is not None:
             master = _model(teacher_model, teacher, teacher_pretrained, None, teacher_kwargs, prefix="teacher-")
-        images = _images(
-            net,
+        images = loader(
             data,
-            split,
-            batch_size,
-            workers,
+            net,
+            split=split,
+            batch_size=batch_size,
+            workers=workers,
             max_images=max_images,
             shuffle=True,
             train=True,
             seed=seed,
             **transform,
         )
-        validation = None if val_data is None else _images(net, val_data, val_split, batch_size, workers)
+        validation = None
+        if val_data is not None:
+            validation = loader(val_data, net, split=val_split, batch_size=batch_size, workers=workers)
         found = finetune_(
             net,
             images,

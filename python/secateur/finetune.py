@@ -117,8 +117,8 @@ def finetune(
 
     Args:
         model: maps images (B, C, H, W) to logits (B, classes). Parameters that do not require a gradient stay. It is
-            trained in the type it has; images are cast to it, and losses taken in float32 or better. float16 is too narrow
-            for the squared gradients of Adam and its like; bfloat16 and float32 are not.
+            trained in the type it has; images are cast to it, and losses taken in float32 or better. float16 is too
+            narrow for the squared gradients of Adam and its like; bfloat16 and float32 are not.
         loader: batches of images or (images, targets, ...), targets (B,) class indices or (B, classes) probabilities.
             A loader with ``set_epoch`` is told the number of each pass.
         teacher: gives logits of the same shape; the dense model, usually.

@@ -192,7 +192,7 @@ def failure(run: Run, *arguments: object) -> str:
 def test_failures_are_one_line(run: Run, dense: Path, state: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert failure(run, "evaluate", "--checkpoint", tmp_path / "none", "--data", "digits").startswith(
-        "secateur: path: expected a secateur model file, got "
+        "secateur: --checkpoint: expected a secateur model file, got "
     )
     assert "source: expected an image folder" in failure(run, "evaluate", "--checkpoint", dense, "--data", "nowhere")
     assert "resnet" in failure(run, "inspect", "--model", "resnet18").lower()
@@ -215,6 +215,57 @@ def test_failures_are_one_line(run: Run, dense: Path, state: Path, tmp_path: Pat
         run, "calibrate", "--checkpoint", dense, "--data", "digits", "--collect", "some", "--out", out
     )
     assert not out.exists()
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_work(
+    run: Run, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secateur.cli.load_", lambda *_: pytest.fail("work was done"))
+    nowhere = tmp_path / "none" / "file"
+    data = ["--checkpoint", dense, "--data", "digits"]
+    for command in (
+        ["calibrate", *data],
+        ["plan", "--checkpoint", dense, "--stats", dense, "--ratios", "{}"],
+        ["prune", "--checkpoint", dense, "--plan", dense],
+        ["finetune", *data],
+    ):
+        for path in (nowhere, tmp_path):
+            expected = f"secateur: --out: expected a file in an existing folder, got {path}\n"
+            assert failure(run, *command, "--out", path) == expected
+    for name in ("calibrate", "finetune"):
+        expected = f"secateur: --resume: expected a file in an existing folder, got {nowhere}\n"
+        assert failure(run, name, *data, "--out", tmp_path / "out", "--resume", nowhere) == expected
+
+
+def test_failures_name_the_option(run: Run, dense: Path, state: Path, tmp_path: Path) -> None:
+    out, none = ["--out", tmp_path / "out"], tmp_path / "none"
+    model = ["--checkpoint", dense]
+    data = ["--data", "digits", "--max-images", "2"]
+    for option, command in (
+        ("--stats", ["plan", *model, "--target-macs", 0.5, *out, "--stats", none]),
+        ("--stats", ["plan", *model, "--target-macs", 0.5, *out, "--stats", state]),
+        ("--plan", ["prune", *model, *out, "--plan", none]),
+        ("--teacher", ["finetune", *model, *data, *out, "--teacher", none]),
+        ("--teacher", ["finetune", *model, *data, *out, "--teacher-model", NAME, "--teacher", none]),
+        ("--reference", ["bench", *model, "--reference", none]),
+    ):
+        assert failure(run, *command).startswith(f"secateur: {option}: "), command
+    for command in (["calibrate", *data, *out], ["evaluate", *data], ["finetune", *data, *out], ["bench"]):
+        found = failure(run, *command, *model, "--device", "gpu")
+        assert found.startswith("secateur: device: expected one that is there, got 'gpu' (")
+    assert not (tmp_path / "out").exists()
+
+
+def test_random_weights_are_the_same_in_every_command(
+    run_json: Callable[..., dict[str, object]], tmp_path: Path
+) -> None:
+    model = [*MODEL, "--no-pretrained"]
+    generator = torch.get_rng_state()
+    run_json("calibrate", *model, "--data", "digits", "--max-images", 4, "--out", tmp_path / "s.st")
+    assert torch.equal(torch.get_rng_state(), generator)
+    torch.rand(3)
+    arguments = ["--stats", tmp_path / "s.st", "--target-macs", 0.7, "--out", tmp_path / "p.json"]
+    assert run_json("plan", *model, *arguments)["method"] == "snp"
 
 
 def test_a_mistake_of_ours_is_one_line_too_and_a_traceback_on_request(
@@ -244,6 +295,13 @@ def test_a_mistake_of_ours_is_one_line_too_and_a_traceback_on_request(
         (
             ["plan", "--stats", "s", "--out", "o", "--checkpoint", "x", "--ratios", "{}", "--target-macs", "0.5"],
             "expected either --ratios, or --target-macs",
+        ),
+        *(
+            (
+                ["plan", "--stats", "s", "--out", "o", "--checkpoint", "x", "--target-macs", "0.5", "--groups", groups],
+                "expected --groups of kinds or groups, got none",
+            )
+            for groups in ("", " , ")
         ),
         (["finetune", "--data", "digits", "--out", "o", "--epochs", "1", "--steps", "1"], "got both"),
         (["evaluate", "--data", "digits", "--batch-size", "0"], "--batch-size"),
@@ -279,7 +337,7 @@ def test_as_a_module_in_its_own_process(dense: Path) -> None:
     assert json.loads(done.stdout)["params"] > 0
     done = subprocess.run([*command[:-2], "nowhere"], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("secateur: path: expected a secateur model file, got nowhere")
+    assert done.stderr.startswith("secateur: --checkpoint: expected a secateur model file, got nowhere")
 
 
 def test_the_installed_command() -> None:
