@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from . import calibrate, inspect, load, plan, prune, save
+from . import calibrate, check, inspect, load, plan, prune, save
 from .allocate import Target
 from .bench import Benchmark, bench
 from .container import digest
@@ -112,14 +112,20 @@ def demo(
         repeats: of the benchmark.
 
     Raises:
-        InvalidArgument: scikit-learn is not installed, or the fine-tuning is too long.
+        InvalidArgument: scikit-learn is not installed, the fine-tuning is too long, or the folder is a file.
         Error: a check failed: the pruned model exceeds its target, or the reloaded one is another.
     """
-    if not 1 <= finetune_steps <= steps // 5:
+    steps, finetune_steps = check.integer("steps", steps, 5), check.integer("finetune_steps", finetune_steps)
+    max_images = check.integer("max_images", max_images, optional=True)
+    repeats = check.integer("repeats", repeats)
+    if finetune_steps > steps // 5:
         raise InvalidArgument(f"finetune_steps: expected from 1 to a fifth of {steps} steps, got {finetune_steps}")
     start = time.perf_counter()
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InvalidArgument(f"folder: expected a folder, or a path where one can be made, got {folder}") from error
     file = folder / "pruned.safetensors"
 
     model = _vit()

@@ -121,3 +121,19 @@ def test_a_target_that_is_missed_fails(
 def test_fine_tuning_is_at_most_a_fifth(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"^finetune_steps: expected from 1 to a fifth of 20 steps, got 5$"):
         module.demo(tmp_path, steps=20, finetune_steps=5)
+
+
+def test_arguments_are_refused_before_the_work(tmp_path: Path) -> None:
+    for arguments, text in (
+        ({"steps": "20"}, "steps: expected an integer of at least 5, got '20'"),
+        ({"finetune_steps": 0}, "finetune_steps: expected an integer of at least 1, got 0"),
+        ({"repeats": 1.5}, "repeats: expected an integer of at least 1, got 1.5"),
+        ({"max_images": 0}, "max_images: expected an integer of at least 1, got 0"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^{text}$"):
+            module.demo(tmp_path / "demo", **arguments)
+    assert not (tmp_path / "demo").exists()
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/demo"):
+        with pytest.raises(InvalidArgument, match=r"^folder: expected a folder, .*, got .*file"):
+            module.demo(tmp_path / folder)
