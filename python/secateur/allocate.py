@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from . import check
 from .anatomy import Anatomy, Group
 from .errors import InvalidArgument, Unsupported
 
@@ -34,8 +35,7 @@ class Target:
         if not given:
             raise InvalidArgument("target: expected macs= or params=, got neither")
         for name, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-                raise InvalidArgument(f"target.{name}: expected a fraction in (0, 1], got {value!r}")
+            check.fraction(f"target.{name}", value, open_low=True)
 
     def __str__(self) -> str:
         return ", ".join(f"{name} = {value:g}" for name, value in vars(self).items() if value is not None)
@@ -161,7 +161,7 @@ class _Choice:
         if isinstance(round_to, Mapping):
             self._multiple.update(_per_group(anatomy, "round_to", round_to))
         elif round_to is not None:
-            self._multiple = dict.fromkeys(anatomy.sizes, _positive("round_to", round_to))
+            self._multiple = dict.fromkeys(anatomy.sizes, check.integer("round_to", round_to))
         for group in anatomy.groups:
             self._multiple[group.name] = math.lcm(self._multiple[group.name], group.multiple)
 
@@ -266,28 +266,20 @@ def _per_group(anatomy: Anatomy, argument: str, values: Mapping[str, int]) -> di
         raise InvalidArgument(f"{argument}: expected a dict by kind or group, got {values!r}")
     _check_kinds(anatomy, argument, values)
     return {
-        group.name: _positive(f"{argument}[{key!r}]", values[key])
+        group.name: check.integer(f"{argument}[{key!r}]", values[key])
         for group in anatomy.groups
         for key in (group.name, group.kind)
         if key in values and (key == group.name or group.name not in values)
     }
 
 
-def _positive(argument: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidArgument(f"{argument}: expected a positive integer, got {value!r}")
-    return value
-
-
-def _fraction(argument: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise InvalidArgument(f"{argument}: expected the fraction removed, in [0, 1), got {value!r}")
-    return float(value)
+def _removed(argument: str, value: object) -> float:
+    return check.fraction(argument, value, open_high=True)
 
 
 def _fractions(anatomy: Anatomy, ratios: Mapping[str, float]) -> dict[str, float]:
     _check_kinds(anatomy, "ratios", ratios)
-    checked = {name: _fraction(f"ratios[{name!r}]", value) for name, value in ratios.items()}
+    checked = {name: _removed(f"ratios[{name!r}]", value) for name, value in ratios.items()}
     return {group.name: checked.get(group.name, checked.get(group.kind, 0.0)) for group in anatomy.groups}
 
 
@@ -323,7 +315,7 @@ def _fractions_from_file(anatomy: Anatomy, source: str | Path) -> dict[str, floa
     if not any(key in group_of for key in values):
         group_of = {name: name for name in anatomy.sizes}
     _check_file_keys(anatomy, source, values, group_of)
-    return {group_of[key]: _fraction(f"ratios[{key!r}]", value) for key, value in values.items()}
+    return {group_of[key]: _removed(f"ratios[{key!r}]", value) for key, value in values.items()}
 
 
 def _check_file_keys(anatomy: Anatomy, source: str | Path, values: Mapping[str, Any], names: Mapping[str, str]) -> None:
