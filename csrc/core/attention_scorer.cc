@@ -16,8 +16,6 @@ namespace {
 
 constexpr std::int64_t kMaxHeads = 65536;
 constexpr std::int64_t kMaxHeadDim = 4096;
-// Fourth powers of this, over 1e60 tokens, still fit into float64.
-constexpr double kMaxMagnitude = 1e60;
 // Results of that many bytes wait at most until they are added up in the order of the images.
 constexpr std::size_t kPendingBytes = std::size_t{32} << 20;
 
@@ -58,25 +56,23 @@ void AttentionScorer::check_batch(const TensorView& q, const TensorView& k) cons
   if (q.shape != k.shape) {
     fail<InvalidArgument>(label("k"), "the shape of q, " + to_string(q.shape), to_string(k.shape));
   }
-  const auto check_values = [&](const TensorView& x, const char* argument) {
-    const double peak = check_finite(x, label(argument), {"image", "token", "head", "channel"});
-    if (moments_ && peak > kMaxMagnitude) {
-      fail<NumericalError>(label(argument), "magnitudes up to 1e60 with moments", number(peak));
-    }
-  };
-  check_values(q, "q");
-  check_values(k, "k");
+}
+
+void AttentionScorer::check_values(const TensorView& x, const char* argument) const {
+  const double peak = check_finite(x, label(argument), {"image", "token", "head", "channel"});
+  if (moments_ && peak > kMaxMomentMagnitude) {
+    fail<NumericalError>(label(argument), "magnitudes up to 1e60 with moments", number(peak));
+  }
 }
 
 void AttentionScorer::update(const TensorView& q, const TensorView& k) {
   check_batch(q, k);
   const auto images = static_cast<std::size_t>(q.shape[0]);
-  const auto tokens = static_cast<std::size_t>(q.shape[1]);
   const auto heads = static_cast<std::size_t>(heads_);
   const auto dim = static_cast<std::size_t>(head_dim_);
   const auto gamma = static_cast<std::size_t>(gamma_);
   const std::size_t packed = moments_ ? packed_size(dim) : 0;
-  const std::size_t item = dim + 3 * packed;  // scores, then the three moments
+  const std::size_t item = HeadScorer::result_size(dim, moments_);
 
   const std::size_t slots = parallel_slots();
   const std::size_t chunk = std::clamp<std::size_t>(kPendingBytes / (heads * item * sizeof(double)),
@@ -84,27 +80,27 @@ void AttentionScorer::update(const TensorView& q, const TensorView& k) {
   Buffer<double> pending(chunk * heads * item);
   std::vector<std::unique_ptr<HeadScorer>> scorers(slots);
   AttentionScorerState next = state_;
-  std::atomic<bool> converged{true};
+  std::atomic<bool> good{true};
 
   for (std::size_t begin = 0; begin < images; begin += chunk) {
     const std::size_t count = std::min(chunk, images - begin);
-    parallel_for(count * heads, slots, [&](std::size_t task, std::size_t slot) {
+    // Groups as large as vectors have lanes, unless threads would have nothing to do.
+    const std::size_t pairs = count * heads;
+    const std::size_t group = std::min(HeadScorer::lanes(dim), (pairs + slots - 1) / slots);
+    parallel_for((pairs + group - 1) / group, slots, [&](std::size_t task, std::size_t slot) {
       auto& scorer = scorers[slot];
-      if (!scorer) scorer = std::make_unique<HeadScorer>(tokens, dim);
-      double* scores = pending.data() + task * item;
-      HeadMoments moments;
-      if (moments_) {
-        moments.query_gram = scores + dim;
-        moments.key_gram = moments.query_gram + packed;
-        moments.score_gram = moments.key_gram + packed;
-      }
-      const auto image = static_cast<std::int64_t>(begin + task / heads);
-      const auto head = static_cast<std::int64_t>(task % heads);
-      if (!scorer->score(q, k, image, head, gamma, scores, moments)) {
-        converged.store(false, std::memory_order_relaxed);
+      if (!scorer) scorer = std::make_unique<HeadScorer>(q, k, gamma, moments_);
+      const std::size_t first = task * group;
+      if (!scorer->score(begin * heads + first, std::min(group, pairs - first),
+                         pending.data() + first * item)) {
+        good.store(false, std::memory_order_relaxed);
       }
     });
-    if (!converged) {
+    if (!good) {
+      // The scorers see that something is wrong for nothing, while they read; what it is, and
+      // where, takes a look of its own.
+      check_values(q, "q");
+      check_values(k, "k");
       fail<NumericalError>(label("q"), "an eigenvalue iteration that converges",
                            "one that does not");
     }

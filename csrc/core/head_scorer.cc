@@ -7,64 +7,137 @@
 #include "scale.h"
 
 namespace secateur {
+namespace {
 
 using cpu::kPanelF64;
 using cpu::kRows;
 
-HeadScorer::HeadScorer(std::size_t tokens, std::size_t head_dim)
-    : tokens_(tokens),
-      dim_(head_dim),
-      panels_((head_dim + kPanelF64 - 1) / kPanelF64),
-      ld_(panels_ * kPanelF64),
-      rows_(tokens),
-      columns_(head_dim),
-      packed_(panels_ * tokens * kPanelF64),
-      query_gram_(ld_ * ld_),
-      key_gram_(ld_ * ld_),
-      mean_(ld_),
-      work_(cpu::score_workspace(ld_)) {}
+// Where the Grams of all lanes stay in the second-level cache; above it rows fill vectors anyway.
+constexpr std::size_t kMaxLaneDim = 128;
 
-bool HeadScorer::score(const TensorView& q, const TensorView& k, std::int64_t image,
-                       std::int64_t head, std::size_t gamma, double* scores,
-                       const HeadMoments& moments) {
-  const double query_unit = gram(q, image, head, false, query_gram_.data());
-  const double key_unit = gram(k, image, head, true, key_gram_.data());
-  if (moments.query_gram != nullptr) pack_moments(query_unit, key_unit, moments);
-  // Centred first and the mean added back: nothing cancels where keys share an offset.
-  add_mean(key_gram_.data());
-  mirror(query_gram_.data());
-  mirror(key_gram_.data());
-  const std::size_t limit = std::min({gamma, tokens_, dim_});
-  return cpu::kernels().score.omega(dim_, ld_, limit, query_gram_.data(), key_gram_.data(),
-                                    work_.data(), scores);
+std::size_t lane_matrix(std::size_t dim, std::size_t lanes) {
+  const std::size_t rows = cpu::lane_rows(dim);
+  return lanes > 1 ? rows * rows * lanes : 0;
 }
 
-double HeadScorer::gram(const TensorView& x, std::int64_t image, std::int64_t head, bool center,
-                        double* out) {
-  const auto& kernels = cpu::kernels();
-  const double factor = normalising_factor(pack(x, image, head));
-  for (std::size_t p = 0; p < panels_; ++p) {
-    kernels.panel.scale(panel(p), tokens_, factor);
-    if (center) kernels.panel.center(panel(p), tokens_, mean_.data() + p * kPanelF64);
+}  // namespace
+
+HeadScorer::HeadScorer(const TensorView& q, const TensorView& k, std::size_t gamma, bool moments)
+    : q_(q),
+      k_(k),
+      tokens_(static_cast<std::size_t>(q.shape[1])),
+      heads_(static_cast<std::size_t>(q.shape[2])),
+      dim_(static_cast<std::size_t>(q.shape[3])),
+      limit_(std::min({gamma, tokens_, dim_})),
+      moments_(moments),
+      panels_((dim_ + kPanelF64 - 1) / kPanelF64),
+      ld_(panels_ * kPanelF64),
+      rows_(tokens_),
+      columns_(dim_),
+      packed_(panels_ * tokens_ * kPanelF64),
+      query_gram_{Buffer<double>(ld_ * ld_)},
+      key_gram_{Buffer<double>(ld_ * ld_)},
+      mean_(ld_),
+      lanes_(lanes(dim_)),
+      query_lanes_(lane_matrix(dim_, lanes_)),
+      key_lanes_(lane_matrix(dim_, lanes_)),
+      scores_(dim_ * lanes_),
+      work_(std::max(cpu::score_workspace(ld_),
+                     lanes_ > 1 ? lanes_ * cpu::score_lanes_workspace(dim_) : 0)) {
+  std::fill_n(query_lanes_.data(), lane_matrix(dim_, lanes_), 0.0);
+  std::fill_n(key_lanes_.data(), lane_matrix(dim_, lanes_), 0.0);
+}
+
+std::size_t HeadScorer::lanes(std::size_t head_dim) {
+  return head_dim <= kMaxLaneDim ? cpu::kernels().score_lanes.lanes : 1;
+}
+
+std::size_t HeadScorer::result_size(std::size_t head_dim, bool moments) {
+  return head_dim + (moments ? 3 * packed_size(head_dim) : 0);
+}
+
+bool HeadScorer::score(std::size_t first, std::size_t count, double* results) {
+  const std::size_t size = result_size(dim_, moments_);
+  const auto moments_of = [&](std::size_t i) {
+    return moments_ ? results + i * size + dim_ : nullptr;
+  };
+  bool converged = true;
+  if (lanes_ == 1) {
+    for (std::size_t i = 0; i < count; ++i) {
+      converged = score_alone(first + i, results + i * size, moments_of(i)) && converged;
+    }
+    return converged;
   }
-  std::fill_n(out, ld_ * ld_, 0.0);
+  for (std::size_t lane = 0; lane < lanes_; ++lane) {
+    // Lanes without a head repeat the last one.
+    if (lane < count && !load(first + lane, moments_of(lane))) return false;
+    to_lane(query_gram_, lane, query_lanes_.data());
+    to_lane(key_gram_, lane, key_lanes_.data());
+  }
+  const std::uint32_t refused = cpu::kernels().score_lanes.omega(
+      dim_, limit_, query_lanes_.data(), key_lanes_.data(), work_.data(), scores_.data());
+  for (std::size_t lane = 0; lane < count; ++lane) {
+    double* scores = results + lane * size;
+    if ((refused >> lane & 1) != 0) {
+      converged = score_alone(first + lane, scores, nullptr) && converged;
+      continue;
+    }
+    for (std::size_t i = 0; i < dim_; ++i) scores[i] = scores_.data()[i * lanes_ + lane];
+  }
+  return converged;
+}
+
+bool HeadScorer::score_alone(std::size_t head, double* scores, double* moments) {
+  if (!load(head, moments)) return false;
+  mirror(query_gram_);
+  mirror(key_gram_);
+  return cpu::kernels().score.omega(dim_, ld_, limit_, query_gram_.values.data(),
+                                    key_gram_.values.data(), work_.data(), scores);
+}
+
+bool HeadScorer::load(std::size_t head, double* moments) {
+  if (!gram(q_, head, false, query_gram_) || !gram(k_, head, true, key_gram_)) return false;
+  if (moments != nullptr) pack_moments(moments);
+  // Centred first and the mean added back: nothing cancels where keys share an offset.
+  add_mean(key_gram_);
+  normalise(query_gram_);
+  normalise(key_gram_);
+  return true;
+}
+
+bool HeadScorer::gram(const TensorView& x, std::size_t head, bool center, Gram& out) {
+  const auto& kernels = cpu::kernels();
+  pack(x, head);
+  double factor = 1;
+  // Squares of the narrower types can neither overflow nor vanish in float64.
+  if (x.dtype == DType::f64 && rescale(&factor) > kMaxMomentMagnitude && moments_) return false;
+  out.unit = factor * factor;
+  if (center) {
+    for (std::size_t p = 0; p < panels_; ++p) {
+      kernels.panel.center(panel(p), tokens_, mean_.data() + p * kPanelF64);
+    }
+  }
+  double* values = out.values.data();
+  std::fill_n(values, ld_ * ld_, 0.0);
   for (std::size_t row = 0; row < tokens_; row += kRows) {
     const std::size_t count = std::min(kRows, tokens_ - row);
     for (std::size_t i = 0; i < panels_; ++i) {
       for (std::size_t j = i; j < panels_; ++j) {
         kernels.gram.tile_f64(panel(i) + row * kPanelF64, panel(j) + row * kPanelF64, count,
-                              out + i * kPanelF64 * ld_ + j * kPanelF64, ld_);
+                              values + i * kPanelF64 * ld_ + j * kPanelF64, ld_);
       }
     }
   }
-  return factor * factor;
+  // NaN or Inf anywhere in a column is in its norm.
+  double poison = 0;
+  for (std::size_t i = 0; i < dim_; ++i) poison += values[i * (ld_ + 1)] * 0;
+  return poison == 0;
 }
 
-double HeadScorer::pack(const TensorView& x, std::int64_t image, std::int64_t head) {
-  const auto& kernels = cpu::kernels().panel;
-  const auto pack = kernels.pack_f64[static_cast<std::size_t>(x.dtype)];
-  const auto scan = kernels.scan[static_cast<std::size_t>(DType::f64)];
-  const std::int64_t start = image * x.strides[0] + head * x.strides[2];
+void HeadScorer::pack(const TensorView& x, std::size_t head) {
+  const auto pack = cpu::kernels().panel.pack_f64[static_cast<std::size_t>(x.dtype)];
+  const std::int64_t start = static_cast<std::int64_t>(head / heads_) * x.strides[0] +
+                             static_cast<std::int64_t>(head % heads_) * x.strides[2];
   for (std::size_t n = 0; n < tokens_; ++n) {
     rows_[n] = start + static_cast<std::int64_t>(n) * x.strides[1];
   }
@@ -72,46 +145,76 @@ double HeadScorer::pack(const TensorView& x, std::int64_t image, std::int64_t he
     columns_[c] = static_cast<std::int64_t>(c) * x.strides[3];
   }
   const bool unit = x.strides[3] == 1;
-  double peak = 0;
   for (std::size_t p = 0; p < panels_; ++p) {
     const std::size_t first = p * kPanelF64;
     // Without column offsets a column is one element from the last: start the rows further on.
     const char* base = static_cast<const char*>(x.data) + (unit ? first * item_size(x.dtype) : 0);
     pack(base, rows_.data(), tokens_, unit ? nullptr : columns_.data() + first,
          std::min(kPanelF64, dim_ - first), panel(p));
-    scan(panel(p), 1, tokens_ * kPanelF64, &peak);
   }
+}
+
+double HeadScorer::rescale(double* factor) {
+  const auto& kernels = cpu::kernels().panel;
+  const auto scan = kernels.scan[static_cast<std::size_t>(DType::f64)];
+  double peak = 0;
+  scan(packed_.data(), 1, panels_ * tokens_ * kPanelF64, &peak);
+  *factor = normalising_factor(peak);
+  for (std::size_t p = 0; p < panels_; ++p) kernels.scale(panel(p), tokens_, *factor);
   return peak;
 }
 
-void HeadScorer::add_mean(double* gram) const {
+void HeadScorer::add_mean(Gram& gram) const {
   const double* mean = mean_.data();
   for (std::size_t i = 0; i < dim_; ++i) {
     const double left = static_cast<double>(tokens_) * mean[i];
-    for (std::size_t j = i; j < dim_; ++j) gram[i * ld_ + j] += left * mean[j];
+    double* row = gram.values.data() + i * ld_;
+    for (std::size_t j = i; j < dim_; ++j) row[j] += left * mean[j];
   }
 }
 
-void HeadScorer::mirror(double* gram) const {
+void HeadScorer::normalise(Gram& gram) const {
+  double* values = gram.values.data();
+  double largest = 0;  // of a Gram, it stands on the diagonal
+  for (std::size_t i = 0; i < dim_; ++i) largest = std::max(largest, values[i * (ld_ + 1)]);
+  const double factor = normalising_factor(largest);
   for (std::size_t i = 0; i < dim_; ++i) {
-    for (std::size_t j = i + 1; j < dim_; ++j) gram[j * ld_ + i] = gram[i * ld_ + j];
+    for (std::size_t j = i; j < dim_; ++j) values[i * ld_ + j] *= factor;
   }
 }
 
-void HeadScorer::pack_moments(double query_unit, double key_unit,
-                              const HeadMoments& moments) const {
+void HeadScorer::mirror(Gram& gram) const {
+  double* values = gram.values.data();
+  for (std::size_t i = 0; i < dim_; ++i) {
+    for (std::size_t j = i + 1; j < dim_; ++j) values[j * ld_ + i] = values[i * ld_ + j];
+  }
+}
+
+void HeadScorer::pack_moments(double* out) const {
+  double* const query_gram = out;
+  double* const key_gram = query_gram + packed_size(dim_);
+  double* const score_gram = key_gram + packed_size(dim_);
   for (std::size_t i = 0; i < dim_; ++i) {
     const std::size_t row = packed_row(i, dim_);
     for (std::size_t j = i; j < dim_; ++j) {
-      const double query = query_gram_.data()[i * ld_ + j] / query_unit;
-      const double key = key_gram_.data()[i * ld_ + j] / key_unit;
-      moments.query_gram[row + j] = query;
-      moments.key_gram[row + j] = key;
-      moments.score_gram[row + j] = query * key;
+      const double query = query_gram_.values.data()[i * ld_ + j] / query_gram_.unit;
+      const double key = key_gram_.values.data()[i * ld_ + j] / key_gram_.unit;
+      query_gram[row + j] = query;
+      key_gram[row + j] = key;
+      score_gram[row + j] = query * key;
     }
   }
 }
 
-double* HeadScorer::panel(std::size_t p) { return packed_.data() + p * tokens_ * kPanelF64; }
+void HeadScorer::to_lane(const Gram& gram, std::size_t lane, double* out) const {
+  const double* values = gram.values.data();
+  const std::size_t rows = cpu::lane_rows(dim_);
+  for (std::size_t i = 0; i < dim_; ++i) {
+    double* to = out + i * rows * lanes_ + lane;
+    for (std::size_t j = 0; j <= i; ++j) to[j * lanes_] = values[j * ld_ + i];
+    const std::size_t end = std::min(dim_, cpu::lane_rows(i + 1));
+    for (std::size_t j = i + 1; j < end; ++j) to[j * lanes_] = values[i * ld_ + j];
+  }
+}
 
 }  // namespace secateur

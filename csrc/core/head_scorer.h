@@ -1,4 +1,4 @@
-// Scores one head of one image: what AttentionScorer does in parallel.
+// Scores some heads of a batch: what AttentionScorer does in parallel.
 #pragma once
 
 #include <secateur/tensor.h>
@@ -7,48 +7,75 @@
 #include <cstdint>
 #include <vector>
 
+#include "../cpu/kernels.h"
 #include "buffer.h"
 
 namespace secateur {
 
-/// Where a head's Grams go, packed, in units of the input; all null where they are not wanted.
-struct HeadMoments {
-  double* query_gram = nullptr;
-  double* key_gram = nullptr;
-  double* score_gram = nullptr;
-};
+/// Fourth powers of this, over 1e60 tokens, still fit into float64.
+constexpr double kMaxMomentMagnitude = 1e60;
 
-/// Owns the memory that one thread needs for it.
+/// Owns the memory that one thread needs for it. Heads are numbered image * heads + head.
 class HeadScorer {
  public:
-  HeadScorer(std::size_t tokens, std::size_t head_dim);
+  /// q, k: (images, tokens, heads, head_dim), checked; they must outlive the object.
+  HeadScorer(const TensorView& q, const TensorView& k, std::size_t gamma, bool moments);
 
-  /// ω of one head of (images, tokens, heads, head_dim) into scores[head_dim].
-  /// False when the eigenvalue iteration does not converge.
-  bool score(const TensorView& q, const TensorView& k, std::int64_t image, std::int64_t head,
-             std::size_t gamma, double* scores, const HeadMoments& moments);
+  /// How many heads are scored best in one call, and at most.
+  static std::size_t lanes(std::size_t head_dim);
+
+  /// Doubles per head: ω, and with moments QᵀQ, K_cᵀK_c and their elementwise product, packed.
+  static std::size_t result_size(std::size_t head_dim, bool moments);
+
+  /// Scores heads [first, first + count). A head's result does not depend on the others.
+  /// False when a value is not finite, or with moments beyond kMaxMomentMagnitude, or when an
+  /// eigenvalue iteration does not converge.
+  bool score(std::size_t first, std::size_t count, double* results);
 
  private:
-  /// The upper triangle of the Gram of the input times a power of two, whose square it returns.
-  double gram(const TensorView& x, std::int64_t image, std::int64_t head, bool center, double* out);
-  /// Fills the panels and returns the largest magnitude.
-  double pack(const TensorView& x, std::int64_t image, std::int64_t head);
-  /// From the Gram of centred keys to that of the keys.
-  void add_mean(double* gram) const;
-  void mirror(double* gram) const;
-  void pack_moments(double query_unit, double key_unit, const HeadMoments& moments) const;
-  double* panel(std::size_t p);
+  /// A Gram of the input times a power of two, whose square is `unit`.
+  struct Gram {
+    Buffer<double> values;  ///< upper triangle
+    double unit = 1;
+  };
 
+  /// Both Grams of a head as the kernels want them; its moments where they are wanted. False for
+  /// values that score() does not take.
+  bool load(std::size_t head, double* moments);
+  bool gram(const TensorView& x, std::size_t head, bool center, Gram& out);
+  void pack(const TensorView& x, std::size_t head);
+  /// Multiplies the panels by a factor, a power of two, that brings the largest magnitude, which it
+  /// returns, into [1, 2).
+  double rescale(double* factor);
+  /// From the Gram of centred keys to that of the keys.
+  void add_mean(Gram& gram) const;
+  void normalise(Gram& gram) const;
+  void mirror(Gram& gram) const;
+  void pack_moments(double* out) const;
+  void to_lane(const Gram& gram, std::size_t lane, double* out) const;
+  /// One head by itself: of a size, or with singular values, that lanes do not suit.
+  bool score_alone(std::size_t head, double* scores, double* moments);
+  double* panel(std::size_t p) { return packed_.data() + p * tokens_ * cpu::kPanelF64; }
+
+  const TensorView& q_;
+  const TensorView& k_;
   std::size_t tokens_;
+  std::size_t heads_;
   std::size_t dim_;
+  std::size_t limit_;  ///< singular triplets that may count
+  bool moments_;
   std::size_t panels_;
   std::size_t ld_;  ///< distance of the Grams' rows: whole panels
   std::vector<std::int64_t> rows_;
   std::vector<std::int64_t> columns_;
   Buffer<double> packed_;
-  Buffer<double> query_gram_;
-  Buffer<double> key_gram_;
+  Gram query_gram_;
+  Gram key_gram_;
   Buffer<double> mean_;
+  std::size_t lanes_;
+  Buffer<double> query_lanes_;
+  Buffer<double> key_lanes_;
+  Buffer<double> scores_;
   Buffer<double> work_;
 };
 

@@ -7,7 +7,7 @@
 namespace secateur::cpu {
 namespace {
 
-#define SECATEUR_KERNELS(isa) {#isa, panel_##isa, gram_##isa, score_##isa}
+#define SECATEUR_KERNELS(isa) {#isa, panel_##isa, gram_##isa, score_##isa, score_lanes_##isa}
 
 const std::vector<const Kernels*>& runnable() {
   static const std::vector<const Kernels*> tables = [] {

@@ -13,6 +13,7 @@ struct Kernels {
   const PanelKernels& panel;
   const GramKernels& gram;
   const ScoreKernels& score;
+  const ScoreLanesKernels& score_lanes;
 };
 
 /// Throws InvalidArgument when SECATEUR_ISA names nothing that can run here.

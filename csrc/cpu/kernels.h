@@ -58,11 +58,31 @@ struct ScoreKernels {
 
 constexpr size_t score_workspace(size_t ld) { return 2 * ld * ld + 6 * ld; }
 
+// Matrices in lanes: element (i, j) of lane l of a (lane_rows(d), lane_rows(d)) matrix is
+// m[(i * lane_rows(d) + j) * lanes + l].
+constexpr size_t kLaneTile = 4;
+constexpr size_t lane_rows(size_t d) { return (d + kLaneTile - 1) / kLaneTile * kLaneTile; }
+
+struct ScoreLanesKernels {
+  size_t lanes;
+  // omega for `lanes` pairs of Grams at once: lower triangles, with the squares of kLaneTile on
+  // the diagonal whole, and zeros from row and column d on. `out` takes (d, lanes). The Grams of
+  // queries are overwritten; `work` holds lanes * score_lanes_workspace(d) doubles. Bit l of the
+  // result says that lane l is not to be used: its leading singular values are too close.
+  uint32_t (*omega)(size_t d, size_t limit, double* query_gram, const double* key_gram,
+                    double* work, double* out);
+};
+
+constexpr size_t score_lanes_workspace(size_t d) {
+  return lane_rows(d) * (lane_rows(d) + 5 + 5 * kLaneTile);
+}
+
 // One table per kernel source and instruction set, named e.g. gram_avx2.
 #define SECATEUR_DECLARE_KERNELS(isa)    \
   extern const PanelKernels panel_##isa; \
   extern const GramKernels gram_##isa;   \
-  extern const ScoreKernels score_##isa;
+  extern const ScoreKernels score_##isa; \
+  extern const ScoreLanesKernels score_lanes_##isa;
 SECATEUR_DECLARE_KERNELS(baseline)
 SECATEUR_DECLARE_KERNELS(avx2)
 SECATEUR_DECLARE_KERNELS(avx512)

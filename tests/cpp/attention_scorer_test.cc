@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <numeric>
 
 #include "reference.h"
 #include "test_tensor.h"
@@ -38,6 +39,32 @@ Values scores_of(const TensorView& q, const TensorView& k, std::int64_t gamma = 
   AttentionScorer scorer(q.shape[2], q.shape[3], gamma);
   scorer.update(q, k);
   return scorer.scores();
+}
+
+/// Gram-Schmidt, twice.
+void orthonormalise(reference::Matrix& a) {
+  for (int round = 0; round < 2; ++round) {
+    for (std::size_t j = 0; j < a.columns; ++j) {
+      for (std::size_t i = 0; i <= j; ++i) {
+        double dot = 0;
+        for (std::size_t r = 0; r < a.rows; ++r) dot += a(r, i) * a(r, j);
+        for (std::size_t r = 0; r < a.rows; ++r) {
+          a(r, j) = i < j ? a(r, j) - dot * a(r, i) : a(r, j) / std::sqrt(dot);
+        }
+      }
+    }
+  }
+}
+
+/// Adds half of neuron i to neuron i + 1 in q, and takes half of neuron i + 1 from neuron i in k:
+/// Q Kᵀ stays as it is.
+void mix(TestTensor& q, TestTensor& k, std::int64_t d) {
+  for (std::int64_t i = 0; i < q.view().numel(); ++i) {
+    if (i % d > 0) q.set(i, q.get(i) + 0.5 * q.get(i - 1));
+  }
+  for (std::int64_t i = 0; i < k.view().numel(); ++i) {
+    if (i % d < d - 1) k.set(i, k.get(i) - 0.5 * k.get(i + 1));
+  }
 }
 
 struct Comparison {
@@ -213,6 +240,81 @@ TEST(AttentionScorer, DuplicateAndDependentNeurons) {
     EXPECT_NEAR(scores[0], scores[1], 1e-8);
     EXPECT_NEAR(scores[2], scores[3], 1e-8);
   }
+}
+
+// Heads of every kind side by side, more of them than vectors have lanes: none changes another.
+TEST(AttentionScorer, HeadsDoNotInfluenceEachOther) {
+  const std::int64_t heads = 11, n = 29;
+  for (const std::int64_t d : {5, 16, 31}) {
+    const Dims shape{3, n, heads, d};
+    TestTensor q = batch(shape, 57), k = batch(shape, 58);
+    for (std::int64_t i = 0; i < q.view().numel(); ++i) {
+      const std::int64_t channel = i % d, head = i / d % heads, token = i / d / heads % n;
+      if (head == 1) q.set(i, 0);
+      if (head == 2) k.set(i, 0);
+      if (head == 3) q.set(i, q.get(i) * 1e150);
+      if (head == 4) k.set(i, k.get(i) * 1e-150);
+      if (head == 5 && channel == 1) q.set(i, q.get(i - 1));
+      if (head == 6) q.set(i, channel == token ? 1 : 0);  // all singular values tie
+      if (head == 6) k.set(i, channel == token ? 1 : 0);
+      if (head == 7) q.set(i, q.get(i) * std::pow(0.1, static_cast<double>(channel)));
+      if (head == 8) k.set(i, 1000 + k.get(i));
+      if (head == 9 && token > 2) q.set(i, 0);
+    }
+    const Values together = scores_of(q, k);
+    for (std::int64_t h = 0; h < heads; ++h) {
+      TensorView left = q, right = k;
+      for (TensorView* view : {&left, &right}) {
+        view->data = static_cast<const double*>(view->data) + h * view->strides[2];
+        view->shape[2] = 1;
+      }
+      const Values alone = scores_of(left, right);
+      for (std::size_t i = 0; i < alone.size(); ++i) {
+        EXPECT_EQ(together[static_cast<std::size_t>(h * d) + i], alone[i]) << d << " head " << h;
+      }
+    }
+  }
+}
+
+// Where all singular values tie no basis is the right one, but with q = k orthonormal
+// Σ_j |A_ij| |B_ij| = Σ_j A_ij²: 1 for γ >= d, and γ over all neurons.
+TEST(AttentionScorer, TiedSingularValues) {
+  for (const std::int64_t d : kSizes) {
+    const Dims shape{2, d, 5, d};
+    TestTensor q(DType::f64, shape);
+    q.fill([&](std::int64_t i) { return i % d == i / d / 5 % d ? 3.0 : 0.0; });
+    for (const double score : scores_of(q, q, d)) EXPECT_NEAR(score, 1, 1e-12) << d;
+    const Values few = scores_of(q, q, 2);
+    for (auto head = few.begin(); head != few.end(); head += d) {
+      EXPECT_NEAR(std::accumulate(head, head + d, 0.0), d > 1 ? 2 : 1, 1e-12) << d;
+    }
+  }
+}
+
+// Pairs of singular values that lie closer and closer, on both sides of what lanes can tell apart.
+TEST(AttentionScorer, CloseSingularValues) {
+  const std::int64_t n = 40, d = 12;
+  int compared = 0;
+  for (const double gap : {1e-2, 1e-4, 2e-5}) {
+    const TestTensor left = batch({1, n, 1, d}, 59), right = batch({1, n, 1, d}, 60);
+    reference::Matrix u = head_of(left, 0, 0), v = head_of(right, 0, 0);
+    for (reference::Matrix* basis : {&u, &v}) orthonormalise(*basis);
+    const Dims shape{1, n, 1, d};
+    TestTensor q(DType::f64, shape), k(DType::f64, shape);
+    for (std::int64_t i = 0; i < n * d; ++i) {
+      const auto token = static_cast<std::size_t>(i / d), channel = static_cast<std::size_t>(i % d);
+      const double pair = static_cast<double>(channel / 2) + 1;
+      const double sigma = (channel % 2 == 0 ? 1 : 1 - gap) / (pair * pair * pair);
+      q.set(i, u(token, channel) * sigma);
+      k.set(i, v(token, channel));
+    }
+    // A change of basis that leaves Q Kᵀ alone, so that neurons and singular directions differ.
+    mix(q, k, d);
+    const Comparison result = compare(q, k, 8);
+    compared += result.heads;
+    EXPECT_LT(result.error, 1e-7) << gap;
+  }
+  EXPECT_EQ(compared, 3);
 }
 
 // As in trained models: a few strong directions, then a fast decay.

@@ -68,6 +68,7 @@ class SECATEUR_API AttentionScorer {
  private:
   std::string label(const char* argument) const;
   void check_batch(const TensorView& q, const TensorView& k) const;
+  void check_values(const TensorView& x, const char* argument) const;
   std::vector<double> full(const std::vector<double>& packed, const char* what) const;
 
   std::int64_t heads_;
