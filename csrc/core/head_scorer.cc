@@ -194,11 +194,12 @@ void HeadScorer::pack_moments(double* out) const {
   double* const query_gram = out;
   double* const key_gram = query_gram + packed_size(dim_);
   double* const score_gram = key_gram + packed_size(dim_);
+  const double query_factor = 1 / query_gram_.unit, key_factor = 1 / key_gram_.unit;
   for (std::size_t i = 0; i < dim_; ++i) {
     const std::size_t row = packed_row(i, dim_);
     for (std::size_t j = i; j < dim_; ++j) {
-      const double query = query_gram_.values.data()[i * ld_ + j] / query_gram_.unit;
-      const double key = key_gram_.values.data()[i * ld_ + j] / key_gram_.unit;
+      const double query = query_gram_.values.data()[i * ld_ + j] * query_factor;
+      const double key = key_gram_.values.data()[i * ld_ + j] * key_factor;
       query_gram[row + j] = query;
       key_gram[row + j] = key;
       score_gram[row + j] = query * key;

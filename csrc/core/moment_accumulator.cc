@@ -1,7 +1,9 @@
 #include <secateur/moment_accumulator.h>
 
 #include <algorithm>
-#include <memory>
+#include <atomic>
+#include <cmath>
+#include <limits>
 #include <utility>
 
 #include "../cpu/dispatch.h"
@@ -24,6 +26,7 @@ constexpr double kLowF32 = 0x1p-40, kHighF32 = 0x1p50;
 constexpr std::size_t kChunkRows = 16 * kRows;
 // A task multiplies a square of panels: its panels and tiles stay in the second-level cache.
 constexpr std::size_t kGroup = 4;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 /// The kernels for products in one precision.
 template <typename T>
@@ -35,6 +38,8 @@ struct Precision<float> {
   static auto pack(DType dtype) {
     return cpu::kernels().panel.pack_f32[static_cast<std::size_t>(dtype)];
   }
+  static auto scan() { return cpu::kernels().panel.scan[static_cast<std::size_t>(DType::f32)]; }
+  static auto normalise() { return cpu::kernels().panel.normalise_f32; }
   static auto tile() { return cpu::kernels().gram.tile_f32; }
   static auto column_sums() { return cpu::kernels().panel.column_sums_f32; }
 };
@@ -45,6 +50,8 @@ struct Precision<double> {
   static auto pack(DType dtype) {
     return cpu::kernels().panel.pack_f64[static_cast<std::size_t>(dtype)];
   }
+  static auto scan() { return cpu::kernels().panel.scan[static_cast<std::size_t>(DType::f64)]; }
+  static auto normalise() { return cpu::kernels().panel.normalise_f64; }
   static auto tile() { return cpu::kernels().gram.tile_f64; }
   static auto column_sums() { return cpu::kernels().panel.column_sums_f64; }
 };
@@ -62,90 +69,188 @@ void add_tile(const double* tile, std::size_t i, std::size_t j, std::size_t dim,
   }
 }
 
-/// Adds all rows of a checked view to the state. Allocates before it changes anything.
+/// The rows of a batch that count.
+struct Rows {
+  const TensorView& view;
+  std::vector<std::int64_t> offsets;
+  std::vector<double> mean, factor;  ///< what RowNorm takes from each; empty for RowNorm::none
+
+  std::size_t size() const { return offsets.size(); }
+};
+
+/// Packs a chunk of rows at a time into panels, and adds their products to the state.
 template <typename T>
-void accumulate(const TensorView& x, MomentAccumulatorState& state) {
-  constexpr std::size_t kPanel = Precision<T>::kPanel;
-  constexpr std::size_t kTile = kPanel * kPanel;
-  const auto pack = Precision<T>::pack(x.dtype);
+class Chunk {
+ public:
+  explicit Chunk(const Rows& rows);
+
+  /// Takes `count` rows from `begin` on. Returns the largest magnitude of what it read, or Inf when
+  /// not all of it is finite; with normalised rows 1, for they have been looked at.
+  double pack(std::size_t begin, std::size_t count);
+  void add_to(MomentAccumulatorState& state);
+
+ private:
+  static constexpr std::size_t kPanel = Precision<T>::kPanel;
+  static constexpr std::size_t kTile = kPanel * kPanel;
+
+  T* panel(std::size_t block, std::size_t index) {
+    return packed_.data() + (block * panels_ + index) * kRows * kPanel;
+  }
+  std::size_t blocks() const { return (count_ + kRows - 1) / kRows; }
+  std::size_t block_rows(std::size_t block) const {
+    return std::min(kRows, count_ - block * kRows);
+  }
+  /// All tiles of a square of panels; their column sums where it lies on the diagonal.
+  void add_group(std::size_t left, std::size_t right, double* tiles, MomentAccumulatorState& state);
+
+  const Rows& rows_;
+  std::size_t dim_;
+  bool unit_;
+  std::size_t panels_;
+  std::size_t side_;  ///< panels of a group
+  std::size_t slots_;
+  std::size_t count_ = 0;
+  std::vector<std::int64_t> columns_;
+  std::vector<double> peaks_;                               ///< one a slot
+  std::vector<std::pair<std::size_t, std::size_t>> pairs_;  ///< first panels of two groups
+  Buffer<T> packed_;                                        ///< [block][panel][row][column]
+  Buffer<double> tiles_;                                    ///< [slot][panel][panel][row][column]
+};
+
+template <typename T>
+Chunk<T>::Chunk(const Rows& rows)
+    : rows_(rows),
+      dim_(static_cast<std::size_t>(rows.view.shape[rows.view.rank() - 1])),
+      unit_(rows.view.strides[rows.view.rank() - 1] == 1),
+      panels_((dim_ + kPanel - 1) / kPanel),
+      side_(std::min(kGroup, panels_)),
+      slots_(parallel_slots()),
+      columns_(dim_),
+      peaks_(slots_),
+      packed_((std::min(rows.size(), kChunkRows) + kRows - 1) / kRows * panels_ * kRows * kPanel),
+      tiles_(slots_ * side_ * side_ * kTile) {
+  for (std::size_t c = 0; c < dim_; ++c) {
+    columns_[c] = static_cast<std::int64_t>(c) * rows.view.strides[rows.view.rank() - 1];
+  }
+  for (std::size_t i = 0; i < panels_; i += kGroup) {
+    for (std::size_t j = i; j < panels_; j += kGroup) pairs_.emplace_back(i, j);
+  }
+}
+
+template <typename T>
+double Chunk<T>::pack(std::size_t begin, std::size_t count) {
+  const auto pack = Precision<T>::pack(rows_.view.dtype);
+  const auto scan = Precision<T>::scan();
+  const auto normalise = Precision<T>::normalise();
+  count_ = count;
+  std::fill(peaks_.begin(), peaks_.end(), 0.0);
+  parallel_for(blocks() * panels_, slots_, [&](std::size_t task, std::size_t slot) {
+    const std::size_t block = task / panels_, first = task % panels_ * kPanel;
+    const std::size_t row = begin + block * kRows, size = block_rows(block);
+    const char* base = static_cast<const char*>(rows_.view.data) +
+                       (unit_ ? first * item_size(rows_.view.dtype) : 0);
+    T* out = panel(block, task % panels_);
+    pack(base, rows_.offsets.data() + row, size, unit_ ? nullptr : columns_.data() + first,
+         std::min(kPanel, dim_ - first), out);
+    if (!rows_.factor.empty()) {
+      normalise(out, size, rows_.mean.data() + row, rows_.factor.data() + row);
+      peaks_[slot] = 1;
+    } else if (!scan(out, 1, size * kPanel, &peaks_[slot])) {
+      peaks_[slot] = kInfinity;
+    }
+  });
+  return *std::max_element(peaks_.begin(), peaks_.end());
+}
+
+template <typename T>
+void Chunk<T>::add_to(MomentAccumulatorState& state) {
+  parallel_for(pairs_.size(), slots_, [&](std::size_t task, std::size_t slot) {
+    add_group(pairs_[task].first, pairs_[task].second, tiles_.data() + slot * side_ * side_ * kTile,
+              state);
+  });
+  state.rows += static_cast<std::int64_t>(count_);
+}
+
+template <typename T>
+void Chunk<T>::add_group(std::size_t left, std::size_t right, double* tiles,
+                         MomentAccumulatorState& state) {
   const auto tile = Precision<T>::tile();
-  const auto column_sums = Precision<T>::column_sums();
-
-  const std::size_t last = x.rank() - 1;
-  const auto dim = static_cast<std::size_t>(x.shape[last]);
-  const bool unit = x.strides[last] == 1;
-  const std::size_t panels = (dim + kPanel - 1) / kPanel;
-  const std::size_t groups = (panels + kGroup - 1) / kGroup;
-  const std::vector<std::int64_t> rows = offsets(x, last);
-  std::vector<std::int64_t> columns(dim);
-  for (std::size_t c = 0; c < dim; ++c) {
-    columns[c] = static_cast<std::int64_t>(c) * x.strides[last];
-  }
-  std::vector<std::pair<std::size_t, std::size_t>> pairs;
-  for (std::size_t i = 0; i < groups; ++i) {
-    for (std::size_t j = i; j < groups; ++j) pairs.emplace_back(i, j);
-  }
-
-  const std::size_t slots = parallel_slots();
-  const std::size_t chunk_rows = std::min(rows.size(), kChunkRows);
-  const std::size_t blocks = (chunk_rows + kRows - 1) / kRows;
-  Buffer<T> packed(blocks * panels * kRows * kPanel);  // [block][panel][row][column]
-  const auto panel_at = [&](std::size_t block, std::size_t panel) {
-    return packed.data() + (block * panels + panel) * kRows * kPanel;
+  const std::size_t left_end = std::min(panels_, left + kGroup);
+  const std::size_t right_end = std::min(panels_, right + kGroup);
+  const auto tile_at = [&](std::size_t i, std::size_t j) {
+    return tiles + ((i - left) * side_ + (j - right)) * kTile;
   };
-  const std::size_t side = std::min(kGroup, panels);
-  const std::size_t group_size = side * side * kTile;
-  Buffer<double> tiles(slots * group_size);
+  std::fill_n(tiles, side_ * side_ * kTile, 0.0);
+  for (std::size_t block = 0; block < blocks(); ++block) {
+    for (std::size_t i = left; i < left_end; ++i) {
+      for (std::size_t j = std::max(i, right); j < right_end; ++j) {
+        tile(panel(block, i), panel(block, j), block_rows(block), tile_at(i, j), kPanel);
+      }
+    }
+  }
+  for (std::size_t i = left; i < left_end; ++i) {
+    for (std::size_t j = std::max(i, right); j < right_end; ++j) {
+      add_tile<kPanel>(tile_at(i, j), i, j, dim_, state.second_moment.data());
+    }
+  }
+  if (left != right) return;
+  for (std::size_t i = left; i < left_end; ++i) {
+    double column[kPanel] = {};
+    for (std::size_t block = 0; block < blocks(); ++block) {
+      Precision<T>::column_sums()(panel(block, i), block_rows(block), column);
+    }
+    const std::size_t first = i * kPanel;
+    for (std::size_t c = first; c < std::min(dim_, first + kPanel); ++c) {
+      state.sum[c] += column[c - first];
+    }
+  }
+}
 
-  for (std::size_t begin = 0; begin < rows.size(); begin += chunk_rows) {
-    const std::size_t count = std::min(chunk_rows, rows.size() - begin);
-    const std::size_t used = (count + kRows - 1) / kRows;
-    const auto block_rows = [&](std::size_t block) {
-      return std::min(kRows, count - block * kRows);
-    };
-    parallel_for(used * panels, slots, [&](std::size_t task, std::size_t) {
-      const std::size_t block = task / panels, panel = task % panels, first = panel * kPanel;
-      const char* base = static_cast<const char*>(x.data) + (unit ? first * item_size(x.dtype) : 0);
-      pack(base, rows.data() + begin + block * kRows, block_rows(block),
-           unit ? nullptr : columns.data() + first, std::min(kPanel, dim - first),
-           panel_at(block, panel));
-    });
-    parallel_for(pairs.size(), slots, [&](std::size_t task, std::size_t slot) {
-      const auto [left, right] = pairs[task];
-      const std::size_t left_end = std::min(panels, (left + 1) * kGroup);
-      const std::size_t right_end = std::min(panels, (right + 1) * kGroup);
-      double* sums = tiles.data() + slot * group_size;
-      const auto tile_at = [&](std::size_t i, std::size_t j) {
-        return sums + ((i - left * kGroup) * side + (j - right * kGroup)) * kTile;
-      };
-      std::fill_n(sums, group_size, 0.0);
-      for (std::size_t block = 0; block < used; ++block) {
-        for (std::size_t i = left * kGroup; i < left_end; ++i) {
-          for (std::size_t j = std::max(i, right * kGroup); j < right_end; ++j) {
-            tile(panel_at(block, i), panel_at(block, j), block_rows(block), tile_at(i, j), kPanel);
+/// Adds all rows. Those of one chunk may be packed already.
+template <typename T>
+void add_rows(Chunk<T>& chunk, std::size_t rows, bool packed, MomentAccumulatorState& state) {
+  for (std::size_t begin = 0; begin < rows; begin += kChunkRows) {
+    if (!packed) chunk.pack(begin, std::min(kChunkRows, rows - begin));
+    chunk.add_to(state);
+  }
+}
+
+/// RowNorm's mean and factor of each row. False when not all of them are finite.
+bool take_norms(bool center, Rows& rows) {
+  const TensorView& x = rows.view;
+  const auto row_norm = cpu::kernels().panel.row_norm[static_cast<std::size_t>(x.dtype)];
+  const std::size_t last = x.rank() - 1;
+  rows.mean.resize(rows.size());
+  rows.factor.resize(rows.size());
+  std::atomic<bool> finite{true};
+  parallel_for(
+      (rows.size() + kRows - 1) / kRows, parallel_slots(), [&](std::size_t task, std::size_t) {
+        const std::size_t end = std::min(rows.size(), (task + 1) * kRows);
+        for (std::size_t r = task * kRows; r < end; ++r) {
+          const char* row = static_cast<const char*>(x.data) +
+                            rows.offsets[r] * static_cast<std::int64_t>(item_size(x.dtype));
+          if (!row_norm(row, x.strides[last], static_cast<std::size_t>(x.shape[last]), center,
+                        &rows.mean[r], &rows.factor[r])) {
+            finite.store(false, std::memory_order_relaxed);
           }
         }
-      }
-      for (std::size_t i = left * kGroup; i < left_end; ++i) {
-        for (std::size_t j = std::max(i, right * kGroup); j < right_end; ++j) {
-          add_tile<kPanel>(tile_at(i, j), i, j, dim, state.second_moment.data());
-        }
-      }
-      if (left != right) return;
-      for (std::size_t i = left * kGroup; i < left_end; ++i) {
-        double column[kPanel] = {};
-        for (std::size_t block = 0; block < used; ++block) {
-          column_sums(panel_at(block, i), block_rows(block), column);
-        }
-        const std::size_t first = i * kPanel;
-        for (std::size_t c = first; c < std::min(dim, first + kPanel); ++c) {
-          state.sum[c] += column[c - first];
-        }
-      }
-    });
-  }
-  state.rows += static_cast<std::int64_t>(rows.size());
+      });
+  return finite;
 }
+
+/// Offsets of the tokens n ≡ phase + b (mod stride) of image b, for all images.
+std::vector<std::int64_t> token_offsets(const TensorView& x, std::int64_t stride,
+                                        std::int64_t phase) {
+  std::vector<std::int64_t> result;
+  for (std::int64_t b = 0; b < x.shape[0]; ++b) {
+    for (std::int64_t n = (phase % stride + b % stride) % stride; n < x.shape[1]; n += stride) {
+      result.push_back(b * x.strides[0] + n * x.strides[1]);
+    }
+  }
+  return result;
+}
+
+bool fits_f32(double peak) { return peak == 0 || (peak > kLowF32 && peak < kHighF32); }
 
 }  // namespace
 
@@ -161,23 +266,48 @@ std::string MomentAccumulator::label(const char* argument) const {
   return secateur::label(name_, argument);
 }
 
-void MomentAccumulator::update(const TensorView& x) {
+double MomentAccumulator::check_magnitudes(const TensorView& x) const {
+  const double peak = check_finite(x, label("x"), {});
+  if (peak > kMaxMagnitude) {
+    fail<NumericalError>(label("x"), "magnitudes up to 1e120", number(peak));
+  }
+  return peak;
+}
+
+void MomentAccumulator::update(const TensorView& x, const RowOptions& options) {
+  const auto [norm, stride, phase] = options;
   check_view(x, label("x"));
   if (x.rank() < 1 || x.shape[x.rank() - 1] != dim_) {
     fail<InvalidArgument>(label("x"), "shape (..., " + std::to_string(dim_) + ")",
                           to_string(x.shape));
   }
-  const double peak = check_finite(x, label("x"), {});
-  if (peak > kMaxMagnitude) {
-    fail<NumericalError>(label("x"), "magnitudes up to 1e120", number(peak));
+  check_at_least(stride, 1, label("stride"));
+  check_at_least(phase, 0, label("phase"));
+  if (stride > 1 && x.rank() != 3) {
+    fail<InvalidArgument>(label("x"), "shape (images, tokens, dim) with a stride",
+                          to_string(x.shape));
   }
   if (x.numel() == 0) return;
-  const bool single = x.dtype != DType::f64 && (peak == 0 || (peak > kLowF32 && peak < kHighF32));
-  if (single) {
-    accumulate<float>(x, state_);
-  } else {
-    accumulate<double>(x, state_);
+
+  Rows rows{x, stride > 1 ? token_offsets(x, stride, phase) : offsets(x, x.rank() - 1), {}, {}};
+  const std::size_t count = rows.size();
+  if (count == 0) return;
+  const bool one = count <= kChunkRows;  // then packing looks for what must not be there
+  double peak = 0;
+  if (norm != RowNorm::none) {
+    if (!take_norms(norm == RowNorm::layer, rows)) check_magnitudes(x);
+  } else if (!one) {
+    peak = check_magnitudes(x);
   }
+  if (x.dtype != DType::f64) {
+    Chunk<float> chunk(rows);
+    if (one) peak = chunk.pack(0, count);
+    if (std::isinf(peak)) check_magnitudes(x);
+    if (norm != RowNorm::none || fits_f32(peak)) return add_rows(chunk, count, one, state_);
+  }
+  Chunk<double> chunk(rows);
+  if (one && chunk.pack(0, count) > kMaxMagnitude) check_magnitudes(x);
+  add_rows(chunk, count, one, state_);
 }
 
 void MomentAccumulator::merge(const MomentAccumulator& other) {

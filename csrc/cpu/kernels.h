@@ -30,6 +30,15 @@ struct PanelKernels {
   void (*pack_f32[kDTypes])(const void* src, const int64_t* rows, size_t row_count,
                             const int64_t* columns, size_t column_count, float* panel);
 
+  // For rows of `count` elements, `stride` apart: the row's mean (0 unless `center`), and
+  // sqrt(count) over the norm of the row less that mean, 0 where it has none. False when an
+  // element is not finite.
+  bool (*row_norm[kDTypes])(const void* src, int64_t stride, size_t count, bool center,
+                            double* mean, double* factor);
+  // (x - mean[r]) * factor[r] for each row of a panel, in float64.
+  void (*normalise_f64)(double* panel, size_t rows, const double* mean, const double* factor);
+  void (*normalise_f32)(float* panel, size_t rows, const double* mean, const double* factor);
+
   // Multiplies the panel by `factor`.
   void (*scale)(double* panel, size_t rows, double factor);
   // Subtracts each column's mean, which it leaves in mean[kPanelF64].

@@ -81,6 +81,49 @@ bool scan(const void* src, int64_t stride, size_t count, double* peak) {
   return poisoned == 0;
 }
 
+// Σ (x - shift)^power over a row in as many partial sums as a wide vector has lanes.
+template <typename Source, bool kSquare>
+inline double row_sum(const Source* x, int64_t stride, size_t count, double shift) {
+  double partial[kScanLanes] = {};
+  size_t i = 0;
+  if (stride == 1) {
+    for (; i + kScanLanes <= count; i += kScanLanes) {
+      for (size_t lane = 0; lane < kScanLanes; ++lane) {
+        const double value = to_double(x[i + lane]) - shift;
+        partial[lane] += kSquare ? value * value : value;
+      }
+    }
+  }
+  for (; i < count; ++i) {
+    const double value = to_double(x[static_cast<int64_t>(i) * stride]) - shift;
+    partial[0] += kSquare ? value * value : value;
+  }
+  double sum = 0;
+  for (size_t lane = 0; lane < kScanLanes; ++lane) sum += partial[lane];
+  return sum;
+}
+
+template <typename Source>
+bool row_norm(const void* src, int64_t stride, size_t count, bool center, double* mean,
+              double* factor) {
+  const Source* x = static_cast<const Source*>(src);
+  const double size = static_cast<double>(count);
+  *mean = center ? row_sum<Source, false>(x, stride, count, 0) / size : 0;
+  const double square = row_sum<Source, true>(x, stride, count, *mean);
+  *factor = square > 0 ? __builtin_sqrt(size / square) : 0;
+  return square * 0 == 0;
+}
+
+template <typename T, size_t kPanel>
+void normalise(T* panel, size_t rows, const double* mean, const double* factor) {
+  for (size_t r = 0; r < rows; ++r) {
+    for (size_t c = 0; c < kPanel; ++c) {
+      T* at = panel + r * kPanel + c;
+      *at = static_cast<T>((static_cast<double>(*at) - mean[r]) * factor[r]);
+    }
+  }
+}
+
 template <typename Source, typename Target, size_t kPanel>
 void pack(const void* src, const int64_t* rows, size_t row_count, const int64_t* columns,
           size_t column_count, Target* panel) {
@@ -130,6 +173,9 @@ const PanelKernels SECATEUR_TABLE(panel) = {
      pack<double, double, kPanelF64>},
     {pack<float, float, kPanelF32>, pack<Half, float, kPanelF32>, pack<BFloat, float, kPanelF32>,
      nullptr},
+    {row_norm<float>, row_norm<Half>, row_norm<BFloat>, row_norm<double>},
+    normalise<double, kPanelF64>,
+    normalise<float, kPanelF32>,
     scale,
     center,
     column_sums<double, kPanelF64>,

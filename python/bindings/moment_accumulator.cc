@@ -15,6 +15,13 @@ std::string label(const Accumulator& self, const char* argument) {
   return name.empty() ? argument : name + " " + argument;
 }
 
+RowNorm row_norm(const std::string& text) {
+  if (text == "none") return RowNorm::none;
+  if (text == "rms") return RowNorm::rms;
+  if (text == "layer") return RowNorm::layer;
+  fail<InvalidArgument>("norm", "'none', 'rms' or 'layer'", "'" + text + "'");
+}
+
 py::ssize_t dim(const Accumulator& self) { return self.fixed().dim(); }
 py::ssize_t packed(const Accumulator& self) { return dim(self) * (dim(self) + 1) / 2; }
 
@@ -66,17 +73,27 @@ Raises:
           "Rows seen.")
       .def(
           "update",
-          [](Accumulator& self, py::handle x) {
+          [](Accumulator& self, py::handle x, const std::string& norm, std::int64_t stride,
+             std::int64_t phase) {
+            const RowOptions options{row_norm(norm), stride, phase};
             const Array rows(x, label(self, "x"));
-            self.run([&](MomentAccumulator& m) { m.update(rows.view()); });
+            self.run([&](MomentAccumulator& m) { m.update(rows.view(), options); });
           },
-          py::arg("x"), R"(Adds every row, without a copy and without the GIL.
+          py::arg("x"), py::kw_only(), py::arg("norm") = "none", py::arg("stride") = 1,
+          py::arg("phase") = 0,
+          R"(Adds every row, without a copy and without the GIL.
 
 Args:
     x: (..., dim), at least one axis, any strides; float32, float16, bfloat16 or float64.
+    norm: "rms" adds x √dim / ‖x‖ in place of each row x, "layer" that of x less its mean, as an
+        RMSNorm or LayerNorm without weights and eps would; a row of norm 0 stays 0.
+    stride: above 1, of x (images, tokens, dim), image b gives only every stride-th token, from
+        (phase + b) mod stride on.
+    phase: at least 0.
 
 Raises:
-    InvalidArgument: not an array, or another last axis or dtype.
+    InvalidArgument: not an array, another last axis or dtype, no such norm, or a number out of its
+        range.
     Unsupported: not on the CPU.
     NumericalError: a NaN or Inf (named by its place), or a magnitude above 1e120.
         The object is then as it was before the call.

@@ -1,7 +1,7 @@
 """The C++ core: scoring and cutting on buffers."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -140,14 +140,22 @@ class MomentAccumulator:
     def rows(self) -> int:
         """Rows seen."""
 
-    def update(self, x: _Array) -> None:
+    def update(
+        self, x: _Array, *, norm: Literal["none", "rms", "layer"] = "none", stride: int = 1, phase: int = 0
+    ) -> None:
         """Adds every row, without a copy and without the GIL.
 
         Args:
             x: (..., dim), at least one axis, any strides; float32, float16, bfloat16 or float64.
+            norm: "rms" adds x √dim / ‖x‖ in place of each row x, "layer" that of x less its mean, as
+                an RMSNorm or LayerNorm without weights and eps would; a row of norm 0 stays 0.
+            stride: above 1, of x (images, tokens, dim), image b gives only every stride-th token,
+                from (phase + b) mod stride on.
+            phase: at least 0.
 
         Raises:
-            InvalidArgument: not an array, or another last axis or dtype.
+            InvalidArgument: not an array, another last axis or dtype, no such norm, or a number out of
+                its range.
             Unsupported: not on the CPU.
             NumericalError: a NaN or Inf (named by its place), or a magnitude above 1e120.
                 The object is then as it was before the call.

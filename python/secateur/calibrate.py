@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -302,14 +302,8 @@ class _Collector:
         """Every norm input counts alike: x̂ = x √D / ‖x‖, centred for LayerNorm."""
 
         def observe(x: torch.Tensor) -> None:
-            x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            if x.ndim == 2:
-                x = x[:, None]
-            if site.centred:
-                x = x - x.mean(-1, keepdim=True)
-            norm = x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
             try:
-                self._add(_stream(site), x * (x.shape[-1] ** 0.5 / norm))
+                self._add(_stream(site), x[:, None] if x.ndim == 2 else x, "layer" if site.centred else "rms")
             except NumericalError as error:
                 # All norms share the accumulator: only here is the layer known.
                 raise NumericalError(f"{site.name} {error}") from error
@@ -328,19 +322,18 @@ class _Collector:
             if start < len(q):
                 scorer.update(q[start::2], k[start::2])
 
-    def _add(self, name: str, x: torch.Tensor) -> None:
-        """Add the chosen tokens of (B, N, d) to the fold of their image, as strided views.
+    def _add(self, name: str, x: torch.Tensor, norm: Literal["none", "rms", "layer"] = "none") -> None:
+        """Add the chosen tokens of (B, N, d) to the fold of their image.
 
         Image g gives every stride-th token from (g // 2) mod stride on, so both folds see all positions, and the
         choice does not depend on how images are split into batches.
         """
         x = _on_host(x)
-        stride = min(self._stride, x.shape[1])
-        for residue in range(2 * stride):
-            start = (residue - self.images) % (2 * stride)
-            rows = x[start :: 2 * stride, residue // 2 :: stride]
-            if rows.numel():
-                self._moments[name][residue % 2].update(rows)
+        for fold, accumulator in enumerate(self._moments[name]):
+            start = (fold - self.images) % 2
+            if start < len(x):
+                stride = min(self._stride, x.shape[1])
+                accumulator.update(x[start::2], norm=norm, stride=stride, phase=(self.images + start) // 2)
 
 
 def _stream(site: NormSite) -> str:

@@ -11,6 +11,7 @@ using secateur::InvalidArgument;
 using secateur::MomentAccumulator;
 using secateur::MomentAccumulatorState;
 using secateur::NumericalError;
+using secateur::RowNorm;
 
 TestTensor rows(const Dims& shape, std::uint64_t seed, DType dtype, const Layout& layout = {},
                 double scale = 1) {
@@ -20,8 +21,10 @@ TestTensor rows(const Dims& shape, std::uint64_t seed, DType dtype, const Layout
   return x;
 }
 
-/// Compares with the sums in long double. tolerance: relative to Σ|x_i x_j| and Σ|x_i|.
-void check(const MomentAccumulator& moments, const TestTensor& x, double tolerance) {
+/// Compares with the sums in long double. tolerance: relative to Σ|x_i x_j|; sum_tolerance: to
+/// Σ|x_i|.
+void check(const MomentAccumulator& moments, const TestTensor& x, double tolerance,
+           double sum_tolerance = 1e-14) {
   const std::int64_t dim = x.view().shape[x.view().rank() - 1], count = x.view().numel() / dim;
   ASSERT_EQ(moments.rows(), count);
   const std::vector<double> second = moments.second_moment();
@@ -33,7 +36,7 @@ void check(const MomentAccumulator& moments, const TestTensor& x, double toleran
       size += std::fabs(x.get(r * dim + i));
     }
     EXPECT_NEAR(moments.sum()[static_cast<std::size_t>(i)], static_cast<double>(sum),
-                1e-14 * static_cast<double>(size));
+                sum_tolerance * static_cast<double>(size));
     for (std::int64_t j = 0; j < dim; ++j) {
       long double product = 0, magnitude = 0;
       for (std::int64_t r = 0; r < count; ++r) {
@@ -118,6 +121,100 @@ TEST(MomentAccumulator, ReadsEveryHalfAndBFloat) {
       for (std::size_t i = 0; i < 16; ++i) ASSERT_EQ(moments.sum()[i], values[i]) << first + i;
     }
   }
+}
+
+/// x with every row as RMSNorm or LayerNorm without weights and eps leaves it, in long double.
+TestTensor normalised(const TestTensor& x, bool center) {
+  const std::int64_t dim = x.view().shape[x.view().rank() - 1];
+  TestTensor result(DType::f64, x.view().shape);
+  for (std::int64_t r = 0; r < x.view().numel() / dim; ++r) {
+    long double mean = 0, square = 0;
+    for (std::int64_t i = 0; i < dim && center; ++i) mean += x.get(r * dim + i);
+    mean /= static_cast<long double>(dim);
+    for (std::int64_t i = 0; i < dim; ++i) {
+      square += (x.get(r * dim + i) - mean) * (x.get(r * dim + i) - mean);
+    }
+    for (std::int64_t i = 0; i < dim; ++i) {
+      const long double value = x.get(r * dim + i) - mean;
+      result.set(r * dim + i, square > 0
+                                  ? static_cast<double>(
+                                        value * std::sqrt(static_cast<long double>(dim) / square))
+                                  : 0);
+    }
+  }
+  return result;
+}
+
+TEST(MomentAccumulator, NormalisesRows) {
+  for (const DType dtype : kDTypes) {
+    for (const std::int64_t dim : kSizes) {
+      // An offset that the mean must take away; more rows than a block; channels not adjacent.
+      for (const Layout& layout : {Layout{}, Layout{{1, 0}, 2, {}}}) {
+        TestTensor x = rows({300, dim}, 13, dtype, layout);
+        for (std::int64_t i = 0; i < x.view().numel(); ++i) x.set(i, x.get(i) + 3);
+        for (std::int64_t i = 0; i < dim; ++i) x.set(7 * dim + i, 0);
+        for (const RowNorm norm : {RowNorm::rms, RowNorm::layer}) {
+          if (norm == RowNorm::layer && dim == 1) continue;
+          MomentAccumulator moments(dim);
+          moments.update(x, {norm});
+          check(moments, normalised(x, norm == RowNorm::layer), dtype == DType::f64 ? 1e-13 : 4e-6,
+                dtype == DType::f64 ? 1e-13 : 1e-6);
+        }
+      }
+    }
+  }
+}
+
+// Rows of 1e-30 beside rows of 1e30 all count alike; several chunks of rows.
+TEST(MomentAccumulator, NormalisedRowsHaveNoScale) {
+  for (const DType dtype : {DType::f32, DType::f64}) {
+    TestTensor x = rows({4100, 5}, 14, dtype);
+    for (std::int64_t i = 0; i < x.view().numel(); ++i) {
+      x.set(i, x.get(i) * (i / 5 % 2 == 0 ? 1e-30 : 1e30));
+    }
+    MomentAccumulator moments(5);
+    moments.update(x, {RowNorm::layer});
+    check(moments, normalised(x, true), 4e-6, 1e-6);
+    double trace = 0;
+    for (std::size_t i = 0; i < 25; i += 6) trace += moments.second_moment()[i];
+    EXPECT_NEAR(trace, 4100.0 * 5, 0.05);
+  }
+}
+
+TEST(MomentAccumulator, StrideRotatesOverTokens) {
+  const std::int64_t images = 5, tokens = 9, dim = 7;
+  const TestTensor x = rows({images, tokens, dim}, 15, DType::f32, {{2, 0, 1}, 1, {}});
+  for (const std::int64_t stride : {2, 3, 4, 9, 12}) {
+    std::vector<int> seen(static_cast<std::size_t>(images * tokens), 0);
+    for (std::int64_t phase = 0; phase < stride; ++phase) {
+      std::vector<double> chosen;
+      for (std::int64_t b = 0; b < images; ++b) {
+        for (std::int64_t n = 0; n < tokens; ++n) {
+          if ((n - b - phase) % stride != 0) continue;
+          ++seen[static_cast<std::size_t>(b * tokens + n)];
+          for (std::int64_t c = 0; c < dim; ++c) {
+            chosen.push_back(x.get((b * tokens + n) * dim + c));
+          }
+        }
+      }
+      const auto count = static_cast<std::int64_t>(chosen.size()) / dim;
+      TestTensor wanted(DType::f32, {count, dim});
+      wanted.fill([&](std::int64_t i) { return chosen[static_cast<std::size_t>(i)]; });
+      MomentAccumulator moments(dim);
+      moments.update(x, {RowNorm::none, stride, phase});
+      check(moments, wanted, tolerance(DType::f32));
+    }
+    EXPECT_EQ(seen, std::vector<int>(seen.size(), 1)) << stride;
+  }
+  MomentAccumulator moments(dim, "fc2");
+  expect_error<InvalidArgument>([&] { moments.update(x, {RowNorm::none, 0}); },
+                                "fc2 stride: expected at least 1, got 0");
+  expect_error<InvalidArgument>([&] { moments.update(x, {RowNorm::none, 2, -1}); },
+                                "fc2 phase: expected at least 0, got -1");
+  expect_error<InvalidArgument>(
+      [&] { moments.update(rows({4, 7}, 16, DType::f32), {RowNorm::none, 2}); },
+      "fc2 x: expected shape (images, tokens, dim) with a stride, got (4, 7)");
+  EXPECT_EQ(moments.rows(), 0);
 }
 
 // Magnitudes whose float32 products would overflow or vanish are multiplied in float64.
@@ -226,6 +323,14 @@ TEST(MomentAccumulator, RefusalsLeaveNoTrace) {
       expect_error<NumericalError>(
           [&] { moments.update(x); },
           "blocks.0.mlp.fc2 x: expected finite values, got " + text + " at (1, 1, 1)");
+    }
+    // Seen while rows are normalised, and in a batch of several chunks.
+    TestTensor tall = rows({4097, 4}, 11, dtype);
+    tall.set(4096 * 4 + 2, kNaN);
+    for (const RowNorm norm : {RowNorm::none, RowNorm::rms, RowNorm::layer}) {
+      expect_error<NumericalError>(
+          [&] { moments.update(tall, {norm}); },
+          "blocks.0.mlp.fc2 x: expected finite values, got nan at (4096, 2)");
     }
     expect_error<InvalidArgument>([&] { moments.update(rows({4, 3}, 12, dtype)); },
                                   "blocks.0.mlp.fc2 x: expected shape (..., 4), got (4, 3)");

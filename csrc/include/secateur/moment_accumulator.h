@@ -10,6 +10,19 @@
 
 namespace secateur {
 
+/// What a row goes through before it is accumulated, as in a norm without weights and eps: nothing,
+/// x √dim / ‖x‖ (RMSNorm), or that of x less its mean (LayerNorm). A row of norm 0 stays 0.
+enum class RowNorm { none, rms, layer };
+
+/// Which rows of a batch count, and how.
+struct RowOptions {
+  RowNorm norm = RowNorm::none;
+  /// Above 1, the batch is (images, tokens, dim), and image b gives the tokens n ≡ phase + b
+  /// (mod stride) alone.
+  std::int64_t stride = 1;
+  std::int64_t phase = 0;  ///< at least 0
+};
+
 struct MomentAccumulatorState {
   std::int64_t rows = 0;
   std::vector<double> sum;            ///< (dim): Σ x
@@ -31,8 +44,8 @@ class SECATEUR_API MomentAccumulator {
 
   /// Adds every row of x: (…, dim), at least one axis, any strides and dtype.
   /// Throws InvalidArgument, Unsupported (not on the CPU) or NumericalError (NaN, Inf, or a
-  /// magnitude above 1e120); the object is then as it was before the call.
-  void update(const TensorView& x);
+  /// magnitude above 1e120 in the rows); the object is then as it was before the call.
+  void update(const TensorView& x, const RowOptions& options = {});
 
   /// Adds what another accumulator of the same dim has seen.
   void merge(const MomentAccumulator& other);
@@ -51,6 +64,7 @@ class SECATEUR_API MomentAccumulator {
 
  private:
   std::string label(const char* argument) const;
+  double check_magnitudes(const TensorView& x) const;
 
   std::int64_t dim_;
   std::string name_;
