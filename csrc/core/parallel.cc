@@ -127,15 +127,42 @@ std::atomic<Pool*> pool{nullptr};
 // What forked children leave behind stays reachable, which is what leak checkers ask for.
 std::atomic<Pool*> parents_pool{nullptr};
 std::atomic<int> thread_count{0};
+std::atomic<Team> team{nullptr};
+std::atomic<bool> team_is_busy{false};
 
-void forget_pool() {
+void forget_threads() {
   parents_pool.store(pool.exchange(nullptr));
+  team.store(nullptr);
+  team_is_busy.store(false);
   inside = false;
 }
 
-Pool& shared_pool() {
-  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
+void forget_threads_after_fork() {
+  static const int registered = pthread_atfork(nullptr, nullptr, forget_threads);
   static_cast<void>(registered);
+}
+
+/// False when another call has the team.
+bool run_on_team(Team run, Job& job, std::size_t slots) {
+  if (team_is_busy.exchange(true)) return false;
+  struct Share {
+    Job& job;
+    std::size_t slots;
+    std::atomic<std::size_t> next{0};
+  } share{job, slots};
+  run(
+      [](void* data) {
+        Share& mine = *static_cast<Share*>(data);
+        const std::size_t slot = mine.next.fetch_add(1);
+        if (slot < mine.slots) mine.job.work(slot);
+      },
+      &share, static_cast<int>(slots));
+  team_is_busy.store(false);
+  return true;
+}
+
+Pool& shared_pool() {
+  forget_threads_after_fork();
   Pool* current = pool.load();
   if (current == nullptr) {
     Pool* fresh = new Pool;
@@ -161,13 +188,23 @@ void set_threads(int n) {
   thread_count.store(n);
 }
 
+void set_team(Team run) {
+  forget_threads_after_fork();
+  team.store(run);
+}
+
 std::size_t parallel_slots() { return static_cast<std::size_t>(threads()); }
 
 void parallel_for(std::size_t tasks, std::size_t slots,
                   const std::function<void(std::size_t, std::size_t)>& task) {
   const std::size_t helpers = std::min(slots, tasks) - (tasks > 0 ? 1 : 0);
   Job job{tasks, task};
-  if (inside || helpers == 0 || !shared_pool().run(job, helpers)) job.work(0);
+  const Team run = team.load();
+  // All slots, whatever the tasks: OpenMP ends the threads that a smaller team leaves over.
+  const bool done =
+      !inside && helpers > 0 &&
+      (run != nullptr ? run_on_team(run, job, slots) : shared_pool().run(job, helpers));
+  if (!done) job.work(0);
   if (job.error) std::rethrow_exception(job.error);
 }
 

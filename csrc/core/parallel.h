@@ -1,8 +1,9 @@
 // The one place with threads. Tasks are handed out one at a time; what a task computes may not
 // depend on who runs it or on the number of threads, so that results are the same bits for any.
 //
-// The pool's threads sleep between calls (they never spin against another library's). A second
-// caller while the pool is busy, and a call from inside a task, run on the calling thread alone.
+// The pool's threads sleep between calls (they never spin against another library's); set_team()
+// puts a program's threads in their place. A second caller while they are busy, and a call from
+// inside a task, run on the calling thread alone.
 // After fork() the child starts a pool of its own when it first needs one. The threads live until
 // the process ends: the library is linked not to be unloaded.
 #pragma once

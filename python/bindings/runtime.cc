@@ -1,8 +1,12 @@
 #include <secateur/runtime.h>
 
+#include <dlfcn.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
+
 #include "bindings.h"
+#include "fail.h"
 
 namespace py = pybind11;
 
@@ -10,6 +14,25 @@ namespace secateur::python {
 namespace {
 
 struct Runtime {};
+
+// What GCC's OpenMP programs, torch among them, call to run a parallel region.
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<GompParallel> gomp_parallel{nullptr};
+
+void openmp_team(void (*body)(void*), void* data, int threads) {
+  gomp_parallel.load()(body, data, static_cast<unsigned>(threads), 0);
+}
+
+void choose_team(const std::string& team) {
+  if (team == "own") return set_team(nullptr);
+  if (team != "openmp") fail<InvalidArgument>("team", "'own' or 'openmp'", "'" + team + "'");
+  void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+  if (symbol == nullptr) {
+    fail<Unsupported>("team", "OpenMP (libgomp) loaded in this process", "none");
+  }
+  gomp_parallel.store(reinterpret_cast<GompParallel>(symbol));
+  set_team(openmp_team);
+}
 
 }  // namespace
 
@@ -27,6 +50,18 @@ void register_runtime(py::module_& module) {
 
 Raises:
     InvalidArgument: not 1 to 1024.
+)")
+      .def_static("set_team", &choose_team, py::arg("team"),
+                  R"(Chooses the threads that calls run on; results do not depend on it.
+
+Args:
+    team: "own", which sleep between calls, or "openmp", those of the OpenMP runtime that this
+        process has loaded (torch's), so that its spinning threads are not in the way. A forked
+        child begins with "own".
+
+Raises:
+    InvalidArgument: no such team.
+    Unsupported: the process has no OpenMP runtime of GCC's interface.
 )")
       .def_static("version", &version, "Version of the core, major.minor.patch.");
 }

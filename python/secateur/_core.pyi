@@ -285,5 +285,19 @@ class runtime:  # noqa: N801
         """
 
     @staticmethod
+    def set_team(team: Literal["own", "openmp"]) -> None:
+        """Chooses the threads that calls run on; results do not depend on it.
+
+        Args:
+            team: "own", which sleep between calls, or "openmp", those of the OpenMP runtime that this
+                process has loaded (torch's), so that its spinning threads are not in the way. A
+                forked child begins with "own".
+
+        Raises:
+            InvalidArgument: no such team.
+            Unsupported: the process has no OpenMP runtime of GCC's interface.
+        """
+
+    @staticmethod
     def version() -> str:
         """Version of the core, major.minor.patch."""

@@ -1,6 +1,8 @@
 // The thread pool itself: internal, so only where the library is linked statically.
 #include "parallel.h"
 
+#include <secateur/runtime.h>
+
 #include <atomic>
 #include <chrono>
 #include <stdexcept>
@@ -36,6 +38,53 @@ TEST(Parallel, SlotsAreExclusive) {
     --users[slot];
   });
   EXPECT_EQ(clashes, 0);
+}
+
+// A program's own threads in place of the pool's.
+void three_threads(void (*body)(void*), void* data, int threads) {
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(body, data);
+  body(data);
+  for (std::thread& other : others) other.join();
+}
+
+void only_the_caller(void (*body)(void*), void* data, int) { body(data); }
+
+void more_than_asked(void (*body)(void*), void* data, int threads) {
+  three_threads(body, data, threads + 3);
+}
+
+TEST(Parallel, AnotherTeam) {
+  for (const secateur::Team team : {&three_threads, &only_the_caller, &more_than_asked}) {
+    secateur::set_team(team);
+    std::vector<std::atomic<int>> runs(100), users(3);
+    std::atomic<int> clashes{0}, inner{0};
+    parallel_for(runs.size(), 3, [&](std::size_t task, std::size_t slot) {
+      ASSERT_LT(slot, 3u);
+      clashes += ++users[slot] != 1;
+      ++runs[task];
+      if (task % 10 == 0) parallel_for(5, 3, [&](std::size_t, std::size_t) { ++inner; });
+      --users[slot];
+    });
+    for (const auto& count : runs) EXPECT_EQ(count, 1);
+    EXPECT_EQ(clashes, 0);
+    EXPECT_EQ(inner, 50);
+    try {
+      parallel_for(8, 3, [](std::size_t task, std::size_t) {
+        throw std::runtime_error(std::to_string(task));
+      });
+      ADD_FAILURE() << "no exception";
+    } catch (const std::runtime_error& error) {
+      EXPECT_STREQ(error.what(), "0");
+    }
+    // A second caller works alone while the team is busy.
+    std::atomic<int> second{0};
+    parallel_for(3, 3, [&](std::size_t, std::size_t) {
+      std::thread([&] { parallel_for(4, 3, [&](std::size_t, std::size_t) { ++second; }); }).join();
+    });
+    EXPECT_EQ(second, 12);
+  }
+  secateur::set_team(nullptr);
 }
 
 // Whichever task throws first, the lowest is heard.

@@ -23,6 +23,16 @@ SECATEUR_API int threads();
 /// Throws InvalidArgument unless 1 <= n <= 1024. Results do not depend on it.
 SECATEUR_API void set_threads(int n);
 
+/// Calls body(data) on up to `threads` threads at once, the caller's among them, and returns when
+/// all calls have. One thread is enough, and no call may fail.
+using Team = void (*)(void (*body)(void*), void* data, int threads);
+
+/// Has the library work on a program's own threads in place of its own, which sleep between calls;
+/// nullptr for its own. Worth it where those threads spin while they wait, as OpenMP's do: two
+/// pools on the same cores then stand in each other's way. Results do not depend on it. A forked
+/// child begins with the library's own.
+SECATEUR_API void set_team(Team team);
+
 /// "major.minor.patch".
 SECATEUR_API std::string version();
 
