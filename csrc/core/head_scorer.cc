@@ -15,11 +15,6 @@ using cpu::kRows;
 // Where the Grams of all lanes stay in the second-level cache; above it rows fill vectors anyway.
 constexpr std::size_t kMaxLaneDim = 128;
 
-std::size_t lane_matrix(std::size_t dim, std::size_t lanes) {
-  const std::size_t rows = cpu::lane_rows(dim);
-  return lanes > 1 ? rows * rows * lanes : 0;
-}
-
 }  // namespace
 
 HeadScorer::HeadScorer(const TensorView& q, const TensorView& k, std::size_t gamma, bool moments)
@@ -39,13 +34,14 @@ HeadScorer::HeadScorer(const TensorView& q, const TensorView& k, std::size_t gam
       key_gram_{Buffer<double>(ld_ * ld_)},
       mean_(ld_),
       lanes_(lanes(dim_)),
-      query_lanes_(lane_matrix(dim_, lanes_)),
-      key_lanes_(lane_matrix(dim_, lanes_)),
+      query_lanes_(lanes_ > 1 ? lanes_ * cpu::lane_matrix(dim_) : 0),
+      key_lanes_(lanes_ > 1 ? lanes_ * cpu::lane_matrix(dim_) : 0),
       scores_(dim_ * lanes_),
       work_(std::max(cpu::score_workspace(ld_),
                      lanes_ > 1 ? lanes_ * cpu::score_lanes_workspace(dim_) : 0)) {
-  std::fill_n(query_lanes_.data(), lane_matrix(dim_, lanes_), 0.0);
-  std::fill_n(key_lanes_.data(), lane_matrix(dim_, lanes_), 0.0);
+  if (lanes_ == 1) return;
+  std::fill_n(query_lanes_.data(), lanes_ * cpu::lane_matrix(dim_), 0.0);
+  std::fill_n(key_lanes_.data(), lanes_ * cpu::lane_matrix(dim_), 0.0);
 }
 
 std::size_t HeadScorer::lanes(std::size_t head_dim) {
@@ -209,9 +205,8 @@ void HeadScorer::pack_moments(double* out) const {
 
 void HeadScorer::to_lane(const Gram& gram, std::size_t lane, double* out) const {
   const double* values = gram.values.data();
-  const std::size_t rows = cpu::lane_rows(dim_);
   for (std::size_t i = 0; i < dim_; ++i) {
-    double* to = out + i * rows * lanes_ + lane;
+    double* to = out + i * cpu::lane_stride(dim_) * lanes_ + lane;
     for (std::size_t j = 0; j <= i; ++j) to[j * lanes_] = values[j * ld_ + i];
     const std::size_t end = std::min(dim_, cpu::lane_rows(i + 1));
     for (std::size_t j = i + 1; j < end; ++j) to[j * lanes_] = values[i * ld_ + j];

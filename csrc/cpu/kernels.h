@@ -67,10 +67,12 @@ struct ScoreKernels {
 
 constexpr size_t score_workspace(size_t ld) { return 2 * ld * ld + 6 * ld; }
 
-// Matrices in lanes: element (i, j) of lane l of a (lane_rows(d), lane_rows(d)) matrix is
-// m[(i * lane_rows(d) + j) * lanes + l].
+// Matrices in lanes: element (i, j) of lane l is m[(i * lane_stride(d) + j) * lanes + l], in
+// lane_rows(d) rows. The stride is odd, or columns would crowd into a few sets of the cache.
 constexpr size_t kLaneTile = 4;
 constexpr size_t lane_rows(size_t d) { return (d + kLaneTile - 1) / kLaneTile * kLaneTile; }
+constexpr size_t lane_stride(size_t d) { return lane_rows(d) + 1; }
+constexpr size_t lane_matrix(size_t d) { return lane_rows(d) * lane_stride(d); }
 
 struct ScoreLanesKernels {
   size_t lanes;
@@ -83,7 +85,7 @@ struct ScoreLanesKernels {
 };
 
 constexpr size_t score_lanes_workspace(size_t d) {
-  return lane_rows(d) * (lane_rows(d) + 5 + 5 * kLaneTile);
+  return lane_matrix(d) + lane_rows(d) * (5 + 5 * kLaneTile);
 }
 
 // One table per kernel source and instruction set, named e.g. gram_avx2.

@@ -64,27 +64,36 @@ inline void multiply(const V* a, size_t row_step, size_t a_step, const V* b, siz
   }
 }
 
-// a = L Lᵀ over a's lower triangle, with zeros above it inside the tiles of the diagonal. A pivot
-// lost to rounding gives a zero column.
-void cholesky(V* a, size_t ld) {
-  for (size_t i = 0; i < ld; ++i) a[i * ld + i] *= 1 + kRidge;
-  for (size_t first = 0; first < ld; first += kTile) {
-    for (size_t i = first; i < ld; i += kTileRows) {
+// One row of the factor in a tile's columns, from x = the row of a less what the columns before
+// took. Rows of the diagonal's own tile (pivot < kTile) end at their pivot, with zeros after it. A
+// pivot lost to rounding gives a zero column.
+inline void factor_row(const V* tile, size_t ld, size_t pivot, V* inverse, V (&x)[kTile], V* out) {
+#pragma GCC unroll 4
+  for (size_t c = 0; c < kTile; ++c) {
+    if (c == pivot) inverse[c] = inverse_or_zero(root(x[c] > 0 ? x[c] : V{}));
+    x[c] *= inverse[c];
+    out[c] = c <= pivot ? x[c] : V{};
+#pragma GCC unroll 4
+    for (size_t e = c + 1; e < kTile; ++e) {
+      if (e <= pivot) x[e] -= x[c] * (e == pivot ? x[c] : tile[e * ld + c]);
+    }
+  }
+}
+
+// a = L Lᵀ over a's lower triangle, with zeros above it inside the tiles of the diagonal.
+void cholesky(V* a, size_t n, size_t ld) {
+  for (size_t i = 0; i < n; ++i) a[i * ld + i] *= 1 + kRidge;
+  for (size_t first = 0; first < n; first += kTile) {
+    V inverse[kTile] = {};
+    const V* tile = a + first * ld + first;
+    for (size_t i = first; i < n; i += kTileRows) {
       V sum[kTileRows][kTile] = {};
       multiply(a + i * ld, ld, 1, a + first * ld, ld, 1, first, sum);
       for (size_t r = 0; r < kTileRows; ++r) {
-        for (size_t c = 0; c < kTile; ++c) a[(i + r) * ld + first + c] -= sum[r][c];
-      }
-    }
-    for (size_t j = first; j < first + kTile; ++j) {
-      const V inverse = inverse_or_zero(root(a[j * ld + j] > 0 ? a[j * ld + j] : V{}));
-      for (size_t c = j + 1; c < first + kTile; ++c) a[j * ld + c] = V{};
-      for (size_t i = j; i < ld; ++i) {
-        const V x = a[i * ld + j] *= inverse;
-        for (size_t c = j + 1; c < first + kTile && c <= i; ++c) {
-          // Row c of column j is final: c > j, and c <= i.
-          a[i * ld + c] -= x * a[c * ld + j];
-        }
+        V* row = a + (i + r) * ld + first;
+        V x[kTile];
+        for (size_t c = 0; c < kTile; ++c) x[c] = row[c] - sum[r][c];
+        factor_row(tile, ld, i + r - first, inverse, x, row);
       }
     }
   }
@@ -92,30 +101,30 @@ void cholesky(V* a, size_t ld) {
 
 // The product of rows [i, i + kTileRows) of a symmetric matrix, given by its lower triangle with
 // the tiles of the diagonal whole, and b(k, c) for k from `first` on.
-inline void multiply_symmetric(const V* g, size_t ld, size_t i, size_t first, const V* b,
+inline void multiply_symmetric(const V* g, size_t n, size_t ld, size_t i, size_t first, const V* b,
                                size_t b_step, V (&sum)[kTileRows][kTile]) {
   const size_t end = i + kTileRows;
   if (first < end)
     multiply(g + i * ld + first, ld, 1, b + first * b_step, 1, b_step, end - first, sum);
   const size_t next = first > end ? first : end;
-  multiply(g + next * ld + i, 1, ld, b + next * b_step, 1, b_step, ld - next, sum);
+  multiply(g + next * ld + i, 1, ld, b + next * b_step, 1, b_step, n - next, sum);
 }
 
 // The lower triangle of t = Lᵀ g L; `panel` is room for kTile columns of g L.
-void congruence(const V* l, const V* g, size_t ld, V* panel, V* t) {
-  for (size_t j = 0; j < ld; j += kTile) {
-    for (size_t i = 0; i < ld; i += kTileRows) {
+void congruence(const V* l, const V* g, size_t n, size_t ld, V* panel, V* t) {
+  for (size_t j = 0; j < n; j += kTile) {
+    for (size_t i = 0; i < n; i += kTileRows) {
       V sum[kTileRows][kTile] = {};
-      multiply_symmetric(g, ld, i, j, l + j, ld, sum);
+      multiply_symmetric(g, n, ld, i, j, l + j, ld, sum);
       for (size_t r = 0; r < kTileRows; ++r) {
         for (size_t c = 0; c < kTile; ++c) panel[(i + r) * kTile + c] = sum[r][c];
       }
     }
-    for (size_t i = j; i < ld; i += kTileRows) {
+    for (size_t i = j; i < n; i += kTileRows) {
       V sum[kTileRows][kTile] = {};
       // Rows above the tile's own are zero in L.
       const size_t top = i - i % kTile;
-      multiply(l + top * ld + i, 1, ld, panel + top * kTile, 1, kTile, ld - top, sum);
+      multiply(l + top * ld + i, 1, ld, panel + top * kTile, 1, kTile, n - top, sum);
       for (size_t r = 0; r < kTileRows; ++r) {
         for (size_t c = 0; c < kTile; ++c) t[(i + r) * ld + j + c] = sum[r][c];
       }
@@ -172,17 +181,17 @@ inline void sweep(V* t, size_t ld, size_t first, size_t i, const Reflection& h) 
 
 // Householder reflections to tridiagonal form, from t's lower triangle, which is destroyed.
 // Reflection k, I - beta[k] u uᵀ, has its u in row k of the upper triangle. off_diagonal[k] stands
-// between k and k + 1. `room` holds 4 ld.
-void tridiagonalise(V* t, size_t ld, V* beta, V* diagonal, V* off_diagonal, V* room) {
-  Reflection h{room, room + ld, room + 2 * ld, room + 3 * ld};
-  for (size_t i = 0; i < 2 * ld; ++i) room[i] = V{};
-  for (size_t k = 0; k < ld; ++k) {
+// between k and k + 1. `room` holds 4 n.
+void tridiagonalise(V* t, size_t n, size_t ld, V* beta, V* diagonal, V* off_diagonal, V* room) {
+  Reflection h{room, room + n, room + 2 * n, room + 3 * n};
+  for (size_t i = 0; i < 2 * n; ++i) room[i] = V{};
+  for (size_t k = 0; k < n; ++k) {
     const V vk = h.v[k], wk = h.w[k];
     diagonal[k] = t[k * (ld + 1)] - 2 * (vk * wk);
     const size_t first = k + 1;
-    if (first == ld) break;
+    if (first == n) break;
     V tail = {};
-    for (size_t i = first; i < ld; ++i) {
+    for (size_t i = first; i < n; ++i) {
       h.u[i] = t[i * ld + k] - h.v[i] * wk - h.w[i] * vk;
       h.y[i] = V{};
       if (i > first) tail += h.u[i] * h.u[i];
@@ -194,19 +203,19 @@ void tridiagonalise(V* t, size_t ld, V* beta, V* diagonal, V* off_diagonal, V* r
     off_diagonal[k] = trivial ? head : alpha;
     h.u[first] = trivial ? splat(1) : head - alpha;
     beta[k] = trivial ? V{} : 2 / (h.u[first] * h.u[first] + tail);
-    for (size_t i = first; i < ld; ++i) t[k * ld + i] = h.u[i];
+    for (size_t i = first; i < n; ++i) t[k * ld + i] = h.u[i];
 
     size_t i = first;
-    for (; (ld - i) % kTileRows != 0; ++i) sweep<1>(t, ld, first, i, h);
-    for (; i < ld; i += kTileRows) sweep<kTileRows>(t, ld, first, i, h);
+    for (; (n - i) % kTileRows != 0; ++i) sweep<1>(t, ld, first, i, h);
+    for (; i < n; i += kTileRows) sweep<kTileRows>(t, ld, first, i, h);
 
     V inner = {};
-    for (i = first; i < ld; ++i) {
+    for (i = first; i < n; ++i) {
       h.y[i] *= beta[k];
       inner += h.y[i] * h.u[i];
     }
     const V shift = beta[k] / 2 * inner;
-    for (i = first; i < ld; ++i) h.y[i] -= shift * h.u[i];
+    for (i = first; i < n; ++i) h.y[i] -= shift * h.u[i];
     V* const free_v = h.v;
     V* const free_w = h.w;
     h.v = h.u;
@@ -214,20 +223,20 @@ void tridiagonalise(V* t, size_t ld, V* beta, V* diagonal, V* off_diagonal, V* r
     h.u = free_v;
     h.y = free_w;
   }
-  off_diagonal[ld - 1] = V{};
+  off_diagonal[n - 1] = V{};
 }
 
 // Brings the largest row sum into [1, 2); returns the factor's inverse.
-V normalise(V* diagonal, V* off_diagonal, size_t ld) {
+V normalise(V* diagonal, V* off_diagonal, size_t n) {
   V bound = {};
-  for (size_t i = 0; i < ld; ++i) {
+  for (size_t i = 0; i < n; ++i) {
     V sum = absolute(diagonal[i]) + absolute(off_diagonal[i]);
     if (i > 0) sum += absolute(off_diagonal[i - 1]);
     bound = sum > bound ? sum : bound;
   }
   const V unit = bound > 0x1p-1000 ? power_of_two(bound) : splat(1);
   const V factor = 1 / unit;
-  for (size_t i = 0; i < ld; ++i) {
+  for (size_t i = 0; i < n; ++i) {
     diagonal[i] *= factor;
     off_diagonal[i] *= factor;
   }
@@ -236,7 +245,7 @@ V normalise(V* diagonal, V* off_diagonal, size_t ld) {
 
 // The eigenvalues number rank, …, rank + kTile - 1 from the largest, counted from 0, of a matrix
 // as normalise() leaves it, without negative ones. `square` is off_diagonal², at least kFloor.
-void bisect(const V* diagonal, const V* square, size_t ld, size_t rank, V* values) {
+void bisect(const V* diagonal, const V* square, size_t n, size_t rank, V* values) {
   V low[kTile] = {}, high[kTile];
   for (size_t c = 0; c < kTile; ++c) high[c] = splat(2);
   for (int halving = 0; halving < kHalvings; ++halving) {
@@ -249,8 +258,8 @@ void bisect(const V* diagonal, const V* square, size_t ld, size_t rank, V* value
     }
     // The characteristic polynomials of the leading submatrices at x: as many changes of sign as
     // eigenvalues below x.
-    for (size_t start = 0; start < ld; start += kRescale) {
-      const size_t end = start + kRescale < ld ? start + kRescale : ld;
+    for (size_t start = 0; start < n; start += kRescale) {
+      const size_t end = start + kRescale < n ? start + kRescale : n;
       for (size_t i = start; i < end; ++i) {
         const V entry = diagonal[i];
         const V coupling = i > 0 ? square[i - 1] : V{};
@@ -270,7 +279,7 @@ void bisect(const V* diagonal, const V* square, size_t ld, size_t rank, V* value
       }
     }
     for (size_t c = 0; c < kTile; ++c) {
-      const int64_t smaller = static_cast<int64_t>(ld) - static_cast<int64_t>(rank + c);
+      const int64_t smaller = static_cast<int64_t>(n) - static_cast<int64_t>(rank + c);
       const Mask under = reinterpret_cast<Mask>(below[c]) < smaller;
       low[c] = under ? x[c] : low[c];
       high[c] = under ? high[c] : x[c];
@@ -281,16 +290,16 @@ void bisect(const V* diagonal, const V* square, size_t ld, size_t rank, V* value
 
 inline V away_from_zero(V x) { return absolute(x) < kPivotFloor ? splat(kPivotFloor) : x; }
 
-// The unit eigenvectors of kTile eigenvalues, w[i * kTile + c]. `room` holds 3 ld kTile.
-void twist(const V* diagonal, const V* off_diagonal, size_t ld, const V* values, V* room, V* w) {
-  V* pivot = room;                // from the top
-  V* down = room + ld * kTile;    // multipliers of the factorisation from the top
-  V* up = room + 2 * ld * kTile;  // and from the bottom
+// The unit eigenvectors of kTile eigenvalues, w[i * kTile + c]. `room` holds 3 n kTile.
+void twist(const V* diagonal, const V* off_diagonal, size_t n, const V* values, V* room, V* w) {
+  V* pivot = room;               // from the top
+  V* down = room + n * kTile;    // multipliers of the factorisation from the top
+  V* up = room + 2 * n * kTile;  // and from the bottom
   V q[kTile], best[kTile], where[kTile];
   for (size_t c = 0; c < kTile; ++c) q[c] = away_from_zero(diagonal[0] - values[c]);
   for (size_t i = 0;; ++i) {
     for (size_t c = 0; c < kTile; ++c) pivot[i * kTile + c] = q[c];
-    if (i + 1 == ld) break;
+    if (i + 1 == n) break;
 #pragma GCC unroll 4
     for (size_t c = 0; c < kTile; ++c) {
       const V ratio = off_diagonal[i] / q[c];
@@ -300,10 +309,10 @@ void twist(const V* diagonal, const V* off_diagonal, size_t ld, const V* values,
   }
   for (size_t c = 0; c < kTile; ++c) {
     best[c] = absolute(q[c]);
-    where[c] = splat(static_cast<double>(ld - 1));
-    q[c] = away_from_zero(diagonal[ld - 1] - values[c]);
+    where[c] = splat(static_cast<double>(n - 1));
+    q[c] = away_from_zero(diagonal[n - 1] - values[c]);
   }
-  for (size_t i = ld - 1; i-- > 0;) {
+  for (size_t i = n - 1; i-- > 0;) {
 #pragma GCC unroll 4
     for (size_t c = 0; c < kTile; ++c) {
       const V ratio = off_diagonal[i] / q[c];
@@ -317,15 +326,15 @@ void twist(const V* diagonal, const V* off_diagonal, size_t ld, const V* values,
     }
   }
   V last[kTile] = {}, norm[kTile] = {};
-  for (size_t i = ld; i-- > 0;) {
+  for (size_t i = n; i-- > 0;) {
     const double index = static_cast<double>(i);
     for (size_t c = 0; c < kTile; ++c) {
-      const V next = i + 1 < ld ? -down[i * kTile + c] * last[c] : V{};
+      const V next = i + 1 < n ? -down[i * kTile + c] * last[c] : V{};
       last[c] = where[c] == index ? splat(1) : next;
       w[i * kTile + c] = last[c];
     }
   }
-  for (size_t i = 0; i < ld; ++i) {
+  for (size_t i = 0; i < n; ++i) {
     const double index = static_cast<double>(i);
     for (size_t c = 0; c < kTile; ++c) {
       V* at = w + i * kTile + c;
@@ -335,22 +344,22 @@ void twist(const V* diagonal, const V* off_diagonal, size_t ld, const V* values,
     }
   }
   for (size_t c = 0; c < kTile; ++c) norm[c] = 1 / root(norm[c]);
-  for (size_t i = 0; i < ld; ++i) {
+  for (size_t i = 0; i < n; ++i) {
     for (size_t c = 0; c < kTile; ++c) w[i * kTile + c] *= norm[c];
   }
 }
 
 // From the tridiagonal matrix's basis to that of the matrix it came from.
-void reflect(const V* reflections, const V* beta, size_t ld, V* w) {
-  for (size_t k = ld - 1; k-- > 0;) {
+void reflect(const V* reflections, const V* beta, size_t n, size_t ld, V* w) {
+  for (size_t k = n - 1; k-- > 0;) {
     const V* u = reflections + k * ld;
     V sum[kTile] = {};
-    for (size_t i = k + 1; i < ld; ++i) {
+    for (size_t i = k + 1; i < n; ++i) {
 #pragma GCC unroll 4
       for (size_t c = 0; c < kTile; ++c) sum[c] += u[i] * w[i * kTile + c];
     }
     for (size_t c = 0; c < kTile; ++c) sum[c] *= beta[k];
-    for (size_t i = k + 1; i < ld; ++i) {
+    for (size_t i = k + 1; i < n; ++i) {
 #pragma GCC unroll 4
       for (size_t c = 0; c < kTile; ++c) w[i * kTile + c] -= sum[c] * u[i];
     }
@@ -359,29 +368,29 @@ void reflect(const V* reflections, const V* beta, size_t ld, V* w) {
 
 uint32_t omega(size_t d, size_t limit, double* query_gram, const double* key_gram, double* work,
                double* out) {
-  const size_t ld = lane_rows(d);
+  const size_t n = lane_rows(d), ld = lane_stride(d);
   V* const l = reinterpret_cast<V*>(query_gram);
   const V* const g = reinterpret_cast<const V*>(key_gram);
   V* const sums = reinterpret_cast<V*>(out);
   V* const t = reinterpret_cast<V*>(work);
-  V* const norms = t + ld * ld;
-  V* const beta = norms + ld;
-  V* const diagonal = beta + ld;
-  V* const off_diagonal = diagonal + ld;
-  V* const square = off_diagonal + ld;
-  V* const w = square + ld;
-  V* const y = w + ld * kTile;
-  V* const room = y + ld * kTile;
+  V* const norms = t + n * ld;
+  V* const beta = norms + n;
+  V* const diagonal = beta + n;
+  V* const off_diagonal = diagonal + n;
+  V* const square = off_diagonal + n;
+  V* const w = square + n;
+  V* const y = w + n * kTile;
+  V* const room = y + n * kTile;
 
   for (size_t i = 0; i < d; ++i) {
     norms[i] = root(l[i * (ld + 1)]) * root(g[i * (ld + 1)]);
     sums[i] = V{};
   }
-  cholesky(l, ld);
-  congruence(l, g, ld, room, t);
-  tridiagonalise(t, ld, beta, diagonal, off_diagonal, room);
-  normalise(diagonal, off_diagonal, ld);
-  for (size_t i = 0; i < ld; ++i) {
+  cholesky(l, n, ld);
+  congruence(l, g, n, ld, room, t);
+  tridiagonalise(t, n, ld, beta, diagonal, off_diagonal, room);
+  normalise(diagonal, off_diagonal, n);
+  for (size_t i = 0; i < n; ++i) {
     const V x = off_diagonal[i] * off_diagonal[i];
     square[i] = x > kFloor ? x : splat(kFloor);
   }
@@ -390,10 +399,10 @@ uint32_t omega(size_t d, size_t limit, double* query_gram, const double* key_gra
   Mask tied = {};
   for (size_t rank = 0; rank < limit; rank += kTile) {
     V values[kTile];
-    bisect(diagonal, square, ld, rank, values);
-    twist(diagonal, off_diagonal, ld, values, room, w);
-    reflect(t, beta, ld, w);
-    for (size_t i = 0; i < ld; i += kTileRows) {
+    bisect(diagonal, square, n, rank, values);
+    twist(diagonal, off_diagonal, n, values, room, w);
+    reflect(t, beta, n, ld, w);
+    for (size_t i = 0; i < n; i += kTileRows) {
       V sum[kTileRows][kTile] = {};
       multiply(l + i * ld, ld, 1, w, 1, kTile, i - i % kTile + kTile, sum);
       for (size_t r = 0; r < kTileRows; ++r) {
@@ -402,9 +411,9 @@ uint32_t omega(size_t d, size_t limit, double* query_gram, const double* key_gra
     }
     V* const z = w;
     V energy[kTile] = {};
-    for (size_t i = 0; i < ld; i += kTileRows) {
+    for (size_t i = 0; i < n; i += kTileRows) {
       V sum[kTileRows][kTile] = {};
-      multiply_symmetric(g, ld, i, 0, y, kTile, sum);
+      multiply_symmetric(g, n, ld, i, 0, y, kTile, sum);
       for (size_t r = 0; r < kTileRows; ++r) {
         for (size_t c = 0; c < kTile; ++c) {
           const V product = y[(i + r) * kTile + c] * sum[r][c];

@@ -1,0 +1,43 @@
+// Each kernel next to what one core of this machine can do at most, measured in the same run.
+#include <benchmark/benchmark.h>
+#include <secateur/runtime.h>
+
+#include <cstdio>
+
+#include "peak.h"
+#include "workloads.h"
+
+int main(int argc, char** argv) {
+  using secateur_bench::Workload;
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
+  const double peak_double = secateur_bench::peak_flops(false);
+  const double peak_single = secateur_bench::peak_flops(true);
+  const double bandwidth = secateur_bench::peak_bandwidth();
+  std::printf(
+      "%s; peak of one core: %.1f GFLOP/s float64, %.1f GFLOP/s float32, memcpy %.1f GB/s\n",
+      secateur::isa().c_str(), peak_double * 1e-9, peak_single * 1e-9, bandwidth * 1e-9);
+  for (const Workload& work : secateur_bench::workloads()) {
+    work.run();
+    if (!work.correct()) {
+      std::fprintf(stderr, "%s: expected the result of plain loops, got another\n",
+                   work.name.c_str());
+      return 1;
+    }
+    benchmark::RegisterBenchmark(work.name.c_str(), [=](benchmark::State& state) {
+      for (auto _ : state) work.run();
+      using benchmark::Counter;
+      const auto rate = [](double amount) {
+        return Counter(amount, Counter::kIsIterationInvariantRate);
+      };
+      if (work.flops > 0) {
+        state.counters["GFLOP/s"] = rate(work.flops * 1e-9);
+        state.counters["of_peak"] = rate(work.flops / (work.single ? peak_single : peak_double));
+      }
+      state.counters["GB/s"] = rate(work.bytes * 1e-9);
+      state.counters["of_memcpy"] = rate(work.bytes / bandwidth);
+    })->Unit(benchmark::kMicrosecond);
+  }
+  benchmark::RunSpecifiedBenchmarks();
+  return 0;
+}
