@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .errors import InvalidArgument
 
 _KEY = "secateur"
 _FORMAT = 1
+_PIECE = 32768  # elements: torch copies fewer on one thread
 
 
 @contextmanager
@@ -37,9 +39,35 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's values, row-major; the device does not matter."""
-    data = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    """SHA-256 of a tensor's values, row-major; strides and device do not matter. Never copies more than a piece."""
+    sha = hashlib.sha256()
+    for piece in _pieces(tensor.detach()):
+        sha.update(piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The digest of each tensor by name, sorted; on as many threads as torch has."""
+    names = sorted(tensors)
+    # hashlib lets go of the GIL. The largest first, or one thread ends long after the others.
+    order = sorted(names, key=lambda name: -tensors[name].numel())
+    threads = min(torch.get_num_threads(), len(names))
+    if threads <= 1:
+        return {name: digest(tensors[name]) for name in names}
+    with ThreadPoolExecutor(threads) as pool:
+        found = dict(zip(order, pool.map(digest, (tensors[name] for name in order)), strict=True))
+    return {name: found[name] for name in names}
+
+
+def _pieces(data: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor itself, or in row-major order what is small enough for a copy that nobody notices."""
+    if (data.is_contiguous() and data.device.type == "cpu") or data.numel() <= _PIECE:
+        yield data
+    elif data[0].numel() > _PIECE:
+        for part in data:
+            yield from _pieces(part)
+    else:
+        yield from data.split(_PIECE // data[0].numel())
 
 
 def write(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -126,5 +154,4 @@ def _table(kind: str, fields: str, table: Mapping[str, tuple[str, tuple[int, ...
 
 
 def _data(tensors: Mapping[str, torch.Tensor]) -> str:
-    digests = "".join(digest(tensors[name]) for name in sorted(tensors))
-    return hashlib.sha256(digests.encode()).hexdigest()
+    return hashlib.sha256("".join(digests(tensors).values()).encode()).hexdigest()

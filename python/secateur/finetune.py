@@ -415,7 +415,8 @@ def _origin(model: nn.Module, teacher: nn.Module | None, loader: Iterable[Any]) 
 
 
 def _digest(model: nn.Module) -> str:
-    lines = [f"{name} {tensor.dtype} {container.digest(tensor)}" for name, tensor in sorted(_state(model).items())]
+    state = _state(model)
+    lines = [f"{name} {state[name].dtype} {value}" for name, value in container.digests(state).items()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

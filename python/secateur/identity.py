@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .anatomy import Anatomy
-from .container import digest
+from .container import digests
 from .errors import InvalidArgument
 
 
@@ -36,8 +36,8 @@ class Fingerprint:
             if model.get_parameter(name).is_meta:
                 raise InvalidArgument(f"model: expected weights, got none in {name} (device meta)")
         arguments = {name: _plain(value) for name, value in sorted(anatomy.arguments.items())}
-        digests = {name: digest(model.get_parameter(name)) for name in sorted(anatomy.members_of)}
-        return cls(anatomy.architecture, arguments, dict(anatomy.sizes), digests)
+        weights = {name: model.get_parameter(name) for name in anatomy.members_of}
+        return cls(anatomy.architecture, arguments, dict(anatomy.sizes), digests(weights))
 
     def require(self, other: Fingerprint, what: str, *, strict: bool) -> None:
         """Refuse a different model.

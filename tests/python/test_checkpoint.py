@@ -368,3 +368,41 @@ def test_hand_built_kinds(kind, tmp_path):
     kwargs = {**BASE, **KINDS[kind]}
     name = "VisionTransformerDistilled" if kwargs.pop("distilled", False) else "VisionTransformer"
     rebuilt(model, tmp_path, factory=(name, kwargs))
+
+
+BIG = torch.arange(3 * 70_001, dtype=torch.float32).reshape(3, 70_001)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        BIG,
+        BIG.T,
+        BIG[:, ::2],
+        BIG.flatten()[5::3],
+        BIG[1:2, :66_000].reshape(1, 11, 6000)[..., 1::2],
+        BIG[:, 1:].reshape(210, 10, 10, 10).to(memory_format=torch.channels_last),
+        BIG[0, :1].expand(40_000, 2),
+        BIG.to(torch.float16).T,
+        torch.tensor(3),
+        torch.zeros(0, 5),
+    ],
+    ids=lambda tensor: f"{tuple(tensor.shape)} {tensor.stride()}",
+)
+def test_a_digest_is_of_the_values_in_row_major_order(tensor):
+    expected = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    assert container.digest(tensor) == expected
+    assert container.digest(nn.Parameter(tensor, requires_grad=tensor.is_floating_point())) == expected
+    if tensor.dtype is torch.float32:
+        bits = tensor.to(torch.bfloat16)
+        assert container.digest(bits) == hashlib.sha256(bits.view(torch.int16).numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_digests_do_not_depend_on_the_number_of_threads(threads):
+    tensors = {name: BIG[:, : 7000 * index] for index, name in enumerate("hbdacgfe")}
+    torch.set_num_threads(threads)
+    found = container.digests(tensors)
+    assert list(found) == sorted(tensors)
+    assert found == {name: hashlib.sha256(x.numpy().tobytes()).hexdigest() for name, x in tensors.items()}
+    assert container.digests({}) == {}
