@@ -46,7 +46,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-test
+bench: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest --benchmark-only --benchmark-enable benchmarks/python
 
 $(VENV)/bin/python:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +27,9 @@ class Row:
     what: str
     ratio: float
     quartiles: tuple[float, float]
-    first_ms: float
-    second_ms: float
+    first: float
+    second: float
+    unit: str
     runs: int
 
 
@@ -39,23 +40,42 @@ class Paired:
     """Time two functions in turn: pytest-benchmark times the first, the second runs before each of its rounds."""
 
     def __init__(self, benchmark: BenchmarkFixture) -> None:
-        self._benchmark = benchmark
+        self.benchmark = benchmark
 
-    def __call__(self, what: str, first: Callable[[], object], second: Callable[[], object], runs: int = 15) -> Row:
-        """Run each two times to warm up and ``runs`` times measured, and keep the row for the table."""
+    def __call__(
+        self,
+        what: str,
+        first: Callable[..., object],
+        second: Callable[..., object],
+        runs: int = 15,
+        fresh: Callable[[], object] | None = None,
+    ) -> Row:
+        """Run each two times to warm up and ``runs`` times measured, and keep the row for the table.
+
+        ``fresh`` makes the argument of every single run, outside the clock.
+        """
         others: list[float] = []
 
-        def time_second() -> None:
-            start = time.perf_counter()
-            second()
-            others.append(time.perf_counter() - start)
+        def argument() -> tuple[object, ...]:
+            return () if fresh is None else (fresh(),)
 
-        self._benchmark.pedantic(first, setup=time_second, rounds=runs, warmup_rounds=2)
-        times = self._benchmark.stats.stats.data
-        others = others[-runs:]
-        low, ratio, high = statistics.quantiles([a / b for a, b in zip(times, others, strict=True)], n=4)
-        self._benchmark.extra_info["ratio"] = ratio
-        row = Row(what, ratio, (low, high), 1e3 * statistics.median(times), 1e3 * statistics.median(others), runs)
+        def time_second() -> tuple[tuple[object, ...], dict[str, object]]:
+            given = argument()
+            start = time.perf_counter()
+            second(*given)
+            others.append(time.perf_counter() - start)
+            del given
+            return argument(), {}
+
+        self.benchmark.pedantic(first, setup=time_second, rounds=runs, warmup_rounds=2)
+        times = self.benchmark.stats.stats.data
+        return self.record(what, [1e3 * t for t in times], [1e3 * t for t in others[-runs:]], "ms")
+
+    def record(self, what: str, firsts: Sequence[float], seconds: Sequence[float], unit: str) -> Row:
+        """Keep the row of pairs that were measured in some other way."""
+        low, ratio, high = statistics.quantiles([a / b for a, b in zip(firsts, seconds, strict=True)], n=4)
+        self.benchmark.extra_info["ratio"] = ratio
+        row = Row(what, ratio, (low, high), statistics.median(firsts), statistics.median(seconds), unit, len(firsts))
         _ROWS.append(row)
         return row
 
@@ -84,7 +104,7 @@ def pytest_terminal_summary() -> None:
         title=f"{_processor()}, {THREADS} threads, {sc.core.runtime.isa()}, "
         f"torch {torch.__version__}, timm {timm.__version__}"
     )
-    for column in ("what", "median ratio", "quartiles", "first ms", "second ms", "runs"):
+    for column in ("what", "median ratio", "quartiles", "first", "second", "unit", "runs"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for row in _ROWS:
         low, high = row.quartiles
@@ -92,8 +112,9 @@ def pytest_terminal_summary() -> None:
             row.what,
             f"{row.ratio:.3f}",
             f"{low:.3f} … {high:.3f}",
-            f"{row.first_ms:.2f}",
-            f"{row.second_ms:.2f}",
+            f"{row.first:.2f}",
+            f"{row.second:.2f}",
+            row.unit,
             str(row.runs),
         )
     Console(width=140).print(table)
