@@ -90,7 +90,8 @@ def paired(benchmark: BenchmarkFixture) -> Generator[Paired, None, None]:
     torch.set_num_threads(before)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the processor."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.is_file() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -101,7 +102,7 @@ def pytest_terminal_summary() -> None:
     if not _ROWS:
         return
     table = Table(
-        title=f"{_processor()}, {THREADS} threads, {sc.core.runtime.isa()}, "
+        title=f"{processor()}, {THREADS} threads, {sc.core.runtime.isa()}, "
         f"torch {torch.__version__}, timm {timm.__version__}"
     )
     for column in ("what", "median ratio", "quartiles", "first", "second", "unit", "runs"):
