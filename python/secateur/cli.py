@@ -128,7 +128,9 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, rich_help_panel=_
 MaxImages = Annotated[
     int | None, typer.Option("--max-images", min=1, help="Exactly so many, drawn by --seed.", rich_help_panel=_DATA)
 ]
-Workers = Annotated[int, typer.Option("--workers", min=0, help="Decoding processes.", rich_help_panel=_DATA)]
+Workers = Annotated[
+    int, typer.Option("--workers", min=0, help="Processes that decode while the model computes.", rich_help_panel=_DATA)
+]
 Seed = Annotated[int, typer.Option("--seed", min=0)]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of torch.", callback=_use_threads)]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]

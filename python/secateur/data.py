@@ -202,7 +202,8 @@ def loader(
         max_images: exactly so many images, or all when there are fewer: the first ones, with ``shuffle`` a choice
             fixed by ``seed``.
         shuffle: draw the order from seed and epoch. Image folders are otherwise sorted by class.
-        workers: processes that decode; the images do not depend on it.
+        workers: processes that decode while the model computes; with 0 it waits for every batch. The images do not
+            depend on it.
         train: use timm's random training transforms (which differ by epoch) in place of the evaluation transforms.
         seed: of order and augmentation.
         **transform: further arguments of `timm.data.create_transform`, such as ``scale``, ``hflip``, ``auto_augment``
