@@ -60,6 +60,29 @@ std::string number(double value) {
   return text;
 }
 
+std::string place(std::size_t row, std::size_t column) {
+  return " at (row " + std::to_string(row) + ", column " + std::to_string(column) + ")";
+}
+
+double asymmetry(DType dtype) {
+  switch (dtype) {
+    case DType::f16:
+      return 0x1p-7;
+    case DType::bf16:
+      return 0x1p-4;
+    case DType::f32:
+    case DType::f64:
+      break;
+  }
+  return 1e-4;
+}
+
+void fail_asymmetric(const std::string& argument, std::size_t i, std::size_t j, double upper,
+                     double lower) {
+  fail<InvalidArgument>(argument, "a symmetric matrix",
+                        number(upper) + place(i, j) + " and " + number(lower) + place(j, i));
+}
+
 void check_at_least(std::int64_t value, std::int64_t low, const std::string& argument) {
   if (value >= low) return;
   fail<InvalidArgument>(argument, "at least " + std::to_string(low), std::to_string(value));

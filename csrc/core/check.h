@@ -33,6 +33,17 @@ void check_at_least(std::int64_t value, std::int64_t low, const std::string& arg
 /// A short decimal form for error texts: "1e+200", "nan", "-inf".
 std::string number(double value);
 
+/// " at (row 1, column 2)".
+std::string place(std::size_t row, std::size_t column);
+
+/// How far apart M_ij and M_ji may be, relative to sqrt(M_ii M_jj): rounding of a matrix that
+/// somebody computed in float32, or stored in 16 bits, but no other.
+double asymmetry(DType dtype);
+
+/// Refuses a matrix whose elements (i, j) and (j, i) are `upper` and `lower`.
+[[noreturn]] void fail_asymmetric(const std::string& argument, std::size_t i, std::size_t j,
+                                  double upper, double lower);
+
 /// A vector of a saved state: its size, and that every value is finite.
 void check_sums(const std::vector<double>& values, std::size_t size, const std::string& argument);
 

@@ -48,21 +48,6 @@ void normalise(double* panel, std::size_t rows, char* zero) {
   }
 }
 
-/// How far apart C_ij and C_ji may be, relative to sqrt(C_ii C_jj): rounding of a second moment
-/// that somebody computed in float32, or stored in 16 bits, but no other matrix.
-double asymmetry(DType dtype) {
-  switch (dtype) {
-    case DType::f16:
-      return 0x1p-7;
-    case DType::bf16:
-      return 0x1p-4;
-    case DType::f32:
-    case DType::f64:
-      break;
-  }
-  return 1e-4;
-}
-
 /// 1 − |cos|, free of what rounding adds beyond [0, 1].
 double distance(double cosine) { return std::max(0.0, 1 - std::fabs(cosine)); }
 
@@ -135,9 +120,6 @@ std::vector<double> value_similarity_from_moment(const TensorView& moment) {
   }
   check_finite(moment, "moment", {"row", "column"});
   const auto count = static_cast<std::size_t>(moment.shape[0]);
-  const auto place = [](std::size_t i, std::size_t j) {
-    return " at (row " + std::to_string(i) + ", column " + std::to_string(j) + ")";
-  };
   std::vector<double> norms(count);
   read(moment, 0, moment.strides[0] + moment.strides[1], count, norms.data());
   for (std::size_t i = 0; i < count; ++i) {
@@ -161,9 +143,7 @@ std::vector<double> value_similarity_from_moment(const TensorView& moment) {
     for (std::size_t j = 0; j < count; ++j) {
       const double scale = norms[i] * norms[j];
       if (j > i && std::fabs(row[j] - column[j]) > tolerance * scale) {
-        fail<InvalidArgument>(
-            "moment", "a symmetric matrix",
-            number(row[j]) + place(i, j) + " and " + number(column[j]) + place(j, i));
+        fail_asymmetric("moment", i, j, row[j], column[j]);
       }
       if (i != j && norms[i] > 0)
         scores[i] += scale > 0 ? distance(row[j] / norms[i] / norms[j]) : 1;
