@@ -7,7 +7,8 @@
 namespace secateur::cpu {
 namespace {
 
-#define SECATEUR_KERNELS(isa) {#isa, panel_##isa, gram_##isa, score_##isa, score_lanes_##isa}
+#define SECATEUR_KERNELS(isa) \
+  {#isa, panel_##isa, gram_##isa, score_##isa, score_lanes_##isa, eliminate_##isa}
 
 const std::vector<const Kernels*>& runnable() {
   static const std::vector<const Kernels*> tables = [] {

@@ -14,6 +14,7 @@ struct Kernels {
   const GramKernels& gram;
   const ScoreKernels& score;
   const ScoreLanesKernels& score_lanes;
+  const EliminateKernels& eliminate;
 };
 
 /// Throws InvalidArgument when SECATEUR_ISA names nothing that can run here.

@@ -88,12 +88,56 @@ constexpr size_t score_lanes_workspace(size_t d) {
   return lane_matrix(d) + lane_rows(d) * (5 + 5 * kLaneTile);
 }
 
+// Removals whose downdates of the weights are pending before they are multiplied out.
+constexpr size_t kPending = 64;
+
+// One removal of greedy elimination. With A = C⁻¹ and W as they were at the last flush, the current
+// ones are A − Σ_t u_t u_tᵀ and W + Σ_t u_t v_tᵀ over the removals pending since. Arrays over
+// inputs are whole panels.
+struct Removal {
+  size_t panels;
+  size_t rank;                 // pending removals before this one
+  const double* negated_row;   // the removed input's row of −A at the last flush
+  const double* gram_row;      // W w_j at the last flush
+  const double* coefficients;  // u_t at the removed input
+  const double* products;      // v_t · its current weights
+  double inverse_root;         // 1 / sqrt of its diagonal
+  double norm;                 // ‖its current weights‖²
+  const double* alive;         // 1 for inputs that remain, 0 for the removed one and others
+  const double* floors;        // a diagonal that is not above these is lost
+  double* columns;             // panels of u_t, `stride` apart; this removal's is appended
+  size_t stride;
+  double* images;    // panels of W v_t, kPending rows each; this removal's is appended
+  double* diagonal;  // of the current A; 1 where not alive
+  double* norms;     // ‖w_i‖²; infinite where not alive
+  double* costs;     // ‖w_i‖² / diagonal
+};
+
+struct EliminateKernels {
+  // Whether |upper[i, j] - lower[j, i]| <= row_limits[i] column_limits[j] all over two squares of
+  // kPanelF64; false with a NaN.
+  bool (*symmetric)(const double* upper, const double* lower, const double* row_limits,
+                    const double* column_limits);
+  // Each column's largest magnitude; false when one is not finite.
+  bool (*peaks)(const double* panel, size_t rows, double* out);
+  // Each column's sum of squares.
+  void (*squares)(const double* panel, size_t rows, double* sums);
+  // Brings a row of weights up to date with `rank` pending rows v_t (`length` apart), leaves
+  // products[t] = v_t · row and returns ‖row‖².
+  double (*weights_row)(size_t length, size_t rank, const double* rows, const double* coefficients,
+                        double* row, double* products);
+  // False when a diagonal is lost.
+  bool (*remove)(const Removal& removal);
+};
+
 // One table per kernel source and instruction set, named e.g. gram_avx2.
 #define SECATEUR_DECLARE_KERNELS(isa)    \
   extern const PanelKernels panel_##isa; \
   extern const GramKernels gram_##isa;   \
   extern const ScoreKernels score_##isa; \
   extern const ScoreLanesKernels score_lanes_##isa;
+
+extern const EliminateKernels eliminate_##isa;
 SECATEUR_DECLARE_KERNELS(baseline)
 SECATEUR_DECLARE_KERNELS(avx2)
 SECATEUR_DECLARE_KERNELS(avx512)

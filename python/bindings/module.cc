@@ -10,6 +10,7 @@ PYBIND11_MODULE(_core, module) {
   register_moment_accumulator(module);
   register_value_similarity(module);
   register_select(module);
+  register_eliminate(module);
   register_compact(module);
   register_runtime(module);
 }

@@ -125,4 +125,63 @@ std::vector<double> value_similarity(const Matrix& rows) {
   return scores;
 }
 
+Elimination eliminate(const Matrix& inverse, const Matrix& weights, std::size_t count) {
+  const std::size_t n = weights.rows, outputs = weights.columns;
+  std::vector<long double> a(inverse.values.begin(), inverse.values.end());
+  std::vector<long double> w(weights.values.begin(), weights.values.end());
+  std::vector<bool> alive(n, true);
+  Elimination result;
+  for (std::size_t step = 0; step < count; ++step) {
+    std::size_t best = n;
+    long double least = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+      if (!alive[i]) continue;
+      long double cost = 0;
+      for (std::size_t o = 0; o < outputs; ++o) cost += w[i * outputs + o] * w[i * outputs + o];
+      cost /= a[i * n + i];
+      if (best == n || cost < least) {
+        best = i;
+        least = cost;
+      }
+    }
+    alive[best] = false;
+    result.order.push_back(static_cast<std::int64_t>(best));
+    result.costs.push_back(static_cast<double>(least));
+    const long double pivot = a[best * n + best];
+    const std::vector<long double> row(a.begin() + static_cast<std::ptrdiff_t>(best * n),
+                                       a.begin() + static_cast<std::ptrdiff_t>((best + 1) * n));
+    for (std::size_t i = 0; i < n; ++i) {
+      if (!alive[i]) continue;
+      const long double factor = row[i] / pivot;
+      for (std::size_t o = 0; o < outputs; ++o)
+        w[i * outputs + o] -= factor * w[best * outputs + o];
+      for (std::size_t j = 0; j < n; ++j) a[i * n + j] -= factor * row[j];
+    }
+  }
+  return result;
+}
+
+Matrix solve(const Matrix& a, const Matrix& b) {
+  const std::size_t n = a.rows, columns = b.columns;
+  std::vector<long double> left(a.values.begin(), a.values.end());
+  std::vector<long double> right(b.values.begin(), b.values.end());
+  for (std::size_t j = 0; j < n; ++j) {
+    for (std::size_t i = 0; i < n; ++i) {
+      if (i == j) continue;
+      const long double factor = left[i * n + j] / left[j * n + j];
+      for (std::size_t k = j; k < n; ++k) left[i * n + k] -= factor * left[j * n + k];
+      for (std::size_t c = 0; c < columns; ++c) {
+        right[i * columns + c] -= factor * right[j * columns + c];
+      }
+    }
+  }
+  Matrix result(n, columns);
+  for (std::size_t i = 0; i < n; ++i) {
+    for (std::size_t c = 0; c < columns; ++c) {
+      result(i, c) = static_cast<double>(right[i * columns + c] / left[i * n + i]);
+    }
+  }
+  return result;
+}
+
 }  // namespace reference

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <vector>
 
 namespace reference {
@@ -32,5 +33,16 @@ Matrix gram(const Matrix& x, bool center);
 
 /// Σ over all other rows of 1 − |cos|.
 std::vector<double> value_similarity(const Matrix& rows);
+
+struct Elimination {
+  std::vector<std::int64_t> order;
+  std::vector<double> costs;
+};
+
+/// One input after the other, C⁻¹ and the weights downdated whole, in long double.
+Elimination eliminate(const Matrix& inverse, const Matrix& weights, std::size_t count);
+
+/// a⁻¹ b of a symmetric positive definite a, by elimination in long double.
+Matrix solve(const Matrix& a, const Matrix& b);
 
 }  // namespace reference

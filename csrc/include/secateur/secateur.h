@@ -3,6 +3,7 @@
 
 #include <secateur/attention_scorer.h>
 #include <secateur/compact.h>
+#include <secateur/eliminate.h>
 #include <secateur/error.h>
 #include <secateur/moment_accumulator.h>
 #include <secateur/runtime.h>
