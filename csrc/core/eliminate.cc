@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
+#include <utility>
 
 #include "../cpu/dispatch.h"
 #include "buffer.h"
@@ -20,6 +22,8 @@ constexpr std::size_t kTile = kPanel * kPanel;
 // Rows of C⁻¹ and of the weights' Gram matrix are formed a panel at a time (for the inputs that
 // cost least, which leave next), and kept until the next flush or until there is no room.
 constexpr std::size_t kKept = 8 * kPanel;
+// Panels of a task.
+constexpr std::size_t kGroup = 8;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 std::size_t whole_panels(std::size_t n) { return (n + kPanel - 1) / kPanel; }
@@ -122,6 +126,10 @@ Eliminator::Eliminator(const TensorView& inverse, const TensorView& weights,
     floors_[i] = noise * diagonal_[i];
     alive_[i] = 1;
     input_[i] = static_cast<std::int64_t>(i);
+  }
+  // Whichever triangle's elements lie next to each other.
+  if (std::abs(inverse.strides[0]) < std::abs(inverse.strides[1])) {
+    std::swap(inverse_.strides[0], inverse_.strides[1]);
   }
   load_weights(weights);
   refresh();
@@ -283,22 +291,23 @@ void Eliminator::form_rows(std::size_t position) {
       tile(left + r * kPanel, right + r * kPanel, std::min(kRows, rows - r), out, ld_);
     }
   };
-  parallel_for(panels_, slots_, [&](std::size_t p, std::size_t) {
-    const std::size_t first = p * kPanel;
-    double square[kTile];
-    pack(inverse_.data, down.data(), kPanel, across.data() + first,
-         std::min(kPanel, active_ - first), square);
-    double* inverse = inverse_row(kept_) + first;
-    double* gram = gram_row(kept_) + first;
-    for (std::size_t i = 0; i < kPanel; ++i) {
-      const double factor = -scale_[members[i]];
-      for (std::size_t j = 0; j < kPanel; ++j) {
-        inverse[i * ld_ + j] = square[i * kPanel + j] * factor * scale_[first + j];
-        gram[i * ld_ + j] = 0;
+  parallel_for((panels_ + kGroup - 1) / kGroup, slots_, [&](std::size_t task, std::size_t) {
+    const std::size_t begin = task * kGroup, end = std::min(panels_, begin + kGroup);
+    // Row by row, as they lie in memory.
+    for (std::size_t b = 0; b < kPanel; ++b) {
+      double* inverse = inverse_row(kept_ + b);
+      const double factor = -scale_[members[b]];
+      for (std::size_t first = begin * kPanel; first < end * kPanel; first += kPanel) {
+        pack(inverse_.data, &down[b], 1, across.data() + first, std::min(kPanel, active_ - first),
+             inverse + first);
+        for (std::size_t i = first; i < first + kPanel; ++i) inverse[i] *= factor * scale_[i];
       }
+      std::fill(gram_row(kept_ + b) + begin * kPanel, gram_row(kept_ + b) + end * kPanel, 0.0);
     }
-    multiply(their_columns.data(), columns(p), flushed_, inverse);
-    multiply(their_weights.data(), weights(p), length_, gram);
+    for (std::size_t p = begin; p < end; ++p) {
+      multiply(their_columns.data(), columns(p), flushed_, inverse_row(kept_) + p * kPanel);
+      multiply(their_weights.data(), weights(p), length_, gram_row(kept_) + p * kPanel);
+    }
   });
   kept_ += kPanel;
 }

@@ -18,11 +18,11 @@ struct Elimination {
 /// once the others make up for it (ties: the lower index). Fewer would have been a prefix.
 ///
 /// inverse: (n, n), symmetric positive definite, the inverse of the inputs' ridged second moment or
-/// covariance C; of two elements that differ by rounding, the one in the row of the input that is
-/// removed first counts. weights: (n, outputs), row j what reads input j. Removing j costs
-/// ‖w_j‖² / [C⁻¹]_jj and leaves w_i − [C⁻¹]_ij / [C⁻¹]_jj w_j, and the inverse of C without row and
-/// column j (Hassibi & Stork, NIPS 1992; for groups, arXiv:2608.17657). The running sum of costs is
-/// tr((W − Ŵ)ᵀ C (W − Ŵ)) for the best Ŵ on the inputs that remain.
+/// covariance C; of two elements that differ by rounding, either may count. weights: (n, outputs),
+/// row j what reads input j. Removing j costs ‖w_j‖² / [C⁻¹]_jj and leaves
+/// w_i − [C⁻¹]_ij / [C⁻¹]_jj w_j, and the inverse of C without row and column j (Hassibi & Stork,
+/// NIPS 1992; for groups, arXiv:2608.17657). The running sum of costs is tr((W − Ŵ)ᵀ C (W − Ŵ)) for
+/// the best Ŵ on the inputs that remain.
 ///
 /// In float64, the same bits for any number of threads. A diagonal entry of C⁻¹ shrinks with every
 /// removal, for a positive definite C down to 1 / C_ii and never to 0; what remains has an error of
