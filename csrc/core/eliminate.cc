@@ -15,7 +15,6 @@ namespace secateur {
 namespace {
 
 using cpu::kPending;
-using cpu::kRows;
 
 constexpr std::size_t kPanel = cpu::kPanelF64;
 constexpr std::size_t kTile = kPanel * kPanel;
@@ -285,12 +284,6 @@ void Eliminator::form_rows(std::size_t position) {
 
   const auto pack = cpu::kernels().panel.pack_f64[static_cast<std::size_t>(inverse_.dtype)];
   const auto tile = cpu::kernels().gram.tile_f64;
-  const auto multiply = [&](const double* left, const double* right, std::size_t rows,
-                            double* out) {
-    for (std::size_t r = 0; r < rows; r += kRows) {
-      tile(left + r * kPanel, right + r * kPanel, std::min(kRows, rows - r), out, ld_);
-    }
-  };
   parallel_for((panels_ + kGroup - 1) / kGroup, slots_, [&](std::size_t task, std::size_t) {
     const std::size_t begin = task * kGroup, end = std::min(panels_, begin + kGroup);
     // Row by row, as they lie in memory.
@@ -305,8 +298,8 @@ void Eliminator::form_rows(std::size_t position) {
       std::fill(gram_row(kept_ + b) + begin * kPanel, gram_row(kept_ + b) + end * kPanel, 0.0);
     }
     for (std::size_t p = begin; p < end; ++p) {
-      multiply(their_columns.data(), columns(p), flushed_, inverse_row(kept_) + p * kPanel);
-      multiply(their_weights.data(), weights(p), length_, gram_row(kept_) + p * kPanel);
+      tile(their_columns.data(), columns(p), flushed_, inverse_row(kept_) + p * kPanel, ld_);
+      tile(their_weights.data(), weights(p), length_, gram_row(kept_) + p * kPanel, ld_);
     }
   });
   kept_ += kPanel;
