@@ -261,6 +261,26 @@ TEST(Eliminate, NearlyDependentInputs) {
   }
 }
 
+TEST(Eliminate, InputsThatTurnCheap) {
+  // Of each pair the second costs more than all first ones, and next to nothing once its partner
+  // has left: who leaves next cannot be foreseen.
+  constexpr std::size_t kPairs = 150;
+  Matrix inverse(2 * kPairs, 2 * kPairs), w(2 * kPairs, 1);
+  for (std::size_t i = 0; i < kPairs; ++i) {
+    const std::size_t j = i + kPairs;
+    const double ratio = std::sqrt(1.1 + 0.0003 * static_cast<double>(i));
+    w(i, 0) = std::sqrt(1 + 0.0003 * static_cast<double>(i));
+    w(j, 0) = ratio * w(i, 0);
+    inverse(i, i) = inverse(j, j) = 1;
+    inverse(i, j) = inverse(j, i) = 1 / ratio;
+  }
+  check(tensor(inverse), tensor(w), 2 * kPairs);
+  const Indices order = eliminate(tensor(inverse), tensor(w), 2 * kPairs).order;
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    EXPECT_EQ(order[i], static_cast<std::int64_t>(i / 2 + i % 2 * kPairs));
+  }
+}
+
 TestTensor small(std::initializer_list<double> values, std::int64_t rows) {
   TestTensor result(DType::f64, {rows, static_cast<std::int64_t>(values.size()) / rows});
   result.fill([&](std::int64_t i) { return *(values.begin() + i); });
