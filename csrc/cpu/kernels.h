@@ -131,13 +131,12 @@ struct EliminateKernels {
 };
 
 // One table per kernel source and instruction set, named e.g. gram_avx2.
-#define SECATEUR_DECLARE_KERNELS(isa)    \
-  extern const PanelKernels panel_##isa; \
-  extern const GramKernels gram_##isa;   \
-  extern const ScoreKernels score_##isa; \
-  extern const ScoreLanesKernels score_lanes_##isa;
-
-extern const EliminateKernels eliminate_##isa;
+#define SECATEUR_DECLARE_KERNELS(isa)               \
+  extern const PanelKernels panel_##isa;            \
+  extern const GramKernels gram_##isa;              \
+  extern const ScoreKernels score_##isa;            \
+  extern const ScoreLanesKernels score_lanes_##isa; \
+  extern const EliminateKernels eliminate_##isa;
 SECATEUR_DECLARE_KERNELS(baseline)
 SECATEUR_DECLARE_KERNELS(avx2)
 SECATEUR_DECLARE_KERNELS(avx512)
