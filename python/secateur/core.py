@@ -1,7 +1,7 @@
 """The C++ core, for scripts that own their buffers: NumPy and torch CPU arrays of any strides, without a copy."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -15,6 +15,7 @@ from ._core import (
     value_similarity,
     value_similarity_from_moment,
 )
+from .errors import Unsupported
 
 __all__ = [
     "AttentionScorer",
@@ -24,6 +25,7 @@ __all__ = [
     "runtime",
     "select",
     "torch_threads",
+    "use_torch_threads",
     "value_similarity",
     "value_similarity_from_moment",
 ]
@@ -38,3 +40,16 @@ def torch_threads() -> Iterator[None]:
         yield
     finally:
         runtime.set_threads(before)
+
+
+def use_torch_threads() -> None:
+    """Work on torch's OpenMP threads where it has such; on the core's own otherwise.
+
+    Called when this module is imported. torch's threads spin for a while after each of its operations, and threads of
+    the core's own would have to share the cores with them: ``runtime.set_team("own")`` goes back to those.
+    """
+    with suppress(Unsupported):
+        runtime.set_team("openmp")
+
+
+use_torch_threads()
