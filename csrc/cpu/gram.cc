@@ -23,11 +23,15 @@ inline void block(const T* a, const T* b, size_t rows, double* c, size_t ldc) {
       for (size_t v = 0; v < kBlockVectors; ++v) sum[i][v] += left * right[v];
     }
   }
+  // Through memory: taking lanes out of registers one by one would cost as much as many rows.
+  T sums[kBlockRows][kBlockVectors * lanes];
   for (size_t i = 0; i < kBlockRows; ++i) {
-    for (size_t v = 0; v < kBlockVectors; ++v) {
-      double* out = c + i * ldc + v * lanes;
-      for (size_t lane = 0; lane < lanes; ++lane) out[lane] += static_cast<double>(sum[i][v][lane]);
-    }
+#pragma GCC unroll 2
+    for (size_t v = 0; v < kBlockVectors; ++v) store(sums[i] + v * lanes, sum[i][v]);
+  }
+  for (size_t i = 0; i < kBlockRows; ++i) {
+    double* out = c + i * ldc;
+    for (size_t j = 0; j < kBlockVectors * lanes; ++j) out[j] += static_cast<double>(sums[i][j]);
   }
 }
 

@@ -32,6 +32,11 @@ inline Vec<T> load(const T* p) {
   return *reinterpret_cast<const Vec<T>*>(p);
 }
 
+template <typename T>
+inline void store(T* p, Vec<T> x) {
+  *reinterpret_cast<Vec<T>*>(p) = x;
+}
+
 // Σ x_i y_i. Written out, because a compiler may not reorder the sum of a plain loop.
 inline double dot(const double* x, const double* y, size_t n) {
   constexpr size_t lanes = kLanes<double>;
