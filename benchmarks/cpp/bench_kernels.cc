@@ -17,14 +17,14 @@ int main(int argc, char** argv) {
   std::printf(
       "%s; peak of one core: %.1f GFLOP/s float64, %.1f GFLOP/s float32, memcpy %.1f GB/s\n",
       secateur::isa().c_str(), peak_double * 1e-9, peak_single * 1e-9, bandwidth * 1e-9);
-  for (const Workload& work : secateur_bench::workloads()) {
+  for (const auto& [name, make] : secateur_bench::workloads()) {
+    const Workload work = make();
     work.run();
     if (!work.correct()) {
-      std::fprintf(stderr, "%s: expected the result of plain loops, got another\n",
-                   work.name.c_str());
+      std::fprintf(stderr, "%s: expected the result of plain loops, got another\n", name.c_str());
       return 1;
     }
-    benchmark::RegisterBenchmark(work.name.c_str(), [=](benchmark::State& state) {
+    benchmark::RegisterBenchmark(name.c_str(), [=](benchmark::State& state) {
       for (auto _ : state) work.run();
       using benchmark::Counter;
       const auto rate = [](double amount) {

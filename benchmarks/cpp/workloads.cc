@@ -38,11 +38,10 @@ double product(const T* a, const T* b, std::size_t rows, std::size_t step) {
 }
 
 template <typename T, typename Tile>
-Workload tile(const char* name, Tile kernel, std::size_t panel) {
+Workload tile(Tile kernel, std::size_t panel) {
   const auto a = normal<T>(cpu::kRows * panel, 1), b = normal<T>(cpu::kRows * panel, 2);
   const auto c = std::make_shared<std::vector<double>>(panel * panel);
   Workload work;
-  work.name = name;
   work.flops = 2.0 * cpu::kRows * static_cast<double>(panel * panel);
   work.bytes = 2.0 * sizeof(T) * static_cast<double>(cpu::kRows * panel);
   work.single = sizeof(T) == 4;
@@ -71,7 +70,6 @@ Workload pack() {
     rows->push_back(static_cast<std::int64_t>(n * 3 * kHeads * kHeadDim));
   }
   Workload work;
-  work.name = "pack float32 into float64";
   work.bytes = static_cast<double>(kTokens * cpu::kPanelF64 * (sizeof(float) + sizeof(double)));
   work.run = [=] {
     cpu::kernels().panel.pack_f64[static_cast<std::size_t>(DType::f32)](
@@ -177,7 +175,6 @@ Workload score() {
   const QueriesAndKeys data;
   const auto scores = std::make_shared<std::vector<double>>();
   Workload work;
-  work.name = "AttentionScorer::update, 8 heads";
   const auto d = static_cast<double>(kHeadDim);
   work.flops = kHeads * (2.0 * kTokens * d * (d + 1) + omega_flops(d));
   work.bytes = 2.0 * kTokens * kHeads * kHeadDim * sizeof(float);
@@ -204,6 +201,38 @@ Workload score() {
   return work;
 }
 
+Workload score_one() {
+  const QueriesAndKeys data;
+  struct Memory {
+    std::vector<double> q0, q, k, k0, out;
+    Buffer<double> work;
+  };
+  const auto memory =
+      std::make_shared<Memory>(Memory{data.gram(0, 0),
+                                      {},
+                                      {},
+                                      data.gram(1, 0),
+                                      std::vector<double>(kHeadDim),
+                                      Buffer<double>(cpu::score_workspace(kHeadDim))});
+  Workload work;
+  work.flops = omega_flops(kHeadDim);
+  work.bytes = 2.0 * kHeadDim * kHeadDim * sizeof(double);
+  work.run = [=] {
+    memory->q = memory->q0;
+    memory->k = memory->k0;
+    cpu::kernels().score.omega(kHeadDim, kHeadDim, kGamma, memory->q.data(), memory->k.data(),
+                               memory->work.data(), memory->out.data());
+  };
+  work.correct = [=] {
+    memory->q = memory->q0;
+    memory->k = memory->k0;
+    cpu::kernels().score.omega(kHeadDim, kHeadDim, 1, memory->q.data(), memory->k.data(),
+                               memory->work.data(), memory->out.data());
+    return leading_triplet_agrees(data, 0, memory->out);
+  };
+  return work;
+}
+
 Workload score_lanes() {
   const QueriesAndKeys data;
   const auto& kernels = cpu::kernels().score_lanes;
@@ -224,7 +253,6 @@ Workload score_lanes() {
     }
   }
   Workload work;
-  work.name = "omega, " + std::to_string(lanes) + " lanes";
   work.flops = static_cast<double>(lanes) * omega_flops(kHeadDim);
   work.bytes = static_cast<double>(size * sizeof(double));
   work.run = [=, &kernels] {
@@ -245,7 +273,7 @@ Workload score_lanes() {
   return work;
 }
 
-Workload moments(const char* name, std::size_t rows, std::size_t dim, RowNorm norm, DType dtype) {
+Workload moments(std::size_t rows, std::size_t dim, RowNorm norm, DType dtype) {
   const auto memory = normal<float>(rows * dim, 5);
   const auto exact = std::make_shared<std::vector<double>>(memory->begin(), memory->end());
   const auto sums = std::make_shared<MomentAccumulator>(static_cast<std::int64_t>(dim));
@@ -253,7 +281,6 @@ Workload moments(const char* name, std::size_t rows, std::size_t dim, RowNorm no
                                          : static_cast<const void*>(memory->data());
   const Dims shape{static_cast<std::int64_t>(rows), static_cast<std::int64_t>(dim)};
   Workload work;
-  work.name = name;
   work.flops = static_cast<double>(rows * dim * (dim + 1));
   work.bytes =
       static_cast<double>(rows * dim * item_size(dtype)) + 8.0 * static_cast<double>(dim * dim);
@@ -295,7 +322,6 @@ Workload similarity() {
   const auto weights = normal<float>(kRows * kWidth, 6);
   const auto scores = std::make_shared<std::vector<double>>();
   Workload work;
-  work.name = "value_similarity, 384 rows of 384";
   work.flops = static_cast<double>(kRows * (kRows + 1) * kWidth);
   work.bytes = static_cast<double>(kRows * kWidth * sizeof(float));
   work.run = [=] {
@@ -320,7 +346,61 @@ Workload similarity() {
   return work;
 }
 
-Workload compact_rows() {
+Workload elimination() {
+  constexpr std::size_t kInputs = 384, kOutputs = 96, kRemoved = 192;
+  const auto features = normal<double>(2 * kInputs * kInputs, 8);
+  const auto inverse = std::make_shared<std::vector<double>>(kInputs * kInputs);
+  for (std::size_t i = 0; i < kInputs; ++i) {
+    for (std::size_t j = 0; j < kInputs; ++j) {
+      const double sum = product(features->data() + i, features->data() + j, 2 * kInputs, kInputs);
+      (*inverse)[i * kInputs + j] = sum / (2 * kInputs) + (i == j ? 0.1 : 0);
+    }
+  }
+  const auto weights = normal<double>(kInputs * kOutputs, 9);
+  const auto result = std::make_shared<Elimination>();
+  const auto side = static_cast<std::int64_t>(kInputs);
+  Workload work;
+  // Rank-one downdates of half the matrix, and of the weights, over the inputs that remain.
+  for (std::size_t n = kInputs; n > kInputs - kRemoved; --n) {
+    work.flops += static_cast<double>(n * n + 2 * n * kOutputs);
+  }
+  work.bytes = static_cast<double>((kInputs + kOutputs) * kInputs * sizeof(double));
+  work.run = [=] {
+    *result = eliminate(TensorView(inverse->data(), DType::f64, {side, side}),
+                        TensorView(weights->data(), DType::f64, {side, kOutputs}), kRemoved);
+  };
+  work.correct = [=] {
+    std::vector<double> a = *inverse, w = *weights;
+    std::vector<bool> gone(kInputs, false);
+    for (std::size_t step = 0; step < kRemoved; ++step) {
+      const auto cost = [&](std::size_t i) {
+        const double* row = w.data() + i * kOutputs;
+        return product(row, row, kOutputs, 1) / a[i * (kInputs + 1)];
+      };
+      std::size_t best = kInputs;
+      for (std::size_t i = 0; i < kInputs; ++i) {
+        if (!gone[i] && (best == kInputs || cost(i) < cost(best))) best = i;
+      }
+      if (result->order[step] != static_cast<std::int64_t>(best)) return false;
+      if (!close(result->costs[step], cost(best), 1e-9 * cost(best))) return false;
+      gone[best] = true;
+      const std::vector<double> column(
+          a.begin() + static_cast<std::ptrdiff_t>(best * kInputs),
+          a.begin() + static_cast<std::ptrdiff_t>((best + 1) * kInputs));
+      const std::vector<double> row(w.begin() + static_cast<std::ptrdiff_t>(best * kOutputs),
+                                    w.begin() + static_cast<std::ptrdiff_t>((best + 1) * kOutputs));
+      for (std::size_t i = 0; i < kInputs; ++i) {
+        const double factor = column[i] / column[best];
+        for (std::size_t j = 0; j < kInputs; ++j) a[i * kInputs + j] -= factor * column[j];
+        for (std::size_t o = 0; o < kOutputs; ++o) w[i * kOutputs + o] -= factor * row[o];
+      }
+    }
+    return true;
+  };
+  return work;
+}
+
+Workload compact_columns() {
   const auto source = normal<float>(kFfn * kHeadDim * 6, 7);
   const auto memory = std::make_shared<std::vector<float>>(*source);
   const auto keep = std::make_shared<std::vector<std::int64_t>>();
@@ -329,7 +409,6 @@ Workload compact_rows() {
   }
   const std::size_t width = kHeadDim * 6;
   Workload work;
-  work.name = "compact columns, (384, 1536) to (384, 1024)";
   work.bytes = static_cast<double>(width * (kFfn + keep->size()) * sizeof(float));
   work.run = [=] {
     const MutableTensorView view(
@@ -354,24 +433,28 @@ Workload compact_rows() {
 
 }  // namespace
 
-std::vector<Workload> workloads() {
+std::vector<Maker> workloads() {
   set_threads(1);
-  const auto& gram = cpu::kernels().gram;
-  std::vector<Workload> all;
-  all.push_back(tile<double>("Gram tile, float64", gram.tile_f64, cpu::kPanelF64));
-  all.push_back(tile<float>("Gram tile, float32", gram.tile_f32, cpu::kPanelF32));
-  all.push_back(pack());
-  all.push_back(score_lanes());
-  all.push_back(score());
-  all.push_back(
-      moments("MomentAccumulator::update, (1024, 768)", 1024, 768, RowNorm::none, DType::f32));
-  all.push_back(moments("MomentAccumulator::update, (1024, 384), rows as LayerNorm's", 1024, 384,
-                        RowNorm::layer, DType::f32));
-  all.push_back(moments("MomentAccumulator::update, (512, 384), float64", 512, 384, RowNorm::none,
-                        DType::f64));
-  all.push_back(similarity());
-  all.push_back(compact_rows());
-  return all;
+  const auto& kernels = cpu::kernels();
+  const auto moments_of = [](std::size_t rows, std::size_t dim, RowNorm norm, DType dtype) {
+    return [=] { return moments(rows, dim, norm, dtype); };
+  };
+  return {
+      {"Gram tile, float64", [&] { return tile<double>(kernels.gram.tile_f64, cpu::kPanelF64); }},
+      {"Gram tile, float32", [&] { return tile<float>(kernels.gram.tile_f32, cpu::kPanelF32); }},
+      {"pack float32 into float64", pack},
+      {"omega, " + std::to_string(kernels.score_lanes.lanes) + " lanes", score_lanes},
+      {"omega, one matrix", score_one},
+      {"AttentionScorer::update, 8 heads", score},
+      {"MomentAccumulator::update, (1024, 768)", moments_of(1024, 768, RowNorm::none, DType::f32)},
+      {"MomentAccumulator::update, (1024, 384), LayerNorm's rows",
+       moments_of(1024, 384, RowNorm::layer, DType::f32)},
+      {"MomentAccumulator::update, (512, 384), float64",
+       moments_of(512, 384, RowNorm::none, DType::f64)},
+      {"value_similarity, 384 rows of 384", similarity},
+      {"eliminate 192 of 384, 96 outputs", elimination},
+      {"compact columns, (384, 1536) to (384, 1024)", compact_columns},
+  };
 }
 
 }  // namespace secateur_bench

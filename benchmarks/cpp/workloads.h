@@ -8,7 +8,6 @@
 namespace secateur_bench {
 
 struct Workload {
-  std::string name;
   double flops = 0;     ///< additions and multiplications that the result needs, each counted
   double bytes = 0;     ///< that must be read and written, each once
   bool single = false;  ///< multiplied in float32
@@ -17,7 +16,13 @@ struct Workload {
   std::function<bool()> correct;
 };
 
+/// Makes its data when it is made itself.
+struct Maker {
+  std::string name;
+  std::function<Workload()> make;
+};
+
 /// On one thread; sizes are those of a ViT-Small at 224 pixels.
-std::vector<Workload> workloads();
+std::vector<Maker> workloads();
 
 }  // namespace secateur_bench

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <numeric>
+#include <utility>
 
 #include "check.h"
 
@@ -11,6 +12,14 @@ namespace secateur {
 namespace {
 
 using Keep = std::vector<std::int64_t>;
+
+// Elements of any type, as their bits.
+typedef std::uint16_t Bits16 __attribute__((may_alias));
+typedef std::uint32_t Bits32 __attribute__((may_alias));
+typedef std::uint64_t Bits64 __attribute__((may_alias));
+
+// Elements from which on a run is worth a memmove.
+constexpr std::size_t kLongRun = 16;
 
 void check_keep(const Keep& keep, std::int64_t size) {
   if (keep.empty()) fail<InvalidArgument>("keep", "at least one index", "none");
@@ -45,20 +54,50 @@ bool surely_disjoint(const TensorGeometry& tensor) {
   return true;
 }
 
-/// Packs the kept slices, run by run of adjacent indices, at the front of the memory.
-void compact_contiguous(char* data, std::size_t outer, std::size_t size, std::size_t slice,
-                        const Keep& keep) {
-  char* to = data;
-  for (std::size_t o = 0; o < outer; ++o) {
-    const char* from = data + o * size * slice;
-    for (std::size_t i = 0; i < keep.size();) {
-      std::size_t end = i + 1;
-      while (end < keep.size() && keep[end] == keep[end - 1] + 1) ++end;
-      const std::size_t bytes = (end - i) * slice;
-      const char* run = from + static_cast<std::size_t>(keep[i]) * slice;
-      if (run != to) std::memmove(to, run, bytes);
-      to += bytes;
-      i = end;
+/// Runs of adjacent indices: where each begins, and how many.
+std::vector<std::pair<std::size_t, std::size_t>> runs_of(const Keep& keep) {
+  std::vector<std::pair<std::size_t, std::size_t>> runs;
+  for (std::size_t i = 0; i < keep.size(); ++i) {
+    if (i > 0 && keep[i] == keep[i - 1] + 1) {
+      ++runs.back().second;
+    } else {
+      runs.emplace_back(static_cast<std::size_t>(keep[i]), 1);
+    }
+  }
+  return runs;
+}
+
+/// Packs single elements at the front of the memory. Kept elements only move forward, so none is
+/// written over before it was read.
+template <typename Bits>
+void compact_elements(Bits* data, std::size_t outer, std::size_t size, const Keep& keep) {
+  Bits* to = data;
+  for (std::size_t o = 0; o < outer; ++o, data += size) {
+    for (const std::int64_t index : keep) *to++ = data[index];
+  }
+}
+
+/// Packs the kept slices at the front of the memory.
+void compact_contiguous(void* memory, DType dtype, std::size_t outer, std::size_t size,
+                        std::size_t inner, const Keep& keep) {
+  const auto runs = runs_of(keep);
+  if (inner == 1 && keep.size() < kLongRun * runs.size()) {
+    switch (item_size(dtype)) {
+      case 2:
+        return compact_elements(static_cast<Bits16*>(memory), outer, size, keep);
+      case 4:
+        return compact_elements(static_cast<Bits32*>(memory), outer, size, keep);
+      default:
+        return compact_elements(static_cast<Bits64*>(memory), outer, size, keep);
+    }
+  }
+  const std::size_t slice = inner * item_size(dtype);
+  char* from = static_cast<char*>(memory);
+  char* to = from;
+  for (std::size_t o = 0; o < outer; ++o, from += size * slice) {
+    for (const auto& [first, count] : runs) {
+      if (from + first * slice != to) std::memmove(to, from + first * slice, count * slice);
+      to += count * slice;
     }
   }
 }
@@ -100,9 +139,9 @@ MutableTensorView compact(const MutableTensorView& tensor, std::int64_t dim,
                           std::int64_t{1}, [](std::int64_t a, std::int64_t b) { return a * b; }));
     };
     result.strides = contiguous_strides(result.shape);
-    compact_contiguous(static_cast<char*>(tensor.data), product(0, axis),
+    compact_contiguous(tensor.data, tensor.dtype, product(0, axis),
                        static_cast<std::size_t>(tensor.shape[axis]),
-                       product(axis + 1, tensor.rank()) * item_size(tensor.dtype), keep);
+                       product(axis + 1, tensor.rank()), keep);
     return result;
   }
   if (!surely_disjoint(tensor)) {
