@@ -1,7 +1,8 @@
 # Each target is the only command needed on a fresh machine with Python >= 3.10 and a C++17 compiler.
 #   make demo        the main job on real images, in minutes     make lint        ruff, clang-format, mypy
 #   make test        C++ tests (where GoogleTest is) and pytest  make sanitize    C++ tests under asan and ubsan
-#   make bench       the Python benchmarks                       make clean       all that the above made
+#   make bench       the benchmarks (C++ ones: Google Benchmark) make instructions  kernels under callgrind
+#   make clean       all that the above made
 # PYTHON=python3.12 chooses the interpreter of .venv; VENV= another place for it.
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake python/bindings
 PYTHON_FILES := python tests benchmarks
 CPP_FILES = $(shell find csrc python/bindings tests/cpp examples -name '*.cc' -o -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 
-.PHONY: demo test test-cpp test-python lint sanitize bench clean
+.PHONY: demo test test-cpp test-python lint sanitize bench instructions build-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -46,8 +47,19 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-bench
+bench: build-bench $(VENV)/.installed-bench
+	@if [ -x build/bench/benchmarks/cpp/bench_kernels ]; then \
+	  build/bench/benchmarks/cpp/bench_kernels; \
+	else \
+	  echo "make: Google Benchmark was not found, the kernels' benchmarks are left out"; \
+	fi
 	$(BIN)/python -m pytest --benchmark-only --benchmark-enable benchmarks/python
+
+instructions: build-bench
+	$(BIN)/python benchmarks/cpp/instructions.py build/bench/benchmarks/cpp/count_kernels
+
+build-bench: $(VENV)/.installed-test
+	$(WITH_PATH) && cmake --preset bench && cmake --build --preset bench --parallel $(JOBS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "make: Python 3.10 or newer is needed (PYTHON=...)")'

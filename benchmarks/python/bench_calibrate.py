@@ -22,7 +22,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def batches():
-    return list(torch.rand(32, 3, 224, 224).sub_(0.45).div_(0.225).split(16))
+    return list(torch.rand(64, 3, 224, 224).sub_(0.45).div_(0.225).split(16))
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,7 @@ def test_scoring_against_torch(queries_and_keys, paired, name, theirs):
     paired(f"{name} ÷ ours, one layer, 16 images", lambda: theirs(q, k), lambda: ours(q, k))
 
 
+@pytest.mark.parametrize("team", ["openmp", "own"])
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
@@ -84,7 +85,7 @@ def test_scoring_against_torch(queries_and_keys, paired, name, theirs):
         ('collect="all"', {}),
     ],
 )
-def test_calibrate_against_the_forward_pass(model, batches, queries_and_keys, paired, name, arguments):
+def test_calibrate_against_the_forward_pass(model, batches, queries_and_keys, paired, name, arguments, team):
     stats = sc.calibrate(model, batches[:1], gamma=GAMMA, **arguments)
     expected = by_definition(*(x.double() for x in queries_and_keys[3])) / 16
     np.testing.assert_allclose(stats.importance("blocks.3.qk"), expected, atol=1e-5)
@@ -94,7 +95,13 @@ def test_calibrate_against_the_forward_pass(model, batches, queries_and_keys, pa
             for batch in batches:
                 model(batch)
 
-    paired(f"calibrate({name}) ÷ forward", lambda: sc.calibrate(model, batches, gamma=GAMMA, **arguments), forward)
+    sc.core.runtime.set_team(team)
+    try:
+        threads = "torch's threads" if team == "openmp" else "threads of its own"
+        what = f"calibrate({name}) on {threads} ÷ forward"
+        paired(what, lambda: sc.calibrate(model, batches, gamma=GAMMA, **arguments), forward, runs=15)
+    finally:
+        sc.core.use_torch_threads()
 
 
 def test_second_moment_against_torch(paired):
