@@ -133,8 +133,8 @@ std::vector<double> omega_alone(const QueriesAndKeys& data, std::size_t h) {
   return out;
 }
 
-// Σ_i ω_i² for the head's scores is not known in advance, but Q Kᵀ's definition is: by power
-// iteration the leading triplet, and with γ = 1 the scores are |cos(u, q_i)| |cos(v, k_i)|.
+// Against power iteration on Q Kᵀ: with γ = 1 the scores are |cos(u, q_i)| |cos(v, k_i)| for the
+// leading triplet.
 bool leading_triplet_agrees(const QueriesAndKeys& data, std::size_t h,
                             const std::vector<double>& scores) {
   std::vector<double> u(kTokens, 1.0), v(kTokens);
@@ -435,15 +435,16 @@ Workload compact_columns() {
 
 std::vector<Maker> workloads() {
   set_threads(1);
-  const auto& kernels = cpu::kernels();
   const auto moments_of = [](std::size_t rows, std::size_t dim, RowNorm norm, DType dtype) {
     return [=] { return moments(rows, dim, norm, dtype); };
   };
   return {
-      {"Gram tile, float64", [&] { return tile<double>(kernels.gram.tile_f64, cpu::kPanelF64); }},
-      {"Gram tile, float32", [&] { return tile<float>(kernels.gram.tile_f32, cpu::kPanelF32); }},
+      {"Gram tile, float64",
+       [] { return tile<double>(cpu::kernels().gram.tile_f64, cpu::kPanelF64); }},
+      {"Gram tile, float32",
+       [] { return tile<float>(cpu::kernels().gram.tile_f32, cpu::kPanelF32); }},
       {"pack float32 into float64", pack},
-      {"omega, " + std::to_string(kernels.score_lanes.lanes) + " lanes", score_lanes},
+      {"omega, " + std::to_string(cpu::kernels().score_lanes.lanes) + " lanes", score_lanes},
       {"omega, one matrix", score_one},
       {"AttentionScorer::update, 8 heads", score},
       {"MomentAccumulator::update, (1024, 768)", moments_of(1024, 768, RowNorm::none, DType::f32)},

@@ -5,6 +5,8 @@ make bench, or pytest --benchmark-enable benchmarks/python/bench_calibrate.py
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import secateur as sc
@@ -85,7 +87,9 @@ def test_scoring_against_torch(queries_and_keys, paired, name, theirs):
         ('collect="all"', {}),
     ],
 )
-def test_calibrate_against_the_forward_pass(model, batches, queries_and_keys, paired, name, arguments, team):
+def test_calibrate_against_the_forward_pass(
+    model, batches, queries_and_keys, paired, monkeypatch, name, arguments, team
+):
     stats = sc.calibrate(model, batches[:1], gamma=GAMMA, **arguments)
     expected = by_definition(*(x.double() for x in queries_and_keys[3])) / 16
     np.testing.assert_allclose(stats.importance("blocks.3.qk"), expected, atol=1e-5)
@@ -95,13 +99,11 @@ def test_calibrate_against_the_forward_pass(model, batches, queries_and_keys, pa
             for batch in batches:
                 model(batch)
 
-    sc.core.runtime.set_team(team)
-    try:
-        threads = "torch's threads" if team == "openmp" else "threads of its own"
-        what = f"calibrate({name}) on {threads} ÷ forward"
-        paired(what, lambda: sc.calibrate(model, batches, gamma=GAMMA, **arguments), forward, runs=15)
-    finally:
-        sc.core.use_torch_threads()
+    if team == "own":
+        monkeypatch.setattr(sc.core, "torch_threads", nullcontext)
+    threads = "torch's threads" if team == "openmp" else "threads of its own"
+    what = f"calibrate({name}) on {threads} ÷ forward"
+    paired(what, lambda: sc.calibrate(model, batches, gamma=GAMMA, **arguments), forward)
 
 
 def test_second_moment_against_torch(paired):

@@ -67,8 +67,8 @@ std::vector<std::pair<std::size_t, std::size_t>> runs_of(const Keep& keep) {
   return runs;
 }
 
-/// Packs single elements at the front of the memory. Kept elements only move forward, so none is
-/// written over before it was read.
+/// Packs single elements at the front of the memory. Elements only move towards the front, so none
+/// is written over before it was read.
 template <typename Bits>
 void compact_elements(Bits* data, std::size_t outer, std::size_t size, const Keep& keep) {
   Bits* to = data;

@@ -161,6 +161,7 @@ void Eliminator::load_weights(const TensorView& source) {
     if (peaks[i] > 0) top = std::max(top, std::ilogb(peaks[i]) + std::ilogb(scale_[i]));
   }
   if (top == std::numeric_limits<int>::min()) return;
+  top = std::max(top, -1000);  // below, the factor itself would overflow
   exponent_ = 2 * top;
   parallel_for(panels_, slots_, [&](std::size_t p, std::size_t) {
     double factor[kPanel];
@@ -293,7 +294,9 @@ void Eliminator::form_rows(std::size_t position) {
       for (std::size_t first = begin * kPanel; first < end * kPanel; first += kPanel) {
         pack(inverse_.data, &down[b], 1, across.data() + first, std::min(kPanel, active_ - first),
              inverse + first);
-        for (std::size_t i = first; i < first + kPanel; ++i) inverse[i] *= factor * scale_[i];
+        for (std::size_t i = first; i < first + kPanel; ++i) {
+          inverse[i] = inverse[i] * factor * scale_[i];
+        }
       }
       std::fill(gram_row(kept_ + b) + begin * kPanel, gram_row(kept_ + b) + end * kPanel, 0.0);
     }

@@ -1,6 +1,8 @@
 #include "head_scorer.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "../cpu/dispatch.h"
 #include "packed.h"
@@ -33,6 +35,9 @@ HeadScorer::HeadScorer(const TensorView& q, const TensorView& k, std::size_t gam
       query_gram_{Buffer<double>(ld_ * ld_)},
       key_gram_{Buffer<double>(ld_ * ld_)},
       mean_(ld_),
+      exponents_(dim_),
+      query_factors_(dim_),
+      key_factors_(dim_),
       lanes_(lanes(dim_)),
       query_lanes_(lanes_ > 1 ? lanes_ * cpu::lane_matrix(dim_) : 0),
       key_lanes_(lanes_ > 1 ? lanes_ * cpu::lane_matrix(dim_) : 0),
@@ -57,12 +62,12 @@ bool HeadScorer::score(std::size_t first, std::size_t count, double* results) {
   const auto moments_of = [&](std::size_t i) {
     return moments_ ? results + i * size + dim_ : nullptr;
   };
-  bool converged = true;
+  bool good = true;
   if (lanes_ == 1) {
     for (std::size_t i = 0; i < count; ++i) {
-      converged = score_alone(first + i, results + i * size, moments_of(i)) && converged;
+      good = score_alone(first + i, results + i * size, moments_of(i)) && good;
     }
-    return converged;
+    return good;
   }
   for (std::size_t lane = 0; lane < lanes_; ++lane) {
     // Lanes without a head repeat the last one.
@@ -75,12 +80,12 @@ bool HeadScorer::score(std::size_t first, std::size_t count, double* results) {
   for (std::size_t lane = 0; lane < count; ++lane) {
     double* scores = results + lane * size;
     if ((refused >> lane & 1) != 0) {
-      converged = score_alone(first + lane, scores, nullptr) && converged;
+      good = score_alone(first + lane, scores, nullptr) && good;
       continue;
     }
     for (std::size_t i = 0; i < dim_; ++i) scores[i] = scores_.data()[i * lanes_ + lane];
   }
-  return converged;
+  return good;
 }
 
 bool HeadScorer::score_alone(std::size_t head, double* scores, double* moments) {
@@ -96,8 +101,7 @@ bool HeadScorer::load(std::size_t head, double* moments) {
   if (moments != nullptr) pack_moments(moments);
   // Centred first and the mean added back: nothing cancels where keys share an offset.
   add_mean(key_gram_);
-  normalise(query_gram_);
-  normalise(key_gram_);
+  balance();
   return true;
 }
 
@@ -169,13 +173,29 @@ void HeadScorer::add_mean(Gram& gram) const {
   }
 }
 
-void HeadScorer::normalise(Gram& gram) const {
-  double* values = gram.values.data();
-  double largest = 0;  // of a Gram, it stands on the diagonal
-  for (std::size_t i = 0; i < dim_; ++i) largest = std::max(largest, values[i * (ld_ + 1)]);
-  const double factor = normalising_factor(largest);
+void HeadScorer::balance() {
+  double* const query = query_gram_.values.data();
+  double* const key = key_gram_.values.data();
+  int largest = std::numeric_limits<int>::min();  // exponent of a balanced neuron's square norm
   for (std::size_t i = 0; i < dim_; ++i) {
-    for (std::size_t j = i; j < dim_; ++j) values[i * ld_ + j] *= factor;
+    const double q = query[i * (ld_ + 1)], k = key[i * (ld_ + 1)];
+    exponents_[i] = 0;
+    if (q > 0 && k > 0) {
+      exponents_[i] = (std::ilogb(k) - std::ilogb(q)) / 4;
+      largest =
+          std::max({largest, std::ilogb(q) + 2 * exponents_[i], std::ilogb(k) - 2 * exponents_[i]});
+    }
+  }
+  for (std::size_t i = 0; i < dim_; ++i) {
+    const bool counts = query[i * (ld_ + 1)] > 0 && key[i * (ld_ + 1)] > 0;
+    query_factors_[i] = counts ? std::ldexp(1.0, exponents_[i] - largest / 2) : 0;
+    key_factors_[i] = counts ? std::ldexp(1.0, -exponents_[i] - largest / 2) : 0;
+  }
+  for (std::size_t i = 0; i < dim_; ++i) {
+    for (std::size_t j = i; j < dim_; ++j) {
+      query[i * ld_ + j] = query[i * ld_ + j] * query_factors_[i] * query_factors_[j];
+      key[i * ld_ + j] = key[i * ld_ + j] * key_factors_[i] * key_factors_[j];
+    }
   }
 }
 

@@ -49,7 +49,9 @@ class HeadScorer {
   double rescale(double* factor);
   /// From the Gram of centred keys to that of the keys.
   void add_mean(Gram& gram) const;
-  void normalise(Gram& gram) const;
+  /// Gives neuron i of queries and of keys the same norm, and the largest about 1, by powers of
+  /// two: Q Kᵀ stays what it is up to one of them. Neurons without a part in it become 0.
+  void balance();
   void mirror(Gram& gram) const;
   void pack_moments(double* out) const;
   void to_lane(const Gram& gram, std::size_t lane, double* out) const;
@@ -72,6 +74,8 @@ class HeadScorer {
   Gram query_gram_;
   Gram key_gram_;
   Buffer<double> mean_;
+  std::vector<int> exponents_;
+  std::vector<double> query_factors_, key_factors_;
   std::size_t lanes_;
   Buffer<double> query_lanes_;
   Buffer<double> key_lanes_;

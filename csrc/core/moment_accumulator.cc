@@ -18,6 +18,7 @@ namespace {
 using cpu::kRows;
 
 constexpr std::int64_t kMaxDim = 65536;
+constexpr std::int64_t kMaxStride = std::int64_t{1} << 31;
 // Squares of this, over 1e60 rows, still fit into float64.
 constexpr double kMaxMagnitude = 1e120;
 // Where float32 products of two values and their sums neither overflow nor lose the largest.
@@ -76,6 +77,10 @@ struct Rows {
   std::vector<double> mean, factor;  ///< what RowNorm takes from each; empty for RowNorm::none
 
   std::size_t size() const { return offsets.size(); }
+  const void* at(std::size_t row) const {
+    return static_cast<const char*>(view.data) +
+           offsets[row] * static_cast<std::int64_t>(item_size(view.dtype));
+  }
 };
 
 /// Packs a chunk of rows at a time into panels, and adds their products to the state.
@@ -227,15 +232,31 @@ bool take_norms(bool center, Rows& rows) {
       (rows.size() + kRows - 1) / kRows, parallel_slots(), [&](std::size_t task, std::size_t) {
         const std::size_t end = std::min(rows.size(), (task + 1) * kRows);
         for (std::size_t r = task * kRows; r < end; ++r) {
-          const char* row = static_cast<const char*>(x.data) +
-                            rows.offsets[r] * static_cast<std::int64_t>(item_size(x.dtype));
-          if (!row_norm(row, x.strides[last], static_cast<std::size_t>(x.shape[last]), center,
-                        &rows.mean[r], &rows.factor[r])) {
+          if (!row_norm(rows.at(r), x.strides[last], static_cast<std::size_t>(x.shape[last]),
+                        center, &rows.mean[r], &rows.factor[r])) {
             finite.store(false, std::memory_order_relaxed);
           }
         }
       });
   return finite;
+}
+
+/// The largest magnitude of the rows, or Inf when not all of it is finite.
+double scan_rows(const Rows& rows) {
+  const TensorView& x = rows.view;
+  const auto scan = cpu::kernels().panel.scan[static_cast<std::size_t>(x.dtype)];
+  const std::size_t last = x.rank() - 1, slots = parallel_slots();
+  std::vector<double> peaks(slots, 0.0);
+  parallel_for((rows.size() + kRows - 1) / kRows, slots, [&](std::size_t task, std::size_t slot) {
+    const std::size_t end = std::min(rows.size(), (task + 1) * kRows);
+    for (std::size_t r = task * kRows; r < end; ++r) {
+      if (!scan(rows.at(r), x.strides[last], static_cast<std::size_t>(x.shape[last]),
+                &peaks[slot])) {
+        peaks[slot] = kInfinity;
+      }
+    }
+  });
+  return *std::max_element(peaks.begin(), peaks.end());
 }
 
 /// Offsets of the tokens n ≡ phase + b (mod stride) of image b, for all images.
@@ -266,12 +287,11 @@ std::string MomentAccumulator::label(const char* argument) const {
   return secateur::label(name_, argument);
 }
 
-double MomentAccumulator::check_magnitudes(const TensorView& x) const {
+void MomentAccumulator::check_magnitudes(const TensorView& x) const {
   const double peak = check_finite(x, label("x"), {});
   if (peak > kMaxMagnitude) {
     fail<NumericalError>(label("x"), "magnitudes up to 1e120", number(peak));
   }
-  return peak;
 }
 
 void MomentAccumulator::update(const TensorView& x, const RowOptions& options) {
@@ -281,7 +301,7 @@ void MomentAccumulator::update(const TensorView& x, const RowOptions& options) {
     fail<InvalidArgument>(label("x"), "shape (..., " + std::to_string(dim_) + ")",
                           to_string(x.shape));
   }
-  check_at_least(stride, 1, label("stride"));
+  check_range(stride, 1, kMaxStride, label("stride"));
   check_at_least(phase, 0, label("phase"));
   if (stride > 1 && x.rank() != 3) {
     fail<InvalidArgument>(label("x"), "shape (images, tokens, dim) with a stride",
@@ -297,7 +317,8 @@ void MomentAccumulator::update(const TensorView& x, const RowOptions& options) {
   if (norm != RowNorm::none) {
     if (!take_norms(norm == RowNorm::layer, rows)) check_magnitudes(x);
   } else if (!one) {
-    peak = check_magnitudes(x);
+    peak = scan_rows(rows);
+    if (!(peak <= kMaxMagnitude)) check_magnitudes(x);
   }
   if (x.dtype != DType::f64) {
     Chunk<float> chunk(rows);

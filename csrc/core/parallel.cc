@@ -127,12 +127,12 @@ std::atomic<Pool*> pool{nullptr};
 // What forked children leave behind stays reachable, which is what leak checkers ask for.
 std::atomic<Pool*> parents_pool{nullptr};
 std::atomic<int> thread_count{0};
-std::atomic<Team> team{nullptr};
+std::atomic<Team> chosen_team{nullptr};
 std::atomic<bool> team_is_busy{false};
 
 void forget_threads() {
   parents_pool.store(pool.exchange(nullptr));
-  team.store(nullptr);
+  chosen_team.store(nullptr);
   team_is_busy.store(false);
   inside = false;
 }
@@ -150,6 +150,9 @@ bool run_on_team(Team run, Job& job, std::size_t slots) {
     std::size_t slots;
     std::atomic<std::size_t> next{0};
   } share{job, slots};
+  const struct Release {
+    ~Release() { team_is_busy.store(false); }
+  } release;
   run(
       [](void* data) {
         Share& mine = *static_cast<Share*>(data);
@@ -157,7 +160,7 @@ bool run_on_team(Team run, Job& job, std::size_t slots) {
         if (slot < mine.slots) mine.job.work(slot);
       },
       &share, static_cast<int>(slots));
-  team_is_busy.store(false);
+  job.work(0);  // for a team that never came
   return true;
 }
 
@@ -190,8 +193,10 @@ void set_threads(int n) {
 
 void set_team(Team run) {
   forget_threads_after_fork();
-  team.store(run);
+  chosen_team.store(run);
 }
+
+Team team() { return chosen_team.load(); }
 
 std::size_t parallel_slots() { return static_cast<std::size_t>(threads()); }
 
@@ -199,7 +204,7 @@ void parallel_for(std::size_t tasks, std::size_t slots,
                   const std::function<void(std::size_t, std::size_t)>& task) {
   const std::size_t helpers = std::min(slots, tasks) - (tasks > 0 ? 1 : 0);
   Job job{tasks, task};
-  const Team run = team.load();
+  const Team run = chosen_team.load();
   // All slots, whatever the tasks: OpenMP ends the threads that a smaller team leaves over.
   const bool done =
       !inside && helpers > 0 &&

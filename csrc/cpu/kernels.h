@@ -31,8 +31,8 @@ struct PanelKernels {
                             const int64_t* columns, size_t column_count, float* panel);
 
   // For rows of `count` elements, `stride` apart: the row's mean (0 unless `center`), and
-  // sqrt(count) over the norm of the row less that mean, 0 where it has none. False when an
-  // element is not finite.
+  // sqrt(count) over the norm of the row less that mean, 0 where that is nothing but rounding.
+  // False when an element is not finite, or perhaps above 1e120.
   bool (*row_norm[kDTypes])(const void* src, int64_t stride, size_t count, bool center,
                             double* mean, double* factor);
   // (x - mean[r]) * factor[r] for each row of a panel, in float64.
@@ -56,10 +56,19 @@ struct GramKernels {
   void (*tile_f32)(const float* a, const float* b, size_t rows, double* c, size_t ldc);
 };
 
+// What SNP's score means near singularity: one head's definition may not depend on which of the
+// kernels below ran. G_q is singular to working precision in trained models: its ridge is relative
+// to each diagonal entry. σ_j counts above 1e-7 σ_1: T = Lᵀ G_k L holds σ², and below that is
+// rounding. What a reflection would take away is nothing below kTrivial.
+constexpr double kRidge = 64 * 0x1p-52;
+constexpr double kCutoff = 1e-14;
+constexpr double kTrivial = 0x1p-900;
+
 struct ScoreKernels {
   // SNP's ω from the symmetric (d, d) Grams of one head's queries and keys, rows `ld` apart.
   // limit: how many leading singular triplets may count. The Grams are overwritten; `work` holds
-  // score_workspace(ld) doubles. The largest entries should be of the order of 1 to 1e10.
+  // score_workspace(ld) doubles. The largest entries should be near 1, and neurons i of queries and
+  // keys of about the same norm.
   // False when the eigenvalue iteration does not converge.
   bool (*omega)(size_t d, size_t ld, size_t limit, double* query_gram, double* key_gram,
                 double* work, double* out);
@@ -79,7 +88,8 @@ struct ScoreLanesKernels {
   // omega for `lanes` pairs of Grams at once: lower triangles, with the squares of kLaneTile on
   // the diagonal whole, and zeros from row and column d on. `out` takes (d, lanes). The Grams of
   // queries are overwritten; `work` holds lanes * score_lanes_workspace(d) doubles. Bit l of the
-  // result says that lane l is not to be used: its leading singular values are too close.
+  // result says that lane l is not to be used: its leading singular values are too close, or a
+  // product was lost to overflow.
   uint32_t (*omega)(size_t d, size_t limit, double* query_gram, const double* key_gram,
                     double* work, double* out);
 };

@@ -81,23 +81,21 @@ bool scan(const void* src, int64_t stride, size_t count, double* peak) {
   return poisoned == 0;
 }
 
-// Σ (x - shift)^power over a row in as many partial sums as a wide vector has lanes.
+// Σ (scale (x - shift))^power over a row, in as many partial sums as a wide vector has lanes.
 template <typename Source, bool kSquare>
-inline double row_sum(const Source* x, int64_t stride, size_t count, double shift) {
+inline double row_sum(const Source* x, int64_t stride, size_t count, double shift, double scale) {
   double partial[kScanLanes] = {};
+  const auto term = [=](Source element) {
+    const double value = (to_double(element) - shift) * scale;
+    return kSquare ? value * value : value;
+  };
   size_t i = 0;
   if (stride == 1) {
     for (; i + kScanLanes <= count; i += kScanLanes) {
-      for (size_t lane = 0; lane < kScanLanes; ++lane) {
-        const double value = to_double(x[i + lane]) - shift;
-        partial[lane] += kSquare ? value * value : value;
-      }
+      for (size_t lane = 0; lane < kScanLanes; ++lane) partial[lane] += term(x[i + lane]);
     }
   }
-  for (; i < count; ++i) {
-    const double value = to_double(x[static_cast<int64_t>(i) * stride]) - shift;
-    partial[0] += kSquare ? value * value : value;
-  }
+  for (; i < count; ++i) partial[0] += term(x[static_cast<int64_t>(i) * stride]);
   double sum = 0;
   for (size_t lane = 0; lane < kScanLanes; ++lane) sum += partial[lane];
   return sum;
@@ -108,10 +106,20 @@ bool row_norm(const void* src, int64_t stride, size_t count, bool center, double
               double* factor) {
   const Source* x = static_cast<const Source*>(src);
   const double size = static_cast<double>(count);
-  *mean = center ? row_sum<Source, false>(x, stride, count, 0) / size : 0;
-  const double square = row_sum<Source, true>(x, stride, count, *mean);
-  *factor = square > 0 ? __builtin_sqrt(size / square) : 0;
-  return square * 0 == 0;
+  *mean = center ? row_sum<Source, false>(x, stride, count, 0, 1) / size : 0;
+  double scale = 1;
+  double square = row_sum<Source, true>(x, stride, count, *mean, scale);
+  if (square < 0x1p-900) {
+    scale = 0x1p500;
+    square = row_sum<Source, true>(x, stride, count, *mean, scale);
+  }
+  // What the rounding of the mean leaves of a constant row.
+  const double rounding = size * 0x1p-53 * __builtin_fabs(*mean) * scale;
+  *factor = square > size * rounding * rounding
+                ? __builtin_sqrt(size) / __builtin_sqrt(square) * scale
+                : 0;
+  if (*factor * 0 != 0) *factor = 0;  // a row of nothing but subnormal numbers
+  return square <= 1e240 * scale && __builtin_fabs(*mean) <= 1e120;
 }
 
 template <typename T, size_t kPanel>

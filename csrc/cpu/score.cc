@@ -7,10 +7,6 @@ namespace secateur::cpu {
 namespace {
 
 constexpr double kEpsilon = 0x1p-52;
-// G_q is singular to working precision in trained models; relative to each diagonal entry.
-constexpr double kRidge = 64 * kEpsilon;
-// σ_j counts above 1e-7 σ_1: T holds σ², and below that is rounding.
-constexpr double kCutoff = 1e-14;
 constexpr int kMaxIterations = 60;
 
 inline double square_root(double x) { return __builtin_sqrt(x); }
@@ -49,7 +45,7 @@ void tridiagonalise(double* a, size_t d, size_t ld, double* reflectors, double* 
     double* v = reflectors + k * ld + first;
     for (size_t i = 0; i < n; ++i) v[i] = a[k * ld + first + i];
     const double tail = dot(v + 1, v + 1, n - 1);
-    if (tail == 0) {
+    if (tail < kTrivial) {
       off_diagonal[k] = v[0];
       beta[k] = 0;
       continue;

@@ -16,16 +16,13 @@ constexpr size_t kWidth = kLanes<double>;
 constexpr size_t kTileRows = SECATEUR_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr size_t kTile = kLaneTile;
 
-constexpr double kEpsilon = 0x1p-52;
-constexpr double kRidge = 64 * kEpsilon;
-constexpr double kCutoff = 1e-14;
-// Relative to the largest eigenvalue: closer ones have no accurate vectors here.
-constexpr double kTie = 1e-7;
+// Relative to the largest eigenvalue: the vectors of closer ones would not be orthogonal.
+constexpr double kTie = 1e-9;
 // Off-diagonal entries squared, of a matrix of norm 1: below is no change, but 0 would end a
 // Sturm sequence.
 constexpr double kFloor = 0x1p-120;
 constexpr double kPivotFloor = 0x1p-100;
-constexpr int kHalvings = 55;
+constexpr int kHalvings = 60;
 constexpr size_t kRescale = 8;
 
 inline V splat(double x) { return x - V{}; }
@@ -199,7 +196,7 @@ void tridiagonalise(V* t, size_t n, size_t ld, V* beta, V* diagonal, V* off_diag
     const V head = h.u[first];
     const V norm = root(head * head + tail);
     const V alpha = head > 0 ? -norm : norm;  // away from cancellation
-    const Mask trivial = tail == V{};
+    const Mask trivial = tail < kTrivial;
     off_diagonal[k] = trivial ? head : alpha;
     h.u[first] = trivial ? splat(1) : head - alpha;
     beta[k] = trivial ? V{} : 2 / (h.u[first] * h.u[first] + tail);
@@ -226,8 +223,8 @@ void tridiagonalise(V* t, size_t n, size_t ld, V* beta, V* diagonal, V* off_diag
   off_diagonal[n - 1] = V{};
 }
 
-// Brings the largest row sum into [1, 2); returns the factor's inverse.
-V normalise(V* diagonal, V* off_diagonal, size_t n) {
+// Brings the largest row sum into [1, 2).
+void scale_tridiagonal(V* diagonal, V* off_diagonal, size_t n) {
   V bound = {};
   for (size_t i = 0; i < n; ++i) {
     V sum = absolute(diagonal[i]) + absolute(off_diagonal[i]);
@@ -240,11 +237,11 @@ V normalise(V* diagonal, V* off_diagonal, size_t n) {
     diagonal[i] *= factor;
     off_diagonal[i] *= factor;
   }
-  return unit;
 }
 
 // The eigenvalues number rank, …, rank + kTile - 1 from the largest, counted from 0, of a matrix
-// as normalise() leaves it, without negative ones. `square` is off_diagonal², at least kFloor.
+// as scale_tridiagonal() leaves it, without negative ones. `square` is off_diagonal², at least
+// kFloor.
 void bisect(const V* diagonal, const V* square, size_t n, size_t rank, V* values) {
   V low[kTile] = {}, high[kTile];
   for (size_t c = 0; c < kTile; ++c) high[c] = splat(2);
@@ -389,7 +386,7 @@ uint32_t omega(size_t d, size_t limit, double* query_gram, const double* key_gra
   cholesky(l, n, ld);
   congruence(l, g, n, ld, room, t);
   tridiagonalise(t, n, ld, beta, diagonal, off_diagonal, room);
-  normalise(diagonal, off_diagonal, n);
+  scale_tridiagonal(diagonal, off_diagonal, n);
   for (size_t i = 0; i < n; ++i) {
     const V x = off_diagonal[i] * off_diagonal[i];
     square[i] = x > kFloor ? x : splat(kFloor);
@@ -431,13 +428,17 @@ uint32_t omega(size_t d, size_t limit, double* query_gram, const double* key_gra
       for (size_t i = 0; i < d; ++i) sums[i] += z[i * kTile + c] * weight;
     }
   }
-  for (size_t i = 0; i < d; ++i) sums[i] *= inverse_or_zero(norms[i]);
-
-  uint32_t refused = 0;
-  for (size_t lane = 0; lane < kWidth; ++lane) {
-    if (tied[lane] != 0) refused |= uint32_t{1} << lane;
+  Mask refused = tied;
+  for (size_t i = 0; i < d; ++i) {
+    sums[i] *= inverse_or_zero(norms[i]);
+    refused |= sums[i] * 0 != V{};  // NaN or Inf
   }
-  return refused;
+
+  uint32_t lanes = 0;
+  for (size_t lane = 0; lane < kWidth; ++lane) {
+    if (refused[lane] != 0) lanes |= uint32_t{1} << lane;
+  }
+  return lanes;
 }
 
 }  // namespace

@@ -87,7 +87,7 @@ Args:
     x: (..., dim), at least one axis, any strides; float32, float16, bfloat16 or float64.
     norm: "rms" adds x √dim / ‖x‖ in place of each row x, "layer" that of x less its mean, as an
         RMSNorm or LayerNorm without weights and eps would; a row of norm 0 stays 0.
-    stride: above 1, of x (images, tokens, dim), image b gives only every stride-th token, from
+    stride: 1 to 2^31; above 1, of x (images, tokens, dim), image b gives only every stride-th token, from
         (phase + b) mod stride on.
     phase: at least 0.
 

@@ -23,9 +23,9 @@ void openmp_team(void (*body)(void*), void* data, int threads) {
   gomp_parallel.load()(body, data, static_cast<unsigned>(threads), 0);
 }
 
-void choose_team(const std::string& team) {
-  if (team == "own") return set_team(nullptr);
-  if (team != "openmp") fail<InvalidArgument>("team", "'own' or 'openmp'", "'" + team + "'");
+void choose_team(const std::string& name) {
+  if (name == "own") return set_team(nullptr);
+  if (name != "openmp") fail<InvalidArgument>("team", "'own' or 'openmp'", "'" + name + "'");
   void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
   if (symbol == nullptr) {
     fail<Unsupported>("team", "OpenMP (libgomp) loaded in this process", "none");
@@ -56,13 +56,16 @@ Raises:
 
 Args:
     team: "own", which sleep between calls, or "openmp", those of the OpenMP runtime that this
-        process has loaded (torch's), so that its spinning threads are not in the way. A forked
-        child begins with "own".
+        process has loaded (torch's), so that its spinning threads are not in the way; best with as
+        many threads as those are. A forked child begins with "own", and OpenMP cannot run there.
 
 Raises:
     InvalidArgument: no such team.
     Unsupported: the process has no OpenMP runtime of GCC's interface.
 )")
+      .def_static(
+          "team", [] { return team() == nullptr ? "own" : "openmp"; },
+          "What set_team() chose, \"own\" from the start.")
       .def_static("version", &version, "Version of the core, major.minor.patch.");
 }
 

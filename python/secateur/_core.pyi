@@ -149,7 +149,7 @@ class MomentAccumulator:
             x: (..., dim), at least one axis, any strides; float32, float16, bfloat16 or float64.
             norm: "rms" adds x √dim / ‖x‖ in place of each row x, "layer" that of x less its mean, as
                 an RMSNorm or LayerNorm without weights and eps would; a row of norm 0 stays 0.
-            stride: above 1, of x (images, tokens, dim), image b gives only every stride-th token,
+            stride: 1 to 2^31; above 1, of x (images, tokens, dim), image b gives only every stride-th token,
                 from (phase + b) mod stride on.
             phase: at least 0.
 
@@ -317,13 +317,18 @@ class runtime:  # noqa: N801
 
         Args:
             team: "own", which sleep between calls, or "openmp", those of the OpenMP runtime that this
-                process has loaded (torch's), so that its spinning threads are not in the way. A
-                forked child begins with "own".
+                process has loaded (torch's), so that its spinning threads are not in the way; best
+                with as many threads as those are. A forked child begins with "own", and OpenMP
+                cannot run there.
 
         Raises:
             InvalidArgument: no such team.
             Unsupported: the process has no OpenMP runtime of GCC's interface.
         """
+
+    @staticmethod
+    def team() -> Literal["own", "openmp"]:
+        """What set_team() chose, "own" from the start."""
 
     @staticmethod
     def version() -> str:

@@ -25,7 +25,6 @@ __all__ = [
     "runtime",
     "select",
     "torch_threads",
-    "use_torch_threads",
     "value_similarity",
     "value_similarity_from_moment",
 ]
@@ -33,23 +32,17 @@ __all__ = [
 
 @contextmanager
 def torch_threads() -> Iterator[None]:
-    """Use as many threads as torch does while the block runs, then as many as before."""
-    before = runtime.threads()
+    """Work on as many threads as torch does while the block runs, and on torch's own where they are OpenMP's.
+
+    torch's threads spin for a while after each of its operations, and threads of the core's own would have to share the
+    cores with them.
+    """
+    threads, team = runtime.threads(), runtime.team()
     runtime.set_threads(torch.get_num_threads())
     try:
+        with suppress(Unsupported):
+            runtime.set_team("openmp")
         yield
     finally:
-        runtime.set_threads(before)
-
-
-def use_torch_threads() -> None:
-    """Work on torch's OpenMP threads where it has such; on the core's own otherwise.
-
-    Called when this module is imported. torch's threads spin for a while after each of its operations, and threads of
-    the core's own would have to share the cores with them: ``runtime.set_team("own")`` goes back to those.
-    """
-    with suppress(Unsupported):
-        runtime.set_team("openmp")
-
-
-use_torch_threads()
+        runtime.set_team(team)
+        runtime.set_threads(threads)

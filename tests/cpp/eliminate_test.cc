@@ -63,6 +63,12 @@ TestTensor tensor(const Matrix& matrix, DType dtype = DType::f64, const Layout& 
   return result;
 }
 
+TestTensor small(std::initializer_list<double> values, std::int64_t rows) {
+  TestTensor result(DType::f64, {rows, static_cast<std::int64_t>(values.size()) / rows});
+  result.fill([&](std::int64_t i) { return *(values.begin() + i); });
+  return result;
+}
+
 Matrix matrix_of(const TestTensor& tensor) {
   const Dims& shape = tensor.view().shape;
   Matrix result(static_cast<std::size_t>(shape[0]), static_cast<std::size_t>(shape[1]));
@@ -249,6 +255,20 @@ TEST(Eliminate, UnitsOfTheInputsDoNotMatter) {
   for (std::size_t i = 0; i < 80; ++i) EXPECT_EQ(mine.costs[i], std::ldexp(wanted.costs[i], -80));
 }
 
+TEST(Eliminate, SubnormalInputs) {
+  // Costs of 1e-620 are 0; weights that small leave the order to the index.
+  const Elimination weak =
+      eliminate(small({1, 0, 0, 0, 1, 0, 0, 0, 1}, 3), small({1e-310, 2e-310, 5e-324}, 3), 3);
+  for (const double cost : weak.costs) EXPECT_EQ(cost, 0);
+  // Costs of 1e310 do not fit; with weights to match they do, whatever the unit of C⁻¹.
+  const TestTensor tiny = small({1e-310, 0, 0, 0, 2e-310, 0, 0, 0, 1e-310}, 3);
+  const Elimination mine = eliminate(tiny, small({2e-155, 3e-155, 1e-155}, 3), 3);
+  EXPECT_EQ(mine.order, (Indices{2, 0, 1}));
+  EXPECT_NEAR(mine.costs[0], 1, 1e-9);
+  EXPECT_NEAR(mine.costs[1], 4, 1e-9);
+  EXPECT_NEAR(mine.costs[2], 4.5, 1e-9);
+}
+
 TEST(Eliminate, NearlyDependentInputs) {
   // Rank 31 over a ridge of 1e-8: diagonals fall by eight digits, and costs keep what is left.
   const Matrix c = covariance(90, 19, 1e-8);
@@ -279,12 +299,6 @@ TEST(Eliminate, InputsThatTurnCheap) {
   for (std::size_t i = 0; i < order.size(); ++i) {
     EXPECT_EQ(order[i], static_cast<std::int64_t>(i / 2 + i % 2 * kPairs));
   }
-}
-
-TestTensor small(std::initializer_list<double> values, std::int64_t rows) {
-  TestTensor result(DType::f64, {rows, static_cast<std::int64_t>(values.size()) / rows});
-  result.fill([&](std::int64_t i) { return *(values.begin() + i); });
-  return result;
 }
 
 TEST(Eliminate, RefusesWhatRoundingOrTheMatrixLost) {

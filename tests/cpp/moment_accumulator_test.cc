@@ -51,6 +51,12 @@ void check(const MomentAccumulator& moments, const TestTensor& x, double toleran
   }
 }
 
+void expect_same(const MomentAccumulatorState& a, const MomentAccumulatorState& b) {
+  EXPECT_EQ(a.rows, b.rows);
+  EXPECT_EQ(a.sum, b.sum);
+  EXPECT_EQ(a.second_moment, b.second_moment);
+}
+
 double tolerance(DType dtype) { return dtype == DType::f64 ? 1e-14 : 2e-6; }
 
 TEST(MomentAccumulator, EverySizeAndDType) {
@@ -181,6 +187,56 @@ TEST(MomentAccumulator, NormalisedRowsHaveNoScale) {
   }
 }
 
+// Magnitudes whose squares overflow or vanish, and rows that are nothing but their mean.
+TEST(MomentAccumulator, NormsOfExtremeRows) {
+  for (const double scale : {1e-300, 1e-165, 1e-155, 1e100}) {
+    const TestTensor x = rows({30, 9}, 17, DType::f64, {}, scale);
+    for (const RowNorm norm : {RowNorm::rms, RowNorm::layer}) {
+      MomentAccumulator moments(9);
+      moments.update(x, {norm});
+      check(moments, normalised(rows({30, 9}, 17, DType::f64), norm == RowNorm::layer), 1e-12,
+            1e-12);
+    }
+  }
+  for (const DType dtype : kDTypes) {
+    for (const std::int64_t dim : {7, 93}) {
+      TestTensor x(dtype, {5, dim});
+      x.fill([](std::int64_t) { return 1.0 / 3; });
+      MomentAccumulator moments(dim);
+      moments.update(x, {RowNorm::layer});
+      for (const double value : moments.second_moment()) EXPECT_EQ(value, 0);
+      EXPECT_EQ(moments.rows(), 5);
+    }
+  }
+  TestTensor huge(DType::f64, {2, 3});
+  huge.fill([](std::int64_t i) { return i == 4 ? 1e130 : 1; });
+  for (const RowNorm norm : {RowNorm::none, RowNorm::rms, RowNorm::layer}) {
+    MomentAccumulator moments(3);
+    expect_error<NumericalError>([&] { moments.update(huge, {norm}); },
+                                 "x: expected magnitudes up to 1e120, got 1e+130");
+    EXPECT_EQ(moments.rows(), 0);
+  }
+}
+
+// What a stride leaves out may be anything, in one chunk of rows and in several.
+TEST(MomentAccumulator, RowsThatAreLeftOutDoNotMatter) {
+  for (const std::int64_t tokens : {8, 20000}) {
+    TestTensor x = rows({1, tokens, 3}, 18, DType::f32),
+               clean = rows({1, tokens, 3}, 18, DType::f32);
+    x.set(3 * 3 + 1, kNaN);
+    for (const RowNorm norm : {RowNorm::none, RowNorm::layer}) {
+      MomentAccumulator moments(3), wanted(3);
+      moments.update(x, {norm, 4, 1});
+      wanted.update(clean, {norm, 4, 1});
+      EXPECT_EQ(moments.rows(), tokens / 4);
+      expect_same(moments.state(), wanted.state());
+      expect_error<NumericalError>([&] { moments.update(x, {norm, 4, 3}); },
+                                   "x: expected finite values, got nan at (0, 3, 1)");
+      expect_same(moments.state(), wanted.state());
+    }
+  }
+}
+
 TEST(MomentAccumulator, StrideRotatesOverTokens) {
   const std::int64_t images = 5, tokens = 9, dim = 7;
   const TestTensor x = rows({images, tokens, dim}, 15, DType::f32, {{2, 0, 1}, 1, {}});
@@ -207,8 +263,13 @@ TEST(MomentAccumulator, StrideRotatesOverTokens) {
     EXPECT_EQ(seen, std::vector<int>(seen.size(), 1)) << stride;
   }
   MomentAccumulator moments(dim, "fc2");
-  expect_error<InvalidArgument>([&] { moments.update(x, {RowNorm::none, 0}); },
-                                "fc2 stride: expected at least 1, got 0");
+  for (const std::int64_t bad : {std::int64_t{0}, std::numeric_limits<std::int64_t>::max()}) {
+    expect_error<InvalidArgument>(
+        [&] { moments.update(x, {RowNorm::none, bad}); },
+        "fc2 stride: expected 1 to 2147483648, got " + std::to_string(bad));
+  }
+  moments.update(x, {RowNorm::none, std::int64_t{1} << 31, 100});
+  EXPECT_EQ(moments.rows(), 0);
   expect_error<InvalidArgument>([&] { moments.update(x, {RowNorm::none, 2, -1}); },
                                 "fc2 phase: expected at least 0, got -1");
   expect_error<InvalidArgument>(
@@ -227,12 +288,6 @@ TEST(MomentAccumulator, ExtremeMagnitudes) {
       check(moments, x, tolerance(dtype));
     }
   }
-}
-
-void expect_same(const MomentAccumulatorState& a, const MomentAccumulatorState& b) {
-  EXPECT_EQ(a.rows, b.rows);
-  EXPECT_EQ(a.sum, b.sum);
-  EXPECT_EQ(a.second_moment, b.second_moment);
 }
 
 TEST(MomentAccumulator, SameBitsForAnyThreads) {

@@ -40,35 +40,67 @@ TEST(Parallel, SlotsAreExclusive) {
   EXPECT_EQ(clashes, 0);
 }
 
-// A program's own threads in place of the pool's.
-void three_threads(void (*body)(void*), void* data, int threads) {
+// A program's own threads in place of the pool's, and how often they were called.
+std::atomic<int> team_calls{0};
+
+void new_threads(void (*body)(void*), void* data, int threads) {
+  ++team_calls;
   std::vector<std::thread> others;
   for (int i = 1; i < threads; ++i) others.emplace_back(body, data);
   body(data);
   for (std::thread& other : others) other.join();
 }
 
-void only_the_caller(void (*body)(void*), void* data, int) { body(data); }
-
-void more_than_asked(void (*body)(void*), void* data, int threads) {
-  three_threads(body, data, threads + 3);
+void only_the_caller(void (*body)(void*), void* data, int) {
+  ++team_calls;
+  body(data);
 }
 
-TEST(Parallel, AnotherTeam) {
-  for (const secateur::Team team : {&three_threads, &only_the_caller, &more_than_asked}) {
+void more_than_asked(void (*body)(void*), void* data, int threads) {
+  new_threads(body, data, threads + 3);
+}
+
+void nobody(void (*)(void*), void*, int) { ++team_calls; }
+
+void one_that_fails(void (*body)(void*), void* data, int) {
+  ++team_calls;
+  body(data);
+  throw std::runtime_error("no thread");
+}
+
+/// The team for a while.
+struct Working {
+  explicit Working(secateur::Team team) {
+    team_calls = 0;
     secateur::set_team(team);
+  }
+  ~Working() { secateur::set_team(nullptr); }
+};
+
+TEST(Parallel, AnotherTeam) {
+  EXPECT_EQ(secateur::team(), nullptr);
+  for (const secateur::Team team : {&new_threads, &only_the_caller, &more_than_asked, &nobody}) {
+    const Working working(team);
+    EXPECT_EQ(secateur::team(), team);
     std::vector<std::atomic<int>> runs(100), users(3);
-    std::atomic<int> clashes{0}, inner{0};
+    std::atomic<int> clashes{0}, inner{0}, elsewhere{0};
+    const auto caller = std::this_thread::get_id();
     parallel_for(runs.size(), 3, [&](std::size_t task, std::size_t slot) {
       ASSERT_LT(slot, 3u);
       clashes += ++users[slot] != 1;
+      elsewhere += std::this_thread::get_id() != caller;
       ++runs[task];
+      // From inside a task: on this thread, without the team.
       if (task % 10 == 0) parallel_for(5, 3, [&](std::size_t, std::size_t) { ++inner; });
       --users[slot];
     });
     for (const auto& count : runs) EXPECT_EQ(count, 1);
     EXPECT_EQ(clashes, 0);
     EXPECT_EQ(inner, 50);
+    EXPECT_EQ(team_calls, 1);
+    if (team == &only_the_caller || team == &nobody) {
+      EXPECT_EQ(elsewhere, 0);
+    }
     try {
       parallel_for(8, 3, [](std::size_t task, std::size_t) {
         throw std::runtime_error(std::to_string(task));
@@ -77,14 +109,28 @@ TEST(Parallel, AnotherTeam) {
     } catch (const std::runtime_error& error) {
       EXPECT_STREQ(error.what(), "0");
     }
-    // A second caller works alone while the team is busy.
-    std::atomic<int> second{0};
-    parallel_for(3, 3, [&](std::size_t, std::size_t) {
-      std::thread([&] { parallel_for(4, 3, [&](std::size_t, std::size_t) { ++second; }); }).join();
-    });
-    EXPECT_EQ(second, 12);
+    EXPECT_EQ(team_calls, 2);
   }
-  secateur::set_team(nullptr);
+}
+
+TEST(Parallel, ASecondCallerDoesNotWaitForTheTeam) {
+  const Working working(&only_the_caller);
+  std::atomic<int> second{0};
+  parallel_for(3, 3, [&](std::size_t, std::size_t) {
+    std::thread([&] { parallel_for(4, 3, [&](std::size_t, std::size_t) { ++second; }); }).join();
+  });
+  EXPECT_EQ(second, 12);
+  EXPECT_EQ(team_calls, 1);
+}
+
+TEST(Parallel, ATeamThatFailsIsCalledAgain) {
+  const Working working(&one_that_fails);
+  for (int i = 1; i <= 2; ++i) {
+    std::atomic<int> runs{0};
+    EXPECT_THROW(parallel_for(4, 3, [&](std::size_t, std::size_t) { ++runs; }), std::runtime_error);
+    EXPECT_EQ(runs, 4);
+    EXPECT_EQ(team_calls, i);
+  }
 }
 
 // Whichever task throws first, the lowest is heard.

@@ -181,6 +181,51 @@ def test_merge_and_merge_with_itself():
     np.testing.assert_allclose(accumulator.sum(), 2 * q.sum((0, 1, 2)), atol=1e-12)
 
 
+def test_batches_and_merges_change_moments_little():
+    """float32 products are summed by batch, then in float64: 1e-6 by batch; merges add float64 sums, 1e-12."""
+    x = batch(13, 101, 33, dtype=torch.float32, seed=30) + 0.5
+    whole = core.MomentAccumulator(33)
+    whole.update(x)
+    scale = np.sqrt(np.diag(whole.second_moment()))
+    size = scale[:, None] * scale
+    for sizes in ([1] * 13, [5, 8], [2, 3, 8]):
+        straight, merged = core.MomentAccumulator(33), core.MomentAccumulator(33)
+        for part in x.split(sizes):
+            straight.update(part)
+            one = core.MomentAccumulator(33)
+            one.update(part)
+            merged.merge(one)
+        assert np.abs(straight.second_moment() - whole.second_moment()).max() <= (1e-6 * size).min()
+        assert np.abs(merged.second_moment() - straight.second_moment()).max() <= (1e-12 * size).min()
+        np.testing.assert_allclose(straight.sum(), whole.sum(), rtol=1e-6)
+        np.testing.assert_allclose(merged.sum(), straight.sum(), rtol=1e-12)
+        assert straight.rows == merged.rows == whole.rows == 13 * 101
+
+
+def test_rows_are_normalised_and_strided_as_asked():
+    x = batch(5, 9, 14, dtype=torch.float16, seed=31) * 3 + 7
+    exact = x.double()
+    for norm, centred in (("rms", exact), ("layer", exact - exact.mean(-1, keepdim=True))):
+        unit = centred * 14**0.5 / centred.norm(dim=-1, keepdim=True)
+        chosen = torch.cat([unit[b, (b + 2) % 4 :: 4] for b in range(5)])
+        accumulator = core.MomentAccumulator(14)
+        accumulator.update(x, norm=norm, stride=4, phase=2)
+        assert accumulator.rows == len(chosen)
+        np.testing.assert_allclose(accumulator.second_moment(), chosen.T @ chosen, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(accumulator.sum(), chosen.sum(0), rtol=1e-5, atol=1e-5)
+    accumulator = core.MomentAccumulator(14, name="norm1")
+    for arguments, text in (
+        ({"norm": "batch"}, "norm: expected 'none', 'rms' or 'layer', got 'batch'"),
+        ({"stride": 0}, "norm1 stride: expected 1 to 2147483648, got 0"),
+        ({"stride": 2, "phase": -1}, "norm1 phase: expected at least 0, got -1"),
+    ):
+        with pytest.raises(errors.InvalidArgument, match=text):
+            accumulator.update(x, **arguments)
+    with pytest.raises(errors.InvalidArgument, match="norm1 x: expected shape .images, tokens, dim. with a stride"):
+        accumulator.update(x[0], stride=2)
+    assert accumulator.rows == 0
+
+
 # --- state -------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ def three_threads():
     runtime.set_threads(3)
     yield
     runtime.set_threads(before)
-    sc.core.use_torch_threads()
+    runtime.set_team("own")
 
 
 X = torch.randn(3, 50, 5, 24, generator=torch.Generator().manual_seed(0))
@@ -55,6 +55,38 @@ def test_an_unknown_team_is_refused():
         runtime.set_team("tbb")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize(("team", "more"), [("openmp", 0), ("own", 1)])
+def test_whose_threads_they_are(team, more):
+    """On torch's threads no other is started; there are as many of them as of torch's."""
+    script = f"""
+import os, numpy as np, torch, secateur as sc
+torch.set_num_threads(2)
+sc.core.runtime.set_threads(2)
+torch.randn(1000, 1000) @ torch.randn(1000, 1000)
+before = set(os.listdir("/proc/self/task"))
+sc.core.runtime.set_team({team!r})
+sc.core.MomentAccumulator(300).update(np.ones((1000, 300)))
+print(len(set(os.listdir("/proc/self/task")) - before))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert int(result.stdout) == more
+
+
+def test_torch_threads_are_for_the_block(three_threads):
+    with sc.core.torch_threads():
+        assert (runtime.team(), runtime.threads()) == ("openmp", torch.get_num_threads())
+    assert (runtime.team(), runtime.threads()) == ("own", 3)
+
+    def fail():
+        with sc.core.torch_threads():
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert (runtime.team(), runtime.threads()) == ("own", 3)
+
+
 def _in_a_child(queue):
     queue.put(sums())
 
@@ -66,12 +98,13 @@ def test_a_forked_child_works_on_threads_of_its_own(three_threads):
     expected = sums()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(target=_in_a_child, args=(queue,))
+    child = context.Process(target=_in_a_child, args=(queue,), daemon=True)
     child.start()
-    results = queue.get(timeout=60)
-    child.join(60)
-    child.kill()
-    assert child.exitcode == 0
+    try:
+        results = queue.get(timeout=60)
+    finally:
+        child.join(10)
+        child.kill()
     for left, right in zip(expected, results, strict=True):
         np.testing.assert_array_equal(left, right)
 

@@ -37,13 +37,13 @@ def same_lowest_half(mine, theirs):
         np.testing.assert_array_equal(lowest[clear], (exact < threshold)[clear])
 
 
-def check(q, k, least=1.0):
+def check(q, k, least=1.0, gamma=GAMMA):
     """All that the definition asks of a batch; at least ``least`` of its heads and images are well defined."""
-    exact, defined = literal(q, k)
+    exact, defined = literal(q, k, gamma)
     assert defined.double().mean() >= least
     # A head counts where all of its images do.
     heads = defined.all(0).numpy()
-    scorer = sc.core.AttentionScorer(*q.shape[2:], GAMMA)
+    scorer = sc.core.AttentionScorer(*q.shape[2:], gamma)
     scorer.update(q, k)
     mine, theirs = scorer.scores()[heads], exact.mean(0).numpy()[heads]
     assert len(mine) > 0
@@ -111,5 +111,6 @@ def test_a_randomly_initialised_vit():
 def test_a_trained_vit(digits_model, digits_images):
     for q, k in queries_and_keys(digits_model, digits_images[:24]):
         check(q, k, least=0.95)
+        check(q, k, least=0.95, gamma=16)
         # The offsets of trained heads on top: what every token shares.
         check(q + 1000, k + 1000, least=0.5)

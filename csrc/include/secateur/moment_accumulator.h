@@ -19,8 +19,8 @@ struct RowOptions {
   RowNorm norm = RowNorm::none;
   /// Above 1, the batch is (images, tokens, dim), and image b gives the tokens n ≡ phase + b
   /// (mod stride) alone.
-  std::int64_t stride = 1;
-  std::int64_t phase = 0;  ///< at least 0
+  std::int64_t stride = 1;  ///< at most 2^31
+  std::int64_t phase = 0;   ///< at least 0
 };
 
 struct MomentAccumulatorState {
@@ -64,7 +64,7 @@ class SECATEUR_API MomentAccumulator {
 
  private:
   std::string label(const char* argument) const;
-  double check_magnitudes(const TensorView& x) const;
+  void check_magnitudes(const TensorView& x) const;
 
   std::int64_t dim_;
   std::string name_;

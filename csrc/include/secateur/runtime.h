@@ -24,7 +24,7 @@ SECATEUR_API int threads();
 SECATEUR_API void set_threads(int n);
 
 /// Calls body(data) on up to `threads` threads at once, the caller's among them, and returns when
-/// all calls have. One thread is enough, and no call may fail.
+/// all calls have. One thread is enough. `body` does not throw.
 using Team = void (*)(void (*body)(void*), void* data, int threads);
 
 /// Has the library work on a program's own threads in place of its own, which sleep between calls;
@@ -32,6 +32,9 @@ using Team = void (*)(void (*body)(void*), void* data, int threads);
 /// pools on the same cores then stand in each other's way. Results do not depend on it. A forked
 /// child begins with the library's own.
 SECATEUR_API void set_team(Team team);
+
+/// What set_team() was last given in this process; nullptr from the start.
+SECATEUR_API Team team();
 
 /// "major.minor.patch".
 SECATEUR_API std::string version();
