@@ -101,6 +101,7 @@ def test_calibrate_against_the_forward_pass(
 
     if team == "own":
         monkeypatch.setattr(sc.core, "torch_threads", nullcontext)
+        sc.core.runtime.set_team("own")
     threads = "torch's threads" if team == "openmp" else "threads of its own"
     what = f"calibrate({name}) on {threads} ÷ forward"
     paired(what, lambda: sc.calibrate(model, batches, gamma=GAMMA, **arguments), forward)

@@ -85,8 +85,8 @@ def paired(benchmark: BenchmarkFixture) -> Generator[Paired, None, None]:
     """Paired timing with the agreed number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
-    sc.core.runtime.set_threads(THREADS)
-    yield Paired(benchmark)
+    with sc.core.torch_threads():
+        yield Paired(benchmark)
     torch.set_num_threads(before)
 
 

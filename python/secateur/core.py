@@ -34,8 +34,9 @@ __all__ = [
 def torch_threads() -> Iterator[None]:
     """Work on as many threads as torch does while the block runs, and on torch's own where they are OpenMP's.
 
-    torch's threads spin for a while after each of its operations, and threads of the core's own would have to share the
-    cores with them.
+    For scripts that call the core between operations of torch: torch's threads spin for a while after each, and threads
+    of the core's own, which it works on outside of such a block, have to share the cores with them. Not for a forked
+    child whose parent has used torch's threads: there torch cannot use them either.
     """
     threads, team = runtime.threads(), runtime.team()
     runtime.set_threads(torch.get_num_threads())
