@@ -1,7 +1,7 @@
 // SNP's ω (see score.cc) for as many small matrices as a vector has doubles, one in each lane.
 // Every step is the same for all lanes and every choice a blend, so that a lane's result does not
-// depend on its neighbours. The leading eigenvalues come from bisection, which needs no division
-// and cannot fail; their vectors from twisted factorisations (Dhillon and Parlett 2004).
+// depend on its neighbours. The leading eigenvalues come from bisection, which needs next to no
+// division and cannot fail; their vectors from twisted factorisations (Dhillon and Parlett 2004).
 #include "vec.h"
 
 namespace secateur::cpu {
@@ -101,8 +101,9 @@ void cholesky(V* a, size_t n, size_t ld) {
 inline void multiply_symmetric(const V* g, size_t n, size_t ld, size_t i, size_t first, const V* b,
                                size_t b_step, V (&sum)[kTileRows][kTile]) {
   const size_t end = i + kTileRows;
-  if (first < end)
+  if (first < end) {
     multiply(g + i * ld + first, ld, 1, b + first * b_step, 1, b_step, end - first, sum);
+  }
   const size_t next = first > end ? first : end;
   multiply(g + next * ld + i, 1, ld, b + next * b_step, 1, b_step, n - next, sum);
 }
