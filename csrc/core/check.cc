@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdio>
+#include <limits>
 #include <utility>
 
 #include "../cpu/dispatch.h"
@@ -14,6 +15,38 @@ namespace {
 
 // Elements that are worth a task of their own.
 constexpr std::size_t kScanTask = std::size_t{1} << 16;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+/// Of rows along the last axis; a view without axes is one row of one element.
+std::size_t row_length(const TensorView& view) {
+  return view.rank() == 0 ? 1 : static_cast<std::size_t>(view.shape[view.rank() - 1]);
+}
+std::int64_t row_stride(const TensorView& view) {
+  return view.rank() == 0 ? 1 : view.strides[view.rank() - 1];
+}
+
+/// Whether the row at this offset is finite; raises *peak to its largest magnitude.
+bool scan_row(const TensorView& view, std::int64_t offset, double* peak) {
+  const auto scan = cpu::kernels().panel.scan[static_cast<std::size_t>(view.dtype)];
+  const auto size = static_cast<std::int64_t>(item_size(view.dtype));
+  return scan(static_cast<const char*>(view.data) + offset * size, row_stride(view),
+              row_length(view), peak);
+}
+
+/// How far apart M_ij and M_ji may be, relative to sqrt(M_ii M_jj).
+double asymmetry(DType dtype) {
+  switch (dtype) {
+    case DType::f16:
+      return 0x1p-7;
+    case DType::bf16:
+      return 0x1p-4;
+    case DType::f32:
+    case DType::f64:
+      break;
+  }
+  return 1e-4;
+}
 
 [[noreturn]] void fail_at(const TensorView& view, const std::string& argument,
                           const std::vector<std::string>& axes, std::int64_t index, double value) {
@@ -62,25 +95,6 @@ std::string number(double value) {
 
 std::string place(std::size_t row, std::size_t column) {
   return " at (row " + std::to_string(row) + ", column " + std::to_string(column) + ")";
-}
-
-double asymmetry(DType dtype) {
-  switch (dtype) {
-    case DType::f16:
-      return 0x1p-7;
-    case DType::bf16:
-      return 0x1p-4;
-    case DType::f32:
-    case DType::f64:
-      break;
-  }
-  return 1e-4;
-}
-
-void fail_asymmetric(const std::string& argument, std::size_t i, std::size_t j, double upper,
-                     double lower) {
-  fail<InvalidArgument>(argument, "a symmetric matrix",
-                        number(upper) + place(i, j) + " and " + number(lower) + place(j, i));
 }
 
 void check_at_least(std::int64_t value, std::int64_t low, const std::string& argument) {
@@ -138,41 +152,88 @@ std::vector<std::int64_t> offsets(const TensorGeometry& view, std::size_t axes) 
   return result;
 }
 
+double scan_rows(const TensorView& view, const std::vector<std::int64_t>& rows) {
+  const std::size_t length = row_length(view);
+  const std::size_t step = std::max<std::size_t>(1, kScanTask / length);
+  const std::size_t tasks = (rows.size() + step - 1) / step, slots = parallel_slots();
+  std::vector<double> peaks(slots, 0.0);
+  parallel_for(tasks, slots, [&](std::size_t task, std::size_t slot) {
+    const std::size_t end = std::min(rows.size(), (task + 1) * step);
+    for (std::size_t row = task * step; row < end; ++row) {
+      if (!scan_row(view, rows[row], &peaks[slot])) peaks[slot] = kInfinity;
+    }
+  });
+  return *std::max_element(peaks.begin(), peaks.end());
+}
+
 double check_finite(const TensorView& view, const std::string& argument,
                     const std::vector<std::string>& axes) {
   if (view.numel() == 0) return 0;
-  const std::size_t last = view.rank() == 0 ? 0 : view.rank() - 1;
-  const std::vector<std::int64_t> rows = offsets(view, last);
-  const std::size_t length = view.rank() == 0 ? 1 : static_cast<std::size_t>(view.shape[last]);
-  const std::int64_t stride = view.rank() == 0 ? 1 : view.strides[last];
-  const std::size_t size = item_size(view.dtype);
-  const auto scan = cpu::kernels().panel.scan[static_cast<std::size_t>(view.dtype)];
-  const auto row_is_finite = [&](std::size_t row, double* peak) {
-    const char* at =
-        static_cast<const char*>(view.data) + rows[row] * static_cast<std::int64_t>(size);
-    return scan(at, stride, length, peak);
-  };
+  const std::vector<std::int64_t> rows = offsets(view, view.rank() == 0 ? 0 : view.rank() - 1);
+  const double largest = scan_rows(view, rows);
+  if (std::isfinite(largest)) return largest;
 
-  const std::size_t step = std::max<std::size_t>(1, kScanTask / length);
-  const std::size_t tasks = (rows.size() + step - 1) / step;
-  std::vector<double> peaks(tasks, 0.0);
-  std::atomic<bool> finite{true};
-  parallel_for(tasks, parallel_slots(), [&](std::size_t task, std::size_t) {
-    const std::size_t end = std::min(rows.size(), (task + 1) * step);
-    for (std::size_t row = task * step; row < end; ++row) {
-      if (!row_is_finite(row, &peaks[task])) finite.store(false, std::memory_order_relaxed);
-    }
-  });
-  if (finite) return *std::max_element(peaks.begin(), peaks.end());
-
+  const std::int64_t stride = row_stride(view);
   for (std::size_t row = 0;; ++row) {
     double peak = 0;
-    if (row_is_finite(row, &peak)) continue;
+    if (scan_row(view, rows[row], &peak)) continue;
     for (std::size_t i = 0;; ++i) {
       double value = 0;
       read(view, rows[row] + static_cast<std::int64_t>(i) * stride, stride, 1, &value);
       if (!std::isfinite(value)) {
-        fail_at(view, argument, axes, static_cast<std::int64_t>(row * length + i), value);
+        fail_at(view, argument, axes, static_cast<std::int64_t>(row * row_length(view) + i), value);
+      }
+    }
+  }
+}
+
+void check_symmetric(const TensorView& matrix, const std::string& argument,
+                     const std::vector<double>& norms) {
+  constexpr std::size_t kPanel = cpu::kPanelF64;
+  const std::size_t n = norms.size(), panels = (n + kPanel - 1) / kPanel;
+  std::vector<double> root(panels * kPanel, 0.0), limit(root);
+  std::vector<std::int64_t> down(n), across(n);
+  for (std::size_t i = 0; i < n; ++i) {
+    root[i] = norms[i];
+    limit[i] = asymmetry(matrix.dtype) * norms[i];
+    down[i] = static_cast<std::int64_t>(i) * matrix.strides[0];
+    across[i] = static_cast<std::int64_t>(i) * matrix.strides[1];
+  }
+
+  // Both triangles in one pass; the fault is looked for where there is one.
+  const auto pack = cpu::kernels().panel.pack_f64[static_cast<std::size_t>(matrix.dtype)];
+  const auto symmetric = cpu::kernels().panel.symmetric;
+  const bool unit = matrix.strides[1] == 1;
+  const auto square = [&](std::size_t p, std::size_t q, double* out) {
+    const std::size_t top = p * kPanel, left = q * kPanel;
+    const char* base =
+        static_cast<const char*>(matrix.data) + (unit ? left * item_size(matrix.dtype) : 0);
+    pack(base, down.data() + top, std::min(kPanel, n - top), unit ? nullptr : across.data() + left,
+         std::min(kPanel, n - left), out);
+  };
+  std::atomic<bool> sound{true};
+  parallel_for(panels, parallel_slots(), [&](std::size_t p, std::size_t) {
+    for (std::size_t q = p; q < panels; ++q) {
+      double upper[kPanel * kPanel] = {}, lower[kPanel * kPanel] = {};
+      square(p, q, upper);
+      square(q, p, lower);
+      if (!symmetric(upper, lower, limit.data() + p * kPanel, root.data() + q * kPanel)) {
+        sound.store(false, std::memory_order_relaxed);
+      }
+    }
+  });
+  if (sound) return;
+
+  check_finite(matrix, argument, {"row", "column"});
+  std::vector<double> row(n), column(n);
+  for (std::size_t i = 0; i < n; ++i) {
+    read(matrix, down[i], matrix.strides[1], n, row.data());
+    read(matrix, across[i], matrix.strides[0], n, column.data());
+    for (std::size_t j = i + 1; j < n; ++j) {
+      if (!(std::fabs(row[j] - column[j]) <= limit[i] * root[j])) {
+        fail<InvalidArgument>(
+            argument, "a symmetric matrix",
+            number(row[j]) + place(i, j) + " and " + number(column[j]) + place(j, i));
       }
     }
   }

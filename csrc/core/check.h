@@ -36,13 +36,12 @@ std::string number(double value);
 /// " at (row 1, column 2)".
 std::string place(std::size_t row, std::size_t column);
 
-/// How far apart M_ij and M_ji may be, relative to sqrt(M_ii M_jj): rounding of a matrix that
-/// somebody computed in float32, or stored in 16 bits, but no other.
-double asymmetry(DType dtype);
-
-/// Refuses a matrix whose elements (i, j) and (j, i) are `upper` and `lower`.
-[[noreturn]] void fail_asymmetric(const std::string& argument, std::size_t i, std::size_t j,
-                                  double upper, double lower);
+/// Refuses a square matrix whose elements (i, j) and (j, i) lie further apart, relative to
+/// norms[i] norms[j] (the roots of its diagonal), than rounding of a matrix that somebody computed
+/// in float32 or stored in 16 bits puts them; before that, NaN and Inf. Names the first. The view
+/// has been checked.
+void check_symmetric(const TensorView& matrix, const std::string& argument,
+                     const std::vector<double>& norms);
 
 /// A vector of a saved state: its size, and that every value is finite.
 void check_sums(const std::vector<double>& values, std::size_t size, const std::string& argument);
@@ -52,6 +51,10 @@ void check_sums(const std::vector<double>& values, std::size_t size, const std::
 /// The view has been checked.
 double check_finite(const TensorView& view, const std::string& argument,
                     const std::vector<std::string>& axes);
+
+/// The largest magnitude in rows along the view's last axis that begin at these offsets (in
+/// elements), or Inf when not all of it is finite. The view has been checked.
+double scan_rows(const TensorView& view, const std::vector<std::int64_t>& rows);
 
 /// Reads `count` elements, the first at `offset`, `stride` apart (in elements), as doubles.
 void read(const TensorView& view, std::int64_t offset, std::int64_t stride, std::size_t count,

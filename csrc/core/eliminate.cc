@@ -371,66 +371,20 @@ Elimination Eliminator::run() {
   return result;
 }
 
-/// Refuses an inverse for the first fault: not finite, not symmetric, a diagonal not above 0.
+/// Refuses an inverse for the first fault: not finite, a diagonal not above 0, not symmetric.
 /// Returns the diagonal. The view has been checked.
 std::vector<double> check_inverse(const TensorView& inverse) {
   const auto n = static_cast<std::size_t>(inverse.shape[0]);
-  const double tolerance = asymmetry(inverse.dtype);
-  std::vector<double> diagonal(n), root(whole_panels(n) * kPanel, 0.0), limit(root);
+  std::vector<double> diagonal(n), norms(n);
   read(inverse, 0, inverse.strides[0] + inverse.strides[1], n, diagonal.data());
-  bool positive = true;
-  for (std::size_t i = 0; i < n; ++i) {
-    positive = positive && diagonal[i] > 0;
-    root[i] = std::sqrt(diagonal[i]);
-    limit[i] = tolerance * root[i];
-  }
-
-  // Both triangles in one pass; the fault is looked for where there is one.
-  const auto pack = cpu::kernels().panel.pack_f64[static_cast<std::size_t>(inverse.dtype)];
-  const auto symmetric = cpu::kernels().eliminate.symmetric;
-  const bool unit = inverse.strides[1] == 1;
-  const std::size_t size = item_size(inverse.dtype), panels = whole_panels(n);
-  std::vector<std::int64_t> down(n), across(n);
-  for (std::size_t i = 0; i < n; ++i) {
-    down[i] = static_cast<std::int64_t>(i) * inverse.strides[0];
-    across[i] = static_cast<std::int64_t>(i) * inverse.strides[1];
-  }
-  const auto square = [&](std::size_t p, std::size_t q, double* out) {
-    const std::size_t top = p * kPanel, left = q * kPanel;
-    const char* base = static_cast<const char*>(inverse.data) + (unit ? left * size : 0);
-    pack(base, down.data() + top, std::min(kPanel, n - top), unit ? nullptr : across.data() + left,
-         std::min(kPanel, n - left), out);
-  };
-  std::vector<char> sound(panels, 1);
-  parallel_for(panels, parallel_slots(), [&](std::size_t p, std::size_t) {
-    for (std::size_t q = p; q < panels; ++q) {
-      double upper[kTile] = {}, lower[kTile] = {};
-      square(p, q, upper);
-      square(q, p, lower);
-      if (!symmetric(upper, lower, limit.data() + p * kPanel, root.data() + q * kPanel)) {
-        sound[p] = 0;
-      }
-    }
-  });
-  const bool whole = std::count(sound.begin(), sound.end(), 0) == 0;
-  if (positive && whole) return diagonal;
-
-  check_finite(inverse, "inverse", {"row", "column"});
   for (std::size_t i = 0; i < n; ++i) {
     if (!(diagonal[i] > 0)) {
+      check_finite(inverse, "inverse", {"row", "column"});
       fail<InvalidArgument>("inverse", "a diagonal above 0", number(diagonal[i]) + place(i, i));
     }
+    norms[i] = std::sqrt(diagonal[i]);
   }
-  std::vector<double> row(n), column(n);
-  for (std::size_t i = 0; i < n; ++i) {
-    read(inverse, down[i], inverse.strides[1], n, row.data());
-    read(inverse, across[i], inverse.strides[0], n, column.data());
-    for (std::size_t j = i + 1; j < n; ++j) {
-      if (!(std::fabs(row[j] - column[j]) <= limit[i] * root[j])) {
-        fail_asymmetric("inverse", i, j, row[j], column[j]);
-      }
-    }
-  }
+  check_symmetric(inverse, "inverse", norms);
   return diagonal;
 }
 

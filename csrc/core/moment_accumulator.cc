@@ -77,10 +77,6 @@ struct Rows {
   std::vector<double> mean, factor;  ///< what RowNorm takes from each; empty for RowNorm::none
 
   std::size_t size() const { return offsets.size(); }
-  const void* at(std::size_t row) const {
-    return static_cast<const char*>(view.data) +
-           offsets[row] * static_cast<std::int64_t>(item_size(view.dtype));
-  }
 };
 
 /// Packs a chunk of rows at a time into panels, and adds their products to the state.
@@ -225,38 +221,22 @@ bool take_norms(bool center, Rows& rows) {
   const TensorView& x = rows.view;
   const auto row_norm = cpu::kernels().panel.row_norm[static_cast<std::size_t>(x.dtype)];
   const std::size_t last = x.rank() - 1;
+  const auto size = static_cast<std::int64_t>(item_size(x.dtype));
   rows.mean.resize(rows.size());
   rows.factor.resize(rows.size());
   std::atomic<bool> finite{true};
-  parallel_for(
-      (rows.size() + kRows - 1) / kRows, parallel_slots(), [&](std::size_t task, std::size_t) {
-        const std::size_t end = std::min(rows.size(), (task + 1) * kRows);
-        for (std::size_t r = task * kRows; r < end; ++r) {
-          if (!row_norm(rows.at(r), x.strides[last], static_cast<std::size_t>(x.shape[last]),
-                        center, &rows.mean[r], &rows.factor[r])) {
-            finite.store(false, std::memory_order_relaxed);
-          }
-        }
-      });
+  parallel_for((rows.size() + kRows - 1) / kRows, parallel_slots(),
+               [&](std::size_t task, std::size_t) {
+                 const std::size_t end = std::min(rows.size(), (task + 1) * kRows);
+                 for (std::size_t r = task * kRows; r < end; ++r) {
+                   const char* row = static_cast<const char*>(x.data) + rows.offsets[r] * size;
+                   if (!row_norm(row, x.strides[last], static_cast<std::size_t>(x.shape[last]),
+                                 center, &rows.mean[r], &rows.factor[r])) {
+                     finite.store(false, std::memory_order_relaxed);
+                   }
+                 }
+               });
   return finite;
-}
-
-/// The largest magnitude of the rows, or Inf when not all of it is finite.
-double scan_rows(const Rows& rows) {
-  const TensorView& x = rows.view;
-  const auto scan = cpu::kernels().panel.scan[static_cast<std::size_t>(x.dtype)];
-  const std::size_t last = x.rank() - 1, slots = parallel_slots();
-  std::vector<double> peaks(slots, 0.0);
-  parallel_for((rows.size() + kRows - 1) / kRows, slots, [&](std::size_t task, std::size_t slot) {
-    const std::size_t end = std::min(rows.size(), (task + 1) * kRows);
-    for (std::size_t r = task * kRows; r < end; ++r) {
-      if (!scan(rows.at(r), x.strides[last], static_cast<std::size_t>(x.shape[last]),
-                &peaks[slot])) {
-        peaks[slot] = kInfinity;
-      }
-    }
-  });
-  return *std::max_element(peaks.begin(), peaks.end());
 }
 
 /// Offsets of the tokens n ≡ phase + b (mod stride) of image b, for all images.
@@ -317,7 +297,7 @@ void MomentAccumulator::update(const TensorView& x, const RowOptions& options) {
   if (norm != RowNorm::none) {
     if (!take_norms(norm == RowNorm::layer, rows)) check_magnitudes(x);
   } else if (!one) {
-    peak = scan_rows(rows);
+    peak = scan_rows(x, rows.offsets);
     if (!(peak <= kMaxMagnitude)) check_magnitudes(x);
   }
   if (x.dtype != DType::f64) {

@@ -7,18 +7,6 @@ namespace {
 constexpr size_t kWidth = 2 * kLanes<double>;
 static_assert(kPanelF64 % kWidth == 0, "chunks tile the panel");
 
-bool symmetric(const double* upper, const double* lower, const double* row_limits,
-               const double* column_limits) {
-  int64_t beyond = 0;
-  for (size_t i = 0; i < kPanelF64; ++i) {
-    for (size_t j = 0; j < kPanelF64; ++j) {
-      const double apart = __builtin_fabs(upper[i * kPanelF64 + j] - lower[j * kPanelF64 + i]);
-      beyond |= apart <= row_limits[i] * column_limits[j] ? 0 : 1;
-    }
-  }
-  return beyond == 0;
-}
-
 // poison stays 0 until something that is not finite is added: x - x is NaN then.
 bool peaks(const double* panel, size_t rows, double* out) {
   double top[kPanelF64] = {}, poison[kPanelF64] = {};
@@ -104,6 +92,6 @@ bool remove(const Removal& x) {
 
 }  // namespace
 
-const EliminateKernels SECATEUR_TABLE(eliminate) = {symmetric, peaks, squares, weights_row, remove};
+const EliminateKernels SECATEUR_TABLE(eliminate) = {peaks, squares, weights_row, remove};
 
 }  // namespace secateur::cpu

@@ -39,6 +39,11 @@ struct PanelKernels {
   void (*normalise_f64)(double* panel, size_t rows, const double* mean, const double* factor);
   void (*normalise_f32)(float* panel, size_t rows, const double* mean, const double* factor);
 
+  // Whether |upper[i, j] - lower[j, i]| <= row_limits[i] column_limits[j] all over two squares of
+  // kPanelF64; false with a NaN.
+  bool (*symmetric)(const double* upper, const double* lower, const double* row_limits,
+                    const double* column_limits);
+
   // Multiplies the panel by `factor`.
   void (*scale)(double* panel, size_t rows, double factor);
   // Subtracts each column's mean, which it leaves in mean[kPanelF64].
@@ -124,10 +129,6 @@ struct Removal {
 };
 
 struct EliminateKernels {
-  // Whether |upper[i, j] - lower[j, i]| <= row_limits[i] column_limits[j] all over two squares of
-  // kPanelF64; false with a NaN.
-  bool (*symmetric)(const double* upper, const double* lower, const double* row_limits,
-                    const double* column_limits);
   // Each column's largest magnitude; false when one is not finite.
   bool (*peaks)(const double* panel, size_t rows, double* out);
   // Each column's sum of squares.

@@ -150,6 +150,18 @@ void pack(const void* src, const int64_t* rows, size_t row_count, const int64_t*
   }
 }
 
+bool symmetric(const double* upper, const double* lower, const double* row_limits,
+               const double* column_limits) {
+  int64_t beyond = 0;
+  for (size_t i = 0; i < kPanelF64; ++i) {
+    for (size_t j = 0; j < kPanelF64; ++j) {
+      const double apart = __builtin_fabs(upper[i * kPanelF64 + j] - lower[j * kPanelF64 + i]);
+      beyond |= apart <= row_limits[i] * column_limits[j] ? 0 : 1;
+    }
+  }
+  return beyond == 0;
+}
+
 void scale(double* panel, size_t rows, double factor) {
   for (size_t i = 0; i < rows * kPanelF64; ++i) panel[i] *= factor;
 }
@@ -184,6 +196,7 @@ const PanelKernels SECATEUR_TABLE(panel) = {
     {row_norm<float>, row_norm<Half>, row_norm<BFloat>, row_norm<double>},
     normalise<double, kPanelF64>,
     normalise<float, kPanelF32>,
+    symmetric,
     scale,
     center,
     column_sums<double, kPanelF64>,
