@@ -10,48 +10,14 @@ import secateur as sc
 import timm
 import torch
 from models import images, make
+from scores import mean_scores, queries_and_keys
 from torch import nn
-
-
-def literal_importance(q, k, gamma):
-    """ω by its definition: the SVD of each head's N x N score map, in float64; q, k (B, N, H, d)."""
-    q, k = q.double().transpose(1, 2), k.double().transpose(1, 2)
-    tokens, dim = q.shape[-2:]
-    scores = torch.zeros(q.shape[1], dim, dtype=torch.float64)
-    for qi, ki in zip(q, k, strict=True):
-        u, s, vh = torch.linalg.svd(qi @ ki.transpose(-1, -2))
-        count = min(gamma, tokens, dim)
-        counted = (s[:, :count] > 1e-7 * s[:, :1]) & (s[:, :1] > 0)
-        qn = qi / qi.norm(dim=1, keepdim=True).clamp_min(1e-300)
-        kn = ki / ki.norm(dim=1, keepdim=True).clamp_min(1e-300)
-        terms = (u[..., :count].mT @ qn).abs() * (vh[:, :count] @ kn).abs()
-        scores += (terms * counted[..., None]).sum(1)
-    return scores / len(q)
-
-
-def queries_and_keys(model, x):
-    """What each block's attention sees, read by plain hooks: a list of (q, k), each (B, N, H, d)."""
-    seen = []
-
-    def on_qkv(module, args, output, attn):
-        q, k, _ = output.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)
-        seen.append([attn.q_norm(q), attn.k_norm(k)])
-
-    handles = [
-        block.attn.qkv.register_forward_hook(lambda m, a, o, attn=block.attn: on_qkv(m, a, o, attn))
-        for block in model.blocks
-    ]
-    with torch.no_grad():
-        model(x)
-    for handle in handles:
-        handle.remove()
-    return seen
 
 
 def assert_scores(model, x, gamma):
     stats = sc.calibrate(model, [x], gamma=gamma, collect="scores")
     for block, (q, k) in enumerate(queries_and_keys(model, x)):
-        expected = literal_importance(q, k, gamma).numpy()
+        expected = mean_scores(q, k, gamma)
         np.testing.assert_allclose(stats.importance(f"blocks.{block}.qk"), expected, rtol=0, atol=1e-5)
         assert np.abs(stats.importance(f"blocks.{block}.qk") - expected).max() <= 1e-3 * expected.std()
 
@@ -77,8 +43,8 @@ def test_scores_of_a_pruned_model(digits_model, digits_images):
     with torch.no_grad():
         x = digits_model.blocks[0].norm1(digits_model._pos_embed(digits_model.patch_embed(digits_images)))
         q, k, v = attn.qkv(x).split([3 * attn.qk_dim, 3 * attn.qk_dim, 3 * attn.v_dim], dim=-1)
-    expected = literal_importance(q.unflatten(-1, (3, -1)), k.unflatten(-1, (3, -1)), 8)
-    np.testing.assert_allclose(again.importance("blocks.0.qk"), expected.numpy(), atol=1e-5)
+    expected = mean_scores(q.unflatten(-1, (3, -1)), k.unflatten(-1, (3, -1)), 8)
+    np.testing.assert_allclose(again.importance("blocks.0.qk"), expected, atol=1e-5)
     moments = again.moments("blocks.0.v")
     flat = v.double().flatten(0, 1)
     np.testing.assert_allclose(moments.second, (flat.T @ flat / len(flat)).numpy(), rtol=1e-4, atol=1e-5)
@@ -376,7 +342,7 @@ def test_models_of_other_dtypes(digits_model, digits_images, dtype):
     stats = sc.calibrate(digits_model.to(dtype), [digits_images[:4].float()])
     assert stats.settings.dtype == str(dtype).removeprefix("torch.")
     q, k = queries_and_keys(digits_model, digits_images[:4].to(dtype))[0]
-    np.testing.assert_allclose(stats.importance("blocks.0.qk"), literal_importance(q, k, 8).numpy(), atol=1e-5)
+    np.testing.assert_allclose(stats.importance("blocks.0.qk"), mean_scores(q, k, 8), atol=1e-5)
 
 
 def watched(model, x):
@@ -404,7 +370,7 @@ def errors(stats, qk, seen):
     """Of the importance, as a share of its spread over neurons, and of everything else in the Frobenius norm."""
     scores, sums = [], []
     for block, (q, k) in enumerate(qk):
-        expected = literal_importance(q, k, 8).numpy()
+        expected = mean_scores(q, k, 8)
         scores.append(np.abs(stats.importance(f"blocks.{block}.qk") - expected).max() / expected.std())
         q, k = q.transpose(1, 2), (k - k.mean(1, keepdim=True)).transpose(1, 2)
         gq, gk = q.mT @ q, k.mT @ k
@@ -472,6 +438,6 @@ def test_one_image_and_few_tokens(shape):
     x = images(model, 1)
     stats = sc.calibrate(model, [x])
     q, k = queries_and_keys(model, x)[0]
-    np.testing.assert_allclose(stats.importance("blocks.0.qk"), literal_importance(q, k, 8).numpy(), atol=1e-5)
+    np.testing.assert_allclose(stats.importance("blocks.0.qk"), mean_scores(q, k, 8), atol=1e-5)
     sc.prune(model, sc.plan(model, stats, ratios={"qk": 0.5, "v": 0.5, "ffn": 0.5, "width": 0.5}))
     assert model(x).shape == (1, 7)

@@ -16,26 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scores import mean_scores
 from secateur import _core as core
 from secateur import errors
 
 EXTENSION = Path(core.__file__)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-
-
-def literal_scores(q, k, gamma):
-    """SNP's scores (H, d) by the N×N SVD; q, k (B, N, H, d) float64."""
-    images, tokens, heads, dim = q.shape
-    total = np.zeros((heads, dim))
-    for b in range(images):
-        for h in range(heads):
-            queries, keys = q[b, :, h], k[b, :, h]
-            u, s, vt = np.linalg.svd(queries @ keys.T)
-            leading = [j for j in range(min(gamma, tokens, dim)) if s[j] > 1e-7 * s[0]]
-            norms = np.linalg.norm(queries, axis=0) * np.linalg.norm(keys, axis=0)
-            for j in leading:
-                total[h] += np.abs(u[:, j] @ queries) * np.abs(vt[j] @ keys) / np.where(norms > 0, norms, 1)
-    return total / images
 
 
 def literal_similarity(rows):
@@ -95,7 +81,7 @@ def test_scores_are_the_literal_svds(dtype, offset):
     q, k = (batch(3, 40, 2, 24, seed=seed).add(offset).to(dtype) for seed in (1, 2))
     scorer = core.AttentionScorer(heads=2, head_dim=24)
     scorer.update(q, k)
-    expected = literal_scores(q.double().numpy(), k.double().numpy(), 8)
+    expected = mean_scores(q, k, 8)
     np.testing.assert_allclose(scorer.scores(), expected, atol=1e-9)
     assert scorer.scores().dtype == np.float64
     assert scorer.images == 3
@@ -106,7 +92,7 @@ def test_scores_of_odd_shapes(tokens, dim, gamma):
     q, k = batch(2, tokens, 3, dim, seed=3), batch(2, tokens, 3, dim, seed=4)
     scorer = core.AttentionScorer(3, dim, gamma)
     scorer.update(q, k)
-    np.testing.assert_allclose(scorer.scores(), literal_scores(q.numpy(), k.numpy(), gamma), atol=1e-9)
+    np.testing.assert_allclose(scorer.scores(), mean_scores(q, k, gamma), atol=1e-9)
 
 
 def test_strided_views_of_a_fused_qkv():
@@ -685,7 +671,7 @@ print(json.dumps([core.runtime.isa(), scorer.scores().tolist()]))
     name, scores = json.loads(result.stdout)
     assert name == isa
     q, k = np.random.default_rng(0).normal(size=(2, 2, 40, 3, 33))
-    np.testing.assert_allclose(scores, literal_scores(q, k, 8), atol=1e-11)
+    np.testing.assert_allclose(scores, mean_scores(q, k, 8), atol=1e-11)
 
 
 def test_an_unknown_instruction_set_stops_the_import():

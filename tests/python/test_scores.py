@@ -7,23 +7,9 @@ import pytest
 import secateur as sc
 import timm
 import torch
+from scores import literal_scores, queries_and_keys
 
 GAMMA = 8
-
-
-def literal(q, k, gamma=GAMMA):
-    """ω of every image and head (B, H, d) from the map's SVD, and whether it is well defined there (B, H)."""
-    q, k = (x.double().transpose(1, 2) for x in (q, k))
-    limit = min(gamma, *q.shape[2:])
-    u, s, vh = torch.linalg.svd(q @ k.mT)
-    u, vh = u[..., :limit], vh[..., :limit, :]
-    left, right = (u.mT @ q).abs(), (vh @ k).abs()
-    norms = q.norm(dim=2) * k.norm(dim=2)
-    counted = s[..., :limit] > 1e-7 * s[..., :1]
-    scores = (left * right * counted[..., None]).sum(2) / norms.where(norms > 0, torch.inf)
-    following = torch.nn.functional.pad(s, (0, 1))[..., 1 : limit + 1]
-    tied = counted & (s[..., :limit] - following < 1e-5 * s[..., :limit])
-    return scores, ~tied.any(-1)
 
 
 def same_lowest_half(mine, theirs):
@@ -39,7 +25,7 @@ def same_lowest_half(mine, theirs):
 
 def check(q, k, least=1.0, gamma=GAMMA):
     """All that the definition asks of a batch; at least ``least`` of its heads and images are well defined."""
-    exact, defined = literal(q, k, gamma)
+    exact, defined = literal_scores(q, k, gamma)
     assert defined.double().mean() >= least
     # A head counts where all of its images do.
     heads = defined.all(0).numpy()
@@ -56,18 +42,6 @@ def check(q, k, least=1.0, gamma=GAMMA):
 def random_pair(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-
-
-def queries_and_keys(model, images):
-    """Of each block, as the model computes them, (B, N, H, d) float32."""
-    found = []
-    handles = [block.attn.qkv.register_forward_hook(lambda _m, _a, o: found.append(o)) for block in model.blocks]
-    with torch.inference_mode():
-        model(images)
-    for handle in handles:
-        handle.remove()
-    heads = model.blocks[0].attn.num_heads
-    return [qkv.unflatten(-1, (3, heads, -1)).unbind(2)[:2] for qkv in found]
 
 
 # Heads as wide as ViTs have them and odd ones; fewer tokens than neurons, and more.
