@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from . import check, generators
-from .errors import InvalidArgument
+from .errors import InvalidArgument, Unsupported
 
 if TYPE_CHECKING:
     import os
@@ -165,7 +165,7 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
         """Return the number of batches in one pass."""
         if self.images is None:
             raise TypeError(f"the length of {self.description} is unknown")
-        return -(-self.images // self.batch_size)
+        return len(self._batches) if isinstance(self._batches, _Batches) else -(-self.images // self.batch_size)
 
     def __repr__(self) -> str:
         return f"ImageLoader({self.description}, images={self.images}, batch_size={self.batch_size})"
@@ -173,6 +173,24 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the order and augmentation of the next passes; the very next pass leaves out ``start`` batches."""
         self._batches.set_epoch(epoch, start)
+
+    def sharded(self, rank: int, ranks: int) -> ImageLoader:
+        """Return a loader of one rank's share; the batches of all ranks together are those of ``ranks * batch_size``.
+
+        Each pass gives every image to exactly one rank, as evenly as the last batch allows, except that a last batch
+        of fewer images than ranks is left out. ``images`` is the number of this rank. ``finetune`` does this itself.
+
+        Raises:
+            InvalidArgument: ``rank`` is not below ``ranks``.
+            Unsupported: a streamed data set, whose length and order are the reader's own.
+        """
+        rank, ranks = check.integer("rank", rank, 0), check.integer("ranks", ranks)
+        if rank >= ranks:
+            raise InvalidArgument(f"rank: expected less than the {ranks} ranks, got {rank}")
+        if isinstance(self._batches, _Stream):
+            raise Unsupported(f"loader: expected a data set that can be shared out, got the stream {self.description}")
+        batches = self._batches.sharded(rank, ranks)
+        return ImageLoader(batches, batches.images, self.batch_size, self.description)
 
 
 def loader(
@@ -375,29 +393,56 @@ def _hub(prefix: str, name: str, split: str, mode: str, seed: int, shuffle: bool
 
 
 class _Order:
-    """Batches of (epoch, image index), a function of seed and epoch."""
+    """Batches of (epoch, image index), a function of seed and epoch; of ``ranks`` equal shares the one of ``rank``."""
 
-    def __init__(self, available: int, batch_size: int, max_images: int | None, seed: int | None) -> None:
-        self.images = available if max_images is None else min(max_images, available)
+    def __init__(
+        self,
+        available: int,
+        batch_size: int,
+        max_images: int | None,
+        seed: int | None,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        self._images = available if max_images is None else min(max_images, available)
         self._available = available
         self._batch_size = batch_size
         self._seed = seed
+        self._rank = rank
+        self._ranks = ranks
         self.epoch = 0
         self.start = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        indices = torch.arange(self.images)
+        indices = torch.arange(self._images)
         if self._seed is not None:
             # Which images is the seed's choice, in which order the epoch's as well.
-            indices = _permutation(self._available, self._seed)[: self.images]
+            indices = _permutation(self._available, self._seed)[: self._images]
             if self.epoch > 0:
-                indices = indices[_permutation(self.images, self._seed, self.epoch)]
-        first, self.start = self.start * self._batch_size, 0
-        for begin in range(first, self.images, self._batch_size):
-            yield [(self.epoch, index) for index in indices[begin : begin + self._batch_size].tolist()]
+                indices = indices[_permutation(self._images, self._seed, self.epoch)]
+        first, self.start = self.start, 0
+        together = self._batch_size * self._ranks
+        for batch in range(first, len(self)):
+            shared = indices[batch * together : (batch + 1) * together]
+            yield [(self.epoch, index) for index in shared[self._rank :: self._ranks].tolist()]
 
     def __len__(self) -> int:
-        return -(-self.images // self._batch_size)
+        whole, rest = divmod(self._images, self._batch_size * self._ranks)
+        # No rank can train on an empty batch.
+        return whole + (rest >= self._ranks)
+
+    @property
+    def images(self) -> int:
+        """Of this rank, in one pass."""
+        whole, rest = divmod(self._images, self._batch_size * self._ranks)
+        last = -(-(rest - self._rank) // self._ranks) if rest >= self._ranks else 0
+        return whole * self._batch_size + last
+
+    def sharded(self, rank: int, ranks: int) -> _Order:
+        """Return the share of a rank, at the same epoch."""
+        order = _Order(self._available, self._batch_size, self._images, self._seed, rank, ranks)
+        order.epoch = self.epoch
+        return order
 
 
 def _permutation(count: int, *entropy: int) -> Tensor:
@@ -466,6 +511,8 @@ class _Batches:
     """A map-style source through torch's loader."""
 
     def __init__(self, dataset: _Images, order: _Order, workers: int) -> None:
+        self._dataset = dataset
+        self._workers = workers
         self._order = order
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
@@ -479,9 +526,19 @@ class _Batches:
     def __iter__(self) -> Iterator[Any]:
         return iter(self._loader)
 
+    def __len__(self) -> int:
+        return len(self._order)
+
     def set_epoch(self, epoch: int, start: int) -> None:
         self._order.epoch = epoch
         self._order.start = start
+
+    @property
+    def images(self) -> int:
+        return self._order.images
+
+    def sharded(self, rank: int, ranks: int) -> _Batches:
+        return _Batches(self._dataset, self._order.sharded(rank, ranks), self._workers)
 
 
 class _ByPosition:

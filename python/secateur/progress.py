@@ -19,16 +19,18 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(total: int | None, description: str = "", unit: str = "images") -> Generator[Advance, None, None]:
+def progress(
+    total: int | None, description: str = "", unit: str = "images", *, silent: bool = False
+) -> Generator[Advance, None, None]:
     """Show done / total, units per second and the remaining time on stderr while the block runs.
 
-    Nothing is written, and nothing is left behind, when stderr is not a terminal. ``total=None`` stands for an
-    unknown length: the bar pulses and no remaining time is given.
+    Nothing is written, and nothing is left behind, when stderr is not a terminal, or with ``silent``. ``total=None``
+    stands for an unknown length: the bar pulses and no remaining time is given.
     """
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if silent or not console.is_terminal:
         yield _ignore
         return
 
