@@ -31,6 +31,7 @@ from .errors import Error, InvalidArgument
 from .evaluate import evaluate as evaluate_
 from .evaluate import place_for
 from .finetune import finetune as finetune_
+from .ranks import first
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -157,6 +158,9 @@ class _Output:
         self.fields |= fields
 
     def flush(self) -> None:
+        # Of several ranks one speaks.
+        if not self.fields and not self._lines:
+            return
         if self._as_json:
             sys.stdout.write(json.dumps(self.fields) + "\n")
             return
@@ -482,6 +486,10 @@ def finetune(
     temperature: float = 2.0,
     alpha: Annotated[float | None, typer.Option(help="The teacher's share in the loss.")] = None,
     label_smoothing: float = 0.0,
+    mixup: Annotated[float, typer.Option(help="Alpha; 0 for none.")] = 0.0,
+    cutmix: Annotated[float, typer.Option(help="Alpha; 0 for none.")] = 0.0,
+    ema: Annotated[float | None, typer.Option(help="Decay of an average of the weights, which is saved.")] = None,
+    amp: Annotated[str | None, typer.Option(help="Mixed precision: bfloat16 or float16.")] = None,
     resume: Resume = None,
     checkpoint_every: Every = None,
     device: Device = None,
@@ -489,7 +497,10 @@ def finetune(
     _threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Train a model, with the dense one as teacher where given, and save it."""
+    """Train a model, with the dense one as teacher where given, and save it.
+
+    Under torchrun (torchrun --nproc-per-node N -m secateur finetune ...) each process takes batches of its own.
+    """
     if epochs is not None and steps is not None:
         raise typer.BadParameter("expected --epochs or --steps, got both")
     transform = {} if augment is None else _json_object(augment)
@@ -528,14 +539,19 @@ def finetune(
             temperature=temperature,
             alpha=alpha,
             label_smoothing=label_smoothing,
+            mixup=mixup,
+            cutmix=cutmix,
+            ema=ema,
+            amp=amp,
             val_loader=validation,
             resume=resume,
             checkpoint_every=checkpoint_every,
             seed=seed,
             device=device,
         )
-        save_(net, out)
-        output.show(f"{found} -> {out}", **asdict(found), file=str(out))
+        if first():
+            save_(net, out)
+            output.show(f"{found} -> {out}", **asdict(found), file=str(out))
 
 
 @app.command()
