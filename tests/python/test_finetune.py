@@ -3,52 +3,17 @@ from __future__ import annotations
 import copy
 import math
 import random
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
+from finetuning import batches, quiet, same, tiny, weights
 from secateur.data import ImageLoader, loader
 from secateur.errors import InvalidArgument, NumericalError
 from secateur.evaluate import evaluate
-from secateur.finetune import FinetuneResult, finetune
+from secateur.finetune import finetune
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
-
-
-def tiny(**arguments: object) -> nn.Module:
-    """Build a ViT of 5 tokens with dropout and stochastic depth, so that a lost generator state shows."""
-    torch.manual_seed(3)
-    chosen = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
-    noise = {"proj_drop_rate": 0.2, "drop_path_rate": 0.2}
-    name = arguments.pop("name", "vit_tiny_patch16_224")
-    return timm.create_model(name, **{**chosen, **noise, **arguments})
-
-
-def quiet(**arguments: object) -> nn.Module:
-    return tiny(proj_drop_rate=0.0, drop_path_rate=0.0, **arguments)
-
-
-def batches(count: int = 5, size: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(size, 3, 8, 8, generator=generator), torch.randint(0, 3, (size,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_one_step_of_sgd_by_hand() -> None:
@@ -256,169 +221,6 @@ def test_timms_distilled_deit() -> None:
     assert not model.distilled_training
 
 
-class Killed(Exception):
-    pass
-
-
-class Breaking:
-    """A loader that stops the process, or so it seems, before a certain batch."""
-
-    def __init__(self, source: object, after: int) -> None:
-        self.source, self.left = source, after
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getattr__(self, name: str) -> object:
-        if name in ("set_epoch", "description") and hasattr(self.source, name):
-            return getattr(self.source, name)
-        raise AttributeError(name)
-
-    def __iter__(self) -> object:
-        for batch in self.source:
-            if self.left == 0:
-                raise Killed
-            self.left -= 1
-            yield batch
-
-
-def image_source(kind: str) -> object:
-    if kind == "list":
-        return batches()
-    if kind == "torch":
-        images, targets = (torch.cat(parts) for parts in zip(*batches(), strict=True))
-        return DataLoader(TensorDataset(images, targets), batch_size=4, shuffle=True)
-    return loader("digits", tiny(num_classes=10), train=True, shuffle=True, batch_size=4, max_images=20)
-
-
-@pytest.mark.parametrize("kind", ["list", "torch", "secateur"])
-@pytest.mark.parametrize(("every", "after"), [(3, 3), (3, 7), (5, 9), (5, 5), (2, 13)])
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, kind: str, every: int, after: int) -> None:
-    def train(source: object, **arguments: object) -> tuple[dict[str, Tensor], FinetuneResult]:
-        model = tiny(num_classes=10)
-        result = finetune(model, source, teacher=tiny(num_classes=10), steps=14, seed=4, **arguments)
-        return weights(model), result
-
-    expected, whole = train(image_source(kind))
-    path = tmp_path / "run.safetensors"
-    with pytest.raises(Killed):
-        train(Breaking(image_source(kind), after), resume=path, checkpoint_every=every)
-    torch.rand(3)
-    found, resumed = train(image_source(kind), resume=path, checkpoint_every=every)
-    assert same(found, expected)
-    assert resumed.history == whole.history
-    assert resumed.resumed == after // every * every
-    assert [entry["step"] for entry in whole.history] == [5, 10, 14]
-    # Once more is no more training.
-    again, done = train(Breaking(image_source(kind), 0), resume=path)
-    assert same(again, expected)
-    assert (done.resumed, done.history) == (14, whole.history)
-
-
-@pytest.mark.parametrize("opt", ["sgd", "adamw", "muon", "lion", "adafactor"])
-def test_resuming_holds_for_optimizers_of_every_kind(tmp_path: Path, opt: str) -> None:
-    expected, model = tiny(), tiny()
-    finetune(expected, batches(), epochs=2, opt=opt, lr=1e-3)
-    path = tmp_path / "run.safetensors"
-    arguments = {"epochs": 2, "opt": opt, "lr": 1e-3, "resume": path, "checkpoint_every": 2}
-    with pytest.raises(Killed):
-        finetune(model, Breaking(batches(), 7), **arguments)
-    model = tiny()
-    assert finetune(model, batches(), **arguments).resumed == 6
-    assert same(weights(model), weights(expected))
-
-
-def test_buffers_are_in_the_checkpoint(tmp_path: Path) -> None:
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))
-
-    expected, model = build(), build()
-    finetune(expected, batches(), epochs=2)
-    path = tmp_path / "run.safetensors"
-    with pytest.raises(Killed):
-        finetune(model, Breaking(batches(), 7), epochs=2, resume=path, checkpoint_every=4)
-    model = build()
-    finetune(model, batches(), epochs=2, resume=path)
-    assert same(weights(model), weights(expected))
-    assert int(model[1].num_batches_tracked) == 10
-
-
-SCRIPT = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from test_finetune import tiny, batches
-from secateur.finetune import finetune
-
-class Kill(list):
-    seen = 0
-    def __iter__(self):
-        for batch in list.__iter__(self):
-            if Kill.seen == 12:
-                os.kill(os.getpid(), signal.SIGKILL)
-            Kill.seen += 1
-            yield batch
-
-finetune(tiny(), Kill(batches()), epochs=4, resume={path!r}, checkpoint_every=5)
-"""
-
-
-def test_a_killed_process_leaves_a_checkpoint_that_resumes(tmp_path: Path) -> None:
-    path = tmp_path / "run.safetensors"
-    code = SCRIPT.format(tests=str(Path(__file__).parent), path=str(path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [item.name for item in tmp_path.iterdir()] == ["run.safetensors"]
-    expected, model = tiny(), tiny()
-    finetune(expected, batches(), epochs=4)
-    assert finetune(model, batches(), epochs=4, resume=path).resumed == 10
-    assert same(weights(model), weights(expected))
-
-
-def interrupted(path: Path) -> Path:
-    with pytest.raises(Killed):
-        finetune(tiny(), Breaking(batches(), 3), resume=path, checkpoint_every=2)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ({"lr": 1e-3}, r"got one with lr=0.0005 where it is 0.001 now"),
-        ({"seed": 1}, r"got one with seed=0 where it is 1 now"),
-        ({"steps": 9}, r"got one with steps=5 where it is 9 now"),
-        ({"opt": "lion"}, r"got one with opt='adamw' where it is 'lion' now"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, arguments: dict[str, object], text: str) -> None:
-    path = interrupted(tmp_path / "run.safetensors")
-    model = tiny()
-    before = weights(model)
-    with pytest.raises(InvalidArgument, match=f"^resume: expected a checkpoint of this run, {text}$"):
-        finetune(model, batches(), resume=path, **arguments)
-    assert same(weights(model), before)
-
-
-def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    path = interrupted(tmp_path / "run.safetensors")
-    with pytest.raises(
-        InvalidArgument, match=r"^resume: expected a checkpoint of this model, got blocks.1.attn.proj.bias"
-    ):
-        finetune(tiny(depth=1), batches(), resume=path)
-
-
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
-    path = interrupted(tmp_path / "run.safetensors")
-    whole = path.read_bytes()
-    model = tiny()
-    before = weights(model)
-    for damaged in (whole[:-100], whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:], b"no file of ours"):
-        path.write_bytes(damaged)
-        with pytest.raises(InvalidArgument):
-            finetune(model, batches(), resume=path)
-    assert same(weights(model), before)
-
-
 @pytest.mark.parametrize("bad", [2, 4])
 def test_a_loss_that_is_not_finite_stops_before_the_step(bad: int) -> None:
     data = batches()
@@ -487,6 +289,11 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:
         ({"warmup": 0.5}, "warmup: expected an integer of at least 0, got 0.5"),
         ({"warmup": -1}, "warmup: expected an integer of at least 0, got -1"),
         ({"label_smoothing": 1.0}, r"label_smoothing: expected a fraction in \[0, 1\), got 1.0"),
+        ({"mixup": -0.1}, "mixup: expected a number of at least 0, got -0.1"),
+        ({"cutmix": "x"}, "cutmix: expected a number of at least 0, got 'x'"),
+        ({"ema": 1.0}, r"ema: expected a fraction in \[0, 1\), got 1.0"),
+        ({"amp": "half"}, "amp: expected 'bfloat16', 'float16' or None, got 'half'"),
+        ({"amp": torch.bfloat16}, "amp: expected 'bfloat16', 'float16' or None, got torch.bfloat16"),
         ({"teacher": "vit"}, "teacher: expected an nn.Module, got str"),
         ({"device": "gpu"}, r"device: expected one that is there, got 'gpu' \(.*\)"),
     ],
@@ -592,54 +399,9 @@ def test_what_is_no_model() -> None:
         finetune("vit", batches())  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match=r"^model: expected a model with weights, got one on the meta device$"):
         finetune(tiny().to("meta"), batches())
+    with pytest.raises(InvalidArgument, match=r"^model: expected the model alone, got it wrapped in DataParallel$"):
+        finetune(nn.DataParallel(tiny()), batches())
+    with pytest.raises(InvalidArgument, match=r"^amp: expected a model in float32, got cls_token in torch.bfloat16$"):
+        finetune(tiny().bfloat16(), batches(), amp="float16")
     with pytest.raises(InvalidArgument, match=r"^teacher: expected a model with weights, got one on the meta device$"):
         finetune(tiny(), batches(), teacher=tiny().to("meta"))
-
-
-def nudged(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        model.blocks[0].mlp.fc1.bias[0] += 1e-6
-    return model
-
-
-def pairs(count: int = 20, batch_size: int = 4) -> object:
-    images, targets = (torch.cat(parts)[:count] for parts in zip(*batches(), strict=True))
-    return DataLoader(TensorDataset(images, targets), batch_size=batch_size)
-
-
-@pytest.mark.parametrize(
-    ("model", "teacher", "source", "text"),
-    [
-        (lambda: nudged(tiny()), tiny, pairs, "that began with this model, got one whose model had other weights"),
-        (tiny, lambda: nudged(tiny()), pairs, "that began with this teacher, got one whose teacher had other weights"),
-        (tiny, tiny, lambda: pairs(batch_size=2), "of this loader, got one with batches=5 where it is 10 now"),
-        (tiny, tiny, lambda: pairs(12), "of this loader, got one with batches=5 where it is 3 now"),
-        (tiny, tiny, lambda: pairs(18), "of this loader, got one with images=20 where it is 18 now"),
-        (tiny, tiny, lambda: pairs(5, 1), "of this loader, got one with batch_size=4 where it is 1 now"),
-    ],
-)
-def test_a_checkpoint_that_began_otherwise_is_refused(
-    tmp_path: Path,
-    model: Callable[[], nn.Module],
-    teacher: Callable[[], nn.Module],
-    source: Callable[[], object],
-    text: str,
-) -> None:
-    path = tmp_path / "run.safetensors"
-    finetune(tiny(), pairs(), teacher=tiny(), steps=4, resume=path)
-    assert finetune(tiny(), pairs(), teacher=tiny(), steps=4, resume=path).resumed == 4
-    student = model()
-    before = weights(student)
-    with pytest.raises(InvalidArgument, match=f"^resume: expected a checkpoint {text}$"):
-        finetune(student, source(), teacher=teacher(), steps=4, resume=path)
-    assert same(weights(student), before)
-
-
-def test_a_checkpoint_of_other_frozen_parameters_is_refused(tmp_path: Path) -> None:
-    path = interrupted(tmp_path / "run.safetensors")
-    model = tiny()
-    model.patch_embed.requires_grad_(False)
-    before = weights(model)
-    with pytest.raises(InvalidArgument, match=r"^resume: expected a checkpoint of the parameters that require"):
-        finetune(model, batches(), resume=path)
-    assert same(weights(model), before)
