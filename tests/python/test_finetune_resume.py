@@ -90,12 +90,12 @@ class Kill(list):
     seen = 0
     def __iter__(self):
         for batch in list.__iter__(self):
-            if Kill.seen == 12:
+            if Kill.seen == 14:
                 os.kill(os.getpid(), signal.SIGKILL)
             Kill.seen += 1
             yield batch
 
-finetune(tiny(), Kill(batches(size=5)), epochs=4, resume={path!r}, checkpoint_every=5, **{options!r})
+finetune(tiny(), Kill(batches(size=5)), epochs=4, resume={path!r}, checkpoint_every=4, **{options!r})
 """
 
 
@@ -109,7 +109,7 @@ def test_a_killed_process_leaves_a_checkpoint_that_resumes(tmp_path: Path) -> No
     expected, model = tiny(), tiny()
     whole = finetune(expected, batches(size=5), epochs=4, **options)
     found = finetune(model, batches(size=5), epochs=4, resume=path, **options)
-    assert (found.resumed, found.history) == (10, whole.history)
+    assert (found.resumed, found.history) == (12, whole.history)  # in the middle of a pass
     assert same(weights(model), weights(expected))
 
 
