@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import check
 from .anatomy import Anatomy, Group
 from .errors import InvalidArgument, Unsupported
+from .statistics import Float
 
 DEFAULT_GROUPS = ("qk", "v", "ffn")
 _TARGET_MULTIPLES = {"qk": 8, "v": 8, "ffn": 32, "width": 32}
@@ -91,8 +94,14 @@ def counts_from_target(
     freeze: Iterable[str],
     min_keep: Mapping[str, int],
     round_to: int | Mapping[str, int] | None,
+    losses: Callable[[Group], Float] | None = None,
 ) -> dict[str, int]:
-    """Kept units by group: one removed fraction for all named groups, the least that meets the budget.
+    """Kept units by group under a budget.
+
+    With ``losses``, what a group loses when 0 … size units stay, (size + 1,), in a unit common to all, the counts are
+    those of the least total loss: for every width, the least of loss + λ · cost in each group, at the λ that meets the
+    budget; then the width of the least total. Without, one removed fraction for all named groups, the least that meets
+    the budget.
 
     What rounding leaves of the budget is then spent one rounding step at a time, on the group that lost the largest
     share, while a step fits; query/key and value of one layer step together, so that they keep one size.
@@ -110,6 +119,8 @@ def counts_from_target(
     smallest = counts(1.0)
     if not budget.holds(smallest):
         raise InvalidArgument(f"target: expected {budget.reach(smallest)} (the least these groups reach), got {target}")
+    if losses is not None:
+        return _of_least_loss(anatomy, free, budget, losses)
     # Sizes only change at a few fractions: bisect to the last of them that is too large for the budget.
     low, high = 0.0, 1.0
     if budget.holds(counts(0.0)):
@@ -173,9 +184,100 @@ class _Choice:
         least = min(group.size, math.ceil(self._minimum.get(group.name, 1) / multiple) * multiple)
         return max(least, kept_count(group.size, fraction, multiple))
 
+    def options(self, group: Group) -> list[int]:
+        """All sizes that the group may have, rising."""
+        least = self.count(group, 1.0)
+        return sorted({least, *range(least, group.size, self.multiple(group)), group.size})
+
     def step_up(self, group: Group, kept: int) -> int:
         wider = (kept // self.multiple(group) + 1) * self.multiple(group)
         return group.size if wider > group.size // self.multiple(group) * self.multiple(group) else wider
+
+
+def _of_least_loss(
+    anatomy: Anatomy, free: _Choice, budget: _Budget, losses: Callable[[Group], Float]
+) -> dict[str, int]:
+    width = next((group for group in free.groups if group.kind == "width"), None)
+    bundles = [bundle for bundle in _bundles(free, anatomy.sizes) if bundle != [width]]
+    options = [_Options(bundle, free, losses) for bundle in bundles]
+    best: tuple[float, dict[str, int]] | None = None
+    for base in [anatomy.sizes] if width is None else [{**anatomy.sizes, width.name: n} for n in free.options(width)]:
+        kept = _at_width(base, options, budget)
+        if kept is None:
+            continue
+        loss = sum(option.losses[option.sizes.index(kept[option.groups[0].name])] for option in options)
+        loss += 0.0 if width is None else float(losses(width)[kept[width.name]])
+        if best is None or loss < best[0]:
+            best = (loss, kept)
+    assert best is not None, "the smallest sizes meet the budget"
+    return best[1]
+
+
+def _at_width(base: dict[str, int], options: list[_Options], budget: _Budget) -> dict[str, int] | None:
+    """The choice of least loss within the budget when all other groups are as in ``base``."""
+    slopes = [option.slope(base, budget) for option in options]
+
+    def chosen(price: float) -> dict[str, int]:
+        kept = dict(base)
+        for option, slope in zip(options, slopes, strict=True):
+            option.put(kept, int(np.argmin(option.losses + price * slope * np.asarray(option.sizes))))
+        return kept
+
+    kept = chosen(0.0)
+    if not budget.holds(kept):
+        low, high = -60.0, 60.0
+        kept = chosen(2.0**high)
+        if not budget.holds(kept):
+            return None
+        for _ in range(40):
+            middle = (low + high) / 2
+            trial = chosen(2.0**middle)
+            if budget.holds(trial):
+                high, kept = middle, trial
+            else:
+                low = middle
+    # What is left of the budget goes where it saves most; a step that does not fit now never will.
+    open_ = list(range(len(options)))
+    while open_:
+        index = max(open_, key=lambda i: options[i].gain(kept) / slopes[i])
+        wider = options[index].wider(kept)
+        if wider is not None and budget.holds(wider):
+            kept = wider
+        else:
+            open_.remove(index)
+    return kept
+
+
+class _Options:
+    """Groups that keep one size, the sizes they may have, and what each loses."""
+
+    def __init__(self, groups: list[Group], free: _Choice, losses: Callable[[Group], Float]) -> None:
+        self.groups = groups
+        self.sizes = free.options(groups[0])
+        self.losses = np.sum([losses(group)[self.sizes] for group in groups], axis=0)
+
+    def put(self, kept: dict[str, int], index: int) -> None:
+        for group in self.groups:
+            kept[group.name] = self.sizes[index]
+
+    def slope(self, base: Mapping[str, int], budget: _Budget) -> float:
+        """Cost of one more unit in each of the groups; costs are linear in it."""
+        one_less = {**base, **{group.name: group.size - 1 for group in self.groups}}
+        return max(budget.share(base) - budget.share(one_less), 1e-30)
+
+    def gain(self, kept: Mapping[str, int]) -> float:
+        index = self.sizes.index(kept[self.groups[0].name])
+        if index + 1 == len(self.sizes):
+            return -1.0
+        return float(self.losses[index] - self.losses[index + 1]) / (self.sizes[index + 1] - self.sizes[index])
+
+    def wider(self, kept: Mapping[str, int]) -> dict[str, int] | None:
+        index = self.sizes.index(kept[self.groups[0].name]) + 1
+        if index == len(self.sizes):
+            return None
+        found = dict(kept)
+        self.put(found, index)
+        return found
 
 
 class _Step:
@@ -224,6 +326,10 @@ class _Budget:
 
     def holds(self, sizes: Mapping[str, int]) -> bool:
         return all(count(sizes) <= fraction * dense for _, count, dense, fraction in self._limits)
+
+    def share(self, sizes: Mapping[str, int]) -> float:
+        """Sum of the costs, each as a share of its limit."""
+        return float(sum(count(sizes) / (fraction * dense) for _, count, dense, fraction in self._limits))
 
     def reach(self, sizes: Mapping[str, int]) -> str:
         return ", ".join(

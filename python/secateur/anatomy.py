@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +20,7 @@ from torch import nn
 from . import cost
 from .errors import InvalidArgument
 
+Indices = npt.NDArray[np.int64]
 Kind = Literal["qk", "v", "ffn", "heads", "width", "conv", "block"]
 Role = Literal["writer", "reader", "norm", "elementwise"]
 
@@ -73,16 +77,34 @@ class AttentionSite:
     q_norm: str | None
     k_norm: str | None
     proj: str
+    scale: str | None = None
+    between: str | None = None
 
 
 @dataclass(frozen=True)
 class FfnSite:
-    """Where one FFN's hidden units, after the activation, enter the second layer: (B, N, size)."""
+    """Where one FFN's hidden units, after the activation, enter the second layer: (B, N, size); LayerScale follows."""
 
     name: str
     ffn: str
     size: int
     fc2: str
+    scale: str | None = None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream, where every reader of it is a norm: then an orthogonal change of its basis changes nothing.
+
+    ``writers`` are the linear layers and convolutions that add to it, each with the LayerScale that follows or None;
+    ``tokens`` the parameters (1, N, width) that do; ``readers`` maps each norm to the linear layers behind it. Norms
+    are LayerNorms if ``centred``, else RMSNorms.
+    """
+
+    centred: bool
+    writers: Mapping[str, str | None]
+    tokens: tuple[str, ...]
+    readers: Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -103,6 +125,7 @@ class Anatomy:
     """What can be cut out of a model: groups, the places to observe them, and the exact costs.
 
     ``refused`` maps a kind that this model cannot lose to the reason. ``input_size`` is (channels, height, width).
+    ``stream`` says how the residual stream can be turned to another basis, or why it cannot.
     ``architecture`` and ``arguments`` build the dense form; where ``handmade`` nobody recorded how, and they are the
     class and nothing.
     """
@@ -119,6 +142,7 @@ class Anatomy:
     shapes: Mapping[str, tuple[int, ...]]
     refused: Mapping[str, str] = field(default_factory=dict)
     handmade: bool = False
+    stream: Stream | str = "not described"
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -218,6 +242,28 @@ class Anatomy:
 def parameter_name(module: str, parameter: str) -> str:
     """Dotted name of a module's parameter; the model itself is module ''."""
     return f"{module}.{parameter}" if module else parameter
+
+
+def kept_along_axes(anatomy: Anatomy, name: str, keep: Mapping[str, Indices]) -> dict[int, torch.Tensor]:
+    """Axis to the entries of parameter ``name`` that stay, for the axes that lose any."""
+    axes: dict[int, torch.Tensor] = {}
+    masks: dict[int, torch.Tensor] = {}
+    for group, member in anatomy.members_of.get(name, ()):
+        if group.name not in keep:
+            continue
+        indices = torch.from_numpy(keep[group.name])
+        if member.shared:
+            # One entry served every head; now each head has its own.
+            axes[member.dim] = indices.flatten()
+            continue
+        mask = masks.setdefault(member.dim, torch.ones(anatomy.shapes[name][member.dim], dtype=torch.bool))
+        mask[member.offset : member.offset + group.heads * group.size] = False
+        mask[member.offset + _flat(group, indices)] = True
+    return axes | {dim: mask.nonzero().flatten() for dim, mask in masks.items()}
+
+
+def _flat(group: Group, indices: torch.Tensor) -> torch.Tensor:
+    return (torch.arange(group.heads)[:, None] * group.size + indices).flatten()
 
 
 def parameter_of(model: nn.Module, member: Member) -> nn.Parameter:

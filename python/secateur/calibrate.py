@@ -20,7 +20,8 @@ from .errors import InvalidArgument, NumericalError
 from .families import family_of
 from .identity import Fingerprint
 from .progress import progress
-from .statistics import FOLDS, Collect, Settings, Statistics
+from .sensitivity import DISTURBED_IMAGES, measure
+from .statistics import FOLDS, SAMPLED_IMAGES, Collect, Float, Settings, Statistics
 
 
 def calibrate(
@@ -31,6 +32,7 @@ def calibrate(
     collect: Collect = "all",
     gamma: int = 8,
     token_fraction: float = 1.0,
+    sensitivity: bool = False,
     resume: str | Path | None = None,
     checkpoint_every: int | None = None,
 ) -> Statistics:
@@ -49,6 +51,8 @@ def calibrate(
         gamma: leading singular directions that count.
         token_fraction: share of the tokens that feed the moments, rotating from image to image: every k-th token, with
             k = round(1 / token_fraction). Importance uses all tokens.
+        sensitivity: a second pass, over the first 128 images or fewer: how much the output moves when one group's part
+            of the model is disturbed; see ``Statistics.sensitivity``. Plans weigh errors by it.
         resume: a statistics file. If it exists, its images are skipped in the loader, which must give the same images
             in the same order, and the sums go on from there. The result is written to it; so is what was collected
             when the loader fails, an image holds NaN or Inf, or the run is interrupted between two batches.
@@ -96,9 +100,12 @@ def calibrate(
         torch.inference_mode(),
         progress(images_in(loader, max_images), "calibrate") as advance,
     ):
+        first: list[torch.Tensor] = []
         for index, images in enumerate(_batches(loader, max_images)):
             advance(len(images))
             images = model_input(model, images)
+            if sensitivity and not collector.sensitivity and sum(map(len, first)) < DISTURBED_IMAGES:
+                first.append(images[: DISTURBED_IMAGES - sum(map(len, first))].detach().clone())
             if index == 0:
                 _warn_unless_normalised(images, settings.data)
             images, skip = images[skip:], max(0, skip - len(images))
@@ -109,6 +116,8 @@ def calibrate(
                 model(images)
             if checkpoint_every and path is not None and (index + 1) % checkpoint_every == 0:
                 collector.statistics().save(path)
+        if first and not skip:
+            collector.sensitivity = measure(model, anatomy, first)
     if skip:
         raise InvalidArgument(f"resume: expected a loader of at least {collector.images} images, got {skip} fewer")
     if collector.images == 0:
@@ -123,7 +132,7 @@ def _kept(collector: _Collector, path: Path | None) -> Iterator[None]:
     try:
         yield
     finally:
-        if path is not None and collector.whole and collector.images > before:
+        if path is not None and collector.whole and (collector.images > before or collector.sensitivity):
             collector.statistics().save(path)
 
 
@@ -210,6 +219,8 @@ class _Collector:
         self._scorers: dict[str, tuple[core.AttentionScorer, ...]] = {}
         self._moments: dict[str, tuple[core.MomentAccumulator, ...]] = {}
         self._queries: dict[str, torch.Tensor] = {}
+        self._samples: dict[str, list[Float]] = {}
+        self.sensitivity: dict[str, Float] = {}
         for site in anatomy.attention:
             self._scorers[site.qk] = tuple(
                 core.AttentionScorer(site.heads, site.qk_dim, settings.gamma, moments=self._all, name=site.name)
@@ -220,7 +231,7 @@ class _Collector:
         for ffn in anatomy.ffn:
             self._accumulate(ffn.ffn, ffn.size, ffn.fc2)
         for norm in anatomy.norms:
-            self._accumulate(_stream(norm), norm.size, "")
+            self._accumulate(norm.name, norm.size, norm.name)
 
     def _accumulate(self, name: str, size: int, layer: str) -> None:
         if self._all and name not in self._moments:
@@ -246,6 +257,8 @@ class _Collector:
             for name, accumulator in self._accumulators()
             for what, array in accumulator.state().items()
         }
+        tensors |= {name: np.concatenate(parts) for name, parts in self._samples.items()}
+        tensors |= {f"sensitivity/{group}/divergence": sums for group, sums in self.sensitivity.items()}
         settings = Settings(**{**vars(self._settings), "dtype": self._dtype})
         return Statistics(settings, tensors)
 
@@ -260,6 +273,12 @@ class _Collector:
             prefix = f"{name}/"
             state = {k.removeprefix(prefix): v for k, v in statistics.tensors.items() if k.startswith(prefix)}
             accumulator.load_state(state)
+        for name, array in statistics.tensors.items():
+            kind, group, _ = name.split("/")
+            if kind == "sample":
+                self._samples[name] = [array]
+            elif kind == "sensitivity":
+                self.sensitivity[group] = array
         self.images, self._dtype = statistics.images, settings.dtype
 
     def attach(self, model: nn.Module, handles: list[RemovableHandle]) -> None:
@@ -299,14 +318,10 @@ class _Collector:
         return lambda hidden: self._add(site.ffn, hidden)
 
     def _norm_input(self, site: NormSite) -> Callable[[torch.Tensor], None]:
-        """Every norm input counts alike: x̂ = x √D / ‖x‖, centred for LayerNorm."""
+        """Of a norm's input what the norm lets through: x̂ = x √D / ‖x‖, centred for LayerNorm."""
 
         def observe(x: torch.Tensor) -> None:
-            try:
-                self._add(_stream(site), x[:, None] if x.ndim == 2 else x, "layer" if site.centred else "rms")
-            except NumericalError as error:
-                # All norms share the accumulator: only here is the layer known.
-                raise NumericalError(f"{site.name} {error}") from error
+            self._add(site.name, x[:, None] if x.ndim == 2 else x, "layer" if site.centred else "rms")
 
         return observe
 
@@ -317,10 +332,24 @@ class _Collector:
             raise InvalidArgument(f"resume: expected queries and keys of {self._dtype}, got {dtype}")
         self._dtype = dtype
         q, k = _on_host(q), _on_host(k)
+        if self._all and self.images < SAMPLED_IMAGES:
+            self._sample(site, q[: SAMPLED_IMAGES - self.images], k[: SAMPLED_IMAGES - self.images])
         for fold, scorer in enumerate(self._scorers[site.qk]):
             start = (fold - self.images) % 2
             if start < len(q):
                 scorer.update(q[start::2], k[start::2])
+
+    def _sample(self, site: AttentionSite, q: torch.Tensor, k: torch.Tensor) -> None:
+        """Keep the Grams of the first images one by one: what a cut does to an image's own scores needs both at once.
+
+        Packed, in float32: they only measure errors.
+        """
+        k = k.double()
+        for what, x in (("query_gram", q.double()), ("key_gram", k - k.mean(1, keepdim=True))):
+            grams = torch.einsum("bnhi,bnhj->bhij", x, x)
+            rows, columns = np.triu_indices(site.qk_dim)
+            packed = grams[..., rows, columns].to(torch.float32).numpy()
+            self._samples.setdefault(f"sample/{site.qk}/{what}", []).append(packed)
 
     def _add(self, name: str, x: torch.Tensor, norm: Literal["none", "rms", "layer"] = "none") -> None:
         """Add the chosen tokens of (B, N, d) to the fold of their image.
@@ -334,10 +363,6 @@ class _Collector:
             if start < len(x):
                 stride = min(self._stride, x.shape[1])
                 accumulator.update(x[start::2], norm=norm, stride=stride, phase=(self.images + start) // 2)
-
-
-def _stream(site: NormSite) -> str:
-    return "stream.pooled" if site.pooled else "stream"
 
 
 def _on_host(x: torch.Tensor) -> torch.Tensor:

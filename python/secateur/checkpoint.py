@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,14 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
         "arguments": dict(arguments),
         "handmade": handmade,
         "sizes": anatomy.sizes,
+        "eps": {norm.name: getattr(model.get_submodule(norm.name), "eps") for norm in anatomy.norms},  # noqa: B009
+        "biases": [],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "pretrained_cfg": _without_sources(getattr(model, "pretrained_cfg", None)),
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
+    plain = dict(_skeleton(header).named_parameters())
+    header["biases"] = [name for name, _ in model.named_parameters() if name.endswith(".bias") and name not in plain]
     difference = _difference(model, _skeleton(header))
     if difference:
         raise InvalidArgument(f"model: expected what {architecture} with its recorded arguments is, got {difference}")
@@ -121,11 +125,24 @@ def _skeleton(header: Mapping[str, Any]) -> nn.Module:
     try:
         model = family.build(header["architecture"], arguments, torch.device("meta"))
         surgery.shape(model, family, header["sizes"])
+        _adjust(model, header.get("eps", {}), header.get("biases", []))
     except Error:
         raise
     except Exception as error:  # timm's constructors raise what they like
         raise InvalidArgument(f"arguments: expected those of {header['architecture']}, got {error}") from error
     return model.eval()
+
+
+def _adjust(model: nn.Module, eps: Mapping[str, float], biases: Sequence[str]) -> None:
+    """What a change of basis leaves besides sizes: other eps in the norms, biases where there were none."""
+    for name, value in eps.items():
+        norm: Any = model.get_submodule(name)
+        norm.eps = value
+    for name in biases:
+        layer = model.get_submodule(name.removesuffix(".bias"))
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            raise InvalidArgument(f"biases: expected those of linear layers, got {name!r}")
+        layer.bias = nn.Parameter(torch.empty(len(layer.weight), dtype=layer.weight.dtype, device=layer.weight.device))
 
 
 def _difference(model: nn.Module, built: nn.Module) -> str | None:

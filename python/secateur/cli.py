@@ -295,6 +295,9 @@ def calibrate(
     collect: Annotated[str, typer.Option(help='"scores", or "all" for moments too.')] = "all",
     gamma: Annotated[int, typer.Option(min=1, help="Leading singular directions that count.")] = 8,
     token_fraction: Annotated[float, typer.Option(help="Share of the tokens that feed the moments.")] = 1.0,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Also measure how much the output moves with each group.")
+    ] = False,
     resume: Resume = None,
     checkpoint_every: Every = None,
     device: Device = None,
@@ -327,6 +330,7 @@ def calibrate(
             collect=kind,
             gamma=gamma,
             token_fraction=token_fraction,
+            sensitivity=sensitivity,
             resume=resume,
             checkpoint_every=checkpoint_every,
         )
@@ -343,7 +347,7 @@ def plan(
     pretrained: Pretrained = None,
     num_classes: Classes = None,
     model_kwargs: Kwargs = None,
-    method: Annotated[str, typer.Option(help="The importance criterion.")] = "snp",
+    method: Annotated[str, typer.Option(help="snp, refit or project.")] = "snp",
     target_macs: Annotated[float | None, typer.Option(help="MACs to keep, as a fraction.")] = None,
     target_params: Annotated[float | None, typer.Option(help="Parameters to keep, as a fraction.")] = None,
     ratios: Annotated[
@@ -354,7 +358,11 @@ def plan(
     freeze: Annotated[str, typer.Option(help="Kinds, groups or patterns that stay whole.")] = "",
     min_keep: Annotated[str | None, typer.Option(metavar="JSON", help="Fewest units to keep.")] = None,
     round_to: Annotated[str | None, typer.Option(metavar="N|JSON", help="Kept counts are multiples of it.")] = None,
+    allocation: Annotated[
+        str | None, typer.Option(help="Of a target: uniform, or error (needs calibrate --sensitivity).")
+    ] = None,
     similarity: Annotated[str | None, typer.Option(help="Of SNP: weights or activations.")] = None,
+    selection: Annotated[str | None, typer.Option(help="Of refit: greedy, snp or energy.")] = None,
     strict: Loose = True,
     as_json: Json = False,
 ) -> None:
@@ -379,7 +387,8 @@ def plan(
             min_keep=None if min_keep is None else _json_object(min_keep),
             round_to=None if round_to is None else _number_or_object(round_to),
             strict=strict,
-            **({} if similarity is None else {"similarity": similarity}),
+            allocation=allocation,
+            **{k: v for k, v in {"similarity": similarity, "selection": selection}.items() if v is not None},
         )
         chosen.save(out)
         kept = {name: int(keep.shape[1]) for name, keep in chosen.keep.items()}

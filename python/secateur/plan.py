@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from torch import nn
+from torch import Tensor, nn
 
-from . import core
-from .allocate import Target, counts_from_ratios, counts_from_target
-from .anatomy import Anatomy, units
-from .container import replacing
+from . import check, container, core
+from .allocate import DEFAULT_GROUPS, Target, counts_from_ratios, counts_from_target
+from .anatomy import Anatomy, Group, Indices, kept_along_axes, parameter_name, units
 from .errors import InvalidArgument
 from .families import family_of
 from .identity import Fingerprint
-from .score import method_named
-from .statistics import Statistics
+from .score import Prepared, method_named
+from .statistics import Float, Statistics
 
-Indices = npt.NDArray[np.int64]
 _FORMAT = 1
+_WEIGHTS = "plan weights"
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,9 @@ class Plan:
     """Which units of which group stay, for one model.
 
     ``keep`` maps a group to sorted indices, (heads, kept) or (1, kept); groups that stay whole are not in it.
-    ``params`` and ``macs`` are (before, after).
+    ``weights`` maps parameters that do not keep their values to those they get, in their shape after the cut; biases
+    that the model does not have are added. A group that was turned to another basis keeps its first units there.
+    ``eps`` maps norms to the eps that they get. ``params`` and ``macs`` are (before, after).
     """
 
     method: str
@@ -41,6 +41,8 @@ class Plan:
     keep: Mapping[str, Indices]
     params: tuple[int, int]
     macs: tuple[int, int]
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    eps: Mapping[str, float] = field(default_factory=dict)
 
     def check(self, anatomy: Anatomy) -> dict[str, int]:
         """Check that every index list fits the model; return the size each group will have.
@@ -65,10 +67,31 @@ class Plan:
                     f"plan.keep[{name!r}]: expected sorted, unique indices below {group.size}, got others"
                 )
             sizes[name] = keep.shape[1]
+        self._check_weights(anatomy)
         return sizes
 
+    def _check_weights(self, anatomy: Anatomy) -> None:
+        for name, value in self.weights.items():
+            module, _, parameter = name.rpartition(".")
+            source = name if name in anatomy.shapes else parameter_name(module, "weight")
+            if source not in anatomy.shapes or (source != name and parameter != "bias"):
+                raise InvalidArgument(f"plan.weights: expected parameters of this model, got {name!r}")
+            axes = kept_along_axes(anatomy, source, self.keep)
+            shape = [len(axes[dim]) if dim in axes else size for dim, size in enumerate(anatomy.shapes[source])]
+            expected = tuple(shape if source == name else shape[:1])
+            if tuple(value.shape) != expected or not value.is_floating_point():
+                raise InvalidArgument(
+                    f"plan.weights[{name!r}]: expected numbers of shape {expected}, "
+                    f"got {value.dtype} of {tuple(value.shape)}"
+                )
+        norms = {norm.name for norm in anatomy.norms}
+        for name, eps in self.eps.items():
+            if name not in norms:
+                raise InvalidArgument(f"plan.eps: expected norms of the residual stream, got {name!r}")
+            check.number(f"plan.eps[{name!r}]", eps)
+
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """As JSON values; of weights their names, shapes and types."""
         return {
             "method": self.method,
             "options": dict(self.options),
@@ -76,17 +99,27 @@ class Plan:
             "keep": {name: keep.tolist() for name, keep in self.keep.items()},
             "params": list(self.params),
             "macs": list(self.macs),
+            "weights": {n: [str(w.dtype).removeprefix("torch."), *w.shape] for n, w in sorted(self.weights.items())},
+            "eps": dict(self.eps),
         }
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON with a checksum; the same plan gives the same bytes.
 
+        Weights, where it has any, go to a second file beside it, NAME.weights.safetensors, which the JSON names by its
+        checksum; it is written first.
+
         Raises:
             InvalidArgument: the folder does not exist.
         """
-        fields = _canonical(self.to_dict())
+        path = Path(path)
+        values = self.to_dict()
+        if self.weights:
+            values["weights_sha256"] = _digest(self.weights)
+            container.write(_weights_path(path), _WEIGHTS, {}, self.weights)
+        fields = _canonical(values)
         outer = {"secateur": "plan", "format": _FORMAT, "sha256": hashlib.sha256(fields.encode()).hexdigest()}
-        with replacing(Path(path)) as temporary:
+        with container.replacing(path) as temporary:
             temporary.write_text(_canonical({**outer, "plan": json.loads(fields)}) + "\n")
 
     @classmethod
@@ -94,7 +127,8 @@ class Plan:
         """Read a plan that ``save`` wrote.
 
         Raises:
-            InvalidArgument: no such file, another kind of file, a newer format, or a checksum that does not match.
+            InvalidArgument: no such file, another kind of file, a newer format, a checksum that does not match, or the
+                file of its weights missing or another plan's.
         """
         path = Path(path)
         if not path.is_file():
@@ -117,6 +151,8 @@ class Plan:
                 keep={name: np.asarray(keep, np.int64) for name, keep in fields["keep"].items()},
                 params=(fields["params"][0], fields["params"][1]),
                 macs=(fields["macs"][0], fields["macs"][1]),
+                weights=_read_weights(path, fields),
+                eps=fields.get("eps", {}),
             )
         except InvalidArgument:
             raise
@@ -141,6 +177,7 @@ def plan(
     freeze: Iterable[str] = (),
     min_keep: Mapping[str, int] | None = None,
     round_to: int | Mapping[str, int] | None = None,
+    allocation: str | None = None,
     strict: bool = True,
     **options: str,
 ) -> Plan:
@@ -150,7 +187,7 @@ def plan(
         model: the model that was calibrated; it is not changed.
         stats: what ``calibrate`` measured on it.
         method: the importance criterion; see ``methods()``.
-        target: a budget, met with one removed fraction for all groups; never exceeded, and missed by less than the
+        target: a budget; never exceeded, and missed by less than the
             smallest rounding step that is left, query/key and value of a layer stepping together. Exactly one of
             ``target`` and ``ratios`` is given.
         ratios: fraction removed by kind or group, {"qk": .5, "v": .5, "ffn": .5, "width": .1}, or a per-block file: the
@@ -160,7 +197,11 @@ def plan(
         min_keep: fewest units to keep, by kind or group.
         round_to: kept counts are multiples of this (per head for query/key and value), an int or a dict by kind or
             group; unless given 8 per head and 32 otherwise with a target, 1 with ratios. A whole group may always stay.
-        strict: refuse statistics of other weights; if false, the same dimensions are enough.
+        allocation: how a target is shared out: "uniform", one removed fraction for all groups, or "error", the counts
+            of the least loss, for methods that know a group's error at every size: those errors times the sensitivity
+            of the output to them, added up (``calibrate(sensitivity=True)``). Unless given, "error" where possible.
+        strict: refuse statistics of other weights; if false, the same dimensions are enough for a method that only
+            selects.
         **options: the method's own; SNP takes similarity="weights" (the paper's) or "activations".
 
     Raises:
@@ -180,26 +221,58 @@ def plan(
     anatomy = family_of(model).inspect(model)
     fingerprint = Fingerprint.of(model, anatomy)
     stats.settings.fingerprint.require(fingerprint, "model", strict=strict)
+    if not strict and method != "snp":
+        raise InvalidArgument(f"strict: expected True for {method!r}, which changes weights, got False")
+    with core.torch_threads():
+        prepared = criterion.prepare(model, anatomy, stats, chosen)
     limits: dict[str, Any] = {"groups": groups, "freeze": freeze, "min_keep": min_keep or {}, "round_to": round_to}
     if target is not None:
-        sizes = counts_from_target(anatomy, target, **limits)
+        losses = _losses(anatomy, stats, prepared, groups, allocation)
+        with core.torch_threads():
+            sizes = counts_from_target(anatomy, target, **limits, losses=losses)
     else:
         assert ratios is not None
+        if allocation is not None:
+            raise InvalidArgument(f"allocation: expected none with ratios, got {allocation!r}")
         sizes = counts_from_ratios(anatomy, ratios, **limits)
     with core.torch_threads():
-        keep = {
-            group.name: core.select(criterion.score(model, stats, group, chosen), sizes[group.name])
-            for group in anatomy.groups
-            if sizes[group.name] < group.size
-        }
+        decision = prepared.decide(sizes)
+    added = sum(value.numel() for name, value in decision.weights.items() if name not in anatomy.shapes)
     return Plan(
         method=method,
         options={**chosen, "target": None if target is None else vars(target), "gamma": stats.settings.gamma},
         fingerprint=fingerprint,
-        keep=keep,
-        params=(anatomy.params, anatomy.params_at(sizes)),
+        keep=decision.keep,
+        params=(anatomy.params, anatomy.params_at(sizes) + added),
         macs=(anatomy.macs, anatomy.macs_at(sizes)),
+        weights=decision.weights,
+        eps=decision.eps,
     )
+
+
+def _losses(
+    anatomy: Anatomy, stats: Statistics, prepared: Prepared, groups: Iterable[str] | None, allocation: str | None
+) -> Callable[[Group], Float] | None:
+    """What a group is predicted to lose at each size, in the unit of the sensitivities; None to share out uniformly."""
+    if allocation not in (None, "uniform", "error"):
+        raise InvalidArgument(f"allocation: expected 'uniform' or 'error', got {allocation!r}")
+    if allocation == "uniform" or (allocation is None and not stats.sensitive):
+        return None
+    if not stats.sensitive:
+        raise InvalidArgument("stats: expected sensitivities (calibrate(sensitivity=True)), got statistics without")
+    named = set(DEFAULT_GROUPS if groups is None or isinstance(groups, str) else groups)
+    for group in anatomy.groups:
+        if {group.name, group.kind} & named and prepared.errors(group) is None:
+            if allocation is None:
+                return None
+            raise InvalidArgument(f"allocation: expected a method that knows the error of {group.name!r}, got none")
+
+    def losses(group: Group) -> Float:
+        errors = prepared.errors(group)
+        assert errors is not None
+        return stats.sensitivity(group.name) * errors
+
+    return losses
 
 
 def _options(given: Mapping[str, str], allowed: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
@@ -209,6 +282,23 @@ def _options(given: Mapping[str, str], allowed: Mapping[str, tuple[str, ...]]) -
         if value not in allowed[name]:
             raise InvalidArgument(f"{name}: expected one of {', '.join(allowed[name])}, got {value!r}")
     return {name: given.get(name, values[0]) for name, values in allowed.items()}
+
+
+def _weights_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem if path.suffix == '.json' else path.name}.weights.safetensors")
+
+
+def _read_weights(path: Path, fields: Mapping[str, Any]) -> dict[str, Tensor]:
+    if not fields.get("weights"):
+        return {}
+    _, weights = container.read(_weights_path(path), _WEIGHTS)
+    if _digest(weights) != fields["weights_sha256"]:
+        raise InvalidArgument(f"{_weights_path(path).name}: expected the weights of {path.name}, got another plan's")
+    return weights
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(_canonical(container.digests(weights)).encode()).hexdigest()
 
 
 def _canonical(fields: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from .identity import Fingerprint
 Float = npt.NDArray[np.float64]
 Collect = Literal["scores", "all"]
 FOLDS = ("even", "odd")
+SAMPLED_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class Statistics:
     """What calibration measured, as sums over images in two folds (even and odd images).
 
     Arrays are float64, symmetric matrices packed (upper triangle, row by row). ``tensors`` maps
-    ``fold/group/what`` to its array, for example ``even/blocks.0.qk/score_sum`` (heads, qk_dim).
+    ``fold/group/what`` to its array, for example ``even/blocks.0.qk/score_sum`` (heads, qk_dim). Beside the folds stand
+    ``sample/…``, float32 Grams of the first images one by one, and ``sensitivity/…``, pairs (sum, images).
     """
 
     def __init__(self, settings: Settings, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -91,7 +93,9 @@ class Statistics:
     @property
     def images_by_fold(self) -> tuple[int, int]:
         """Images seen in each fold."""
-        first = next(name for name in self.tensors if name.endswith("/images")).split("/")[1]
+        first = next(name for name in self.tensors if name.startswith("even/") and name.endswith("/images")).split("/")[
+            1
+        ]
         even, odd = (int(self.tensors[f"{fold}/{first}/images"][0]) for fold in FOLDS)
         return even, odd
 
@@ -122,7 +126,9 @@ class Statistics:
         return unpack(self._sum(group, which, fold))
 
     def moments(self, group: str, fold: str | None = None) -> Moments:
-        """Moments of a value, FFN, projection-input or residual-stream observation.
+        """Moments of values ("blocks.0.v"), FFN hidden units, a projection's input, or a norm's ("blocks.0.norm1").
+
+        A norm's input x counts as x̂ = x √D / ‖x‖, centred first for LayerNorm.
 
         Raises:
             InvalidArgument: not collected.
@@ -132,6 +138,42 @@ class Statistics:
             raise InvalidArgument(f"group: expected one that was observed, got {group!r} with no rows")
         mean = self._sum(group, "sum", fold) / rows
         return Moments(rows, mean, unpack(self._sum(group, "second_moment", fold)) / rows)
+
+    def image_grams(self, group: str) -> tuple[Float, Float]:
+        """QᵀQ and K_cᵀK_c (keys centred per image) of each of the first 64 images: twice (images, heads, d, d).
+
+        Raises:
+            InvalidArgument: not collected.
+        """
+        found = []
+        for what in ("query_gram", "key_gram"):
+            name = f"sample/{group}/{what}"
+            if name not in self.tensors:
+                raise InvalidArgument(f"group: expected {what} of images of {group!r}, got statistics without it")
+            found.append(unpack(self.tensors[name].astype(np.float64)))
+        return found[0], found[1]
+
+    def sensitivity(self, group: str) -> float:
+        """How much the output moves when a group's part of the model is off by a small share of its variance.
+
+        The mean over images of the divergence between the undisturbed and the disturbed model's class probabilities
+        (Kullback-Leibler, in nats), over that share. Without a classifier: the relative squared change of the features.
+
+        Raises:
+            InvalidArgument: not collected (``calibrate(sensitivity=True)``).
+        """
+        name = f"sensitivity/{group}/divergence"
+        if name not in self.tensors:
+            raise InvalidArgument(
+                f"stats: expected the sensitivity of {group!r}, got none: calibrate(sensitivity=True)"
+            )
+        total, images = self.tensors[name]
+        return float(total / images)
+
+    @property
+    def sensitive(self) -> bool:
+        """Was the sensitivity of the groups measured?"""
+        return any(name.startswith("sensitivity/") for name in self.tensors)
 
     def agreement(self, other: Statistics | None = None) -> dict[str, Agreement]:
         """Compare the query/key importance with another calibration's, or one fold's with the other's.
@@ -173,7 +215,13 @@ class Statistics:
                     raise InvalidArgument(f"parts: expected {name} = {mine!r} in all, got {found!r}")
             if part.tensors.keys() != first.tensors.keys():
                 raise InvalidArgument("parts: expected the same observations in all, got different ones")
-        summed = {name: np.sum([part.tensors[name] for part in parts], axis=0) for name in first.tensors}
+        summed = {
+            # The Grams of single images are no sums: the first of them stay, as in one long calibration.
+            name: np.concatenate([part.tensors[name] for part in parts])[:SAMPLED_IMAGES]
+            if name.startswith("sample/")
+            else np.sum([part.tensors[name] for part in parts], axis=0)
+            for name in first.tensors
+        }
         return Statistics(first.settings, summed)
 
     def save(self, path: str | Path) -> None:

@@ -13,11 +13,11 @@ from rich.table import Table
 from torch import nn
 
 from . import core
-from .anatomy import Anatomy, Group, render
+from .anatomy import Anatomy, Indices, kept_along_axes, render
 from .errors import InvalidArgument
 from .families import Family, family_of
 from .identity import Fingerprint
-from .plan import Indices, Plan
+from .plan import Plan
 
 LAYOUTS = ("exact",)
 
@@ -70,7 +70,8 @@ def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool =
         model: the model that was planned for.
         plan: what to keep.
         layout: "exact": attention modules of our own that take the kept sizes as they are.
-        strict: refuse other weights than the plan was made for; if false, the same dimensions are enough.
+        strict: refuse other weights than the plan was made for; if false, the same dimensions are enough for a plan
+            that only selects.
 
     Raises:
         InvalidArgument: another model than the plan's, or a plan whose indices do not fit; nothing is changed.
@@ -82,11 +83,15 @@ def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool =
         raise InvalidArgument(f"plan: expected a Plan, got {type(plan).__name__}")
     family = family_of(model)
     anatomy = family.inspect(model)
-    plan.fingerprint.require(Fingerprint.of(model, anatomy), "model", strict=strict)
+    plan.fingerprint.require(Fingerprint.of(model, anatomy), "model", strict=strict or bool(plan.weights))
     sizes = plan.check(anatomy)
-    _cut(model, family, anatomy, plan.keep)
+    _cut(model, family, anatomy, plan.keep, plan.weights)
+    for name, eps in plan.eps.items():
+        norm: Any = model.get_submodule(name)
+        norm.eps = eps
+    added = sum(value.numel() for name, value in plan.weights.items() if name not in anatomy.shapes)
     return Report(
-        params=(anatomy.params, anatomy.params_at(sizes)),
+        params=(anatomy.params, anatomy.params_at(sizes) + added),
         macs=(anatomy.macs, anatomy.macs_at(sizes)),
         groups={group.name: (group.size, sizes[group.name]) for group in anatomy.groups},
     )
@@ -105,43 +110,49 @@ def shape(model: nn.Module, family: Family, sizes: Mapping[str, int]) -> None:
         if not 1 <= size <= group.size:
             raise InvalidArgument(f"sizes[{name!r}]: expected 1…{group.size}, got {size}")
         keep[name] = np.tile(np.arange(size, dtype=np.int64), (group.heads, 1))
-    _cut(model, family, anatomy, keep)
+    _cut(model, family, anatomy, keep, {})
 
 
 @torch.no_grad()
-def _cut(model: nn.Module, family: Family, anatomy: Anatomy, keep: Mapping[str, Indices]) -> None:
+def _cut(
+    model: nn.Module,
+    family: Family,
+    anatomy: Anatomy,
+    keep: Mapping[str, Indices],
+    weights: Mapping[str, torch.Tensor],
+) -> None:
     # Sorted, unique and as many as there are: nothing to cut.
     keep = {name: indices for name, indices in keep.items() if indices.shape[1] < anatomy.sizes[name]}
     # All indices before the first cut: what does not fit fails here, with the model whole.
-    axes = {name: _kept_along_axes(anatomy, name, keep) for name in anatomy.members_of}
+    axes = {name: kept_along_axes(anatomy, name, keep) for name in anatomy.members_of}
     for parameter in model.parameters():
         parameter.grad = None
     for name, kept in axes.items():
-        if kept:
+        if kept and name not in weights:
             _compact(model.get_parameter(name), kept)
+    for name, value in weights.items():
+        _replace(model, name, value)
     family.adapt(model, anatomy, {**anatomy.sizes, **{name: indices.shape[1] for name, indices in keep.items()}})
 
 
-def _kept_along_axes(anatomy: Anatomy, name: str, keep: Mapping[str, Indices]) -> dict[int, torch.Tensor]:
-    """Axis to the entries of parameter ``name`` that stay, for the axes that lose any."""
-    axes: dict[int, torch.Tensor] = {}
-    masks: dict[int, torch.Tensor] = {}
-    for group, member in anatomy.members_of[name]:
-        if group.name not in keep:
-            continue
-        indices = torch.from_numpy(keep[group.name])
-        if member.shared:
-            # One entry served every head; now each head has its own.
-            axes[member.dim] = indices.flatten()
-            continue
-        mask = masks.setdefault(member.dim, torch.ones(anatomy.shapes[name][member.dim], dtype=torch.bool))
-        mask[member.offset : member.offset + group.heads * group.size] = False
-        mask[member.offset + _flat(group, indices)] = True
-    return axes | {dim: mask.nonzero().flatten() for dim, mask in masks.items()}
-
-
-def _flat(group: Group, indices: torch.Tensor) -> torch.Tensor:
-    return (torch.arange(group.heads)[:, None] * group.size + indices).flatten()
+def _replace(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Give a parameter other values, in the storage it has where it can; add a bias that a layer does not have."""
+    module, _, parameter = name.rpartition(".")
+    layer = model.get_submodule(module)
+    present = getattr(layer, parameter)
+    if present is None:
+        like = layer.weight
+        assert isinstance(like, nn.Parameter)
+        layer.register_parameter(parameter, nn.Parameter(value.to(like, copy=True), like.requires_grad))
+        return
+    if _owns_its_storage(present):
+        storage = present.untyped_storage()
+        data = present.detach().as_strided(value.shape, value.stride())
+        data.copy_(value)
+        present.data = data
+        storage.resize_(data.numel() * data.element_size())
+    else:
+        present.data = value.to(present, copy=True)
 
 
 def _compact(parameter: nn.Parameter, axes: Mapping[int, torch.Tensor]) -> None:

@@ -138,3 +138,54 @@ def randomise(model, seed=0):
             values *= 0.3
         tensor.copy_(values)
     return model
+
+
+@torch.no_grad()
+def substituted(dense, plan):
+    """The dense-shaped model with a plan's weights: what is cut holds zeros, and norms count the kept channels only.
+
+    Written for timm's modules: which entries of a parameter a kept unit owns is said here once more, by name.
+    """
+    model = copy.deepcopy(dense)
+    width = plan.keep.get("width", np.arange(model.embed_dim)[None])[0]
+    for name, value in plan.weights.items():
+        module, _, parameter = name.rpartition(".")
+        layer = model.get_submodule(module)
+        if getattr(layer, parameter) is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
+        full = getattr(layer, parameter)
+        full.zero_()
+        index = [np.arange(size) for size in full.shape]
+        for dim, entries in _entries(model, plan.keep, module, parameter, width).items():
+            index[dim] = entries
+        full[np.ix_(*index)] = value.to(full.dtype)
+    for name, eps in plan.eps.items():
+        model.get_submodule(name).eps = eps
+    # Index lists of groups whose weights are all given are done; norms over cut channels still have to know.
+    return masked(model, plan.keep)
+
+
+def _entries(model, keep, module, parameter, width):
+    """Axis to the entries that stay of one parameter of a plain ViT."""
+    if module == "":
+        return {2: width}
+    parts = module.split(".")
+    if parts[0] != "blocks" or parts[2] not in ("attn", "mlp"):
+        if module in ("head", "head_dist"):
+            return {1: width} if parameter == "weight" else {}
+        return {0: width}
+    block = model.blocks[int(parts[1])]
+    heads, dim, span = block.attn.num_heads, block.attn.head_dim, block.attn.num_heads * block.attn.head_dim
+    prefix = f"blocks.{parts[1]}"
+    whole = np.tile(np.arange(dim), (heads, 1))
+    qk, v = ((keep.get(f"{prefix}.{kind}", whole) + dim * np.arange(heads)[:, None]).flatten() for kind in ("qk", "v"))
+    hidden = keep.get(f"{prefix}.ffn", np.arange(block.mlp.fc2.in_features)[None])[0]
+    branches = {"fc1": hidden, "fc1_g": hidden, "fc1_x": hidden}
+    if parts[3] == "fc1" and block.mlp.fc1.out_features == 2 * block.mlp.fc2.in_features:
+        branches["fc1"] = np.concatenate([hidden, hidden + block.mlp.fc2.in_features])
+    rows = {"qkv": np.concatenate([qk, qk + span, v + 2 * span]), "gate": v, "proj": width, "fc2": width, **branches}
+    columns = {"proj": v, "fc2": hidden}
+    found = {0: rows[parts[3]]}
+    if parameter == "weight":
+        found[1] = columns.get(parts[3], width)
+    return found

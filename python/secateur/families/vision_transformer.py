@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import cost
-from ..anatomy import Anatomy, AttentionSite, FfnSite, Group, Member, NormSite, Role
+from ..anatomy import Anatomy, AttentionSite, FfnSite, Group, Member, NormSite, Role, Stream
 from ..errors import InvalidArgument, Unsupported
 from ..modules import HeadNorm, PrunedAttention, PrunedAttentionPoolLatent
 
@@ -153,12 +153,14 @@ class _Inspection:
         self.norms: list[NormSite] = []
         self.products: list[cost.Product] = []
         self.refused: dict[str, str] = {}
+        self.writers: dict[str, str | None] = {"patch_embed.proj": None}
+        self.readers: dict[str, tuple[str, ...]] = {}
 
     def anatomy(self) -> Anatomy:
         model = self.model
         self.patch_embedding()
         for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
-            if getattr(model, name, None) is not None:
+            if _has(model, name):
                 self.stream.append(Member("", name, 2, "elementwise"))
         self.norm("norm_pre", self.stream, reads_stream=False)
         if type(model.blocks) is not nn.Sequential:
@@ -189,7 +191,34 @@ class _Inspection:
             shapes={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
             refused=self.refused,
             handmade=handmade,
+            stream=self.described_stream(),
         )
+
+    def described_stream(self) -> Stream | str:
+        """What a change of the stream's basis has to touch, or what forbids one."""
+        model: Any = self.model
+        if "width" in self.refused:
+            return self.refused["width"]
+        for name in ("norm_pre", "patch_embed.norm"):
+            norm = model.get_submodule(name) if name != "patch_embed.norm" else getattr(model.patch_embed, "norm", None)
+            if norm is not None and type(norm) is not nn.Identity:
+                return f"{name}: {type(norm).__name__} writes to the residual stream, channel by channel"
+        if model.attn_pool is not None:
+            return f"attn_pool: {type(model.attn_pool).__name__} keeps a residual stream of its own"
+        if model.global_pool not in ("", "token", "avg"):
+            return f"global_pool: {model.global_pool!r} takes maxima channel by channel"
+        last = [name for name in ("norm", "fc_norm") if type(model.get_submodule(name)) is not nn.Identity]
+        if len(last) != 1:
+            return f"{' and '.join(last) or 'final_norm=False'}: the classifier reads the residual stream as it is"
+        heads = [name for name in ("head", "head_dist") if hasattr(model, name)]
+        if any(type(model.get_submodule(name)) is nn.Identity for name in heads):
+            return "head: Identity, so the channels of the residual stream are the features"
+        kinds = {site.centred for site in self.norms}
+        if len(kinds) != 1:
+            return "norms: both LayerNorm and RMSNorm read the residual stream"
+        self.readers[last[0]] = tuple(heads)
+        tokens = [name for name in ("cls_token", "reg_token", "dist_token", "pos_embed") if _has(model, name)]
+        return Stream(kinds.pop(), self.writers, tuple(tokens), self.readers)
 
     def patch_embedding(self) -> None:
         embed: Any = self.model.patch_embed
@@ -252,13 +281,28 @@ class _Inspection:
             self.columns(f"{name}.gate", self.stream)
             self.products.append(cost.WeightProduct(f"{name}.gate", self.tokens))
         block = f"blocks.{index}"
+        between = next((f"{name}.{child}" for child in ("norm", "gate") if _is_there(getattr(attn, child))), None)
+        scale = self.layer_scale(f"{block}.ls1")
+        self.writers[f"{name}.proj"] = scale
+        self.readers[f"{block}.norm1"] = (f"{name}.qkv", *((f"{name}.gate",) if attn.gate is not None else ()))
         self.groups += [
             Group(f"{block}.qk", "qk", index, qk_dim, tuple(qk), heads, per_head=True),
             Group(f"{block}.v", "v", index, v_dim, tuple(v), heads, per_head=True),
         ]
         self.attention.append(
             AttentionSite(
-                name, f"{block}.qk", f"{block}.v", heads, qk_dim, v_dim, f"{name}.qkv", q_norm, k_norm, f"{name}.proj"
+                name=name,
+                qk=f"{block}.qk",
+                v=f"{block}.v",
+                heads=heads,
+                qk_dim=qk_dim,
+                v_dim=v_dim,
+                qkv=f"{name}.qkv",
+                q_norm=q_norm,
+                k_norm=k_norm,
+                proj=f"{name}.proj",
+                scale=scale,
+                between=between,
             )
         )
         self.products += [
@@ -288,9 +332,16 @@ class _Inspection:
         self.columns(f"{name}.fc2", members)
         self.rows(f"{name}.fc2", self.stream, "writer")
         self.products.append(cost.WeightProduct(f"{name}.fc2", self.tokens))
-        group = f"blocks.{index}.ffn"
-        self.groups.append(Group(group, "ffn", index, size, tuple(members)))
-        self.ffn.append(FfnSite(name, group, size, f"{name}.fc2"))
+        block = f"blocks.{index}"
+        scale = self.layer_scale(f"{block}.ls2")
+        self.writers[f"{name}.fc2"] = scale
+        self.readers[f"{block}.norm2"] = tuple(dict.fromkeys(f"{name}.{branch}" for branch, _ in branches))
+        self.groups.append(Group(f"{block}.ffn", "ffn", index, size, tuple(members)))
+        self.ffn.append(FfnSite(name, f"{block}.ffn", size, f"{name}.fc2", scale))
+
+    def layer_scale(self, name: str) -> str | None:
+        block, _, child = name.rpartition(".")
+        return name if type(getattr(self.model.get_submodule(block), child, None)) is LayerScale else None
 
     def pool(self) -> None:
         pool: Any = self.model.attn_pool
@@ -379,6 +430,14 @@ class _Inspection:
             first = seen.setdefault(id(parameter), name)
             if first != name:
                 raise Unsupported(f"{name}: expected a parameter of its own, got one tied to {first}")
+
+
+def _is_there(module: nn.Module | None) -> bool:
+    return module is not None and type(module) is not nn.Identity
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    return getattr(model, name, None) is not None
 
 
 def _unsupported(name: str, module: nn.Module, expected: str) -> Unsupported:

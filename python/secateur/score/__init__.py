@@ -1,29 +1,14 @@
-"""Importance criteria, one module each: a score per unit of a group; the lowest are cut."""
+"""Methods, one module each: importance criteria that select, and closed forms that change weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
-
-from torch import nn
-
-from ..anatomy import Group
 from ..errors import InvalidArgument
-from ..statistics import Float, Statistics
-from . import snp
+from . import project, refit, snp
+from .base import Decision, Method, Prepared
 
+__all__ = ["Decision", "Method", "Prepared", "method_named", "methods"]
 
-class Method(Protocol):
-    """What a module of this package offers."""
-
-    NAME: str
-    OPTIONS: Mapping[str, tuple[str, ...]]
-
-    def score(self, model: nn.Module, statistics: Statistics, group: Group, options: Mapping[str, str]) -> Float:
-        """Importance of the group's units, (heads, size); (1, size) where the group is not per head."""
-
-
-_METHODS: dict[str, Method] = {module.NAME: module for module in (snp,)}
+_METHODS: dict[str, Method] = {module.NAME: module for module in (snp, refit, project)}
 
 
 def methods() -> list[str]:

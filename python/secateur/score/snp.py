@@ -9,12 +9,18 @@ import torch
 from torch import nn
 
 from .. import core
-from ..anatomy import Group, Member, parameter_of
+from ..anatomy import Anatomy, Group, Member, parameter_of
 from ..statistics import Float, Statistics
+from .base import Ranking
 
 NAME = "snp"
 # "weights" is the paper's; "activations" takes the same cosines from the calibration set's second moments.
 OPTIONS: Mapping[str, tuple[str, ...]] = {"similarity": ("weights", "activations")}
+
+
+def prepare(model: nn.Module, anatomy: Anatomy, statistics: Statistics, options: Mapping[str, str]) -> Ranking:
+    """Bind the criterion to a model: the highest scores stay."""
+    return Ranking(anatomy, lambda group: score(model, statistics, group, options))
 
 
 def score(model: nn.Module, statistics: Statistics, group: Group, options: Mapping[str, str]) -> Float:

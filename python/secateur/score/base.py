@@ -1,0 +1,66 @@
+"""What every method answers: how much is lost at each size, and what the model becomes at those that were chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from .. import core
+from ..anatomy import Anatomy, Group, Indices
+from ..statistics import Float, Statistics
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What stays: indices by group, and the parameters and norms' eps that change, in their size after the cut."""
+
+    keep: Mapping[str, Indices]
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    eps: Mapping[str, float] = field(default_factory=dict)
+
+
+class Prepared(Protocol):
+    """A method bound to one model and its statistics."""
+
+    def errors(self, group: Group) -> Float | None:
+        """Share of the group's output lost when 0 … size units stay, (size + 1,); None where the method cannot say."""
+
+    def decide(self, sizes: Mapping[str, int]) -> Decision:
+        """Choose what stays at these sizes."""
+
+
+class Method(Protocol):
+    """What a module of this package offers."""
+
+    NAME: str
+    OPTIONS: Mapping[str, tuple[str, ...]]
+
+    def prepare(
+        self, model: nn.Module, anatomy: Anatomy, statistics: Statistics, options: Mapping[str, str]
+    ) -> Prepared:
+        """Bind the method to a model."""
+
+
+class Ranking:
+    """A method that only selects: the units of the highest score stay."""
+
+    def __init__(self, anatomy: Anatomy, score: Callable[[Group], Float]) -> None:
+        self._anatomy, self._score = anatomy, score
+
+    def errors(self, group: Group) -> Float | None:
+        """A score orders units; it does not say what they cost."""
+        del group
+        return None
+
+    def decide(self, sizes: Mapping[str, int]) -> Decision:
+        """Keep the highest scores of each group, as many per head."""
+        return Decision(
+            {
+                group.name: core.select(self._score(group), sizes[group.name])
+                for group in self._anatomy.groups
+                if sizes[group.name] < group.size
+            }
+        )

@@ -1,0 +1,246 @@
+"""Score-preserving projection: the best rank of every head and of the residual stream, not the best subset of neurons.
+
+Each head's queries and keys, its values, and the residual stream are turned to the basis in which the cut costs least,
+and what reads them is refitted by least squares over the calibration rows; the function of the dense model is the same
+in every basis. Where no change of basis is allowed (query/key norms; a norm or gate between values and projection; FFN
+hidden units behind their activation) original neurons are selected and refitted, as the method "refit" does.
+
+The residual stream's rotation is that of SliceGPT (Ashkboos et al., ICLR 2024, arXiv:2401.15024), made label-free for
+vision transformers' norms of any eps and kept in timm's own norm classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..anatomy import Anatomy, AttentionSite, Group, Indices, Stream
+from ..draft import Draft
+from ..errors import Unsupported
+from ..project import (
+    HeadBasis,
+    improve,
+    query_key_bases,
+    residual_basis,
+    score_errors,
+    stock_basis,
+    value_bases,
+    value_errors,
+)
+from ..regression import Moment, choose_ridge, solve
+from ..statistics import Float, Statistics
+from .refit import Moments, Refit
+
+NAME = "project"
+OPTIONS: Mapping[str, tuple[str, ...]] = {}
+
+
+def prepare(model: nn.Module, anatomy: Anatomy, statistics: Statistics, options: Mapping[str, str]) -> Projection:
+    """Bind the method to a model.
+
+    Raises:
+        InvalidArgument: statistics without moments.
+    """
+    del options
+    return Projection(model, anatomy, statistics, "greedy")
+
+
+class Projection(Refit):
+    """The method bound to a model and its statistics."""
+
+    def _errors(self, group: Group) -> Float | None:
+        if group.kind == "width":
+            return self._width_errors()
+        return super()._errors(group)
+
+    # Queries and keys
+
+    def _score_errors(self, site: AttentionSite) -> Float | None:
+        if site.q_norm is not None or site.k_norm is not None:
+            return super()._score_errors(site)
+        errors = score_errors(self._basis(site), *self._image_grams(site)).mean(0)
+        found: Float = np.minimum.accumulate(np.clip(errors.numpy(), 0.0, 1.0))
+        return found
+
+    def _basis(self, site: AttentionSite) -> HeadBasis:
+        grams = (self._statistics.gram(site.qk, "query_gram"), self._statistics.gram(site.qk, "key_gram"))
+        return query_key_bases(*map(torch.from_numpy, grams))
+
+    def _image_grams(self, site: AttentionSite) -> tuple[Tensor, Tensor]:
+        query, key = self._statistics.image_grams(site.qk)
+        return torch.from_numpy(query), torch.from_numpy(key)
+
+    def _queries_and_keys(self, draft: Draft, site: AttentionSite, count: int) -> Indices:
+        if site.q_norm is not None or site.k_norm is not None:
+            return super()._queries_and_keys(draft, site, count)
+        basis = improve(self._basis(site).first(count), *self._image_grams(site))
+        span = site.heads * site.qk_dim
+        weight, bias = draft.weight(site.qkv).clone(), draft.bias(site.qkv).clone()
+        for part, turn in ((slice(0, span), basis.query), (slice(span, 2 * span), basis.key)):
+            weight[part] = _turned(turn, weight[part], site.heads)
+            bias[part] = _turned(turn, bias[part, None], site.heads)[:, 0]
+        # Softmax does not see what the keys' bias adds to a row of scores.
+        bias[span : 2 * span] = 0
+        draft.set(site.qkv, weight)
+        draft.set(site.qkv, bias, "bias")
+        return _leading(site.heads, count)
+
+    # Values
+
+    def _value_errors(self, site: AttentionSite) -> Float | None:
+        if site.between is not None:
+            return super()._value_errors(site)
+        weight, moments = self._writer_metric(site.proj, site.scale), Moments(self._statistics, site.proj)
+        errors = value_errors(weight, moments.covariance, site.heads)
+        found: Float = np.clip(errors.numpy(), 0.0, 1.0)
+        return found
+
+    def _values(self, draft: Draft, site: AttentionSite, count: int) -> Indices:
+        if site.between is not None:
+            return super()._values(draft, site, count)
+        moments = Moments(self._statistics, site.proj)
+        basis = value_bases(self._writer_metric(site.proj, site.scale), moments.covariance, site.heads, count)
+        weight = draft.weight(site.proj)
+        # What is lost without a refit, W − W T⁺ T, is regressed on what is kept.
+        plain = weight @ torch.linalg.pinv(basis, rtol=1e-12)
+        lost = weight - plain @ basis
+
+        def moment(covariance: Tensor) -> Moment:
+            seen = basis @ covariance
+            return Moment(seen @ basis.mT, seen @ lost.mT)
+
+        refitted = plain + solve(moment(moments.covariance), choose_ridge([moment(c) for c in moments.folds])).mT
+        rows = slice(2 * site.heads * site.qk_dim, None)
+        qkv_weight, qkv_bias = draft.weight(site.qkv).clone(), draft.bias(site.qkv).clone()
+        # Rows of the attention map sum to one, so the values' bias passes through it.
+        bias = draft.bias(site.proj) + weight @ moments.mean - refitted @ basis @ (moments.mean - qkv_bias[rows])
+        qkv_weight[rows] = _turned(_blocks(basis, site.heads), qkv_weight[rows], site.heads)
+        qkv_bias[rows] = 0
+        columns = torch.zeros_like(weight).unflatten(1, (site.heads, site.v_dim))
+        columns[..., :count] = refitted.unflatten(1, (site.heads, count))
+        draft.set(site.qkv, qkv_weight)
+        draft.set(site.qkv, qkv_bias, "bias")
+        draft.set(site.proj, columns.flatten(1))
+        draft.set(site.proj, bias, "bias")
+        return _leading(site.heads, count)
+
+    # Residual width
+
+    def _stream(self) -> Stream:
+        stream = self._anatomy.stream
+        if isinstance(stream, str):
+            raise Unsupported(f"width: expected a residual stream that can be turned, got one that cannot ({stream})")
+        return stream
+
+    def _norm_moments(self) -> dict[str, Moments]:
+        return {name: Moments(self._statistics, name) for name in self._stream().readers}
+
+    def _width_errors(self) -> Float | None:
+        if isinstance(self._anatomy.stream, str):
+            return None
+        size = self._anatomy.sizes["width"]
+        moments = self._norm_moments()
+        basis = residual_basis([found.second for found in moments.values()])
+        centred = int(self._anatomy.stream.centred)
+        # What is left of the variance once the readers are refitted, at some widths; between them it is interpolated.
+        widths = np.unique(np.linspace(1 + centred, size, 24).round().astype(int))
+        lost = np.zeros(len(widths))
+        for found in moments.values():
+            # Sums of float32 activations: what lies below 1e-7 of the largest is rounding, of either sign.
+            values, vectors = torch.linalg.eigh(basis.mT @ found.covariance @ basis)
+            turned = (vectors * values.clamp_min(1e-7 * float(values[-1]) + 1e-30)) @ vectors.mT
+            for index, width in enumerate(widths):
+                rank = int(width) - centred
+                factor = torch.linalg.cholesky(turned[:rank, :rank])
+                held = torch.linalg.solve_triangular(factor, turned[:rank, rank:], upper=False)
+                lost[index] += float(turned.diagonal()[rank:].sum() - held.square().sum()) / size / len(moments)
+        errors = np.interp(np.arange(size + 1), widths, lost)
+        errors[: widths[0]] = 1.0
+        errors[-1] = 0.0
+        return np.minimum.accumulate(np.clip(errors, 0.0, 1.0))
+
+    def _width(self, draft: Draft, count: int, eps: dict[str, float]) -> Indices:
+        stream = self._stream()
+        size = self._anatomy.sizes["width"]
+        moments = self._norm_moments()
+        # One channel of a LayerNorm is its mean: it holds one direction less than it has channels.
+        rank = count - 1 if stream.centred else count
+        basis = residual_basis([found.second for found in moments.values()])[:, :rank]
+        channels = stock_basis(count) if stream.centred else torch.eye(count, dtype=torch.float64)
+        write = torch.zeros(size, size, dtype=torch.float64)
+        write[:count] = channels @ (basis - basis.mean(0) if stream.centred else basis).mT
+        for module, scale in stream.writers.items():
+            self._turn_writer(draft, module, scale, write)
+        for token in stream.tokens:
+            draft.set("", draft.weight("", token) @ write.mT, token)
+        for norm, readers in stream.readers.items():
+            matrix, offset = _readout(moments[norm], basis, count)
+            read = torch.zeros(size, size, dtype=torch.float64)
+            read[:, :count] = matrix @ channels.mT
+            self._turn_readers(draft, norm, readers, read, offset)
+            eps[norm] = float(getattr(self._model.get_submodule(norm), "eps")) * size / count  # noqa: B009
+        return _leading(1, count)
+
+    def _turn_writer(self, draft: Draft, module: str, scale: str | None, write: Tensor) -> None:
+        factor = draft.scale(scale)
+        weight, bias = draft.weight(module), draft.bias(module)
+        scaled = factor[:, None] * weight.flatten(1) if isinstance(factor, Tensor) else weight.flatten(1)
+        draft.set(module, (write @ scaled).reshape(weight.shape))
+        draft.set(module, write @ (factor * bias), "bias")
+        if scale is not None:
+            draft.set(scale, torch.ones_like(draft.weight(scale, "gamma")), "gamma")
+
+    def _turn_readers(self, draft: Draft, norm: str, readers: tuple[str, ...], read: Tensor, offset: Tensor) -> None:
+        """Fold the norm's scale and shift and the change of basis into the layers behind it."""
+        module = self._model.get_submodule(norm)
+        size = len(offset)
+        gain, shift = (getattr(module, name, None) for name in ("weight", "bias"))
+        weight = torch.ones(size, dtype=torch.float64) if gain is None else draft.weight(norm)
+        bias = torch.zeros(size, dtype=torch.float64) if shift is None else draft.weight(norm, "bias")
+        for reader in readers:
+            matrix = draft.weight(reader)
+            draft.set(reader, draft.bias(reader) + matrix @ (bias + weight * offset), "bias")
+            draft.set(reader, (matrix * weight) @ read)
+        if gain is not None:
+            draft.set(norm, torch.ones_like(weight))
+        if shift is not None:
+            draft.set(norm, torch.zeros_like(bias), "bias")
+
+
+def _readout(moments: Moments, basis: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The dense norm's output x̂ from the pruned one's in the kept basis, φ: x̂ ≈ matrix @ φ + offset.
+
+    φ has ``count`` channels of mean square one where x̂ has D: φ = Qᵀx̂ / ρ, ρ² = E‖Qᵀx̂‖² / count. What lies outside of
+    the basis is regressed on what lies within.
+    """
+    scale = ((moments.second @ basis) * basis).sum().div(count).sqrt()
+
+    def moment(covariance: Tensor) -> Moment:
+        seen = basis.mT @ covariance
+        kept = seen @ basis
+        return Moment(kept, seen - kept @ basis.mT)
+
+    gained = solve(moment(moments.covariance), choose_ridge([moment(fold) for fold in moments.folds])).mT
+    matrix = basis + gained
+    return scale * matrix, moments.mean - matrix @ (basis.mT @ moments.mean)
+
+
+def _turned(turn: Tensor, rows: Tensor, heads: int) -> Tensor:
+    """Each head's rows (heads · d, n) times its (rank, d); the rows past the rank are zero."""
+    parts = rows.unflatten(0, (heads, -1))
+    turned = torch.zeros_like(parts)
+    turned[:, : turn.shape[1]] = turn @ parts
+    return turned.flatten(0, 1)
+
+
+def _blocks(matrix: Tensor, heads: int) -> Tensor:
+    """The diagonal blocks (heads, r, d) of a block-diagonal matrix (heads · r, heads · d)."""
+    parts = matrix.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))
+    return torch.stack([parts[head, :, head] for head in range(heads)])
+
+
+def _leading(heads: int, count: int) -> Indices:
+    return np.tile(np.arange(count, dtype=np.int64), (heads, 1))

@@ -1,0 +1,290 @@
+"""Selection of original neurons, and what reads them refitted in closed form.
+
+Greedy backward elimination (the optimal brain surgeon for groups, OB²C, arXiv:2608.17657) or a one-shot criterion picks
+the neurons; least squares over the calibration rows then gives their readers what the others contributed (CORP,
+arXiv:2602.05243), the mean of it through the bias. No labels, no gradients; the moments are those of the dense model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import core
+from ..anatomy import Anatomy, AttentionSite, FfnSite, Group, Indices, Stream
+from ..draft import Draft
+from ..errors import InvalidArgument, NumericalError
+from ..regression import RIDGES, Moment, choose_ridge, inverse, solve
+from ..statistics import FOLDS, Float, Statistics
+from . import snp
+from .base import Decision
+
+NAME = "refit"
+OPTIONS: Mapping[str, tuple[str, ...]] = {"selection": ("greedy", "snp", "energy")}
+
+
+def prepare(model: nn.Module, anatomy: Anatomy, statistics: Statistics, options: Mapping[str, str]) -> Refit:
+    """Bind the method to a model.
+
+    Raises:
+        InvalidArgument: statistics without moments.
+    """
+    return Refit(model, anatomy, statistics, options["selection"])
+
+
+class Moments:
+    """Mean and covariance of an observation, over all rows and in each fold that has any."""
+
+    def __init__(self, statistics: Statistics, name: str) -> None:
+        found = statistics.moments(name)
+        self.mean = torch.from_numpy(found.mean)
+        self.second = torch.from_numpy(found.second)
+        self.covariance = torch.from_numpy(found.covariance)
+        self._statistics, self._name = statistics, name
+
+    @cached_property
+    def folds(self) -> list[Tensor]:
+        """Covariances of the folds; of none where one is empty."""
+        try:
+            parts = [self._statistics.moments(self._name, fold) for fold in FOLDS]
+        except InvalidArgument:
+            return []
+        return [torch.from_numpy(part.covariance) for part in parts]
+
+
+class Refit:
+    """The method bound to a model and its statistics."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, statistics: Statistics, selection: str) -> None:
+        if statistics.settings.collect != "all":
+            raise InvalidArgument(
+                f"stats: expected moments (calibrate(collect='all')), got collect={statistics.settings.collect!r}"
+            )
+        self._model, self._anatomy, self._statistics, self._selection = model, anatomy, statistics, selection
+        self._orders: dict[str, tuple[Tensor, Float | None]] = {}
+        self._cached_errors: dict[str, Float | None] = {}
+
+    def errors(self, group: Group) -> Float | None:
+        """Share of the group's output that is lost when 0 … size units stay, (size + 1,)."""
+        if group.name not in self._cached_errors:
+            self._cached_errors[group.name] = self._errors(group)
+        return self._cached_errors[group.name]
+
+    def decide(self, sizes: Mapping[str, int]) -> Decision:
+        """Choose what stays at these sizes, and refit what reads it."""
+        draft = Draft(self._model, self._anatomy)
+        keep: dict[str, Indices] = {}
+        eps: dict[str, float] = {}
+        for site in self._anatomy.attention:
+            if sizes[site.qk] < site.qk_dim:
+                keep[site.qk] = self._queries_and_keys(draft, site, sizes[site.qk])
+            if sizes[site.v] < site.v_dim:
+                keep[site.v] = self._values(draft, site, sizes[site.v])
+        for ffn in self._anatomy.ffn:
+            if sizes[ffn.ffn] < ffn.size:
+                keep[ffn.ffn] = self._hidden(draft, ffn, sizes[ffn.ffn])
+        if "width" in sizes and sizes["width"] < self._anatomy.sizes["width"]:
+            keep["width"] = self._width(draft, sizes["width"], eps)
+        return Decision(keep, draft.finish(keep), eps)
+
+    def _errors(self, group: Group) -> Float | None:
+        if group.kind == "qk":
+            return self._score_errors(next(site for site in self._anatomy.attention if site.qk == group.name))
+        if group.kind == "v":
+            site = next(site for site in self._anatomy.attention if site.v == group.name)
+            return self._value_errors(site)
+        if group.kind == "ffn":
+            ffn = next(site for site in self._anatomy.ffn if site.ffn == group.name)
+            return self._costs(self._hidden_order(ffn), ffn.size)
+        return None
+
+    # Queries and keys
+
+    def _score_gram(self, site: AttentionSite, fold: str | None = None) -> Tensor:
+        return torch.from_numpy(self._statistics.gram(site.qk, "score_gram", fold))
+
+    def _score_orders(self, site: AttentionSite) -> tuple[Tensor, Float | None]:
+        """Neurons of each head, (heads, d), from the first to leave, and what their leaving costs."""
+        if self._selection == "snp":
+            return torch.from_numpy(np.argsort(self._statistics.importance(site.qk), axis=1, kind="stable")), None
+        grams = self._score_gram(site)
+        if self._selection == "energy":
+            return grams.diagonal(dim1=-2, dim2=-1).argsort(dim=1, stable=True), None
+        ones = torch.ones(site.qk_dim, 1, dtype=torch.float64)
+        parts = [_eliminate(gram, ones, RIDGES[2]) for gram in grams]
+        # In shares of each head's own scores.
+        totals = grams.sum((-2, -1)).clamp_min(torch.finfo(torch.float64).tiny).numpy()
+        costs = np.stack([part[1] / total for part, total in zip(parts, totals, strict=True)])
+        return torch.stack([part[0] for part in parts]), costs.mean(0)
+
+    def _score_errors(self, site: AttentionSite) -> Float | None:
+        return self._costs(self._order(site.qk, lambda: self._score_orders(site)), site.qk_dim)
+
+    def _queries_and_keys(self, draft: Draft, site: AttentionSite, count: int) -> Indices:
+        order, _ = self._order(site.qk, lambda: self._score_orders(site))
+        kept = order[:, site.qk_dim - count :].sort(1).values
+        if site.q_norm is None and site.k_norm is None:
+            scale = torch.zeros(site.heads, site.qk_dim, dtype=torch.float64)
+            for head, index in enumerate(kept):
+                folds = [self._score_gram(site, fold)[head] for fold in FOLDS]
+                moments = [Moment(gram[index][:, index], gram[index].sum(1, keepdim=True)) for gram in folds]
+                ridge = choose_ridge(moments)
+                total = Moment(moments[0].xx + moments[1].xx, moments[0].xy + moments[1].xy)
+                # Towards one, not towards zero: a neuron that the ridge doubts stays as it was.
+                rest = Moment(total.xx, total.xy - total.xx.sum(1, keepdim=True))
+                scale[head, index] = 1 + solve(rest, ridge)[:, 0]
+            rows = slice(0, site.heads * site.qk_dim)
+            _scale_rows(draft, site.qkv, rows, scale.flatten())
+        return kept.numpy()
+
+    # Values
+
+    def _value_orders(self, site: AttentionSite) -> tuple[Tensor, Float | None]:
+        weight, moments = self._writer_metric(site.proj, site.scale), Moments(self._statistics, site.proj)
+        size = site.v_dim
+        if self._selection == "snp":
+            group = self._anatomy.group(site.v)
+            similar = snp.score(self._model, self._statistics, group, {"similarity": "weights"})
+            return torch.from_numpy(np.argsort(similar, axis=1, kind="stable")), None
+        if self._selection == "energy":
+            scores = (moments.covariance.diagonal() * weight.square().sum(0)).reshape(site.heads, size)
+            return scores.argsort(dim=1, stable=True), None
+        order, costs = _eliminate(moments.covariance, weight.mT, self._first_ridge(moments, weight))
+        # As many leave each head as another: of the joint order, each head's own.
+        return torch.stack([order[order // size == head] % size for head in range(site.heads)]), costs
+
+    def _value_errors(self, site: AttentionSite) -> Float | None:
+        _, costs = self._order(site.v, lambda: self._value_orders(site))
+        if costs is None:
+            return None
+        weight, moments = self._writer_metric(site.proj, site.scale), Moments(self._statistics, site.proj)
+        total = float((weight @ moments.covariance * weight).sum())
+        # Joint costs at multiples of the number of heads: as if each round took one of every head.
+        rising = np.concatenate([[0.0], np.cumsum(costs)])[:: site.heads] / max(total, np.finfo(float).tiny)
+        return _falling(rising, site.v_dim)
+
+    def _values(self, draft: Draft, site: AttentionSite, count: int) -> Indices:
+        order, _ = self._order(site.v, lambda: self._value_orders(site))
+        kept = order[:, site.v_dim - count :].sort(1).values
+        flat = (torch.arange(site.heads)[:, None] * site.v_dim + kept).flatten()
+        self._compensate(draft, site.proj, Moments(self._statistics, site.proj), flat)
+        return kept.numpy()
+
+    # FFN
+
+    def _hidden_order(self, site: FfnSite) -> tuple[Tensor, Float | None]:
+        def order() -> tuple[Tensor, Float | None]:
+            weight, moments = self._writer_metric(site.fc2, site.scale), Moments(self._statistics, site.ffn)
+            if self._selection == "snp":
+                group = self._anatomy.group(site.ffn)
+                similar = snp.score(self._model, self._statistics, group, {"similarity": "weights"})
+                return torch.from_numpy(np.argsort(similar, axis=1, kind="stable")), None
+            if self._selection == "energy":
+                return (moments.covariance.diagonal() * weight.square().sum(0)).argsort(stable=True)[None], None
+            found, costs = _eliminate(moments.covariance, weight.mT, self._first_ridge(moments, weight))
+            total = float((weight @ moments.covariance * weight).sum())
+            return found[None], costs / max(total, np.finfo(float).tiny)
+
+        return self._order(site.ffn, order)
+
+    def _hidden(self, draft: Draft, site: FfnSite, count: int) -> Indices:
+        order, _ = self._hidden_order(site)
+        kept = order[:, site.size - count :].sort(1).values
+        self._compensate(draft, site.fc2, Moments(self._statistics, site.ffn), kept[0])
+        return kept.numpy()
+
+    # Residual width
+
+    def _width(self, draft: Draft, count: int, eps: dict[str, float]) -> Indices:
+        """SNP's channels; what the norms' readers lose with the others is not refitted."""
+        del draft, eps
+        return core.select(snp.score(self._model, self._statistics, self._anatomy.group("width"), {}), count)
+
+    # What they share
+
+    def _order(self, group: str, make: Callable[[], tuple[Tensor, Float | None]]) -> tuple[Tensor, Float | None]:
+        if group not in self._orders:
+            self._orders[group] = make()
+        return self._orders[group]
+
+    def _writer_metric(self, module: str, scale: str | None) -> Tensor:
+        """A writer's weight, (width, inputs), as the next norm sees its output: after LayerScale, without the mean."""
+        draft = Draft(self._model, self._anatomy)
+        weight = draft.weight(module)
+        factor = draft.scale(scale)
+        weight = weight * (factor[:, None] if isinstance(factor, Tensor) else factor)
+        stream = self._anatomy.stream
+        return weight - weight.mean(0) if isinstance(stream, Stream) and stream.centred else weight
+
+    def _first_ridge(self, moments: Moments, weight: Tensor) -> float:
+        """The ridge of half of the inputs, those of most energy; before it is known which stay."""
+        score = moments.covariance.diagonal() * weight.square().sum(0)
+        order = score.argsort(descending=True)
+        kept, cut = order[: len(order) // 2], order[len(order) // 2 :]
+        return choose_ridge([_compensation(fold, weight, kept, cut) for fold in moments.folds])
+
+    def _compensate(self, draft: Draft, module: str, moments: Moments, kept: Tensor) -> None:
+        """Give the kept inputs of a linear layer what the others contributed, and the bias its mean."""
+        weight = draft.weight(module)
+        cut = torch.ones(weight.shape[1], dtype=torch.bool)
+        cut[kept] = False
+        cut = cut.nonzero().flatten()
+        ridge = choose_ridge([_compensation(fold, weight, kept, cut) for fold in moments.folds])
+        gained = solve(_compensation(moments.covariance, weight, kept, cut), ridge).mT
+        bias = draft.bias(module) + weight[:, cut] @ moments.mean[cut] - gained @ moments.mean[kept]
+        refitted = torch.zeros_like(weight)
+        refitted[:, kept] = weight[:, kept] + gained
+        draft.set(module, refitted)
+        draft.set(module, bias, "bias")
+
+    def _costs(self, order: tuple[Tensor, Float | None], size: int) -> Float | None:
+        costs = order[1]
+        if costs is None:
+            return None
+        return _falling(np.concatenate([[0.0], np.cumsum(costs)]), size)
+
+
+def _compensation(covariance: Tensor, weight: Tensor, kept: Tensor, cut: Tensor) -> Moment:
+    return Moment(covariance[kept][:, kept], covariance[kept][:, cut] @ weight[:, cut].mT)
+
+
+def _scale_rows(draft: Draft, module: str, rows: slice, scale: Tensor) -> None:
+    weight, bias = draft.weight(module).clone(), draft.bias(module).clone()
+    weight[rows] *= scale[:, None]
+    bias[rows] *= scale
+    draft.set(module, weight)
+    draft.set(module, bias, "bias")
+
+
+def _eliminate(moment: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Float]:
+    """All inputs from the first to leave, with what each costs; the last one, which is never removed, for what is left.
+
+    Dead inputs leave at once: a ridge relative to the mean would have to be large to keep them regular.
+    """
+    diagonal = moment.diagonal()
+    alive = (diagonal > 1e-12 * diagonal.max().clamp_min(torch.finfo(torch.float64).tiny)).nonzero().flatten()
+    dead = (~torch.isin(torch.arange(len(moment)), alive)).nonzero().flatten()
+    if len(alive) < 2:
+        return torch.cat([dead, alive]), np.zeros(len(moment))
+    part, outputs = moment[alive][:, alive], weights[alive].contiguous()
+    while True:
+        try:
+            order, costs = core.eliminate(inverse(part, ridge).numpy(), outputs.numpy(), len(alive) - 1)
+            break
+        except NumericalError:
+            ridge *= 10
+    last = np.setdiff1d(np.arange(len(alive)), order)
+    total = float((outputs * (part @ outputs)).sum())
+    rest = max(0.0, total - float(np.sum(costs)))
+    complete = torch.from_numpy(np.concatenate([np.asarray(order, np.int64), last]))
+    return torch.cat([dead, alive[complete]]), np.concatenate([np.zeros(len(dead)), costs, [rest]])
+
+
+def _falling(rising: Float, size: int) -> Float:
+    """From the cost of removing 0 … size units to the share lost when 0 … size stay, within [0, 1]."""
+    errors: Float = np.clip(rising[: size + 1][::-1], 0.0, 1.0)
+    return np.minimum.accumulate(errors)
