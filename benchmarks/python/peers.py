@@ -331,6 +331,7 @@ def corp(calibration: Calibration, sizes: Sizes) -> Outcome:
     calibration images held out of the fit. With them the fit is then made on all calibration images.
     """
     anatomy = calibration.anatomy
+    calibration.solved.clear()
     scores = {name: torch.einsum("bhii,bhii->hi", q.double(), k.double()) for name, (q, k) in calibration.grams.items()}
     for name, layer in calibration.readers.items():
         group = anatomy.group(name)
