@@ -52,7 +52,6 @@ HELD_OUT = 256
 MOST = 0.95
 # Emphasis on query/key, value and width where the FFN's is 1.
 GRID = tuple(itertools.product((0.6, 1.0, 1.5), (0.3, 0.6, 1.0, 1.5), (0.0, 0.15, 0.3)))
-IMAGE_COUNTS = tuple(2**k for k in range(6, 13))
 # Decoded test images are kept in memory up to so many bytes, else read again for every model.
 MEMORY = 2**30
 Row = dict[str, Any]
@@ -75,6 +74,8 @@ def arguments() -> argparse.Namespace:
     add("--budgets", type=float, nargs="+", default=[0.85, 0.7, 0.5, 0.35, 0.25], help="kept MACs")
     add("--methods", nargs="+", choices=[*OURS, *peers.PEERS], default=[*OURS, *peers.PEERS])
     add("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    counts = [2**k for k in range(6, 13)]
+    add("--image-counts", type=int, nargs="+", default=counts, help="calibration images of the table images")
     add("--image-budget", type=float, default=0.5, help="kept MACs of the table images")
     add("--tune-budgets", type=float, nargs="+", default=[0.5, 0.35], help="kept MACs")
     add("--tune-params", type=float, nargs="*", default=[0.6], help="kept parameters")
@@ -237,7 +238,7 @@ class Run:
         options = self.options
         needed = HELD_OUT + options.draws * options.calibration_images
         if "images" in options.tables:
-            needed = max(needed, HELD_OUT + 2 * max(IMAGE_COUNTS))
+            needed = max(needed, HELD_OUT + 2 * max(options.image_counts))
         images, labels = zip(*self.loader("train", max_images=needed, shuffle=True), strict=True)
         if sum(map(len, images)) < HELD_OUT + options.draws * options.calibration_images:
             raise SystemExit(f"expected {needed} training images, found {sum(map(len, images))}: fewer --draws")
@@ -290,9 +291,8 @@ class Run:
         row = {**key, **measure(), "seconds": round(time.perf_counter() - start, 1)}
         self.rows.append(row)
         self.write()
-        console.print(
-            " ".join(str(value) for value in key.values()), f"{row.get('top1', math.nan):.2f}", highlight=False
-        )
+        result = f"{row['top1']:.2f} %" if "top1" in row else ""
+        console.print(*map(str, key.values()), result, f"({row['seconds']} s)", highlight=False)
         return row
 
     def measured(self, model: nn.Module, *, speed: bool = False) -> Row:
@@ -471,7 +471,7 @@ def images_table(run: Run) -> None:
     if not methods:
         console.print("images: no method of secateur's own was asked for")
         return
-    for count in IMAGE_COUNTS:
+    for count in run.options.image_counts:
         if 2 * count > len(pool):
             console.print(f"images: two disjoint draws of {count} need more training images")
             continue
