@@ -283,12 +283,17 @@ class Run:
         temporary.replace(self.path)
 
     def row(self, key: Row, measure: Callable[[], Row]) -> Row:
-        """The row of this key, from the file or measured now."""
+        """The row of this key, from the file or measured now; empty where the method does not know such a model."""
         for row in self.rows:
             if all(name in row and row[name] == value for name, value in key.items()):
                 return row
         start = time.perf_counter()
-        row = {**key, **measure(), "seconds": round(time.perf_counter() - start, 1)}
+        try:
+            measured = measure()
+        except sc.Unsupported as error:
+            console.print(*map(str, key.values()), f"left out: {error}", highlight=False)
+            return {}
+        row = {**key, **measured, "seconds": round(time.perf_counter() - start, 1)}
         self.rows.append(row)
         self.write()
         result = f"{row['top1']:.2f} %" if "top1" in row else ""
@@ -432,7 +437,7 @@ def best(run: Run, method: str, draw: Draw, budget: Budget) -> tuple[nn.Module, 
             )
             kl_own = min((each for each in (kl_own, kl) if each is not None), default=None)
     if chosen is None:
-        raise SystemExit(f"{method}: no allocation reaches {budget}: {', '.join(refused)}")
+        raise sc.Unsupported(f"{method}: no allocation reaches {budget}: {', '.join(sorted(refused))}")
     kl, model, found = chosen
     more = {"kl": kl, "kl_own": kl_own, "tried": tried, "refused": sorted(refused), "sizes": sizes_of(model)}
     return model, {**found, **more}

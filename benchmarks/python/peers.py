@@ -8,6 +8,7 @@ leaves the same kind of model, with the dense softmax temperature and the same c
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -452,22 +453,25 @@ def torch_pruning(importance: str) -> Callable[[Calibration, Sizes], Outcome]:
             inner.append(mlp.fc2)
         channels, height, width = anatomy.input_size
         tokens = ("cls_token", "reg_token", "dist_token", "pos_embed")
-        pruner = tp.pruner.BasePruner(
-            model,
-            torch.zeros(1, channels, height, width, device=calibration.device),
-            importance=(
-                tp.importance.GroupTaylorImportance()
-                if importance == "taylor"
-                else tp.importance.GroupMagnitudeImportance(p=2)
-            ),
-            pruning_ratio=0.0,
-            pruning_ratio_dict=ratios,
-            ignored_layers=[*(m for n, m in model.named_modules() if n in ("head", "head_dist")), *inner],
-            num_heads={attention.qkv: attention.num_heads for _, attention in blocks},
-            prune_head_dims=True,
-            round_to=1,
-            unwrapped_parameters=[(getattr(model, t), 2) for t in tokens if getattr(model, t, None) is not None],
-        )
+        with warnings.catch_warnings():
+            # Of the parameters that belong to no layer: all of the width, which stays whole.
+            warnings.filterwarnings("ignore", "Unwrapped parameters")
+            pruner = tp.pruner.BasePruner(
+                model,
+                torch.zeros(1, channels, height, width, device=calibration.device),
+                importance=(
+                    tp.importance.GroupTaylorImportance()
+                    if importance == "taylor"
+                    else tp.importance.GroupMagnitudeImportance(p=2)
+                ),
+                pruning_ratio=0.0,
+                pruning_ratio_dict=ratios,
+                ignored_layers=[*(m for n, m in model.named_modules() if n in ("head", "head_dist")), *inner],
+                num_heads={attention.qkv: attention.num_heads for _, attention in blocks},
+                prune_head_dims=True,
+                round_to=1,
+                unwrapped_parameters=[(getattr(model, t), 2) for t in tokens if getattr(model, t, None) is not None],
+            )
         if importance == "taylor":
             model.zero_grad()
             for images, labels in calibration.batches():
