@@ -21,6 +21,7 @@ from .families import inspect
 from .finetune import FinetuneResult, finetune
 from .plan import Plan, plan
 from .score import methods
+from .sequential import prune_sequential
 from .statistics import Statistics
 from .surgery import Report, prune
 
@@ -48,6 +49,7 @@ __all__ = [
     "methods",
     "plan",
     "prune",
+    "prune_sequential",
     "save",
 ]
 __version__ = _version("secateur")

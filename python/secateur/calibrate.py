@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -88,6 +88,38 @@ def calibrate(
         data=_data_configuration(model),
     )
     collector = _Collector(anatomy, settings)
+    return _run(
+        model, loader, collector, max_images=max_images, sensitivity=sensitivity, path=path, every=checkpoint_every
+    )
+
+
+def calibrate_block(
+    model: nn.Module, loader: Iterable[Any], block: int | None, *, max_images: int | None, token_fraction: float
+) -> Statistics:
+    """Statistics of one block's groups alone, from forward passes that end behind it; of all norms where None.
+
+    The arguments are those of ``calibrate`` and have been checked.
+    """
+    anatomy = family_of(model).inspect(model)
+    settings = Settings(Fingerprint.of(model, anatomy), 8, "all", token_fraction, "", _data_configuration(model))
+    return _run(model, loader, _Collector(anatomy, settings, only=block, norms=block is None), max_images=max_images)
+
+
+class _EnoughError(Exception):
+    """Everything that is observed has been seen; the rest of the forward pass is of no interest."""
+
+
+def _run(
+    model: nn.Module,
+    loader: Iterable[Any],
+    collector: _Collector,
+    *,
+    max_images: int | None,
+    sensitivity: bool = False,
+    path: Path | None = None,
+    every: int | None = None,
+) -> Statistics:
+    settings = collector.settings
     if path is not None and path.is_file():
         collector.restore(Statistics.load(path))
     if max_images is not None and collector.images > max_images:
@@ -112,12 +144,12 @@ def calibrate(
             if len(images) == 0:
                 continue
             _refuse_non_finite(images, collector.images)
-            with collector.batch(len(images)):
+            with collector.batch(len(images)), suppress(_EnoughError):
                 model(images)
-            if checkpoint_every and path is not None and (index + 1) % checkpoint_every == 0:
+            if every and path is not None and (index + 1) % every == 0:
                 collector.statistics().save(path)
         if first and not skip:
-            collector.sensitivity = measure(model, anatomy, first)
+            collector.sensitivity = measure(model, collector.anatomy, first)
     if skip:
         raise InvalidArgument(f"resume: expected a loader of at least {collector.images} images, got {skip} fewer")
     if collector.images == 0:
@@ -208,11 +240,19 @@ class _Accumulator(Protocol):
 class _Collector:
     """Two accumulators, one a fold, for everything that is observed."""
 
-    def __init__(self, anatomy: Anatomy, settings: Settings) -> None:
+    def __init__(
+        self, anatomy: Anatomy, settings: Settings, *, only: int | None = None, norms: bool | None = None
+    ) -> None:
+        """Observe all of a model, or the groups of block ``only``, or with ``norms`` the norms (and block 0)."""
         self.images = 0
         self.whole = True
-        self._anatomy = anatomy
-        self._settings = settings
+        self.anatomy = anatomy
+        self.settings = settings
+        blocks = None if norms is None else {only or 0}
+        self._attention = [s for s in anatomy.attention if blocks is None or anatomy.group(s.qk).block in blocks]
+        self._ffn = [s for s in anatomy.ffn if blocks is None or anatomy.group(s.ffn).block in blocks]
+        self._norms = anatomy.norms if norms is None or norms else ()
+        self._last = self._ffn[-1].fc2 if norms is False else None
         self._dtype = settings.dtype
         self._all = settings.collect == "all"
         self._stride = round(1 / settings.token_fraction)
@@ -221,16 +261,16 @@ class _Collector:
         self._queries: dict[str, torch.Tensor] = {}
         self._samples: dict[str, list[Float]] = {}
         self.sensitivity: dict[str, Float] = {}
-        for site in anatomy.attention:
+        for site in self._attention:
             self._scorers[site.qk] = tuple(
                 core.AttentionScorer(site.heads, site.qk_dim, settings.gamma, moments=self._all, name=site.name)
                 for _ in FOLDS
             )
             self._accumulate(site.v, site.heads * site.v_dim, f"{site.name} v")
             self._accumulate(site.proj, site.heads * site.v_dim, site.proj)
-        for ffn in anatomy.ffn:
+        for ffn in self._ffn:
             self._accumulate(ffn.ffn, ffn.size, ffn.fc2)
-        for norm in anatomy.norms:
+        for norm in self._norms:
             self._accumulate(norm.name, norm.size, norm.name)
 
     def _accumulate(self, name: str, size: int, layer: str) -> None:
@@ -259,14 +299,14 @@ class _Collector:
         }
         tensors |= {name: np.concatenate(parts) for name, parts in self._samples.items()}
         tensors |= {f"sensitivity/{group}/divergence": sums for group, sums in self.sensitivity.items()}
-        settings = Settings(**{**vars(self._settings), "dtype": self._dtype})
+        settings = Settings(**{**vars(self.settings), "dtype": self._dtype})
         return Statistics(settings, tensors)
 
     def restore(self, statistics: Statistics) -> None:
         settings = statistics.settings
-        self._settings.fingerprint.require(settings.fingerprint, "resume", strict=True)
+        self.settings.fingerprint.require(settings.fingerprint, "resume", strict=True)
         for name in ("gamma", "collect", "token_fraction", "data"):
-            mine, found = getattr(self._settings, name), getattr(settings, name)
+            mine, found = getattr(self.settings, name), getattr(settings, name)
             if mine != found:
                 raise InvalidArgument(f"resume: expected a file of {name} = {mine!r}, got {found!r}")
         for name, accumulator in self._accumulators():
@@ -282,14 +322,16 @@ class _Collector:
         self.images, self._dtype = statistics.images, settings.dtype
 
     def attach(self, model: nn.Module, handles: list[RemovableHandle]) -> None:
-        for site in self._anatomy.attention:
+        for site in self._attention:
             self._attach_attention(model, site, handles)
         if not self._all:
             return
-        for ffn in self._anatomy.ffn:
+        for ffn in self._ffn:
             handles.append(_on_input(model, ffn.fc2, self._hidden(ffn)))
-        for norm in self._anatomy.norms:
+        for norm in self._norms:
             handles.append(_on_input(model, norm.name, self._norm_input(norm)))
+        if self._last is not None:
+            handles.append(_on_output(model, self._last, _enough))
 
     def _attach_attention(self, model: nn.Module, site: AttentionSite, handles: list[RemovableHandle]) -> None:
         split = [site.heads * site.qk_dim, site.heads * site.qk_dim, site.heads * site.v_dim]
@@ -363,6 +405,10 @@ class _Collector:
             if start < len(x):
                 stride = min(self._stride, x.shape[1])
                 accumulator.update(x[start::2], norm=norm, stride=stride, phase=(self.images + start) // 2)
+
+
+def _enough(_output: torch.Tensor) -> None:
+    raise _EnoughError
 
 
 def _on_host(x: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from .families import family_named, family_of
 
 # Where weights came from: a pruned model must never be taken for its dense source.
 _WEIGHT_SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "custom_load")
+_LINEAR = (nn.Linear, nn.Conv2d)
 # Rates that matter in training alone may be changed by hand.
 _FREE = (nn.Dropout, timm.layers.DropPath, timm.layers.PatchDropout)
 
@@ -63,7 +64,11 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
     plain = dict(_skeleton(header).named_parameters())
-    header["biases"] = [name for name, _ in model.named_parameters() if name.endswith(".bias") and name not in plain]
+    header["biases"] = [
+        f"{name}.bias"
+        for name, module in model.named_modules()
+        if isinstance(module, _LINEAR) and module.bias is not None and f"{name}.bias" not in plain
+    ]
     difference = _difference(model, _skeleton(header))
     if difference:
         raise InvalidArgument(f"model: expected what {architecture} with its recorded arguments is, got {difference}")
@@ -140,7 +145,7 @@ def _adjust(model: nn.Module, eps: Mapping[str, float], biases: Sequence[str]) -
         norm.eps = value
     for name in biases:
         layer = model.get_submodule(name.removesuffix(".bias"))
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
+        if not isinstance(layer, _LINEAR):
             raise InvalidArgument(f"biases: expected those of linear layers, got {name!r}")
         layer.bias = nn.Parameter(torch.empty(len(layer.weight), dtype=layer.weight.dtype, device=layer.weight.device))
 

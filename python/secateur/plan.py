@@ -208,16 +208,11 @@ def plan(
         InvalidArgument: an argument that does not fit, an infeasible target, or statistics of another model.
         Unsupported: a kind of cut that this model does not allow.
     """
-    if (target is None) == (ratios is None):
-        raise InvalidArgument(f"target, ratios: expected exactly one, got {'neither' if target is None else 'both'}")
-    if target is not None and not isinstance(target, Target):
-        raise InvalidArgument(f"target: expected a Target, such as Target(macs=0.5), got {target!r}")
-    if ratios is not None and not isinstance(ratios, (Mapping, str, Path)):
-        raise InvalidArgument(f"ratios: expected a dict, a name or a path, got {ratios!r}")
     if not isinstance(stats, Statistics):
         raise InvalidArgument(f"stats: expected Statistics from calibrate, got {type(stats).__name__}")
+    check_budget(target, ratios, allocation)
     criterion = method_named(method)
-    chosen = _options(options, criterion.OPTIONS)
+    chosen = checked_options(options, method)
     anatomy = family_of(model).inspect(model)
     fingerprint = Fingerprint.of(model, anatomy)
     stats.settings.fingerprint.require(fingerprint, "model", strict=strict)
@@ -225,16 +220,9 @@ def plan(
         raise InvalidArgument(f"strict: expected True for {method!r}, which changes weights, got False")
     with core.torch_threads():
         prepared = criterion.prepare(model, anatomy, stats, chosen)
-    limits: dict[str, Any] = {"groups": groups, "freeze": freeze, "min_keep": min_keep or {}, "round_to": round_to}
-    if target is not None:
-        losses = _losses(anatomy, stats, prepared, groups, allocation)
-        with core.torch_threads():
-            sizes = counts_from_target(anatomy, target, **limits, losses=losses)
-    else:
-        assert ratios is not None
-        if allocation is not None:
-            raise InvalidArgument(f"allocation: expected none with ratios, got {allocation!r}")
-        sizes = counts_from_ratios(anatomy, ratios, **limits)
+        losses = None if target is None else _losses(anatomy, stats, prepared, groups, allocation)
+    limits: dict[str, Any] = {"groups": groups, "freeze": freeze, "min_keep": min_keep, "round_to": round_to}
+    sizes = sizes_for(anatomy, target, ratios, losses=losses, **limits)
     with core.torch_threads():
         decision = prepared.decide(sizes)
     added = sum(value.numel() for name, value in decision.weights.items() if name not in anatomy.shapes)
@@ -250,12 +238,48 @@ def plan(
     )
 
 
+def check_budget(target: Any, ratios: Any, allocation: Any) -> None:
+    """Refuse all but one target or ratios.
+
+    Raises:
+        InvalidArgument: both, neither, or something else.
+    """
+    if (target is None) == (ratios is None):
+        raise InvalidArgument(f"target, ratios: expected exactly one, got {'neither' if target is None else 'both'}")
+    if target is not None and not isinstance(target, Target):
+        raise InvalidArgument(f"target: expected a Target, such as Target(macs=0.5), got {target!r}")
+    if ratios is not None and not isinstance(ratios, (Mapping, str, Path)):
+        raise InvalidArgument(f"ratios: expected a dict, a name or a path, got {ratios!r}")
+    if allocation not in (None, "uniform", "error"):
+        raise InvalidArgument(f"allocation: expected 'uniform' or 'error', got {allocation!r}")
+    if allocation is not None and ratios is not None:
+        raise InvalidArgument(f"allocation: expected none with ratios, got {allocation!r}")
+
+
+def sizes_for(
+    anatomy: Anatomy,
+    target: Target | None,
+    ratios: Mapping[str, float] | str | Path | None,
+    *,
+    groups: Iterable[str] | None,
+    freeze: Iterable[str],
+    min_keep: Mapping[str, int] | None,
+    round_to: int | Mapping[str, int] | None,
+    losses: Callable[[Group], Float] | None = None,
+) -> dict[str, int]:
+    """How many units of each group stay; the arguments are those of ``plan``."""
+    limits: dict[str, Any] = {"groups": groups, "freeze": freeze, "min_keep": min_keep or {}, "round_to": round_to}
+    if target is not None:
+        with core.torch_threads():
+            return counts_from_target(anatomy, target, **limits, losses=losses)
+    assert ratios is not None
+    return counts_from_ratios(anatomy, ratios, **limits)
+
+
 def _losses(
     anatomy: Anatomy, stats: Statistics, prepared: Prepared, groups: Iterable[str] | None, allocation: str | None
 ) -> Callable[[Group], Float] | None:
     """What a group is predicted to lose at each size, in the unit of the sensitivities; None to share out uniformly."""
-    if allocation not in (None, "uniform", "error"):
-        raise InvalidArgument(f"allocation: expected 'uniform' or 'error', got {allocation!r}")
     if allocation == "uniform" or (allocation is None and not stats.sensitive):
         return None
     if not stats.sensitive:
@@ -275,7 +299,13 @@ def _losses(
     return losses
 
 
-def _options(given: Mapping[str, str], allowed: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+def checked_options(given: Mapping[str, str], method: str) -> dict[str, str]:
+    """All options of a method, given or not.
+
+    Raises:
+        InvalidArgument: no such method, option or value.
+    """
+    allowed = method_named(method).OPTIONS
     for name, value in given.items():
         if name not in allowed:
             raise InvalidArgument(f"options: expected {', '.join(allowed) or 'none'}, got {name!r}")

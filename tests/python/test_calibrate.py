@@ -60,9 +60,12 @@ def observed(digits_model, digits_images):
         block.mlp.fc2.register_forward_pre_hook(lambda m, a: seen.update(hidden=a[0])),
         block.attn.qkv.register_forward_hook(lambda m, a, o: seen.update(v=o[..., 186:])),
     ]
-    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    stream = []
-    hooks += [norm.register_forward_pre_hook(lambda m, a: stream.append(a[0])) for norm in norms]
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    stream = {}
+    hooks += [
+        norm.register_forward_pre_hook(lambda m, a, name=name: stream.update({name: a[0]}))
+        for name, norm in norms.items()
+    ]
     x = digits_images[:10].double()
     with torch.no_grad():
         model(x)
@@ -86,9 +89,13 @@ def test_moments(observed):
         np.testing.assert_allclose(moments.mean, mean, atol=1e-12)
         np.testing.assert_allclose(moments.second, second, rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(moments.covariance, second - np.outer(mean, mean), atol=1e-10)
-    centred = [y - y.mean(-1, keepdim=True) for y in seen["stream"]]
-    unit = torch.cat([(y / y.norm(dim=-1, keepdim=True) * 93**0.5).flatten(0, 1) for y in centred])
-    np.testing.assert_allclose(stats.moments("stream").second, moments_of(unit)[1], rtol=1e-9, atol=1e-10)
+    assert len(seen["stream"]) == 7
+    for name, y in seen["stream"].items():
+        centred = y - y.mean(-1, keepdim=True)
+        unit = centred / centred.norm(dim=-1, keepdim=True) * 93**0.5
+        mean, second = moments_of(unit)
+        np.testing.assert_allclose(stats.moments(name).mean, mean, atol=1e-10)
+        np.testing.assert_allclose(stats.moments(name).second, second, rtol=1e-9, atol=1e-10)
 
 
 def test_grams(observed, digits_images):
@@ -347,7 +354,7 @@ def test_models_of_other_dtypes(digits_model, digits_images, dtype):
 
 def watched(model, x):
     """What block 1 and all norms of the stream see in one forward pass, read by plain hooks, as float64."""
-    seen, stream = {}, []
+    seen, stream = {}, {}
     block = model.blocks[1]
     hooks = [
         block.attn.proj.register_forward_pre_hook(lambda m, a: seen.update({"blocks.1.attn.proj": a[0].double()})),
@@ -356,14 +363,18 @@ def watched(model, x):
             lambda m, a, o: seen.update({"blocks.1.v": o.double()[..., 2 * block.attn.attn_dim :]})
         ),
     ]
-    norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm) and m.normalized_shape == (model.embed_dim,)]
-    hooks += [norm.register_forward_pre_hook(lambda m, a: stream.append(a[0].double())) for norm in norms]
+    hooks += [
+        norm.register_forward_pre_hook(lambda m, a, name=name: stream.update({name: a[0].double()}))
+        for name, norm in model.named_modules()
+        if isinstance(norm, nn.LayerNorm) and norm.normalized_shape == (model.embed_dim,)
+    ]
     qk = [(q.double(), k.double()) for q, k in queries_and_keys(model, x)]
     for hook in hooks:
         hook.remove()
-    centred = [(y - y.mean(-1, keepdim=True)).flatten(0, 1) for y in stream if y.ndim == 3]
-    unit = torch.cat([y / y.norm(dim=-1, keepdim=True) * model.embed_dim**0.5 for y in centred])
-    return qk, {**seen, "stream": unit}
+    for name, y in stream.items():
+        centred = y - y.mean(-1, keepdim=True)
+        seen[name] = centred / centred.norm(dim=-1, keepdim=True) * model.embed_dim**0.5
+    return qk, seen
 
 
 def errors(stats, qk, seen):

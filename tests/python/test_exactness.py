@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import KINDS, images, make
-from secateur import surgery
+from secateur import anatomy, surgery
 from secateur.identity import Fingerprint
 from secateur.modules import HeadNorm, PrunedAttention
 from torch import nn
@@ -135,13 +135,13 @@ def _wrong_eps(monkeypatch):
 
 
 def _wrong_index(monkeypatch):
-    kept = surgery._kept_along_axes
+    kept = surgery.kept_along_axes
 
     def shifted(anatomy, name, keep):
         axes = kept(anatomy, name, keep)
         return {dim: index.roll(1) if index[0] else index for dim, index in axes.items()}
 
-    monkeypatch.setattr(surgery, "_kept_along_axes", shifted)
+    monkeypatch.setattr(surgery, "kept_along_axes", shifted)
 
 
 def _shifted_bias(monkeypatch):
@@ -156,8 +156,8 @@ def _shifted_bias(monkeypatch):
 
 
 def _off_by_one_unit(monkeypatch):
-    flat = surgery._flat
-    monkeypatch.setattr(surgery, "_flat", lambda group, index: (flat(group, index) + 1) % (group.heads * group.size))
+    flat = anatomy._flat
+    monkeypatch.setattr(anatomy, "_flat", lambda group, index: (flat(group, index) + 1) % (group.heads * group.size))
 
 
 @pytest.mark.parametrize("sabotage", [_wrong_scale, _wrong_eps, _wrong_index, _shifted_bias, _off_by_one_unit])

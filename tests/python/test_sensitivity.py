@@ -1,0 +1,120 @@
+"""How much the output moves with each group, and the Grams of single images that errors are measured on."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import secateur as sc
+import torch
+from models import images, make
+from scores import queries_and_keys
+
+
+def literal(model, x, change):
+    """Mean divergence per squared share when ``change(module name, output)`` gives what is added to outputs."""
+    share = 1e-3
+    handles = [
+        module.register_forward_hook(
+            lambda m, a, out, name=name: out if change(name, out) is None else out + share * change(name, out)
+        )
+        for name, module in model.named_modules()
+    ]
+    with torch.no_grad():
+        moved = model(x).log_softmax(1)
+        for handle in handles:
+            handle.remove()
+        still = model(x).log_softmax(1)
+    return float((still.exp() * (still - moved)).sum(1).mean()) / share**2
+
+
+def noise_like(rows, seed):
+    """Gaussian rows of the covariance of the given ones."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    centred = flat - flat.mean(0)
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(len(flat), len(flat), generator=generator, dtype=rows.dtype) / len(flat) ** 0.5
+    return (mix @ centred).reshape(rows.shape)
+
+
+@pytest.mark.parametrize(
+    ("group", "module"), [("blocks.0.ffn", "blocks.0.mlp.fc2"), ("blocks.2.v", "blocks.2.attn.proj")]
+)
+def test_against_gaussian_noise_of_the_same_covariance(digits_model, digits_images, group, module):
+    """Other noise, another share, another seed: the same sensitivity within sampling."""
+    model, x = digits_model.double(), digits_images[:24].double()
+    found = sc.calibrate(model, [x], sensitivity=True).sensitivity(group)
+    samples = [
+        literal(model, x, lambda name, out, seed=seed: noise_like(out, seed) if name == module else None)
+        for seed in range(3)
+    ]
+    assert 0.6 < found / np.mean(samples) < 1.6
+
+
+def test_every_group_has_one_and_the_model_is_left_as_it_was(digits_model, digits_images):
+    digits_model.train()
+    before = {name: value.clone() for name, value in digits_model.state_dict().items()}
+    stats = sc.calibrate(digits_model, [digits_images[:40], digits_images[40:]], sensitivity=True)
+    for group in sc.inspect(digits_model).groups:
+        assert 0 < stats.sensitivity(group.name) < np.inf
+    assert digits_model.training
+    assert all(torch.equal(value, before[name]) for name, value in digits_model.state_dict().items())
+    assert not any(module._forward_hooks for module in digits_model.modules())
+    assert stats.sensitive
+    plain = sc.calibrate(digits_model, [digits_images])
+    assert not plain.sensitive
+    with pytest.raises(sc.InvalidArgument, match="sensitivity"):
+        plain.sensitivity("width")
+
+
+@pytest.mark.parametrize("kind", ["identity_head", "no_pool", "qk_norm", "distilled", "map_pool", "hybrid", "gate"])
+def test_all_kinds_of_models(kind):
+    model = make(kind)
+    stats = sc.calibrate(model, [images(model, 5)], sensitivity=True)
+    for group in sc.inspect(model).groups:
+        assert stats.sensitivity(group.name) > 0
+
+
+def test_a_part_without_influence_has_none(digits_model, digits_images):
+    with torch.no_grad():
+        digits_model.blocks[1].mlp.fc2.weight.zero_()
+    stats = sc.calibrate(digits_model, [digits_images], sensitivity=True)
+    assert abs(stats.sensitivity("blocks.1.ffn")) < 1e-9 < stats.sensitivity("blocks.0.ffn")
+
+
+def test_files_resuming_and_merging(tmp_path, digits_model, digits_images):
+    path = tmp_path / "s.safetensors"
+    batches = [digits_images[:30], digits_images[30:]]
+    whole = sc.calibrate(digits_model, batches, sensitivity=True, resume=path)
+    again = sc.Statistics.load(path)
+    resumed = sc.calibrate(digits_model, batches, sensitivity=True, resume=path)
+    for stats in (again, resumed):
+        assert stats.sensitivity("width") == whole.sensitivity("width")
+    halves = [sc.calibrate(digits_model, [batch], sensitivity=True) for batch in batches]
+    merged = sc.Statistics.merge(halves)
+    weights = [30, 34]
+    mean = np.average([half.sensitivity("blocks.0.v") for half in halves], weights=weights)
+    assert merged.sensitivity("blocks.0.v") == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("kind", ["digits", "plain", "qk_norm"])
+def test_grams_of_the_first_images(request, kind):
+    """Of 70 images the first 64, however they come in batches, after merging shards too."""
+    if kind == "digits":
+        model, x = request.getfixturevalue("digits_model"), request.getfixturevalue("digits_images")
+        x = torch.cat([x, x[:6].flip(0)])
+    else:
+        model = make(kind)
+        x = images(model, 70)
+    q, k = (y[:64].double() for y in queries_and_keys(model, x)[1])
+    k = k - k.mean(1, keepdim=True)
+    stats = sc.calibrate(model, [x[:33], x[33:65], x[65:]])
+    shards = [sc.calibrate(copy.deepcopy(model), [part]) for part in (x[:40], x[40:])]
+    for found in (stats, sc.Statistics.merge(shards)):
+        for grams, y in zip(found.image_grams("blocks.1.qk"), (q, k), strict=True):
+            expected = torch.einsum("bnhi,bnhj->bhij", y, y).numpy()
+            assert grams.shape == expected.shape
+            np.testing.assert_allclose(grams, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+    with pytest.raises(sc.InvalidArgument, match="image"):
+        sc.calibrate(model, [x[:2]], collect="scores").image_grams("blocks.1.qk")
