@@ -125,29 +125,29 @@ def _run(
     if max_images is not None and collector.images > max_images:
         raise InvalidArgument(f"resume: expected a file of at most {max_images} images, got {collector.images}")
     skip = collector.images
+    first: list[torch.Tensor] = []
     with (
-        _observed(model, collector),
+        _evaluating(model),
         _kept(collector, path),
         core.torch_threads(),
         torch.inference_mode(),
-        progress(images_in(loader, max_images), "calibrate") as advance,
     ):
-        first: list[torch.Tensor] = []
-        for index, images in enumerate(_batches(loader, max_images)):
-            advance(len(images))
-            images = model_input(model, images)
-            if sensitivity and not collector.sensitivity and sum(map(len, first)) < DISTURBED_IMAGES:
-                first.append(images[: DISTURBED_IMAGES - sum(map(len, first))].detach().clone())
-            if index == 0:
-                _warn_unless_normalised(images, settings.data)
-            images, skip = images[skip:], max(0, skip - len(images))
-            if len(images) == 0:
-                continue
-            _refuse_non_finite(images, collector.images)
-            with collector.batch(len(images)), suppress(_EnoughError):
-                model(images)
-            if every and path is not None and (index + 1) % every == 0:
-                collector.statistics().save(path)
+        with collector.observing(model), progress(images_in(loader, max_images), "calibrate") as advance:
+            for index, images in enumerate(_batches(loader, max_images)):
+                advance(len(images))
+                images = model_input(model, images)
+                if sensitivity and not collector.sensitivity and sum(map(len, first)) < DISTURBED_IMAGES:
+                    first.append(images[: DISTURBED_IMAGES - sum(map(len, first))].detach().clone())
+                if index == 0:
+                    _warn_unless_normalised(images, settings.data)
+                images, skip = images[skip:], max(0, skip - len(images))
+                if len(images) == 0:
+                    continue
+                _refuse_non_finite(images, collector.images)
+                with collector.batch(len(images)), suppress(_EnoughError):
+                    model(images)
+                if every and path is not None and (index + 1) % every == 0:
+                    collector.statistics().save(path)
         if first and not skip:
             collector.sensitivity = measure(model, collector.anatomy, first)
     if skip:
@@ -214,17 +214,13 @@ def _warn_unless_normalised(images: torch.Tensor, data: Any) -> None:
 
 
 @contextmanager
-def _observed(model: nn.Module, collector: _Collector) -> Iterator[None]:
-    """Evaluation mode and hooks; both undone whatever happens."""
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; undone whatever happens."""
     modes = [(module, module.training) for module in model.modules()]
-    handles: list[RemovableHandle] = []
     try:
         model.eval()
-        collector.attach(model, handles)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
         for module, training in modes:
             module.training = training
 
@@ -321,7 +317,18 @@ class _Collector:
                 self.sensitivity[group] = array
         self.images, self._dtype = statistics.images, settings.dtype
 
-    def attach(self, model: nn.Module, handles: list[RemovableHandle]) -> None:
+    @contextmanager
+    def observing(self, model: nn.Module) -> Iterator[None]:
+        """Every forward pass meanwhile is counted."""
+        handles: list[RemovableHandle] = []
+        try:
+            self._attach(model, handles)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _attach(self, model: nn.Module, handles: list[RemovableHandle]) -> None:
         for site in self._attention:
             self._attach_attention(model, site, handles)
         if not self._all:

@@ -62,8 +62,10 @@ def test_every_group_has_one_and_the_model_is_left_as_it_was(digits_model, digit
     assert all(torch.equal(value, before[name]) for name, value in digits_model.state_dict().items())
     assert not any(module._forward_hooks for module in digits_model.modules())
     assert stats.sensitive
-    plain = sc.calibrate(digits_model, [digits_images])
+    plain = sc.calibrate(digits_model, [digits_images[:40], digits_images[40:]])
     assert not plain.sensitive
+    assert plain.images == stats.images == 64
+    assert all((stats.tensors[name] == plain.tensors[name]).all() for name in plain.tensors)
     with pytest.raises(sc.InvalidArgument, match="sensitivity"):
         plain.sensitivity("width")
 

@@ -85,14 +85,14 @@ def test_nothing_changes_before_the_end(digits_model, digits_images):
             if self.reads == 3:
                 raise OSError("the disk is gone")
 
-    for loader, error, text in (
+    for batches, error, text in (
         (Failing(), OSError, "gone"),
         (iter([digits_images]), sc.InvalidArgument, "loader: expected batches that can be read several times"),
         ((x for x in [digits_images]), sc.InvalidArgument, "generator, an iterator"),
         (3, sc.InvalidArgument, "loader"),
     ):
         with pytest.raises(error, match=text):
-            sc.prune_sequential(digits_model, loader, ratios=ALL)
+            sc.prune_sequential(digits_model, batches, ratios=ALL)
     for arguments, text in (
         ({}, "target, ratios"),
         ({"ratios": ALL, "allocation": "error"}, "allocation"),
