@@ -5,7 +5,8 @@ FOLDER holds train/ and test/ with one folder of images per class. The checkpoin
 safetensors metadata says under "model" how it is built. Rows go to accuracy.json as they are measured, and are not
 measured again by the next run with the same settings; tables are printed and plots drawn from all rows there.
 
-main    query/key, value and FFN cut at one ratio, the same counts for every method, width dense
+main    query/key, value and FFN cut at one ratio, the same counts for every method, width dense; a method that cannot
+        cut one of them takes what it saves from the others
 best    every method with its own best allocation, chosen on held-out training images without their labels
 images  how many calibration images, and which share of their tokens, it takes
 tuned   main's models, and 60 % of the parameters, after distilled fine-tuning, next to the dense model and an
@@ -138,10 +139,12 @@ def ratios_at(anatomy: Anatomy, budget: Budget, emphasis: Mapping[str, float]) -
     return ratios(high)
 
 
-def uniform(anatomy: Anatomy, budget: Budget) -> dict[str, float]:
-    ratios = ratios_at(anatomy, budget, dict.fromkeys(INNER, 1.0))
+def uniform(anatomy: Anatomy, budget: Budget, method: str = "") -> dict[str, float]:
+    """One ratio for query/key, value and FFN, or for those of them that the method can cut."""
+    kinds = [kind for kind in INNER if method not in peers.PEERS or kind in peers.PEERS[method].kinds]
+    ratios = ratios_at(anatomy, budget, dict.fromkeys(kinds, 1.0))
     if ratios is None:
-        raise SystemExit(f"{budget} cannot be reached without cutting the width")
+        raise sc.Unsupported(f"{budget} cannot be reached with {', '.join(kinds)} alone")
     return ratios
 
 
@@ -366,9 +369,9 @@ def cost(run: Run, model: nn.Module) -> Row:
 def main_table(run: Run) -> None:
     for kept, index, method in itertools.product(run.options.budgets, range(run.options.draws), run.methods):
         budget = Budget("macs", kept)
-        ratios = uniform(run.anatomy, budget)
 
-        def measure(method: str = method, index: int = index, ratios: dict[str, float] = ratios) -> Row:
+        def measure(method: str = method, index: int = index, budget: Budget = budget) -> Row:
+            ratios = uniform(run.anatomy, budget, method)
             outcome = run.prune(method, run.draws[index], ratios)
             found = {"ratios": ratios, **cost(run, outcome.model), **outcome.detail}
             found |= {"kl": run.divergence(outcome.model), **run.measured(outcome.model, speed=index == 0)}
@@ -390,10 +393,12 @@ def allocations(run: Run, method: str, budget: Budget) -> Iterator[dict[str, flo
     """The grid's ratios that meet the budget, of the kinds that the method can cut."""
     tied = method in peers.PEERS and peers.PEERS[method].tied
     seen = set()
+    allowed = kinds_of(run, method)
     for qk, v, width in GRID:
-        if (width and "width" not in kinds_of(run, method)) or (tied and qk != v):
+        if (width and "width" not in allowed) or (tied and qk != v):
             continue
-        ratios = ratios_at(run.anatomy, budget, {"qk": qk, "v": v, "ffn": 1.0, "width": width})
+        emphasis = {"qk": qk, "v": v, "ffn": 1.0, "width": width}
+        ratios = ratios_at(run.anatomy, budget, {kind: share for kind, share in emphasis.items() if kind in allowed})
         sizes = None if ratios is None else tuple(sizes_at(run.anatomy, ratios).values())
         if ratios is not None and sizes not in seen:
             seen.add(sizes)
@@ -515,7 +520,7 @@ def tuned_table(run: Run) -> None:
             return peers.random_twin(draw.calibration, run.build, sizes)
         if budget.quantity == "params":
             return best(run, method, draw, budget)[0]
-        return run.form(run.prune(method, draw, uniform(run.anatomy, budget)))
+        return run.form(run.prune(method, draw, uniform(run.anatomy, budget, method)))
 
     for seed, epochs, budget in itertools.product(range(options.seeds), options.tune_epochs, budgets):
         for method in ("dense", "random", *run.methods):
@@ -578,11 +583,15 @@ def show_lost(run: Run, table: str, title: str) -> None:
         view.add_row(method, *cells, peers.PEERS[method].note if method in peers.PEERS else "")
     others = [method for method in run.methods if method in peers.PEERS or method == "snp"]
     for ours in ("project", "refit"):
-        for rival in ("best peer", "corp", "best but corp"):
+        for rival, named in (
+            ("best peer", others),
+            ("corp", ["corp"]),
+            ("corp-paper", ["corp-paper"]),
+            ("best but corp", [method for method in others if not method.startswith("corp")]),
+        ):
             cells = []
             for budget in budgets:
-                allowed = [m for m in others if (m, budget) in means and (m != "corp" or rival != "best but corp")]
-                allowed = [m for m in allowed if rival != "corp" or m == "corp"]
+                allowed = [method for method in named if (method, budget) in means]
                 if (ours, budget) not in means or not allowed:
                     cells.append("")
                     continue

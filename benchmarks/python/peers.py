@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -321,7 +321,7 @@ def _weight_and_bias(model: nn.Module, layer: str) -> tuple[Tensor, Tensor]:
     return module.weight.detach().double(), module.bias.detach().double()
 
 
-def corp(calibration: Calibration, sizes: Sizes) -> Outcome:
+def corp(calibration: Calibration, sizes: Sizes, *, fixed: bool = False) -> Outcome:
     """CORP-style (arXiv:2602.05243): one-shot scores, then closed-form compensation, all solves in float64.
 
     FFN and value neurons: C_jj ‖w_j‖², and ridge regression of what goes on what stays, over all heads at once, with
@@ -329,7 +329,8 @@ def corp(calibration: Calibration, sizes: Sizes) -> Outcome:
     Σ_images ‖Q_P K_Pᵀ − Q_S ΔM K_Sᵀ‖² + λ‖ΔM‖², solved exactly over the r² unknowns of a head and folded into the
     queries. Here it is given more than its paper has: keys centred over each image's tokens, as softmax ignores what
     that removes, and both λ, relative to the mean diagonal, chosen by the divergence from the dense outputs on
-    calibration images held out of the fit. With them the fit is then made on all calibration images.
+    calibration images held out of the fit. With them the fit is then made on all calibration images. ``fixed`` leaves
+    both at the middle of the list.
     """
     anatomy = calibration.anatomy
     calibration.solved.clear()
@@ -357,6 +358,8 @@ def corp(calibration: Calibration, sizes: Sizes) -> Outcome:
 
     # One at a time from the middle: the two act on different layers.
     middle = LAMBDAS[1]
+    if fixed:
+        return Outcome(compensated(middle, middle, everything=True))
     ridge = min(LAMBDAS, key=lambda value: loss((middle, value)))
     ridge_qk = min(LAMBDAS, key=lambda value: loss((value, ridge)))
     return Outcome(compensated(ridge_qk, ridge, everything=True), detail={"lambda": ridge, "lambda_qk": ridge_qk})
@@ -516,7 +519,12 @@ PEERS: dict[str, Peer] = {
         (*_INNER, "width"), "|sum w dL/dw| over a unit's parameters, mini-batches of 16; uses labels", taylor
     ),
     "vbp": Peer(_INNER, "variance, mean shift; q/k by the product of variances; cannot cut the width", vbp),
-    "corp": Peer(_INNER, "CORP-style, least squares everywhere, lambda held out; cannot cut the width", corp),
+    "corp": Peer(_INNER, "CORP-style and more: values as well, lambda held out; cannot cut the width", corp),
+    "corp-paper": Peer(
+        ("qk", "ffn"),
+        "CORP-style, of what its paper reports: query/key and FFN alone at one ratio, lambda fixed",
+        partial(corp, fixed=True),
+    ),
     "tp-taylor": Peer(
         _INNER,
         "Torch-Pruning group Taylor, softmax scale repaired; one index set for q, k, v of all heads, width dense",
