@@ -7,7 +7,8 @@ measured again by the next run with the same settings; tables are printed and pl
 
 main    query/key, value and FFN cut at one ratio, the same counts for every method, width dense; a method that cannot
         cut one of them takes what it saves from the others
-best    every method with its own best allocation, chosen on held-out training images without their labels
+best    every method with its own best allocation: project and refit as they plan, with the width and without; any other
+        the best of a grid of ratios, width included; the choice on held-out training images without their labels
 images  how many calibration images, and which share of their tokens, it takes
 tuned   main's models, and 60 % of the parameters, after distilled fine-tuning, next to the dense model and an
         untrained one of the same sizes, fine-tuned alike
@@ -18,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import inspect
 import itertools
 import json
 import math
@@ -173,9 +173,7 @@ class Draw:
         return calibrate(self.model, self.images, sensitivity=True)
 
 
-def calibrate(model: nn.Module, images: Tensor, *, sensitivity: bool = False, **options: Any) -> sc.Statistics:
-    if sensitivity and "sensitivity" in inspect.signature(sc.calibrate).parameters:
-        options["sensitivity"] = True
+def calibrate(model: nn.Module, images: Tensor, **options: Any) -> sc.Statistics:
     return sc.calibrate(model, list(images.split(64)), max_images=None, **options)
 
 
@@ -194,7 +192,7 @@ class Run:
         # Folders are read class by class: some of the images have to be a choice from all of them.
         test = self.loader("test", max_images=options.test_images, shuffle=True)
         self.test = Batches(test, self.anatomy.input_size)
-        self.methods = self.available()
+        self.methods: list[str] = options.methods
         self.settings = {
             "checkpoint": hashlib.sha256(options.checkpoint.read_bytes()).hexdigest()[:16],
             "model": self.arguments,
@@ -216,16 +214,6 @@ class Run:
 
     def build(self) -> VisionTransformer:
         return VisionTransformer(**self.arguments)
-
-    def available(self) -> list[str]:
-        """The methods asked for that this secateur has."""
-        found = []
-        for method in self.options.methods:
-            if method in OURS and method not in sc.methods():
-                console.print(f"{method}: not in this secateur, so its rows are left out")
-            else:
-                found.append(method)
-        return found
 
     def loader(self, split: str, **arguments: Any) -> sc.data.ImageLoader:
         options = self.options
@@ -408,43 +396,38 @@ def allocations(run: Run, method: str, budget: Budget) -> Iterator[dict[str, flo
 def best(run: Run, method: str, draw: Draw, budget: Budget) -> tuple[nn.Module, Row]:
     """The allocation whose outputs are nearest to the dense model's, on images held out of everything else."""
     chosen: tuple[float, nn.Module, Row] | None = None
-    tried, kl_own, refused = 0, None, set()
+    tried, refused = 0, set()
 
-    def consider(make: Callable[[], peers.Outcome], found: Row) -> float | None:
+    def consider(make: Callable[[], peers.Outcome], found: Row) -> None:
         nonlocal chosen, tried
         try:
             outcome = make()
         except (sc.Unsupported, sc.InvalidArgument) as error:
             refused.add(str(error))
-            return None
+            return
         spent = cost(run, outcome.model)
         if spent[budget.quantity] > budget.kept:
             refused.add(f"{found['allocation']}: {spent[budget.quantity]:.4f} of the dense {budget.quantity}")
-            return None
+            return
         model = run.form(outcome)
         kl = run.divergence(model)
         tried += 1
         if chosen is None or kl < chosen[0]:
             chosen = (kl, model, {**found, **spent, **outcome.detail})
-        return kl
 
-    for ratios in allocations(run, method, budget):
-        consider(lambda ratios=ratios: run.prune(method, draw, ratios), {"allocation": "grid", "ratios": ratios})
     if method in ("project", "refit"):
-        # Its own choice next to the grid's.
-        own: dict[str, Any] = {"target": budget.target}
-        if "allocation" in inspect.signature(sc.plan).parameters:
-            own["allocation"] = "error"
         for groups in (kinds_of(run, method), INNER):
-            kl = consider(
-                lambda groups=groups: run.planned(method, draw, groups=groups, **own),
+            consider(
+                lambda groups=groups: run.planned(method, draw, groups=groups, target=budget.target),
                 {"allocation": "own", "groups": groups},
             )
-            kl_own = min((each for each in (kl_own, kl) if each is not None), default=None)
+    else:
+        for ratios in allocations(run, method, budget):
+            consider(lambda ratios=ratios: run.prune(method, draw, ratios), {"allocation": "grid", "ratios": ratios})
     if chosen is None:
         raise sc.Unsupported(f"{method}: no allocation reaches {budget}: {', '.join(sorted(refused))}")
     kl, model, found = chosen
-    more = {"kl": kl, "kl_own": kl_own, "tried": tried, "refused": sorted(refused), "sizes": sizes_of(model)}
+    more = {"kl": kl, "tried": tried, "refused": sorted(refused), "sizes": sizes_of(model)}
     return model, {**found, **more}
 
 
