@@ -199,6 +199,17 @@ def test_the_pooled_basis_is_the_best_of_its_rank():
         assert torch.allclose(error, values[rank:].square().sum() / values.square().sum(), rtol=1e-8, atol=1e-12)
 
 
+def test_the_residual_basis_holds_most_of_what_all_norms_see():
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(40, 13, 13, generator=generator, dtype=torch.float64)[0] for _ in range(3)]
+    moments = [part.mT @ part for part in rows]
+    basis = project.residual_basis(moments)
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(13, dtype=torch.float64), rtol=0, atol=1e-12)
+    held = torch.stack([((basis.mT @ moment @ basis).diagonal()) for moment in moments]).sum(0)
+    # The first r directions can hold no more than the r largest eigenvalues of the sum.
+    torch.testing.assert_close(held, torch.linalg.eigvalsh(sum(moments)).flip(0), rtol=1e-10, atol=0)
+
+
 def test_alternating_least_squares_lowers_the_error_on_images():
     """Two directions that are strong in queries or in keys, never in both of one image: pooled, they seem to matter."""
     q, k = query_key(batch=24, dim=7)
