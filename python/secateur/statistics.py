@@ -269,10 +269,14 @@ class Statistics:
 def unpack(packed: Float) -> Float:
     """Full symmetric matrices (..., d, d) of packed upper triangles (..., d(d+1)/2)."""
     size = int((np.sqrt(8 * packed.shape[-1] + 1) - 1) / 2)
-    rows, columns = np.triu_indices(size)
     full = np.zeros((*packed.shape[:-1], size, size))
-    full[..., rows, columns] = packed
-    full[..., columns, rows] = packed
+    start = 0
+    # Row by row: index arrays of all elements take longer than the copies.
+    for row in range(size):
+        part = packed[..., start : start + size - row]
+        full[..., row, row:] = part
+        full[..., row:, row] = part
+        start += size - row
     return full
 
 
