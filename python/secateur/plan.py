@@ -198,8 +198,8 @@ def plan(
         round_to: kept counts are multiples of this (per head for query/key and value), an int or a dict by kind or
             group; unless given 8 per head and 32 otherwise with a target, 1 with ratios. A whole group may always stay.
         allocation: how a target is shared out: "uniform", one removed fraction for all groups, or "error", the counts
-            of the least loss, for methods that know a group's error at every size: those errors times the sensitivity
-            of the output to them, added up (``calibrate(sensitivity=True)``). Unless given, "error" where possible.
+            of the least loss: a group's error at every size times the sensitivity of the output to it
+            (``calibrate(sensitivity=True)``), added up. Unless given, "error" where the statistics allow it.
         strict: refuse statistics of other weights; if false, the same dimensions are enough for a method that only
             selects.
         **options: the method's own; SNP takes similarity="weights" (the paper's) or "activations".

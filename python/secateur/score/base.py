@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
 from .. import core
 from ..anatomy import Anatomy, Group, Indices
 from ..statistics import Float, Statistics
+from .losses import of_selection
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,15 @@ class Method(Protocol):
 class Ranking:
     """A method that only selects: the units of the highest score stay."""
 
-    def __init__(self, anatomy: Anatomy, score: Callable[[Group], Float]) -> None:
-        self._anatomy, self._score = anatomy, score
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, statistics: Statistics, score: Callable[[Group], Float]
+    ) -> None:
+        self._model, self._anatomy, self._statistics, self._score = model, anatomy, statistics, score
 
     def errors(self, group: Group) -> Float | None:
-        """A score orders units; it does not say what they cost."""
-        del group
-        return None
+        """What is lost with the units of the lowest scores; a score itself only orders them."""
+        order = np.argsort(-self._score(group), axis=1, kind="stable")
+        return of_selection(self._model, self._anatomy, self._statistics, group, order)
 
     def decide(self, sizes: Mapping[str, int]) -> Decision:
         """Keep the highest scores of each group, as many per head."""

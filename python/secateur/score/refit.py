@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import core
-from ..anatomy import Anatomy, AttentionSite, FfnSite, Group, Indices, Stream
+from ..anatomy import Anatomy, AttentionSite, FfnSite, Group, Indices
 from ..draft import Draft
 from ..errors import InvalidArgument, NumericalError
 from ..regression import RIDGES, Moment, choose_ridge, inverse, solve
 from ..statistics import FOLDS, Float, Statistics
 from . import snp
 from .base import Decision
+from .losses import of_selection, writer_metric
 
 NAME = "refit"
 OPTIONS: Mapping[str, tuple[str, ...]] = {"selection": ("greedy", "snp", "energy")}
@@ -100,7 +101,8 @@ class Refit:
         if group.kind == "ffn":
             ffn = next(site for site in self._anatomy.ffn if site.ffn == group.name)
             return self._costs(self._hidden_order(ffn), ffn.size)
-        return None
+        order = np.argsort(-self._channel_scores(), axis=1, kind="stable")
+        return of_selection(self._model, self._anatomy, self._statistics, group, order)
 
     # Queries and keys
 
@@ -202,7 +204,10 @@ class Refit:
     def _width(self, draft: Draft, count: int, eps: dict[str, float]) -> Indices:
         """SNP's channels; what the norms' readers lose with the others is not refitted."""
         del draft, eps
-        return core.select(snp.score(self._model, self._statistics, self._anatomy.group("width"), {}), count)
+        return core.select(self._channel_scores(), count)
+
+    def _channel_scores(self) -> Float:
+        return snp.score(self._model, self._statistics, self._anatomy.group("width"), {})
 
     # What they share
 
@@ -212,13 +217,7 @@ class Refit:
         return self._orders[group]
 
     def _writer_metric(self, module: str, scale: str | None) -> Tensor:
-        """A writer's weight, (width, inputs), as the next norm sees its output: after LayerScale, without the mean."""
-        draft = Draft(self._model, self._anatomy)
-        weight = draft.weight(module)
-        factor = draft.scale(scale)
-        weight = weight * (factor[:, None] if isinstance(factor, Tensor) else factor)
-        stream = self._anatomy.stream
-        return weight - weight.mean(0) if isinstance(stream, Stream) and stream.centred else weight
+        return writer_metric(self._model, self._anatomy, module, scale)
 
     def _first_ridge(self, moments: Moments, weight: Tensor) -> float:
         """The ridge of half of the inputs, those of most energy; before it is known which stay."""

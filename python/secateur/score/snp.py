@@ -20,7 +20,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {"similarity": ("weights", "activations
 
 def prepare(model: nn.Module, anatomy: Anatomy, statistics: Statistics, options: Mapping[str, str]) -> Ranking:
     """Bind the criterion to a model: the highest scores stay."""
-    return Ranking(anatomy, lambda group: score(model, statistics, group, options))
+    return Ranking(model, anatomy, statistics, lambda group: score(model, statistics, group, options))
 
 
 def score(model: nn.Module, statistics: Statistics, group: Group, options: Mapping[str, str]) -> Float:
