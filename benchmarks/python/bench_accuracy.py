@@ -7,8 +7,9 @@ measured again by the next run with the same settings; tables are printed and pl
 
 main    query/key, value and FFN cut at one ratio, the same counts for every method, width dense; a method that cannot
         cut one of them takes what it saves from the others
-best    every method with its own best allocation: project and refit as they plan, with the width and without; any other
+best    every method with its own best allocation: those of secateur as they plan, with the width and without; any other
         the best of a grid of ratios, width included; the choice on held-out training images without their labels
+sequential  project planned at once against block by block, each behind what is already pruned, at the same counts
 images  how many calibration images, and which share of their tokens, it takes
 tuned   main's models, and 60 % of the parameters, after distilled fine-tuning, next to the dense model and an
         untrained one of the same sizes, fine-tuned alike
@@ -47,7 +48,7 @@ from torch import Tensor, nn
 
 OURS = ("project", "refit", "snp")
 INNER = ("qk", "v", "ffn")
-TABLES = ("main", "best", "images", "tuned")
+TABLES = ("main", "best", "sequential", "images", "tuned")
 HELD_OUT = 256
 # The largest share that a grid takes of any kind.
 MOST = 0.95
@@ -78,6 +79,7 @@ def arguments() -> argparse.Namespace:
     counts = [2**k for k in range(6, 13)]
     add("--image-counts", type=int, nargs="+", default=counts, help="calibration images of the table images")
     add("--image-budget", type=float, default=0.5, help="kept MACs of the table images")
+    add("--sequential-budgets", type=float, nargs="+", default=[0.5, 0.35], help="kept MACs")
     add("--tune-budgets", type=float, nargs="+", default=[0.5, 0.35], help="kept MACs")
     add("--tune-params", type=float, nargs="*", default=[0.6], help="kept parameters")
     add("--tune-epochs", type=int, nargs="+", default=[1, 3])
@@ -415,7 +417,7 @@ def best(run: Run, method: str, draw: Draw, budget: Budget) -> tuple[nn.Module, 
         if chosen is None or kl < chosen[0]:
             chosen = (kl, model, {**found, **spent, **outcome.detail})
 
-    if method in ("project", "refit"):
+    if method in OURS:
         for groups in (kinds_of(run, method), INNER):
             consider(
                 lambda groups=groups: run.planned(method, draw, groups=groups, target=budget.target),
@@ -447,6 +449,52 @@ def best_table(run: Run) -> None:
             return {**found, **run.measured(model, speed=index == 0)}
 
         run.row({"table": "best", "budget": str(budget), "draw": index, "method": method}, measure)
+
+
+def sequential_table(run: Run) -> None:
+    """Project at once and block by block; both choose their counts on the dense model, so they are the same."""
+    for kept, index, allocation in itertools.product(
+        run.options.sequential_budgets, range(run.options.draws), ("error", "uniform")
+    ):
+        arguments: dict[str, Any] = {"target": sc.Target(macs=kept), "allocation": allocation}
+        draw = run.draws[index]
+
+        def at_once(draw: Draw = draw, arguments: dict[str, Any] = arguments) -> nn.Module:
+            return run.planned("project", draw, **arguments).model
+
+        def by_block(draw: Draw = draw, arguments: dict[str, Any] = arguments) -> nn.Module:
+            model = copy.deepcopy(run.dense)
+            sc.prune_sequential(model, list(draw.images.split(64)), "project", **arguments, max_images=None)
+            return model
+
+        for name, make in (("at once", at_once), ("block by block", by_block)):
+
+            def measure(make: Callable[[], nn.Module] = make) -> Row:
+                model = make()
+                return {"kl": run.divergence(model), "sizes": sizes_of(model), **run.measured(model)}
+
+            key = {"table": "sequential", "budget": f"macs {kept:g}", "draw": index, "method": name}
+            run.row({**key, "allocation": allocation}, measure)
+
+
+def show_sequential(run: Run) -> None:
+    rows = [row for row in run.rows if row["table"] == "sequential"]
+    for budget, allocation in dict.fromkeys((row["budget"], row["allocation"]) for row in rows):
+        found: dict[str, dict[int, Row]] = {"at once": {}, "block by block": {}}
+        for row in rows:
+            if (row["budget"], row["allocation"]) == (budget, allocation):
+                found[row["method"]][row["draw"]] = row
+        first, second = found.values()
+        both = sorted(first.keys() & second.keys())
+        assert all(first[draw]["sizes"] == second[draw]["sizes"] for draw in both)
+        gains = {
+            name: [sign * (second[draw][name] - first[draw][name]) for draw in both]
+            for name, sign in (("top1", 1), ("kl", 1e3))
+        }
+        console.print(
+            f"block by block against at once, {budget}, allocation {allocation}: top-1 "
+            f"{_cell(gains['top1'], sign=True)} points, divergence {_cell(gains['kl'], sign=True)} millinats"
+        )
 
 
 def images_table(run: Run) -> None:
@@ -697,7 +745,13 @@ def main() -> None:
     run = Run(arguments())
     console.print(str(run.anatomy), highlight=False)
     console.print(f"dense {run.dense_top1:.2f} %")
-    steps = {"main": main_table, "best": best_table, "images": images_table, "tuned": tuned_table}
+    steps = {
+        "main": main_table,
+        "best": best_table,
+        "sequential": sequential_table,
+        "images": images_table,
+        "tuned": tuned_table,
+    }
     with sc.core.torch_threads():
         for table in run.options.tables:
             steps[table](run)
@@ -705,6 +759,7 @@ def main() -> None:
     console.print(machine)
     show_lost(run, "main", "same counts for all, width dense")
     show_lost(run, "best", "each with its best allocation")
+    show_sequential(run)
     show_images(run)
     show_tuned(run)
     plot(run)
