@@ -291,6 +291,18 @@ def test_the_allocation_by_error_loses_less_than_the_uniform_one(digits_model, d
         assert all(0.38 < found <= 0.4 for found in macs)
 
 
+@pytest.mark.parametrize("method", ["project", "refit", "snp"])
+def test_what_the_output_depends_on_keeps_more(digits_model, digits_statistics, method):
+    sizes = {}
+    for factor in (1e-4, 1.0, 1e4):
+        changed = sc.Statistics(digits_statistics.settings, digits_statistics.tensors)
+        name = "sensitivity/blocks.1.ffn/divergence"
+        changed.tensors[name] = changed.tensors[name] * [factor, 1.0]
+        plan = sc.plan(digits_model, changed, method=method, target=sc.Target(macs=0.5), round_to=3)
+        sizes[factor] = plan.keep["blocks.1.ffn"].shape[1] if "blocks.1.ffn" in plan.keep else 372
+    assert sizes[1e-4] < sizes[1.0] < sizes[1e4]
+
+
 def test_sensitivities_are_near_what_a_small_cut_does(digits_model, digits_statistics, digits_images):
     """Predicted loss, error times sensitivity, against the divergence that the cut causes: the same order."""
     prepared = method_named("project").prepare(digits_model, sc.inspect(digits_model), digits_statistics, {})
