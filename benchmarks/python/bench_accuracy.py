@@ -92,6 +92,7 @@ def arguments() -> argparse.Namespace:
     add("--device", default="cpu")
     add("--threads", type=int, default=2)
     add("--workers", type=int, default=0, help="processes that decode images")
+    add("--show", action="store_true", help="measure nothing: tables and plots of the rows that are in --out")
     add("--fresh", action="store_true", help="forget the rows in --out")
     add("--again", nargs="+", default=[], metavar="METHOD", help="measure the rows of these methods again")
     add("--out", type=Path, default=Path(__file__).parents[1] / "plots", help="folder of accuracy.json and the plots")
@@ -753,7 +754,7 @@ def main() -> None:
         "tuned": tuned_table,
     }
     with sc.core.torch_threads():
-        for table in run.options.tables:
+        for table in () if run.options.show else run.options.tables:
             steps[table](run)
     machine = f"{processor()}, {run.options.threads} threads, torch {torch.__version__}, timm {timm.__version__}"
     console.print(machine)
