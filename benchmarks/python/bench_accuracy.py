@@ -613,7 +613,7 @@ def show_lost(run: Run, table: str, title: str) -> None:
                 means[method, budget] = statistics.mean(found)
             cells.append(_cell(found))
         view.add_row(method, *cells, peers.PEERS[method].note if method in peers.PEERS else "")
-    others = [method for method in run.methods if method in peers.PEERS or method == "snp"]
+    others = [method for method in run.methods if method in peers.PEERS]
     for ours in ("project", "refit"):
         for rival, named in (
             ("best peer", others),
