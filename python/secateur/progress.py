@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+
+    from rich.progress import Progress
 
 __all__ = ["Advance", "progress"]
 
@@ -25,40 +27,73 @@ def progress(
     """Show done / total, units per second and the remaining time on stderr while the block runs.
 
     Nothing is written, and nothing is left behind, when stderr is not a terminal, or with ``silent``. ``total=None``
-    stands for an unknown length: the bar pulses and no remaining time is given.
+    stands for an unknown length: the bar pulses and no remaining time is given. A bar within the block of another is
+    shown below it.
     """
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if silent or not console.is_terminal:
+    if silent:
         yield _ignore
         return
-
-    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text("" if speed is None else f"{speed:,.1f} {unit}/s", style="progress.data.speed")
-
-    columns = (
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f}" + (f"/{total:,}" if total is not None else "") + f" {unit}"),
-        Rate(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(description, total=total, note="")
+    with _display() if _shown is None else nullcontext(_shown) as bar:
+        if bar is None:
+            yield _ignore
+            return
+        task = bar.add_task(description, total=total, note="", unit=unit)
 
         def advance(count: int, /, note: str = "") -> None:
             bar.update(task, advance=count)
             if note:
                 bar.update(task, note=note)
 
-        yield advance
+        try:
+            yield advance
+        finally:
+            # The last look at a display has its outermost bar.
+            if len(bar.tasks) > 1:
+                bar.remove_task(task)
+
+
+_shown: Progress | None = None
+
+
+@contextmanager
+def _display() -> Generator[Progress | None, None, None]:
+    """Show the bars of this block, one below the other: two displays at once would write over each other."""
+    global _shown
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Done(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            total = "" if task.total is None else f"/{task.total:,.0f}"
+            return Text(f"{task.completed:,.0f}{total} {task.fields['unit']}")
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            text = "" if speed is None else f"{speed:,.1f} {task.fields['unit']}/s"
+            return Text(text, style="progress.data.speed")
+
+    columns = (
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        Done(),
+        Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        _shown = bar
+        try:
+            yield bar
+        finally:
+            _shown = None
 
 
 def _ignore(_count: int, /, note: str = "") -> None:

@@ -41,3 +41,20 @@ def test_the_display_ends_with_an_exception(terminal: None, capsys: pytest.Captu
     with pytest.raises(ZeroDivisionError), progress(3) as advance:
         advance(1 // 0)
     assert capsys.readouterr().err.rstrip().endswith("\x1b[2K")  # the transient line is wiped
+
+
+def test_a_bar_within_another_shares_its_display(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(5, "search", unit="rounds") as outer:
+        for _ in range(2):
+            with progress(64, "evaluate") as inner:
+                inner(32)
+                time.sleep(0.25)
+            outer(1)
+    with progress(3, "prune"):
+        pass
+    captured = capsys.readouterr().err
+    both = "\x1b[1A\x1b[2K"  # the cursor goes up for the second line
+    assert both in captured
+    assert "32/64 images" in captured
+    assert "2/5 rounds" in captured
+    assert captured.count("\x1b[?25l") == 2  # one display for both bars, one more for the last
