@@ -19,22 +19,29 @@ from .errors import Error, InvalidArgument, NumericalError, Unsupported
 from .evaluate import Evaluation, evaluate
 from .families import inspect
 from .finetune import FinetuneResult, finetune
+from .objectives import AccuracyCritical, LatencySensitive, MemoryConstrained
 from .plan import Plan, plan
+from .rounds import SearchResult
 from .score import methods
+from .search import search
 from .sequential import prune_sequential
 from .statistics import Statistics
 from .surgery import Report, prune
 
 __all__ = [
+    "AccuracyCritical",
     "Anatomy",
     "Benchmark",
     "Error",
     "Evaluation",
     "FinetuneResult",
     "InvalidArgument",
+    "LatencySensitive",
+    "MemoryConstrained",
     "NumericalError",
     "Plan",
     "Report",
+    "SearchResult",
     "Statistics",
     "Target",
     "Unsupported",
@@ -51,5 +58,6 @@ __all__ = [
     "prune",
     "prune_sequential",
     "save",
+    "search",
 ]
 __version__ = _version("secateur")

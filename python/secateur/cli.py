@@ -31,11 +31,15 @@ from .errors import Error, InvalidArgument
 from .evaluate import evaluate as evaluate_
 from .evaluate import place_for
 from .finetune import finetune as finetune_
+from .objectives import AccuracyCritical, LatencySensitive, MemoryConstrained
 from .ranks import first
+from .rounds import check_figure
+from .search import search as search_
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from .objectives import Objective
     from .statistics import Collect
 
 app = typer.Typer(
@@ -240,6 +244,21 @@ def _load_state(model: nn.Module, name: str, file: Path, option: str) -> None:
         raise InvalidArgument(f"{option}: expected the parameters of {name!r}, got others ({error})") from error
 
 
+def _objective(max_drop: float | None, params: float | None, macs: float | None, latency: float | None) -> Objective:
+    """The one that is named by the requirement."""
+    given = [
+        name
+        for name, value in (("max-drop", max_drop), ("params", params), ("macs", macs), ("latency", latency))
+        if value is not None
+    ]
+    if len(given) != 1:
+        got = " and ".join(f"--{name}" for name in given) or "none"
+        raise typer.BadParameter(f"expected one of --max-drop, --params, --macs and --latency, got {got}")
+    if max_drop is not None:
+        return AccuracyCritical(max_drop)
+    return MemoryConstrained(params) if params is not None else LatencySensitive(macs=macs, latency=latency)
+
+
 def _number_or_object(text: str) -> int | dict[str, int]:
     try:
         return int(text)
@@ -422,6 +441,100 @@ def prune(
         report = prune_(net, wanted, strict=strict)
         save_(net, out)
         output.show(str(report), f"-> {out}", **report.to_dict(), file=str(out))
+
+
+@app.command()
+def search(
+    data: Data,
+    stats: Annotated[Path, typer.Option("--stats", help="What calibrate wrote.")],
+    out: Out,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    num_classes: Classes = None,
+    model_kwargs: Kwargs = None,
+    split: Split = None,
+    batch_size: BatchSize = 64,
+    max_images: MaxImages = None,
+    workers: Workers = 0,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Fewest parameters, with at most so many points of accuracy lost.")
+    ] = None,
+    params: Annotated[float | None, typer.Option(help="Most accurate with this fraction of the parameters.")] = None,
+    macs: Annotated[float | None, typer.Option(help="Most accurate with this fraction of the MACs.")] = None,
+    latency: Annotated[float | None, typer.Option(help="Most accurate in this fraction of the measured time.")] = None,
+    method: Annotated[str, typer.Option(help="snp, refit or project.")] = "project",
+    rounds: Annotated[int, typer.Option(min=1)] = 12,
+    step: Annotated[float, typer.Option(help="Fraction that the first round removes.")] = 0.1,
+    groups: Annotated[str | None, typer.Option(help="Kinds or groups that may be cut: qk,v,ffn,width.")] = None,
+    freeze: Annotated[str, typer.Option(help="Kinds, groups or patterns that stay whole.")] = "",
+    min_keep: Annotated[str | None, typer.Option(metavar="JSON", help="Fewest units to keep.")] = None,
+    round_to: Annotated[str | None, typer.Option(metavar="N|JSON", help="Kept counts are multiples of it.")] = None,
+    allocation: Annotated[str | None, typer.Option(help="uniform, or error (needs calibrate --sensitivity).")] = None,
+    finetune: Annotated[
+        str | None, typer.Option(metavar="JSON", help='Train every round\'s model: {"epochs": 1, "lr": 1e-4}.')
+    ] = None,
+    train_data: Annotated[
+        str | None, typer.Option(help="To train and calibrate on; --data by default.", rich_help_panel=_DATA)
+    ] = None,
+    train_split: Annotated[str | None, typer.Option(rich_help_panel=_DATA)] = None,
+    resume: Resume = None,
+    history: Annotated[
+        Path | None, typer.Option("--history", help="JSON file for the rounds.", callback=_file_to_write)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help=".png, .svg or .pdf (needs matplotlib).", callback=_file_to_write)
+    ] = None,
+    device: Device = None,
+    seed: Seed = 0,
+    _threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Find the smallest model of an accuracy (--max-drop), or the most accurate of a budget, and save it."""
+    objective = _objective(max_drop, params, macs, latency)
+    kinds = None if groups is None else _names(groups)
+    tuning = None if finetune is None else _json_object(finetune)
+    if plot is not None:
+        check_figure(plot)
+    with _output(as_json) as output:
+        net = _model(model, checkpoint, pretrained, num_classes, model_kwargs)
+        net.to(place_for(net, device))
+        with _option("--stats"):
+            collected = Statistics.load(stats)
+
+        shuffle = max_images is not None and not data.startswith("hfids:")
+        reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "seed": seed}
+        validation = loader(data, net, split=split, max_images=max_images, shuffle=shuffle, **reading)
+        training = calibration = None
+        if tuning is not None:
+            source = train_data or data
+            part = train_split or default_split(source, train=True)
+            training = loader(source, net, split=part, shuffle=True, train=True, **reading)
+            calibration = loader(source, net, split=part, shuffle=True, max_images=collected.images, **reading)
+        found = search_(
+            net,
+            collected,
+            objective=objective,
+            loader=validation,
+            method=method,
+            rounds=rounds,
+            step=step,
+            groups=kinds,
+            freeze=_names(freeze),
+            min_keep=None if min_keep is None else _json_object(min_keep),
+            round_to=None if round_to is None else _number_or_object(round_to),
+            allocation=allocation,
+            finetune=tuning,
+            train_loader=training,
+            calibration_loader=calibration,
+            resume=resume,
+        )
+        save_(found.model, out)
+        if history is not None:
+            found.save_history(history)
+        if plot is not None:
+            found.plot(plot)
+        output.show(str(found), f"-> {out}", **found.to_dict(), file=str(out))
 
 
 @app.command()
