@@ -368,7 +368,8 @@ class _Course:
                 self._advance(self._measure(model))
                 self._models[number] = model
                 if self._answer_round == number:
-                    self._answer = (number, model, chosen)
+                    # A plan is the dense model's, and holds no training.
+                    self._answer = (number, model, chosen if self.tuning is None else None)
         self._forget()
         self.write(file)
         if own is not None:

@@ -345,3 +345,55 @@ def test_the_installed_command() -> None:
 
     (command,) = entry_points(group="console_scripts", name="secateur")
     assert command.load() is main
+
+
+def test_search(
+    run_json: Callable[..., dict[str, object]],
+    run: Run,
+    dense: Path,
+    tmp_path: Path,
+    digits_model: nn.Module,
+) -> None:
+    """The answer is the function's; history and plot are written; a finished search is not done again."""
+    stats, out, resume = (tmp_path / name for name in ("s.st", "found.st", "search.st"))
+    model = ["--checkpoint", dense]
+    run_json("calibrate", *model, "--data", "digits", "--max-images", 64, "--out", stats)
+    arguments = [*model, "--stats", stats, "--data", "digits", "--max-images", 128, "--out", out, "--method", "snp"]
+    arguments += ["--rounds", 2, "--step", 0.2, "--round-to", 1, "--resume", resume]
+    files = ["--history", tmp_path / "h.json", "--plot", tmp_path / "p.svg"]
+    found = run_json("search", *arguments, "--macs", 0.8, *files)
+    expected = secateur.search(
+        digits_model,
+        secateur.Statistics.load(stats),
+        objective=secateur.LatencySensitive(macs=0.8),
+        loader=loader("digits", digits_model, batch_size=64, max_images=128, shuffle=True),
+        method="snp",
+        rounds=2,
+        step=0.2,
+        round_to=1,
+    )
+    assert found == {**json.loads(json.dumps(expected.to_dict())), "file": str(out)}
+    saved = secateur.load(out).state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in expected.model.state_dict().items())
+    assert json.loads((tmp_path / "h.json").read_text())["history"] == found["history"]
+    assert (tmp_path / "p.svg").read_text().startswith("<?xml")
+    code, text, _ = run("search", *arguments, "--macs", 0.8)
+    assert code == 0
+    assert "is the answer" in text
+
+    tuned = run_json(
+        "search", *arguments[:-2], "--params", 0.9, "--rounds", 1, "--finetune", '{"steps": 2, "lr": 1e-5}'
+    )  # fmt: skip
+    assert len(tuned["history"]) == 2
+
+    for wrong, message, expected_code in (
+        ([], "expected one of --max-drop, --params, --macs and --latency, got none", 2),
+        (["--macs", 0.5, "--max-drop", 1], "got --max-drop and --macs", 2),
+        (["--macs", 0.5, "--finetune", "3"], "expected a JSON object", 2),
+        (["--macs", 0.7], "resume: expected the file of this search", 1),
+        (["--macs", 0.5], "rounds: expected at least 3 to remove 0.5", 1),
+        (["--macs", 0.8, "--plot", tmp_path / "p.gif"], "expected a .pdf, .png, .svg file", 1),
+    ):
+        code, _, err = run("search", *arguments, *wrong)
+        assert code == expected_code, err
+        assert message in " ".join(err.replace("│", " ").split())

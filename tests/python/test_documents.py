@@ -47,7 +47,9 @@ def test_every_public_name_is_documented(name):
     assert inspect.getdoc(getattr(sc, name))
 
 
-@pytest.mark.parametrize("function", [sc.calibrate, sc.plan, sc.prune, sc.save, sc.load, sc.finetune, sc.bench])
+@pytest.mark.parametrize(
+    "function", [sc.calibrate, sc.plan, sc.prune, sc.save, sc.load, sc.finetune, sc.bench, sc.search]
+)
 def test_every_argument_is_documented(function):
     documented = inspect.getdoc(function)
     for name in inspect.signature(function).parameters:

@@ -302,7 +302,7 @@ def test_more_than_can_be_cut_is_a_miss(plain, monkeypatch):
     asked = scripted(monkeypatch, [90.0, 90.0, 90.0])
     model, stats, val = plain
     found = sc.search(
-        model, stats, objective=sc.AccuracyCritical(1.0), loader=val, rounds=4, step=0.6, min_keep={"ffn": 12}, **FAST
+        model, stats, objective=sc.AccuracyCritical(1.0), loader=val, rounds=4, step=0.6, min_keep={"width": 30}, **FAST
     )
     assert [(row.threshold, row.accepted, row.params is None) for row in found.history] == [
         (0, True, False),
@@ -313,7 +313,7 @@ def test_more_than_can_be_cut_is_a_miss(plain, monkeypatch):
     ]
     assert asked.accuracies == 3
     assert found.round == 4
-    assert sc.inspect(found.model).sizes["blocks.0.ffn"] >= 12
+    assert sc.inspect(found.model).sizes["width"] >= 30
     line = next(line for line in str(found).splitlines() if " 1.2 " in line)
     assert line.split() == ["2", "1", "1.2", "0.6", "-", "-", "-", "-", "-", "no", "halve"]
 
@@ -326,8 +326,8 @@ def test_at_most_one_point_of_a_trained_model(digits_model, digits_images, digit
     stats = sc.calibrate(digits_model, [digits_images], sensitivity=True)
     before = weights(digits_model)
     found = sc.search(
-        digits_model, stats, objective=sc.AccuracyCritical(1.0), loader=digits_loader, method=method, rounds=5,
-        step=0.25, round_to=1,
+        digits_model, stats, objective=sc.AccuracyCritical(1.0), loader=digits_loader, method=method, rounds=3,
+        step=0.3, round_to=1,
     )  # fmt: skip
     assert same(weights(digits_model), before)
     dense, top1 = (sc.evaluate(model, digits_loader).top1 for model in (digits_model, found.model))
@@ -371,7 +371,7 @@ def test_a_budget_is_met_by_the_most_accurate(digits_model, digits_images, digit
 
 @pytest.mark.parametrize("method", ["snp", "refit", "project"])
 @pytest.mark.parametrize("kind", ["plain", "qk_norm", "swiglu_packed", "inner_norms", "distilled", "no_qkv_bias"])
-def test_every_method_on_odd_sizes(kind, method, tmp_path):
+def test_every_method_on_odd_sizes(kind, method):
     model = make(kind)
     stats = sc.calibrate(model, [images(model, 6)])
     found = sc.search(
@@ -380,8 +380,6 @@ def test_every_method_on_odd_sizes(kind, method, tmp_path):
     )  # fmt: skip
     assert found.accepted
     assert sc.inspect(found.model).macs <= 0.7 * sc.inspect(model).macs
-    factory = ("VisionTransformer", {}) if kind != "distilled" else ("VisionTransformerDistilled", {})
-    del factory
     x = images(model, 3, 5)
     with torch.no_grad():
         assert bool(found.model(x).isfinite().all())
@@ -418,7 +416,7 @@ SEARCH = {"objective": sc.AccuracyCritical(100.0), "rounds": 3, "step": 0.125, "
 
 
 def calibration():
-    return [x for x, _ in batches(3, 6, seed=5)]
+    return [x.clamp(-1, 1) for x, _ in batches(3, 6, seed=5)]
 
 
 def tuned(rounds=3, train=None, tuning=TUNING, objective=None, **arguments):
@@ -451,19 +449,18 @@ def test_each_round_cuts_the_trained_model_before_it():
 
 def test_behind_a_miss_the_model_before_it_is_cut_again(monkeypatch):
     """Two kept, one missed: the next round begins with the second's weights, not with those that missed."""
-    real = module.evaluate
     rounds = []
 
     def evaluate(model, loader):
         rounds.append(weights(model))
-        return SimpleNamespace(top1=0.0) if len(rounds) == 4 else real(model, loader)
+        return SimpleNamespace(top1=-20.0 if len(rounds) == 4 else 90.0)
 
     monkeypatch.setattr(module, "evaluate", evaluate)
     found = tuned(4)
     assert [row.base for row in found.history] == [None, 0, 1, 2, 2]
+    assert found.round == 4
 
     # The same by hand from round 2's weights: T = 0.25 + 0.0625.
-    monkeypatch.setattr(module, "evaluate", real)
     kept = tuned(2).model
     assert same(weights(kept), rounds[2])
     dense = tiny().eval()
@@ -510,22 +507,48 @@ def test_a_killed_search_ends_as_one_that_was_not(tmp_path, every):
 
     train = Breaking(batches(), 100)
     found = tuned(4, train, tuning, resume=path)
-    whole = tuned(4)
-    assert found.resumed == 2
-    # Rounds 3 and 4 are 10 batches; the first two of round 3 are passed over.
+    whole = tuned(5)
+    assert (found.resumed, found.round) == (2, 4)
+    # Rounds 3 and 4 are 10 batches; the first two of round 3 are read, and passed over.
     assert train.left == 90
-    assert found.history == whole.history
-    assert found.round == whole.round == 4
-    assert same(weights(found.model), weights(whole.model))
+    assert found.history == whole.history[:5]
     assert [file.name for file in tmp_path.iterdir()] == ["search.safetensors"]
 
     # Once more is no more work, and more rounds go on from there.
     again = tuned(4, Breaking(batches(), 0), tuning, resume=path)
-    assert (again.resumed, again.history) == (4, whole.history)
-    assert same(weights(again.model), weights(whole.model))
+    assert (again.resumed, again.history) == (4, found.history)
+    assert same(weights(again.model), weights(found.model))
     more = tuned(5, None, tuning, resume=path)
-    assert more.history == tuned(5).history
-    assert more.history[:5] == whole.history
+    assert more.history == whole.history
+    assert same(weights(more.model), weights(whole.model))
+
+
+@pytest.mark.parametrize("kind", ["no_qkv_bias", "no_proj_bias", "qk_norm", "rms_norm", "gate", "swiglu_packed"])
+def test_trained_models_come_back_from_the_file(kind, tmp_path):
+    """Sizes, added biases, changed eps, and values that no plan made; then the search goes on from them."""
+    model = make(kind)
+    stats, val = sc.calibrate(model, [images(model, 6)]), labelled(model)
+
+    def train(each):
+        with torch.no_grad():
+            for parameter in each.parameters():
+                parameter += 0.01
+
+    arguments = {
+        "objective": sc.AccuracyCritical(100.0), "loader": val, "step": 0.2, "groups": ALL, "round_to": {"qk": 2, "v": 2},
+        "finetune": train, "calibration_loader": [images(model, 6)],
+    }  # fmt: skip
+    whole = sc.search(model, stats, rounds=3, **arguments)
+    path = tmp_path / "search.safetensors"
+    sc.search(model, stats, rounds=2, resume=path, **arguments)
+    found = sc.search(model, stats, rounds=2, resume=path, **arguments)
+    with torch.no_grad():
+        x = images(model, 3, 5)
+        assert torch.equal(found.model(x), sc.search(model, stats, rounds=2, **arguments).model(x))
+    found = sc.search(model, stats, rounds=3, resume=path, **arguments)
+    assert (found.resumed, found.round) == (2, 3)
+    assert found.history == whole.history
+    assert same(weights(found.model), weights(whole.model))
 
 
 @pytest.mark.parametrize("method", ["project", "snp"])
@@ -535,7 +558,7 @@ def test_interrupted_without_training(plain, tmp_path, method):
     arguments = {"objective": sc.MemoryConstrained(0.8), "rounds": 4, "step": 0.125, "method": method, "groups": ALL}
     arguments["round_to"] = 1
     whole = sc.search(model, stats, loader=val, **arguments)
-    for after in (0, 4, 8, 11):
+    for after in (0, 4, 8, 1):
         with pytest.raises(Killed):
             sc.search(model, stats, loader=Breaking(val, after + 1), resume=path, **arguments)
     found = sc.search(model, stats, loader=val, resume=path, **arguments)
@@ -612,7 +635,7 @@ LOADERS = {"calibration_loader": [], "train_loader": []}
         ({"allocation": "error"}, "stats: expected sensitivities"),
         ({"resume": "/no/such/folder/file"}, "resume: expected a file in an existing folder"),
         ({"objective": sc.MemoryConstrained(0.01)}, "target: expected params >="),
-        ({"objective": sc.MemoryConstrained(0.5), "rounds": 4}, "rounds: expected at least 5 to remove 0.5 in"),
+        ({"objective": sc.MemoryConstrained(0.7), "rounds": 2}, "rounds: expected at least 3 to remove 0.3 in"),
         ({"train_loader": []}, "train_loader: expected none without finetune, got list"),
         ({"calibration_loader": []}, "calibration_loader: expected none without finetune, got list"),
         ({"finetune": {"epochs": 1}}, "calibration_loader: expected batches .*, got NoneType"),
