@@ -402,6 +402,7 @@ def test_without_labels_it_is_the_agreement_with_the_dense_model(digits_model, d
     )
     with torch.no_grad():
         same_class = (found.model(digits_images).argmax(1) == digits_model(digits_images).argmax(1)).double().mean()
+    assert found.accepted
     assert found.history[0].agreement == 100
     assert found.history[found.round].agreement == pytest.approx(100 * float(same_class), abs=1e-9)
     assert all(row.top1 is None for row in found.history)
@@ -447,8 +448,12 @@ def test_each_round_cuts_the_trained_model_before_it():
     assert found.plan is None
 
 
-def test_behind_a_miss_the_model_before_it_is_cut_again(monkeypatch):
-    """Two kept, one missed: the next round begins with the second's weights, not with those that missed."""
+@pytest.mark.parametrize("objective", [sc.AccuracyCritical(100.0), sc.MemoryConstrained(0.7)], ids=["drop", "params"])
+def test_behind_a_miss_the_model_before_it_is_cut_again(monkeypatch, objective):
+    """Two kept, one missed: the next round begins with the second's weights, not with those that missed.
+
+    Of a budget the miss is accepted, and stays in memory as the answer for now.
+    """
     rounds = []
 
     def evaluate(model, loader):
@@ -456,7 +461,8 @@ def test_behind_a_miss_the_model_before_it_is_cut_again(monkeypatch):
         return SimpleNamespace(top1=-20.0 if len(rounds) == 4 else 90.0)
 
     monkeypatch.setattr(module, "evaluate", evaluate)
-    found = tuned(4)
+    found = tuned(4, objective=objective)
+    assert found.history[3].accepted == isinstance(objective, sc.MemoryConstrained)
     assert [row.base for row in found.history] == [None, 0, 1, 2, 2]
     assert found.round == 4
 
@@ -535,8 +541,8 @@ def test_trained_models_come_back_from_the_file(kind, tmp_path):
                 parameter += 0.01
 
     arguments = {
-        "objective": sc.AccuracyCritical(100.0), "loader": val, "step": 0.2, "groups": ALL, "round_to": {"qk": 2, "v": 2},
-        "finetune": train, "calibration_loader": [images(model, 6)],
+        "objective": sc.AccuracyCritical(100.0), "loader": val, "step": 0.125, "groups": ALL,
+        "round_to": {"qk": 2, "v": 2, "ffn": 1, "width": 1}, "finetune": train, "calibration_loader": [images(model, 6)],
     }  # fmt: skip
     whole = sc.search(model, stats, rounds=3, **arguments)
     path = tmp_path / "search.safetensors"
