@@ -541,8 +541,8 @@ def test_trained_models_come_back_from_the_file(kind, tmp_path):
                 parameter += 0.01
 
     arguments = {
-        "objective": sc.AccuracyCritical(100.0), "loader": val, "step": 0.125, "groups": ALL,
-        "round_to": {"qk": 2, "v": 2, "ffn": 1, "width": 1}, "finetune": train, "calibration_loader": [images(model, 6)],
+        "objective": sc.AccuracyCritical(100.0), "loader": val, "step": 0.125, "groups": ALL, "finetune": train,
+        "round_to": {"qk": 2, "v": 2, "ffn": 1, "width": 1}, "calibration_loader": [images(model, 6)],
     }  # fmt: skip
     whole = sc.search(model, stats, rounds=3, **arguments)
     path = tmp_path / "search.safetensors"
