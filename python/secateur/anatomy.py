@@ -23,6 +23,7 @@ from .errors import InvalidArgument
 Indices = npt.NDArray[np.int64]
 Kind = Literal["qk", "v", "ffn", "heads", "width", "conv", "block"]
 Role = Literal["writer", "reader", "norm", "elementwise"]
+Layout = Literal["exact", "stock"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class AttentionSite:
 
     ``qkv`` outputs (B, N, heads · (2 qk_dim + v_dim)): queries, keys, values. ``q_norm`` and ``k_norm``, where there
     are any, output (B, heads, N, qk_dim) and are what the scores see. ``proj`` takes (B, N, heads · v_dim).
+    ``softmax_scale`` multiplies the scores. ``layout`` is "stock" where the module is the library's own class, cut or
+    not, and "exact" where it is ours.
     """
 
     name: str
@@ -73,6 +76,8 @@ class AttentionSite:
     heads: int
     qk_dim: int
     v_dim: int
+    softmax_scale: float
+    layout: Layout
     qkv: str
     q_norm: str | None
     k_norm: str | None

@@ -57,6 +57,8 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
         "arguments": dict(arguments),
         "handmade": handmade,
         "sizes": anatomy.sizes,
+        "layouts": {site.name: site.layout for site in anatomy.attention},
+        "softmax_scales": {site.name: site.softmax_scale for site in anatomy.attention if site.layout == "exact"},
         "eps": {norm.name: getattr(model.get_submodule(norm.name), "eps") for norm in anatomy.norms},  # noqa: B009
         "biases": [],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
@@ -129,8 +131,8 @@ def _skeleton(header: Mapping[str, Any]) -> nn.Module:
     arguments = {name: _tuples(value) for name, value in header["arguments"].items()}
     try:
         model = family.build(header["architecture"], arguments, torch.device("meta"))
-        surgery.shape(model, family, header["sizes"])
-        _adjust(model, header.get("eps", {}), header.get("biases", []))
+        surgery.shape(model, family, header["sizes"], header.get("layouts", {}))
+        _adjust(model, header.get("softmax_scales", {}), header.get("eps", {}), header.get("biases", []))
     except Error:
         raise
     except Exception as error:  # timm's constructors raise what they like
@@ -138,8 +140,15 @@ def _skeleton(header: Mapping[str, Any]) -> nn.Module:
     return model.eval()
 
 
-def _adjust(model: nn.Module, eps: Mapping[str, float], biases: Sequence[str]) -> None:
-    """What a change of basis leaves besides sizes: other eps in the norms, biases where there were none."""
+def _adjust(model: nn.Module, scales: Mapping[str, float], eps: Mapping[str, float], biases: Sequence[str]) -> None:
+    """What rounds of pruning leave besides sizes.
+
+    The softmax scale of a model that was in the stock layout before, other eps in the norms, biases where there were
+    none.
+    """
+    for name, value in scales.items():
+        attn: Any = model.get_submodule(name)
+        attn.scale = value
     for name, value in eps.items():
         norm: Any = model.get_submodule(name)
         norm.eps = value

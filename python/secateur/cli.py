@@ -430,6 +430,13 @@ def prune(
     pretrained: Pretrained = None,
     num_classes: Classes = None,
     model_kwargs: Kwargs = None,
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--layout",
+            help="exact: attention of the sizes that stay; stock: timm's own attention modules, padded with zeros.",
+        ),
+    ] = "exact",
     strict: Loose = True,
     as_json: Json = False,
 ) -> None:
@@ -438,7 +445,7 @@ def prune(
         net = _model(model, checkpoint, pretrained, num_classes, model_kwargs)
         with _option("--plan"):
             wanted = Plan.load(plan)
-        report = prune_(net, wanted, strict=strict)
+        report = prune_(net, wanted, layout=layout, strict=strict)
         save_(net, out)
         output.show(str(report), f"-> {out}", **report.to_dict(), file=str(out))
 

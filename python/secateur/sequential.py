@@ -16,6 +16,7 @@ from .calibrate import calibrate, calibrate_block
 from .errors import InvalidArgument
 from .families import family_of
 from .identity import Fingerprint
+from .layout import check_layout
 from .plan import Plan, check_budget, checked_options, plan, sizes_for
 from .surgery import Report, prune
 
@@ -36,6 +37,7 @@ def prune_sequential(
     allocation: str | None = None,
     max_images: int | None = 1024,
     token_fraction: float = 1.0,
+    layout: str = "exact",
     **options: str,
 ) -> Report:
     """Prune a model in place, block by block, so that each block is fitted to what the pruned ones before it give.
@@ -60,12 +62,14 @@ def prune_sequential(
         allocation: as for ``plan``.
         max_images: images per calibration.
         token_fraction: as for ``calibrate``.
+        layout: as for ``prune``.
         **options: the method's own.
 
     Raises:
         InvalidArgument: an argument that does not fit, or an iterator, which can be read only once.
-        Unsupported: the model is of no supported family, or does not allow a cut.
+        Unsupported: the model is of no supported family, or does not allow a cut or the layout.
     """
+    check_layout(layout)
     if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
         raise InvalidArgument(
             f"loader: expected batches that can be read several times, got {type(loader).__name__}"
@@ -85,6 +89,9 @@ def prune_sequential(
         planned = plan(model, stats, method=method, target=target, **limits, allocation=allocation, **chosen)
         sizes = {**anatomy.sizes, **{name: kept.shape[1] for name, kept in planned.keep.items()}}
         del stats, planned
+
+    if layout == "stock":
+        family_of(model).stock_sizes(model, anatomy, sizes)
 
     cut = copy.deepcopy(model)
     keep: dict[str, Indices] = {}
@@ -109,7 +116,7 @@ def prune_sequential(
         weights=weights,
         eps=eps,
     )
-    return prune(model, whole)
+    return prune(model, whole, layout=layout)
 
 
 def _stages(anatomy: Anatomy, sizes: Mapping[str, int]) -> Iterator[tuple[int | None, dict[str, float]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,8 @@ from .anatomy import Anatomy, Indices, kept_along_axes, render
 from .errors import InvalidArgument
 from .families import Family, family_of
 from .identity import Fingerprint
+from .layout import LAYOUTS, check_layout, pad_heads
 from .plan import Plan
-
-LAYOUTS = ("exact",)
 
 
 @dataclass(frozen=True)
@@ -69,39 +69,60 @@ def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool =
     Args:
         model: the model that was planned for.
         plan: what to keep.
-        layout: "exact": attention modules of our own that take the kept sizes as they are.
+        layout: "exact": attention modules that lose anything become ours, which take the kept sizes as they are.
+            "stock": all attention modules are timm's own afterwards, those of an earlier round too. Queries, keys and
+            values have one size per head, the larger; what is missing is zeros, which the report counts. The query
+            weights are multiplied by √(size / dense size), so that timm's 1/√size is the dense model's scale. Plans
+            leave out the zeros in their own ``params`` and ``macs``.
         strict: refuse other weights than the plan was made for; if false, the same dimensions are enough for a plan
             that only selects.
 
     Raises:
         InvalidArgument: another model than the plan's, or a plan whose indices do not fit; nothing is changed.
-        Unsupported: the model is of no supported family.
+        Unsupported: the model is of no supported family, or its stock layout would compute something else: query/key
+            norms over cut channels, an inner norm over padded values, an attention pool over a cut width. Nothing is
+            changed.
     """
-    if layout not in LAYOUTS:
-        raise InvalidArgument(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    check_layout(layout)
     if not isinstance(plan, Plan):
         raise InvalidArgument(f"plan: expected a Plan, got {type(plan).__name__}")
     family = family_of(model)
     anatomy = family.inspect(model)
     plan.fingerprint.require(Fingerprint.of(model, anatomy), "model", strict=strict or bool(plan.weights))
     sizes = plan.check(anatomy)
+    if layout == "stock":
+        sizes = family.stock_sizes(model, anatomy, sizes)
     _cut(model, family, anatomy, plan.keep, plan.weights)
     for name, eps in plan.eps.items():
         norm: Any = model.get_submodule(name)
         norm.eps = eps
-    added = sum(value.numel() for name, value in plan.weights.items() if name not in anatomy.shapes)
+    after = family.inspect(model)
+    if layout == "stock":
+        pad_heads(model, after, sizes)
+        family.make_stock(model, {site.name: sizes[site.qk] for site in after.attention})
+        after = family.inspect(model)
     return Report(
-        params=(anatomy.params, anatomy.params_at(sizes) + added),
-        macs=(anatomy.macs, anatomy.macs_at(sizes)),
-        groups={group.name: (group.size, sizes[group.name]) for group in anatomy.groups},
+        params=(anatomy.params, after.params),
+        macs=(anatomy.macs, after.macs),
+        groups={group.name: (group.size, after.sizes[group.name]) for group in anatomy.groups},
     )
 
 
-def shape(model: nn.Module, family: Family, sizes: Mapping[str, int]) -> None:
+def shape(
+    model: nn.Module, family: Family, sizes: Mapping[str, int], layouts: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Give a model of arbitrary weights, on any device, the sizes of a pruned one.
 
+    Args:
+        model: the dense model.
+        family: its family.
+        sizes: group to size, those that a stock attention module is padded to.
+        layouts: attention module to layout; "exact" for those that it does not name.
+
     Raises:
-        InvalidArgument: a group that the model does not have, or a size that it cannot be cut to.
+        InvalidArgument: a group or module that the model does not have, a size that it cannot be cut to, or no layout
+            of that name or for those sizes.
+        Unsupported: the stock layout cannot hold the module.
     """
     anatomy = family.inspect(model)
     keep: dict[str, Indices] = {}
@@ -110,7 +131,25 @@ def shape(model: nn.Module, family: Family, sizes: Mapping[str, int]) -> None:
         if not 1 <= size <= group.size:
             raise InvalidArgument(f"sizes[{name!r}]: expected 1…{group.size}, got {size}")
         keep[name] = np.tile(np.arange(size, dtype=np.int64), (group.heads, 1))
+    stock = _stock_head_dims(anatomy, {**anatomy.sizes, **sizes}, layouts)
     _cut(model, family, anatomy, keep, {})
+    family.make_stock(model, stock)
+
+
+def _stock_head_dims(anatomy: Anatomy, sizes: Mapping[str, int], layouts: Mapping[str, str]) -> dict[str, int]:
+    sites = {site.name: site for site in anatomy.attention}
+    found: dict[str, int] = {}
+    for name, layout in layouts.items():
+        if name not in sites:
+            raise InvalidArgument(f"layouts: expected attention modules of this model, got {name!r}")
+        if layout not in LAYOUTS:
+            raise InvalidArgument(f"layouts[{name!r}]: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+        if layout == "stock":
+            qk, v = sizes[sites[name].qk], sizes[sites[name].v]
+            if qk != v:
+                raise InvalidArgument(f"layouts[{name!r}]: expected 'exact' for heads of {qk} and {v}, got 'stock'")
+            found[name] = qk
+    return found
 
 
 @torch.no_grad()

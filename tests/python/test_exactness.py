@@ -43,14 +43,14 @@ def set_fused(model, fused):
 
 
 @torch.no_grad()
-def check(dense, keep, x):
+def check(dense, keep, x, layout="exact"):
     """Prune a copy and hold it to the bars: 1e-10 in float64, 4 times the dense model's own error in float32."""
     double = copy.deepcopy(dense).double()
     masked = reference.masked(double, keep)
     expected = reference.outputs_to_compare(masked(x.double()), masked, keep)
     scale = float(expected.abs().max())
 
-    sc.prune(double, plan_of(double, keep))
+    sc.prune(double, plan_of(double, keep), layout=layout)
     for fused in (True, False):
         set_fused(double, fused)
         assert float((double(x.double()) - expected).abs().max()) <= 1e-10 * max(1.0, scale)
@@ -58,7 +58,7 @@ def check(dense, keep, x):
     single = copy.deepcopy(dense)
     masked_single = reference.masked(single, keep)
     own = reference.outputs_to_compare(masked_single(x), masked_single, keep).double() - expected
-    sc.prune(single, plan_of(single, keep))
+    sc.prune(single, plan_of(single, keep), layout=layout)
     bar = max(4 * float(own.abs().max()), 64 * torch.finfo(torch.float32).eps * scale)
     assert float((single(x).double() - expected).abs().max()) <= bar
     return double

@@ -27,6 +27,12 @@ class Family(Protocol):
     def adapt(self, model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
         """Make modules and attributes fit parameters that were just cut from ``anatomy`` to ``sizes``."""
 
+    def stock_sizes(self, model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, int]:
+        """What a cut to ``sizes`` leaves in the stock layout, or raise Unsupported naming the module and the reason."""
+
+    def make_stock(self, model: nn.Module, head_dims: Mapping[str, int]) -> None:
+        """Make attention modules the library's own; their parameters already have the given size per head."""
+
     def build(self, architecture: str, arguments: Mapping[str, Any], device: torch.device) -> nn.Module:
         """Build a dense model with arbitrary weights."""
 

@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import cost
-from ..anatomy import Anatomy, AttentionSite, FfnSite, Group, Member, NormSite, Role, Stream
+from ..anatomy import Anatomy, AttentionSite, FfnSite, Group, Layout, Member, NormSite, Role, Stream
 from ..errors import InvalidArgument, Unsupported
 from ..modules import HeadNorm, PrunedAttention, PrunedAttentionPoolLatent
 
@@ -88,6 +88,70 @@ def adapt(model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
     for site in anatomy.attention:
         if sizes[site.qk] != site.qk_dim or sizes[site.v] != site.v_dim:
             _adopt_attention(model.get_submodule(site.name), site, sizes[site.qk], sizes[site.v])
+    _fit_layers(model)
+    if "width" in sizes and sizes["width"] != model.embed_dim:
+        _fit_width(model, sizes["width"])
+
+
+def stock_sizes(model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes after a cut to ``sizes`` whose attention modules are timm's own: each layer has one size per head.
+
+    Raises:
+        Unsupported: padding a norm's channels would change what it computes, or timm's pool cannot hold the cut width.
+    """
+    assert isinstance(model, VisionTransformer)
+    padded = dict(sizes)
+    for site in anatomy.attention:
+        qk, v = sizes[site.qk], sizes[site.v]
+        size = padded[site.qk] = padded[site.v] = max(qk, v)
+        attn: Any = model.get_submodule(site.name)
+        for name in (site.q_norm, site.k_norm):
+            if name is None:
+                continue
+            # The softmax scale would have to pass through the norm, cut channels have a scale for each head.
+            if qk < size or size**-0.5 != site.softmax_scale or type(model.get_submodule(name)) is HeadNorm:
+                raise Unsupported(
+                    f"{name}: expected whole queries and keys for the stock layout, whose norm is one for all heads "
+                    f"and counts zeros, got {qk} channels per head padded to {size}; use layout='exact'"
+                )
+        if _is_there(attn.norm) and v < size:
+            raise Unsupported(
+                f"{site.name}.norm: expected as many values as queries for the stock layout, whose norm would count "
+                f"zeros, got {v} values per head padded to {size}; use layout='exact'"
+            )
+    pool: Any = model.attn_pool
+    width = sizes.get("width", model.embed_dim)
+    if pool is not None and width != pool.num_heads * pool.head_dim:
+        raise Unsupported(
+            f"attn_pool: expected a width of {pool.num_heads * pool.head_dim} for the stock layout, because timm's "
+            f"{AttentionPoolLatent.__name__} takes it for that of its heads, got {width}; use layout='exact'"
+        )
+    return padded
+
+
+def make_stock(model: nn.Module, head_dims: Mapping[str, int]) -> None:
+    """Make the attention modules timm's own, the same objects: parameters already have the given size per head.
+
+    Raises:
+        Unsupported: query/key norms that timm's class does not have.
+    """
+    assert isinstance(model, VisionTransformer)
+    for name in head_dims:
+        for norm in ("q_norm", "k_norm"):
+            found = model.get_submodule(f"{name}.{norm}")
+            if type(found) is HeadNorm:
+                raise _unsupported(f"{name}.{norm}", found, "a norm of timm's for the stock layout")
+    for name, head_dim in head_dims.items():
+        attn: Any = model.get_submodule(name)
+        attn.__class__ = Attention
+        for attribute in ("qk_dim", "v_dim"):
+            vars(attn).pop(attribute, None)
+        attn.head_dim, attn.attn_dim = head_dim, attn.num_heads * head_dim
+        attn.scale = head_dim**-0.5
+    _fit_layers(model)
+
+
+def _fit_layers(model: VisionTransformer) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.out_features, module.in_features = module.weight.shape
@@ -95,8 +159,6 @@ def adapt(model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
     for block in model.blocks:
         _fit_norm(block.attn.norm, block.attn.attn_dim)
         _fit_norm(block.mlp.norm, block.mlp.fc2.in_features)
-    if "width" in sizes and sizes["width"] != model.embed_dim:
-        _fit_width(model, sizes["width"])
 
 
 def _fit_norm(norm: Any, size: int) -> None:
@@ -259,8 +321,10 @@ class _Inspection:
     def attention_layer(self, index: int, name: str) -> None:
         attn: Any = self.model.get_submodule(name)
         if type(attn) is Attention:
+            layout: Layout = "stock"
             qk_dim = v_dim = int(attn.head_dim)
         elif type(attn) is PrunedAttention:
+            layout = "exact"
             qk_dim, v_dim = attn.qk_dim, attn.v_dim
         else:
             raise _unsupported(name, attn, "timm's Attention")
@@ -297,6 +361,8 @@ class _Inspection:
                 heads=heads,
                 qk_dim=qk_dim,
                 v_dim=v_dim,
+                softmax_scale=float(attn.scale),
+                layout=layout,
                 qkv=f"{name}.qkv",
                 q_norm=q_norm,
                 k_norm=k_norm,
