@@ -11,10 +11,10 @@ import timm
 import torch
 from torch import nn
 
-from . import container, surgery
-from .check import writable
+from . import check, container, surgery
 from .errors import Error, InvalidArgument
 from .families import family_named, family_of
+from .modules import PrunedAttention
 
 # Where weights came from: a pruned model must never be taken for its dense source.
 _WEIGHT_SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "custom_load")
@@ -39,7 +39,7 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
             changed by hand), they cannot be written as JSON, or the folder does not exist.
         Unsupported: the model is of no supported family.
     """
-    path = writable("path", path)
+    path = check.writable("path", path)
     anatomy = family_of(model).inspect(model)
     for name, tensor in model.state_dict().items():
         if tensor.is_meta:
@@ -147,8 +147,10 @@ def _adjust(model: nn.Module, scales: Mapping[str, float], eps: Mapping[str, flo
     none.
     """
     for name, value in scales.items():
-        attn: Any = model.get_submodule(name)
-        attn.scale = value
+        attn = model.get_submodule(name)
+        if type(attn) is not PrunedAttention:
+            raise InvalidArgument(f"softmax_scales: expected attention modules of the exact layout, got {name!r}")
+        attn.scale = check.number(f"softmax_scales[{name!r}]", value, open_low=True)
     for name, value in eps.items():
         norm: Any = model.get_submodule(name)
         norm.eps = value

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import secateur
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -121,6 +122,27 @@ def test_the_whole_way(
     assert found["repeats"] == 2
     assert found["reference_images_per_second"] > 0
     assert (found["batch_size"], found["input_size"]) == (2, [3, 32, 32])
+
+
+def test_prune_in_the_stock_layout(
+    run: Run, run_json: Callable[..., dict[str, object]], dense: Path, tmp_path: Path, digits_model: nn.Module
+) -> None:
+    """--layout is prune's: the file holds timm's own attention, the report counts its padding."""
+    images = loader("digits", digits_model, split="train", max_images=32)
+    stats = secateur.calibrate(digits_model, images)
+    wanted = secateur.plan(digits_model, stats, ratios={"qk": 0.5, "v": 0.3})
+    plan, pruned = tmp_path / "p.json", tmp_path / "pruned.st"
+    wanted.save(plan)
+    found = run_json("prune", "--checkpoint", dense, "--plan", plan, "--layout", "stock", "--out", pruned)
+    assert found == {**secateur.prune(digits_model, wanted, layout="stock").to_dict(), "file": str(pruned)}
+    model = secateur.load(pruned)
+    assert type(model.blocks[0].attn) is timm.layers.Attention
+    assert model.state_dict().keys() == digits_model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in digits_model.state_dict().items())
+    pruned.unlink()
+    error = failure(run, "prune", "--checkpoint", dense, "--plan", plan, "--layout", "flat", "--out", pruned)
+    assert error == "secateur: layout: expected one of exact, stock, got 'flat'\n"
+    assert not pruned.exists()
 
 
 def test_inspect_is_for_people_and_machines(run: Run, dense: Path, digits_model: nn.Module) -> None:

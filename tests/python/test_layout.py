@@ -24,9 +24,8 @@ from secateur import container, layout
 from secateur.data import loader
 from secateur.modules import PrunedAttention
 from test_exactness import check, plan_of, random_keep, set_fused
-from timm.layers import Attention, AttentionPoolLatent, Mlp
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import Attention, AttentionPoolLatent, LayerNorm, Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -307,7 +306,8 @@ def test_the_report_counts_what_torch_multiplies(kind, sizes):
     anatomy = sc.inspect(model)
     assert report.params[1] == anatomy.params == sum(p.numel() for p in model.parameters())
     set_fused(model, False)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    model.requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
         model(images(model, 1))
     assert report.macs[1] == anatomy.macs == counter.get_total_flops() // 2
     assert (report.macs[1] > plan.macs[1]) is (report.params[1] > plan.params[1]) is (sizes != "equal")
@@ -317,18 +317,20 @@ def test_the_report_counts_what_torch_multiplies(kind, sizes):
 
 def plainly_built(model):
     """A model of the same shapes from timm's constructors alone."""
-    attn = model.blocks[0].attn
-    built = (VisionTransformerDistilled if hasattr(model, "dist_token") else VisionTransformer)(
+    attn, hidden = model.blocks[0].attn, model.blocks[0].mlp.fc1.out_features
+    built = VisionTransformer(
         img_size=model.patch_embed.img_size,
         patch_size=model.patch_embed.patch_size[0],
         embed_dim=model.embed_dim,
-        depth=len(model.blocks),
+        depth=0,
         num_heads=attn.num_heads,
         num_classes=model.num_classes,
-        attn_layer=partial(Attention, attn_head_dim=attn.head_dim),
     )
-    for block, twin in zip(built.blocks, model.blocks, strict=True):
-        block.mlp = Mlp(model.embed_dim, twin.mlp.fc1.out_features)
+    for _ in model.blocks:
+        block = Block(model.embed_dim, 1, norm_layer=partial(LayerNorm, eps=1e-6))
+        block.attn = Attention(model.embed_dim, attn.num_heads, attn_head_dim=attn.head_dim, qkv_bias=True)
+        block.mlp = Mlp(model.embed_dim, hidden)
+        built.blocks.append(block)
     return built.eval()
 
 
@@ -372,7 +374,7 @@ def rebuilt(model, x, path):
     sc.save(model, path)
     again = sc.load(path)
     with torch.no_grad():
-        for fused in (True, False):
+        for fused in (False, True):
             set_fused(model, fused)
             set_fused(again, fused)
             assert torch.equal(model(x), again(x))
@@ -437,6 +439,8 @@ def test_files_that_do_not_say_are_of_the_exact_layout(digits_model, digits_imag
     ("change", "text"),
     [
         ({"layouts": {"blocks.9.attn": "stock"}}, "layouts: expected attention modules of this model"),
+        ({"softmax_scales": {"blocks.0": 1.0}}, "softmax_scales: expected attention modules of the exact layout"),
+        ({"softmax_scales": {"blocks.0.attn": "1"}}, r"softmax_scales\['blocks.0.attn'\]: expected a number"),
         ({"layouts": {"blocks.0.attn": "padded"}}, r"layouts\['blocks.0.attn'\]: expected one of exact, stock"),
         (
             {"layouts": {"blocks.0.attn": "stock"}},
