@@ -32,7 +32,7 @@ def pad_heads(model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> N
 
     Zero rows of queries and keys add nothing to the scores, zero columns of the projection read nothing. The scale is
     brought to what the module has now by the query weights, in float64. A parameter that changes gets a storage of its
-    own; never more than one is there twice.
+    own.
 
     Args:
         model: a model whose parameters have the sizes of ``anatomy``; its modules are left to the family.
