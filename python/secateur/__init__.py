@@ -19,6 +19,7 @@ from .errors import Error, InvalidArgument, NumericalError, Unsupported
 from .evaluate import Evaluation, evaluate
 from .families import inspect
 from .finetune import FinetuneResult, finetune
+from .latency import LatencyTable
 from .objectives import AccuracyCritical, LatencySensitive, MemoryConstrained
 from .plan import Plan, plan
 from .rounds import SearchResult
@@ -27,6 +28,7 @@ from .search import search
 from .sequential import prune_sequential
 from .statistics import Statistics
 from .surgery import Report, prune
+from .timing import measure_latency
 
 __all__ = [
     "AccuracyCritical",
@@ -37,6 +39,7 @@ __all__ = [
     "FinetuneResult",
     "InvalidArgument",
     "LatencySensitive",
+    "LatencyTable",
     "MemoryConstrained",
     "NumericalError",
     "Plan",
@@ -53,6 +56,7 @@ __all__ = [
     "finetune",
     "inspect",
     "load",
+    "measure_latency",
     "methods",
     "plan",
     "prune",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import resources
@@ -15,6 +15,7 @@ import numpy as np
 
 from . import check
 from .anatomy import Anatomy, Group
+from .cost import Cost
 from .errors import InvalidArgument, Unsupported
 from .statistics import Float
 
@@ -24,7 +25,9 @@ _TARGET_MULTIPLES = {"qk": 8, "v": 8, "ffn": 32, "width": 32}
 
 @dataclass(frozen=True)
 class Target:
-    """A budget: fractions, in (0, 1], of the MACs and of the parameters of the model that is planned for.
+    """A budget: fractions, in (0, 1], of the MACs, parameters and latency of the model that is planned for.
+
+    Several hold together. Latency is the time of one batch; ``plan`` says of what size and on which machine.
 
     Raises:
         InvalidArgument: no fraction given, or one outside (0, 1].
@@ -32,11 +35,12 @@ class Target:
 
     macs: float | None = None
     params: float | None = None
+    latency: float | None = None
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not None}
         if not given:
-            raise InvalidArgument("target: expected macs= or params=, got neither")
+            raise InvalidArgument("target: expected macs=, params= or latency=, got none")
         for name, value in given.items():
             check.fraction(f"target.{name}", value, open_low=True)
 
@@ -95,23 +99,26 @@ def counts_from_target(
     min_keep: Mapping[str, int],
     round_to: int | Mapping[str, int] | None,
     losses: Callable[[Group], Float] | None = None,
+    latency: Cost | None = None,
 ) -> dict[str, int]:
-    """Kept units by group under a budget.
+    """Kept units by group under a budget; ``latency`` predicts what ``target.latency`` limits.
 
     With ``losses``, what a group loses when 0 … size units stay, (size + 1,), in a unit common to all, the counts are
     those of the least total loss: for every width, the least of loss + λ · cost in each group, at the λ that meets the
     budget; then the width of the least total. Without, one removed fraction for all named groups, the least that meets
     the budget.
 
-    What rounding leaves of the budget is then spent one rounding step at a time, on the group that lost the largest
-    share, while a step fits; query/key and value of one layer step together, so that they keep one size.
+    What rounding leaves of the budget is then spent while anything fits: by ``losses`` on the wider size that saves
+    most for its cost, else one rounding step at a time on the group that lost the largest share; query/key and value of
+    one layer step together, so that they keep one size.
 
     Raises:
         InvalidArgument: the budget cannot be met; the text says what can.
         Unsupported: a kind that this model cannot lose.
     """
     free = _Choice(anatomy, DEFAULT_GROUPS if groups is None else groups, freeze, min_keep, round_to, _TARGET_MULTIPLES)
-    budget = _Budget(anatomy, target)
+    assert (target.latency is None) == (latency is None), "what a target limits comes with a prediction"
+    budget = _Budget(anatomy, target, latency)
 
     def counts(fraction: float) -> dict[str, int]:
         return {group.name: free.count(group, fraction) for group in free.groups}
@@ -140,6 +147,31 @@ def counts_from_target(
             # A step that does not fit now never will: every other step only adds to the cost.
             steps.remove(step)
     return kept
+
+
+def check_target(
+    anatomy: Anatomy,
+    target: Target,
+    *,
+    groups: Iterable[str] | None,
+    freeze: Iterable[str],
+    min_keep: Mapping[str, int],
+    round_to: int | Mapping[str, int] | None,
+) -> list[Group]:
+    """Return the groups that may be cut; refuse what needs no measurement to be refused.
+
+    Raises:
+        InvalidArgument: a name that does not fit, or MACs or parameters that cannot be met; the text says what can.
+        Unsupported: a kind that this model cannot lose.
+    """
+    free = _Choice(anatomy, DEFAULT_GROUPS if groups is None else groups, freeze, min_keep, round_to, _TARGET_MULTIPLES)
+    counted = _Budget(anatomy, target, None)
+    smallest = {group.name: free.count(group, 1.0) for group in free.groups}
+    if not counted.holds(smallest):
+        raise InvalidArgument(
+            f"target: expected {counted.reach(smallest)} (the least these groups reach), got {target}"
+        )
+    return free.groups
 
 
 class _Choice:
@@ -205,7 +237,7 @@ def _of_least_loss(
         kept = _at_width(base, options, budget)
         if kept is None:
             continue
-        loss = sum(option.losses[option.sizes.index(kept[option.groups[0].name])] for option in options)
+        loss = sum(float(option.losses[option.index(kept)]) for option in options)
         loss += 0.0 if width is None else float(losses(width)[kept[width.name]])
         if best is None or loss < best[0]:
             best = (loss, kept)
@@ -215,69 +247,95 @@ def _of_least_loss(
 
 def _at_width(base: dict[str, int], options: list[_Options], budget: _Budget) -> dict[str, int] | None:
     """The choice of least loss within the budget when all other groups are as in ``base``."""
-    slopes = [option.slope(base, budget) for option in options]
+    shares = [budget.along(base, option.names, option.sizes) for option in options]
+    best: tuple[float, dict[str, int]] | None = None
+    # Which limit binds is not known before: a price on each alone, then on all of them alike.
+    for prices in budget.prices():
+        kept = _at_one_price(base, options, [prices @ share for share in shares], budget)
+        if kept is None:
+            return None
+        kept = _filled(kept, options, shares, prices, budget)
+        loss = sum(float(option.losses[option.index(kept)]) for option in options)
+        if best is None or loss < best[0]:
+            best = (loss, kept)
+    assert best is not None, "a budget has a limit"
+    return best[1]
+
+
+def _at_one_price(
+    base: dict[str, int], options: list[_Options], costs: list[Float], budget: _Budget
+) -> dict[str, int] | None:
+    """The least of loss + price · cost in each bundle, at the lowest price that meets the budget."""
 
     def chosen(price: float) -> dict[str, int]:
         kept = dict(base)
-        for option, slope in zip(options, slopes, strict=True):
-            option.put(kept, int(np.argmin(option.losses + price * slope * np.asarray(option.sizes))))
+        for option, cost in zip(options, costs, strict=True):
+            option.put(kept, int(np.argmin(option.losses + price * cost)))
         return kept
 
     kept = chosen(0.0)
+    if budget.holds(kept):
+        return kept
+    kept = dict(base)
+    for option in options:
+        option.put(kept, 0)
     if not budget.holds(kept):
-        low, high = -60.0, 60.0
-        kept = chosen(2.0**high)
-        if not budget.holds(kept):
-            return None
-        for _ in range(40):
-            middle = (low + high) / 2
-            trial = chosen(2.0**middle)
-            if budget.holds(trial):
-                high, kept = middle, trial
-            else:
-                low = middle
-    # What is left of the budget goes where it saves most; a step that does not fit now never will.
-    open_ = list(range(len(options)))
-    while open_:
-        index = max(open_, key=lambda i: options[i].gain(kept) / slopes[i])
-        wider = options[index].wider(kept)
-        if wider is not None and budget.holds(wider):
+        return None
+    low, high = -60.0, 60.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        trial = chosen(2.0**middle)
+        if budget.holds(trial):
+            high, kept = middle, trial
+        else:
+            low = middle
+    return kept
+
+
+def _filled(
+    kept: dict[str, int], options: list[_Options], shares: list[Float], prices: Float, budget: _Budget
+) -> dict[str, int]:
+    """Spend what is left of the budget, always on the wider size that saves most for what it costs."""
+    refused = [np.zeros(len(option.sizes), bool) for option in options]
+    while True:
+        room = budget.room(kept)[:, None] + 1e-9
+        best = (-np.inf, 0, 0)
+        for number, (option, share) in enumerate(zip(options, shares, strict=True)):
+            at = option.index(kept)
+            extra = share[:, at + 1 :] - share[:, at, None]
+            fits = (extra <= room).all(0) & ~refused[number][at + 1 :]
+            if fits.any():
+                rate = (option.losses[at] - option.losses[at + 1 :]) / np.maximum(prices @ extra, 1e-12)
+                found = int(np.argmax(np.where(fits, rate, -np.inf)))
+                if rate[found] > best[0]:
+                    best = (float(rate[found]), number, at + 1 + found)
+        rate_of_best, number, index = best
+        if rate_of_best == -np.inf:
+            return kept
+        wider = dict(kept)
+        options[number].put(wider, index)
+        if budget.holds(wider):
             kept = wider
         else:
-            open_.remove(index)
-    return kept
+            # Shares add up but for rounding, and for groups of one layer that go apart; the budget has the last word.
+            refused[number][index] = True
 
 
 class _Options:
     """Groups that keep one size, the sizes they may have, and what each loses."""
 
     def __init__(self, groups: list[Group], free: _Choice, losses: Callable[[Group], Float]) -> None:
-        self.groups = groups
+        self.names = [group.name for group in groups]
         self.sizes = free.options(groups[0])
         self.losses = np.sum([losses(group)[self.sizes] for group in groups], axis=0)
+        self._position = {size: index for index, size in enumerate(self.sizes)}
+
+    def index(self, kept: Mapping[str, int]) -> int:
+        return self._position[kept[self.names[0]]]
 
     def put(self, kept: dict[str, int], index: int) -> None:
-        for group in self.groups:
-            kept[group.name] = self.sizes[index]
-
-    def slope(self, base: Mapping[str, int], budget: _Budget) -> float:
-        """Cost of one more unit in each of the groups; costs are linear in it."""
-        one_less = {**base, **{group.name: group.size - 1 for group in self.groups}}
-        return max(budget.share(base) - budget.share(one_less), 1e-30)
-
-    def gain(self, kept: Mapping[str, int]) -> float:
-        index = self.sizes.index(kept[self.groups[0].name])
-        if index + 1 == len(self.sizes):
-            return -1.0
-        return float(self.losses[index] - self.losses[index + 1]) / (self.sizes[index + 1] - self.sizes[index])
-
-    def wider(self, kept: Mapping[str, int]) -> dict[str, int] | None:
-        index = self.sizes.index(kept[self.groups[0].name]) + 1
-        if index == len(self.sizes):
-            return None
-        found = dict(kept)
-        self.put(found, index)
-        return found
+        for name in self.names:
+            kept[name] = self.sizes[index]
 
 
 class _Step:
@@ -314,26 +372,57 @@ def _bundles(free: _Choice, kept: Mapping[str, int]) -> list[list[Group]]:
     return bundles + [[group] for group in free.groups if group.name not in paired]
 
 
+@dataclass(frozen=True)
+class _Count:
+    """MACs or parameters."""
+
+    name: str
+    dense: float
+    total: Callable[[Mapping[str, int]], float]
+
+    def along(self, base: Mapping[str, int], names: Sequence[str], sizes: Sequence[int]) -> Float:
+        """Linear, but for the last: a norm that serves every head is given to each of them once it is cut."""
+        first, last = (self.total({**base, **dict.fromkeys(names, size)}) for size in (sizes[0], sizes[-1]))
+        found = np.full(len(sizes), float(last))
+        if len(sizes) > 1:
+            ends = sizes[0], sizes[-2]
+            before = self.total({**base, **dict.fromkeys(names, ends[1])})
+            found[:-1] = np.interp(sizes[:-1], ends, (first, before)) if ends[0] < ends[1] else first
+        return found
+
+
 class _Budget:
     """Does a choice of sizes meet the target?"""
 
-    def __init__(self, anatomy: Anatomy, target: Target) -> None:
-        self._limits = []
-        for name, fraction in (("macs", target.macs), ("params", target.params)):
-            if fraction is not None:
-                count = anatomy.macs_at if name == "macs" else anatomy.params_at
-                self._limits.append((name, count, getattr(anatomy, name), fraction))
+    def __init__(self, anatomy: Anatomy, target: Target, latency: Cost | None) -> None:
+        costs: list[Cost] = []
+        if target.macs is not None:
+            costs.append(_Count("macs", anatomy.macs, anatomy.macs_at))
+        if target.params is not None:
+            costs.append(_Count("params", anatomy.params, anatomy.params_at))
+        if latency is not None:
+            costs.append(latency)
+        self._limits = [(cost, getattr(target, cost.name) * cost.dense) for cost in costs]
 
     def holds(self, sizes: Mapping[str, int]) -> bool:
-        return all(count(sizes) <= fraction * dense for _, count, dense, fraction in self._limits)
+        return all(cost.total(sizes) <= limit for cost, limit in self._limits)
 
-    def share(self, sizes: Mapping[str, int]) -> float:
-        """Sum of the costs, each as a share of its limit."""
-        return float(sum(count(sizes) / (fraction * dense) for _, count, dense, fraction in self._limits))
+    def room(self, sizes: Mapping[str, int]) -> Float:
+        """What is left of each limit, as a share of it: (limits,)."""
+        return np.array([1 - cost.total(sizes) / limit for cost, limit in self._limits])
+
+    def along(self, base: Mapping[str, int], names: Sequence[str], sizes: Sequence[int]) -> Float:
+        """Costs as shares of their limits, (limits, sizes): ``base`` with the named groups at each of the sizes."""
+        return np.stack([cost.along(base, names, sizes) / limit for cost, limit in self._limits])
+
+    def prices(self) -> list[Float]:
+        """Weights of the limits to try: each alone, and all alike."""
+        count = len(self._limits)
+        return [*np.eye(count), *([np.ones(count)] if count > 1 else [])]
 
     def reach(self, sizes: Mapping[str, int]) -> str:
         return ", ".join(
-            f"{name} >= {math.ceil(count(sizes) / dense * 1e4) / 1e4:g}" for name, count, dense, _ in self._limits
+            f"{cost.name} >= {math.ceil(cost.total(sizes) / cost.dense * 1e4) / 1e4:g}" for cost, _ in self._limits
         )
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from . import check
 from .data import data_config, input_dtype
 from .errors import InvalidArgument
 from .evaluate import borrowed, place_for
-from .progress import progress
+from .progress import Advance, progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Benchmark", "bench"]
 
+Times: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
 # Shorter samples measure the clock and the scheduler.
-_SHORTEST_SAMPLE_S = 0.02
+SHORTEST_SAMPLE_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def bench(
     warmup: int = 3,
     threads: int | None = None,
     device: torch.device | str | None = None,
+    compile: bool = False,  # noqa: A002  # torch's own word for it
 ) -> Benchmark:
     """Time inference on random images; with a reference, both in turn, so that a busy machine slows both.
 
@@ -86,6 +89,7 @@ def bench(
         warmup: batches before the first measured one, for each model.
         threads: of torch; its present number by default.
         device: where to run; the model's own by default.
+        compile: time what ``torch.compile`` makes of the models; they themselves stay as they are.
 
     Raises:
         InvalidArgument: a number is out of range, there is no such device, or a model is none or does not take the
@@ -107,14 +111,10 @@ def bench(
         stack.enter_context(torch.inference_mode())
         images = torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(place)
         inputs = [images.to(input_dtype(each)) for each in models]
-        loops = [_warm(each, batch, warmup, name) for each, batch, name in zip(models, inputs, _NAMES, strict=False)]
-        times = np.empty((repeats, len(models)))
+        runs = [torch.compile(each, dynamic=False) if compile else each for each in models]
+        loops = [warm(each, batch, warmup, name) for each, batch, name in zip(runs, inputs, _NAMES, strict=False)]
         with progress(repeats, "bench", unit="repeats") as advance:
-            for repeat in range(repeats):
-                # Turned round every time: whoever goes second finds warmer caches and a hotter chip.
-                for index in range(len(models))[:: -1 if repeat % 2 else 1]:
-                    times[repeat, index] = _sample(models[index], inputs[index], loops[index])
-                advance(1)
+            times = in_turn(runs, inputs, loops, repeats, advance)
         used = torch.get_num_threads()
     medians = np.median(times, axis=0)
     ratios = times[:, 1] / times[:, 0] if reference is not None else None
@@ -152,8 +152,37 @@ def _input_size(model: nn.Module, given: int | Sequence[int] | None) -> tuple[in
     return channels, height, width
 
 
-def _warm(model: nn.Module, images: Tensor, warmup: int, name: str) -> int:
-    """Run the warm-up and return how many batches make a sample."""
+def in_turn(
+    models: Sequence[Callable[[Tensor], object]],
+    inputs: Sequence[Tensor],
+    loops: Sequence[int],
+    repeats: int,
+    advance: Advance,
+) -> Times:
+    """Time models one after the other, again and again: seconds of one batch, (repeats, models).
+
+    Args:
+        models: what takes its batch of ``inputs``.
+        inputs: one for each model.
+        loops: how many batches make a sample of each model.
+        repeats: samples of each.
+        advance: told of every repeat.
+    """
+    times = np.empty((repeats, len(models)))
+    for repeat in range(repeats):
+        # Turned round every time: whoever goes second finds warmer caches and a hotter chip.
+        for index in range(len(models))[:: -1 if repeat % 2 else 1]:
+            times[repeat, index] = _sample(models[index], inputs[index], loops[index])
+        advance(1)
+    return times
+
+
+def warm(model: Callable[[Tensor], object], images: Tensor, warmup: int, name: str) -> int:
+    """Run the warm-up and return how many batches make a sample.
+
+    Raises:
+        InvalidArgument: the model fails on such images; ``name`` is the argument it was.
+    """
     try:
         model(images)
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
@@ -163,10 +192,10 @@ def _warm(model: nn.Module, images: Tensor, warmup: int, name: str) -> int:
         ) from error
     for _ in range(warmup):
         model(images)
-    return max(1, int(np.ceil(_SHORTEST_SAMPLE_S / _sample(model, images, 1))))
+    return max(1, int(np.ceil(SHORTEST_SAMPLE_S / _sample(model, images, 1))))
 
 
-def _sample(model: nn.Module, images: Tensor, batches: int) -> float:
+def _sample(model: Callable[[Tensor], object], images: Tensor, batches: int) -> float:
     """Return the seconds of one batch, the mean over so many."""
     _wait(images.device)
     start = time.perf_counter()
@@ -181,7 +210,7 @@ def _wait(place: torch.device) -> None:
         torch.accelerator.synchronize(place)
 
 
-def _quartiles(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> tuple[float, float]:
+def _quartiles(values: Times) -> tuple[float, float]:
     low, high = np.quantile(values, (0.25, 0.75))
     return float(low), float(high)
 

@@ -35,6 +35,7 @@ from .objectives import AccuracyCritical, LatencySensitive, MemoryConstrained
 from .ranks import first
 from .rounds import check_figure
 from .search import search as search_
+from .timing import measure_latency
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -369,6 +370,15 @@ def plan(
     method: Annotated[str, typer.Option(help="snp, refit or project.")] = "snp",
     target_macs: Annotated[float | None, typer.Option(help="MACs to keep, as a fraction.")] = None,
     target_params: Annotated[float | None, typer.Option(help="Parameters to keep, as a fraction.")] = None,
+    target_latency: Annotated[
+        float | None, typer.Option(help="Time of a batch to keep, as a fraction; measured before it is believed.")
+    ] = None,
+    latency_table: Annotated[
+        Path | None, typer.Option(help="What bench --table wrote; measured first where it is missing.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="That --target-latency is about; the table's, or else 1.")
+    ] = None,
     ratios: Annotated[
         str | None,
         typer.Option(help='Removed fractions: {"qk": 0.5, ...}, a shipped configuration\'s name, or a file.'),
@@ -383,23 +393,31 @@ def plan(
     similarity: Annotated[str | None, typer.Option(help="Of SNP: weights or activations.")] = None,
     selection: Annotated[str | None, typer.Option(help="Of refit: greedy, snp or energy.")] = None,
     strict: Loose = True,
+    device: Device = None,
+    _threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Choose what stays, for a budget (--target-macs, --target-params) or by --ratios."""
+    """Choose what stays, for a budget (--target-macs, --target-params, --target-latency) or by --ratios."""
     kinds = None if groups is None else _names(groups)
     if kinds == []:
         raise typer.BadParameter("expected --groups of kinds or groups, got none")
-    if (ratios is None) == (target_macs is None and target_params is None):
-        raise typer.BadParameter("expected either --ratios, or --target-macs and/or --target-params")
+    targets = target_macs, target_params, target_latency
+    if (ratios is None) == (targets == (None, None, None)):
+        raise typer.BadParameter("expected either --ratios, or --target-macs, --target-params and/or --target-latency")
+    if target_latency is None and (latency_table is not None or batch_size is not None):
+        raise typer.BadParameter("--latency-table and --batch-size need --target-latency")
     with _output(as_json) as output:
         net = _model(model, checkpoint, pretrained, num_classes, model_kwargs)
         with _option("--stats"):
             collected = Statistics.load(stats)
+        net.to(place_for(net, device))
+        given: dict[str, Any] = {"similarity": similarity, "selection": selection}
+        given = {name: value for name, value in given.items() if value is not None}
         chosen = plan_(
             net,
             collected,
             method=method,
-            target=Target(macs=target_macs, params=target_params) if ratios is None else None,
+            target=Target(*targets) if ratios is None else None,
             ratios=_json_object(ratios) if ratios is not None and ratios.lstrip().startswith("{") else ratios,
             groups=kinds,
             freeze=_names(freeze),
@@ -407,7 +425,9 @@ def plan(
             round_to=None if round_to is None else _number_or_object(round_to),
             strict=strict,
             allocation=allocation,
-            **{k: v for k, v in {"similarity": similarity, "selection": selection}.items() if v is not None},
+            latency_table=latency_table,
+            batch_size=batch_size,
+            **given,
         )
         chosen.save(out)
         kept = {name: int(keep.shape[1]) for name, keep in chosen.keep.items()}
@@ -417,6 +437,7 @@ def plan(
             params=list(chosen.params),
             macs=list(chosen.macs),
             kept=kept,
+            latency=chosen.to_dict()["latency"],
             file=str(out),
         )
 
@@ -695,29 +716,58 @@ def bench(
     ] = None,
     reference_model: Annotated[str | None, typer.Option(help="A timm model name.")] = None,
     reference_kwargs: Annotated[str | None, typer.Option(metavar="JSON")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="32 by default; of --table 1.")] = None,
     input_size: Annotated[int | None, typer.Option(min=1, help="Side in pixels; the model's own by default.")] = None,
-    repeats: Annotated[int, typer.Option(min=1)] = 15,
+    repeats: Annotated[int | None, typer.Option(min=1, help="15 by default; of --table 7.")] = None,
     warmup: Annotated[int, typer.Option(min=0)] = 3,
-    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            "--table",
+            help="Measure the layers at many sizes instead, and write what plan --latency-table reads.",
+            callback=_file_to_write,
+        ),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of --table: float32, float16, bfloat16 or float64.")] = None,
+    groups: Annotated[str | None, typer.Option(help="Of --table: kinds that plans will cut; all by default.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time what torch.compile makes of the models.")] = False,
+    threads: Threads = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Time inference, with --reference in paired runs."""
+    """Time inference, with --reference in paired runs; with --table, layer by layer, for plan --target-latency."""
+    if table is not None and (reference is not None or reference_model is not None or input_size is not None):
+        raise typer.BadParameter("--table goes without --reference and --input-size: it is about one model as it is")
+    if table is None and (dtype is not None or groups is not None):
+        raise typer.BadParameter("--dtype and --groups need --table")
     with _output(as_json) as output:
         net = _model(model, checkpoint, pretrained, num_classes, model_kwargs, weights=False)
+        if table is not None:
+            measured = measure_latency(
+                net,
+                batch_size=1 if batch_size is None else batch_size,
+                dtype=dtype,
+                device=device,
+                compile=compiled,
+                groups=None if groups is None else _names(groups),
+                repeats=7 if repeats is None else repeats,
+            )
+            measured.save(table)
+            output.show(f"{measured} -> {table}", machine=measured.machine.to_dict(), file=str(table))
+            return
         other = None
         if reference is not None or reference_model is not None:
             other = _model(reference_model, reference, None, None, reference_kwargs, weights=False, prefix="reference-")
         found = bench_(
             net,
             other,
-            batch_size=batch_size,
+            batch_size=32 if batch_size is None else batch_size,
             input_size=input_size,
-            repeats=repeats,
+            repeats=15 if repeats is None else repeats,
             warmup=warmup,
             threads=threads,
             device=device,
+            compile=compiled,
         )
         output.show(str(found), **asdict(found))
 

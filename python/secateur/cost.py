@@ -1,10 +1,31 @@
-"""What a model costs: multiply-accumulates (MACs) of its matrix products, exact for every cut."""
+"""What a model costs: what every cost can tell, and multiply-accumulates (MACs), exact for every cut."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Cost(Protocol):
+    """What a budget limits, such as MACs. It does not fall as a group grows, and need not be linear in its size."""
+
+    @property
+    def name(self) -> str:
+        """The word for it in a target."""
+
+    @property
+    def dense(self) -> float:
+        """The cost of the model that is planned for."""
+
+    def total(self, sizes: Mapping[str, int]) -> float:
+        """The cost of the whole model when each named group has the given size."""
+
+    def along(self, base: Mapping[str, int], names: Sequence[str], sizes: Sequence[int]) -> npt.NDArray[np.float64]:
+        """The cost of the whole model at ``base`` but with all groups of ``names`` at each of ``sizes`` in turn."""
 
 
 @dataclass(frozen=True)

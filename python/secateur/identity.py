@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -35,9 +35,14 @@ class Fingerprint:
         for name in anatomy.members_of:
             if model.get_parameter(name).is_meta:
                 raise InvalidArgument(f"model: expected weights, got none in {name} (device meta)")
-        arguments = {name: _plain(value) for name, value in sorted(anatomy.arguments.items())}
         weights = {name: model.get_parameter(name) for name in anatomy.members_of}
-        return cls(anatomy.architecture, arguments, dict(anatomy.sizes), digests(weights))
+        return replace(cls.without_weights(anatomy), digests=digests(weights))
+
+    @classmethod
+    def without_weights(cls, anatomy: Anatomy) -> Fingerprint:
+        """What the model is, whatever its weights are."""
+        arguments = {name: _plain(value) for name, value in sorted(anatomy.arguments.items())}
+        return cls(anatomy.architecture, arguments, dict(anatomy.sizes), {})
 
     def require(self, other: Fingerprint, what: str, *, strict: bool) -> None:
         """Refuse a different model.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ import numpy as np
 from torch import Tensor, nn
 
 from . import check, container, core
-from .allocate import DEFAULT_GROUPS, Target, counts_from_ratios, counts_from_target
+from .allocate import DEFAULT_GROUPS, Target, check_target, counts_from_ratios, counts_from_target
 from .anatomy import Anatomy, Group, Indices, kept_along_axes, parameter_name, units
+from .cost import Cost
 from .errors import InvalidArgument
+from .evaluate import device_of
 from .families import family_of
 from .identity import Fingerprint
+from .latency import Latency, LatencyReport, LatencyTable, meet
+from .machine import Machine
 from .score import Prepared, method_named
 from .statistics import Float, Statistics
 
@@ -32,7 +37,8 @@ class Plan:
     ``keep`` maps a group to sorted indices, (heads, kept) or (1, kept); groups that stay whole are not in it.
     ``weights`` maps parameters that do not keep their values to those they get, in their shape after the cut; biases
     that the model does not have are added. A group that was turned to another basis keeps its first units there.
-    ``eps`` maps norms to the eps that they get. ``params`` and ``macs`` are (before, after).
+    ``eps`` maps norms to the eps that they get. ``params`` and ``macs`` are (before, after). ``latency`` tells what was
+    predicted and measured for a target for it, else it is None.
     """
 
     method: str
@@ -43,6 +49,7 @@ class Plan:
     macs: tuple[int, int]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     eps: Mapping[str, float] = field(default_factory=dict)
+    latency: LatencyReport | None = None
 
     def check(self, anatomy: Anatomy) -> dict[str, int]:
         """Check that every index list fits the model; return the size each group will have.
@@ -101,6 +108,7 @@ class Plan:
             "macs": list(self.macs),
             "weights": {n: [str(w.dtype).removeprefix("torch."), *w.shape] for n, w in sorted(self.weights.items())},
             "eps": dict(self.eps),
+            "latency": None if self.latency is None else self.latency.to_dict(),
         }
 
     def save(self, path: str | Path) -> None:
@@ -153,6 +161,7 @@ class Plan:
                 macs=(fields["macs"][0], fields["macs"][1]),
                 weights=_read_weights(path, fields),
                 eps=fields.get("eps", {}),
+                latency=LatencyReport.from_dict(fields["latency"]) if fields.get("latency") else None,
             )
         except InvalidArgument:
             raise
@@ -163,7 +172,8 @@ class Plan:
 
     def __str__(self) -> str:
         params, macs = (" -> ".join(map(units, pair)) for pair in (self.params, self.macs))
-        return f"Plan({self.method}): {params} parameters, {macs} MACs, {len(self.keep)} groups cut"
+        line = f"Plan({self.method}): {params} parameters, {macs} MACs, {len(self.keep)} groups cut"
+        return line if self.latency is None else f"{line}, {self.latency}"
 
 
 def plan(
@@ -178,10 +188,17 @@ def plan(
     min_keep: Mapping[str, int] | None = None,
     round_to: int | Mapping[str, int] | None = None,
     allocation: str | None = None,
+    latency_table: LatencyTable | str | Path | None = None,
+    batch_size: int | None = None,
     strict: bool = True,
     **options: str,
 ) -> Plan:
-    """Choose which units stay. The same model, statistics and arguments give the same plan.
+    """Choose which units stay. The same model, statistics and arguments give the same plan, but for a latency's.
+
+    ``Target(latency=)`` is met on the clock: the plan that a table of layer times predicts to take that fraction of the
+    model's time is measured, on a copy, against the model in paired runs; the table is corrected by what was found, and
+    a new plan made, until measured / target lies in [0.95, 1] or three rounds passed. ``plan.latency`` reports both. A
+    table of another machine is warned of, and the plan made by the table alone.
 
     Args:
         model: the model that was calibrated; it is not changed.
@@ -200,6 +217,10 @@ def plan(
         allocation: how a target is shared out: "uniform", one removed fraction for all groups, or "error", the counts
             of the least loss: a group's error at every size times the sensitivity of the output to it
             (``calibrate(sensitivity=True)``), added up. Unless given, "error" where the statistics allow it.
+        latency_table: what ``measure_latency`` measured, or its file; it names batch size, type and backend. Without
+            one, a target for latency has one measured first, eager and as the model is, for the groups that may be cut.
+        batch_size: images in the batch that a target for latency is about; the table's, or else 1. A table of another
+            batch size is refused.
         strict: refuse statistics of other weights; if false, the same dimensions are enough for a method that only
             selects.
         **options: the method's own; SNP takes similarity="weights" (the paper's) or "activations".
@@ -210,7 +231,7 @@ def plan(
     """
     if not isinstance(stats, Statistics):
         raise InvalidArgument(f"stats: expected Statistics from calibrate, got {type(stats).__name__}")
-    check_budget(target, ratios, allocation)
+    check_budget(target, ratios, allocation, latency_table, batch_size)
     criterion = method_named(method)
     chosen = checked_options(options, method)
     anatomy = family_of(model).inspect(model)
@@ -218,11 +239,14 @@ def plan(
     stats.settings.fingerprint.require(fingerprint, "model", strict=strict)
     if not strict and method != "snp":
         raise InvalidArgument(f"strict: expected True for {method!r}, which changes weights, got False")
+    limits: dict[str, Any] = {"groups": groups, "freeze": freeze, "min_keep": min_keep or {}, "round_to": round_to}
+    table = None
+    if target is not None and target.latency is not None:
+        table = table_for(model, anatomy, target, limits, latency_table, batch_size)
     with core.torch_threads():
         prepared = criterion.prepare(model, anatomy, stats, chosen)
         losses = None if target is None else _losses(anatomy, stats, prepared, groups, allocation)
-    limits: dict[str, Any] = {"groups": groups, "freeze": freeze, "min_keep": min_keep, "round_to": round_to}
-    sizes = sizes_for(anatomy, target, ratios, losses=losses, **limits)
+    sizes, latency = sizes_for(model, anatomy, target, ratios, limits, losses=losses, table=table)
     with core.torch_threads():
         decision = prepared.decide(sizes)
     added = sum(value.numel() for name, value in decision.weights.items() if name not in anatomy.shapes)
@@ -235,11 +259,12 @@ def plan(
         macs=(anatomy.macs, anatomy.macs_at(sizes)),
         weights=decision.weights,
         eps=decision.eps,
+        latency=latency,
     )
 
 
-def check_budget(target: Any, ratios: Any, allocation: Any) -> None:
-    """Refuse all but one target or ratios.
+def check_budget(target: Any, ratios: Any, allocation: Any, latency_table: Any = None, batch_size: Any = None) -> None:
+    """Refuse all but one target or ratios, and what they do not go with.
 
     Raises:
         InvalidArgument: both, neither, or something else.
@@ -254,26 +279,97 @@ def check_budget(target: Any, ratios: Any, allocation: Any) -> None:
         raise InvalidArgument(f"allocation: expected 'uniform' or 'error', got {allocation!r}")
     if allocation is not None and ratios is not None:
         raise InvalidArgument(f"allocation: expected none with ratios, got {allocation!r}")
+    if target is None or target.latency is None:
+        for name, value in (("latency_table", latency_table), ("batch_size", batch_size)):
+            if value is not None:
+                raise InvalidArgument(f"{name}: expected none without Target(latency=), got {value!r}")
+    if not isinstance(latency_table, (LatencyTable, str, Path, type(None))):
+        raise InvalidArgument(f"latency_table: expected a LatencyTable or its file, got {latency_table!r}")
+    check.integer("batch_size", batch_size, optional=True)
 
 
 def sizes_for(
+    model: nn.Module,
     anatomy: Anatomy,
     target: Target | None,
     ratios: Mapping[str, float] | str | Path | None,
+    limits: Mapping[str, Any],
     *,
-    groups: Iterable[str] | None,
-    freeze: Iterable[str],
-    min_keep: Mapping[str, int] | None,
-    round_to: int | Mapping[str, int] | None,
     losses: Callable[[Group], Float] | None = None,
-) -> dict[str, int]:
-    """How many units of each group stay; the arguments are those of ``plan``."""
-    limits: dict[str, Any] = {"groups": groups, "freeze": freeze, "min_keep": min_keep or {}, "round_to": round_to}
-    if target is not None:
+    table: LatencyTable | None = None,
+) -> tuple[dict[str, int], LatencyReport | None]:
+    """How many units of each group stay, and what a target for latency came to.
+
+    Arguments are those of ``plan``; ``limits`` are groups, freeze, min_keep and round_to, and ``table`` is there for a
+    target for latency.
+    """
+    if target is None:
+        assert ratios is not None
+        return counts_from_ratios(anatomy, ratios, **limits), None
+    if target.latency is not None:
+        assert table is not None
+        return _sizes_on_the_clock(model, anatomy, target, limits, losses, table)
+    with core.torch_threads():
+        return counts_from_target(anatomy, target, **limits, losses=losses), None
+
+
+def table_for(
+    model: nn.Module,
+    anatomy: Anatomy,
+    target: Target,
+    limits: Mapping[str, Any],
+    given: LatencyTable | str | Path | None,
+    batch_size: int | None,
+) -> LatencyTable:
+    """The table that was given, or one measured now; a target that it says cannot be met is refused."""
+    # Here, not above: timing cuts models, and what cuts models knows plans.
+    from .timing import measure_latency
+
+    free = check_target(anatomy, target, **limits)
+    if given is None:
+        table = measure_latency(model, batch_size=batch_size or 1, groups=dict.fromkeys(group.kind for group in free))
+    else:
+        table = given if isinstance(given, LatencyTable) else _loaded(given)
+        table.require(anatomy, batch_size)
+    # The smallest of everything: is every size in the table, and the target within reach? Before hours of work.
+    counts_from_target(anatomy, target, **limits, latency=Latency(table, anatomy))
+    return table
+
+
+def _loaded(path: str | Path) -> LatencyTable:
+    try:
+        return LatencyTable.load(path)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"latency_table: {str(error).removeprefix('path: ')}") from error
+
+
+def _sizes_on_the_clock(
+    model: nn.Module,
+    anatomy: Anatomy,
+    target: Target,
+    limits: Mapping[str, Any],
+    losses: Callable[[Group], Float] | None,
+    table: LatencyTable,
+) -> tuple[dict[str, int], LatencyReport]:
+    from .timing import measured_ratio
+
+    assert target.latency is not None
+    difference = table.machine.difference(Machine.here(device_of(model)))
+    if difference is not None:
+        warnings.warn(
+            f"latency_table: expected one of this machine, got one of {table.machine}; this has {difference}. "
+            "The plan is made for that machine by its table, and not measured.",
+            stacklevel=4,
+        )
+
+    def choose(cost: Cost, fraction: float) -> dict[str, int]:
         with core.torch_threads():
-            return counts_from_target(anatomy, target, **limits, losses=losses)
-    assert ratios is not None
-    return counts_from_ratios(anatomy, ratios, **limits)
+            return counts_from_target(anatomy, replace(target, latency=fraction), **limits, losses=losses, latency=cost)
+
+    def measure(sizes: Mapping[str, int]) -> tuple[float, tuple[float, float]]:
+        return measured_ratio(model, table, sizes)
+
+    return meet(target.latency, table, anatomy, choose, measure if difference is None else None)
 
 
 def _losses(

@@ -16,8 +16,9 @@ from .calibrate import calibrate, calibrate_block
 from .errors import InvalidArgument
 from .families import family_of
 from .identity import Fingerprint
+from .latency import LatencyTable
 from .layout import check_layout
-from .plan import Plan, check_budget, checked_options, plan, sizes_for
+from .plan import Plan, check_budget, checked_options, plan, sizes_for, table_for
 from .surgery import Report, prune
 
 __all__ = ["prune_sequential"]
@@ -35,6 +36,8 @@ def prune_sequential(
     min_keep: Mapping[str, int] | None = None,
     round_to: int | Mapping[str, int] | None = None,
     allocation: str | None = None,
+    latency_table: LatencyTable | str | Path | None = None,
+    batch_size: int | None = None,
     max_images: int | None = 1024,
     token_fraction: float = 1.0,
     layout: str = "exact",
@@ -60,6 +63,8 @@ def prune_sequential(
         min_keep: as for ``plan``.
         round_to: as for ``plan``.
         allocation: as for ``plan``.
+        latency_table: as for ``plan``.
+        batch_size: as for ``plan``.
         max_images: images per calibration.
         token_fraction: as for ``calibrate``.
         layout: as for ``prune``.
@@ -77,16 +82,21 @@ def prune_sequential(
         )
     check.integer("max_images", max_images, optional=True)
     check.fraction("token_fraction", token_fraction, open_low=True)
-    check_budget(target, ratios, allocation)
+    check_budget(target, ratios, allocation, latency_table, batch_size)
     chosen: dict[str, Any] = checked_options(options, method)
     anatomy = family_of(model).inspect(model)
-    limits: dict[str, Any] = {"groups": groups, "freeze": freeze, "min_keep": min_keep, "round_to": round_to}
+    limits: dict[str, Any] = {"groups": groups, "freeze": freeze, "min_keep": min_keep or {}, "round_to": round_to}
+    table = None
+    if target is not None and target.latency is not None:
+        table = table_for(model, anatomy, target, limits, latency_table, batch_size)
     if target is None or allocation == "uniform":
-        sizes = sizes_for(anatomy, target, ratios, **limits)
+        sizes, _ = sizes_for(model, anatomy, target, ratios, limits, table=table)
     else:
         shared: dict[str, Any] = {"max_images": max_images, "token_fraction": token_fraction}
         stats = calibrate(model, loader, **shared, sensitivity=True)
-        planned = plan(model, stats, method=method, target=target, **limits, allocation=allocation, **chosen)
+        planned = plan(
+            model, stats, method=method, target=target, **limits, allocation=allocation, latency_table=table, **chosen
+        )
         sizes = {**anatomy.sizes, **{name: kept.shape[1] for name, kept in planned.keep.items()}}
         del stats, planned
 

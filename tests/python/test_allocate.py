@@ -275,7 +275,7 @@ def test_a_refused_kind_is_unsupported(tmp_path):
 def test_wrong_targets(value):
     with pytest.raises(sc.InvalidArgument, match=r"target.macs: expected a fraction in \(0, 1\], got"):
         sc.Target(macs=value)
-    with pytest.raises(sc.InvalidArgument, match="expected macs= or params=, got neither"):
+    with pytest.raises(sc.InvalidArgument, match="expected macs=, params= or latency=, got none"):
         sc.Target()
 
 

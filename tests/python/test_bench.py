@@ -48,7 +48,7 @@ def test_speedup_is_the_median_of_paired_ratios(monkeypatch: pytest.MonkeyPatch)
     # The machine slows down fourfold half-way: unpaired medians would say something else.
     model, reference = Sleeper(0), Sleeper(0)
     times = {id(model): iter([1.0, 1.0, 4.0, 4.0, 5.0]), id(reference): iter([2.0, 2.0, 8.0, 8.0, 15.0])}
-    monkeypatch.setattr(module, "_warm", lambda *_: 1)
+    monkeypatch.setattr(module, "warm", lambda *_: 1)
     monkeypatch.setattr(module, "_sample", lambda which, *_: next(times[id(which)]))
     found = bench(model, reference, batch_size=10, repeats=5)
     assert found.speedup == 2.0

@@ -33,6 +33,12 @@ class Family(Protocol):
     def make_stock(self, model: nn.Module, head_dims: Mapping[str, int]) -> None:
         """Make attention modules the library's own; their parameters already have the given size per head."""
 
+    def alone(self, model: nn.Module, block: int | None) -> nn.Module:
+        """A copy of the model with that block alone, or without any."""
+
+    def layers(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """Attention and FFN layers by name, each with norm and residual sum: (B, N, width) to the same. No copies."""
+
     def build(self, architecture: str, arguments: Mapping[str, Any], device: torch.device) -> nn.Module:
         """Build a dense model with arbitrary weights."""
 

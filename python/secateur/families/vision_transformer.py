@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -159,6 +160,42 @@ def _fit_layers(model: VisionTransformer) -> None:
     for block in model.blocks:
         _fit_norm(block.attn.norm, block.attn.attn_dim)
         _fit_norm(block.mlp.norm, block.mlp.fc2.in_features)
+
+
+def alone(model: nn.Module, block: int | None) -> nn.Module:
+    """A copy of the model with that block alone, or without any."""
+    assert isinstance(model, VisionTransformer)
+    blocks = nn.Sequential(*(() if block is None else (copy.deepcopy(model.blocks[block]),)))
+    # What the copy is to find already copied; the other blocks are never touched.
+    return copy.deepcopy(model, {id(model.blocks): blocks})
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Attention and FFN layers by name, as timm's blocks run them, dropping no paths."""
+    assert isinstance(model, VisionTransformer)
+    found: dict[str, nn.Module] = {}
+    block: Any
+    for index, block in enumerate(model.blocks):
+        if type(block) is ResPostBlock:
+            attention, ffn = _Residual(block.attn, block.norm1), _Residual(block.mlp, block.norm2)
+        else:
+            attention = _Residual(block.norm1, block.attn, block.ls1)
+            ffn = _Residual(block.norm2, block.mlp, block.ls2)
+        found[f"blocks.{index}.attn"], found[f"blocks.{index}.mlp"] = attention, ffn
+    return found
+
+
+class _Residual(nn.Module):
+    """Adds to its input what modules, one after the other, make of it."""
+
+    def __init__(self, *branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(*branch)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, width) to the same."""
+        out: torch.Tensor = x + self.branch(x)
+        return out
 
 
 def _fit_norm(norm: Any, size: int) -> None:
