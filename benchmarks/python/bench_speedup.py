@@ -2,7 +2,7 @@
 
 make bench, or pytest --benchmark-enable benchmarks/python/bench_speedup.py
 Prints every figure and writes a plot of predicted against measured ratios to benchmarks/plots. Nothing here fails for
-a slow machine; what fails is a pruned model that computes something else than the dense one with the same units at zero.
+a slow machine; what fails is a pruned model that computes something else than the dense one with those units at zero.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _show() -> Generator[None, None, None]:
         "measured",
         "quartiles",
         "rounds",
-        "(speedup) / (MACs ratio)",
+        "speedup / MACs ratio",
     )
     for column in columns:
         targets.add_column(column, justify="right")

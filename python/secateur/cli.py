@@ -374,7 +374,7 @@ def plan(
         float | None, typer.Option(help="Time of a batch to keep, as a fraction; measured before it is believed.")
     ] = None,
     latency_table: Annotated[
-        Path | None, typer.Option(help="What bench --table wrote; measured first where it is missing.")
+        Path | None, typer.Option(help="What bench --table wrote; without, one is measured first.")
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="That --target-latency is about; the table's, or else 1.")

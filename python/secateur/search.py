@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import check, container, resumption
-from .allocate import Target
+from .allocate import Target, check_target
 from .bench import bench
 from .calibrate import calibrate
 from .data import images_in, model_input, split_batch
@@ -27,7 +27,7 @@ from .families import family_of
 from .finetune import finetune as finetune_
 from .identity import Fingerprint
 from .objectives import AccuracyCritical, LatencySensitive, Measures, MemoryConstrained, Objective
-from .plan import Plan, checked_options, plan, sizes_for
+from .plan import Plan, checked_options, plan
 from .progress import progress
 from .rounds import Round, SearchResult
 from .statistics import Statistics
@@ -206,7 +206,7 @@ class _Cutting:
         limits = {name: self._arguments[name] for name in ("groups", "freeze", "min_keep", "round_to")}
         try:
             # All arguments were checked on the dense model: what is refused now is the target.
-            sizes_for(anatomy, Target(**{self._cost: share}), None, **limits)
+            check_target(anatomy, Target(**{self._cost: share}), **_filled(limits))
         except InvalidArgument as error:
             raise _TooMuchError from error
         chosen = self.plan_of(base, stats(), share)
@@ -527,13 +527,17 @@ def _check_budget(anatomy: Anatomy, objective: Objective, rounds: int, step: flo
     """Refuse what no plan can reach, or what so many steps cannot."""
     budget = None if isinstance(objective, AccuracyCritical) else getattr(objective, objective.cost)
     # A measured latency has no bound that could be known.
-    sizes_for(anatomy, Target(**{objective.cost: 1.0 if budget is None else budget}), None, **limits)
+    check_target(anatomy, Target(**{objective.cost: 1.0 if budget is None else budget}), **_filled(limits))
     if budget is not None:
         least = math.ceil((1 - budget) / step - 1e-9)
         if rounds < least:
             raise InvalidArgument(
                 f"rounds: expected at least {least} to remove {1 - budget:.4g} in steps of {step:g}, got {rounds}"
             )
+
+
+def _filled(limits: Mapping[str, Any]) -> dict[str, Any]:
+    return {**limits, "min_keep": limits["min_keep"] or {}}
 
 
 def _listed(names: Any) -> Any:

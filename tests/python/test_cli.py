@@ -419,3 +419,30 @@ def test_search(
         code, _, err = run("search", *arguments, *wrong)
         assert code == expected_code, err
         assert message in " ".join(err.replace("│", " ").split())
+
+
+def test_a_budget_in_time(
+    run: Run, run_json: Callable[..., dict[str, object]], state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bench --table, plan --target-latency: what is measured is taken as the table has it."""
+    model = [*MODEL, "--checkpoint", state]
+    table, stats, plan = (tmp_path / name for name in ("table.json", "s.st", "p.json"))
+    found = run_json("bench", *model, "--table", table, "--batch-size", 3, "--groups", "ffn", "--repeats", 1)
+    assert found["file"] == str(table)
+    loaded = secateur.LatencyTable.load(table)
+    assert (loaded.batch_size, loaded.machine.to_dict()) == (3, found["machine"])
+    monkeypatch.setattr("secateur.timing.measured_ratio", lambda *_: (0.98, (0.97, 0.99)))
+    run_json("calibrate", *model, "--data", "digits", "--max-images", 8, "--collect", "scores", "--out", stats)
+    budget = ["--target-latency", 0.99, "--latency-table", table, "--groups", "ffn"]
+    found = run_json("plan", *model, "--stats", stats, *budget, "--out", plan)
+    assert found["latency"]["measured"] == 0.98
+    assert found["latency"] == secateur.Plan.load(plan).to_dict()["latency"]
+    code, _, err = run("plan", *model, "--stats", stats, *budget, "--batch-size", 4, "--out", plan)
+    assert code == 1
+    assert "latency_table: expected one measured at batch_size 4, got one at 3" in err
+    for wrong in (
+        ["plan", *model, "--stats", stats, "--target-macs", 0.5, "--latency-table", table, "--out", plan],
+        ["bench", *model, "--groups", "ffn"],
+        ["bench", *model, "--table", table, "--input-size", 64],
+    ):
+        assert run(*wrong)[0] == 2
