@@ -20,7 +20,7 @@ import torch
 from conftest import THREADS
 from rich.console import Console
 from rich.table import Table
-from secateur import latency, timing
+from secateur import timing
 
 BATCHES = (1, 16)
 # A batch of 16 takes seconds: fewer pairs there for each of the many random plans.
@@ -136,58 +136,36 @@ def assert_same_function(model, plan):
 @pytest.mark.parametrize("batch", BATCHES)
 def test_a_target_for_latency(benchmark, model, stats, tables, batch):
     """Plan to half of the time; then once more, apart from the planning, 15 pairs."""
-    table = table_of(tables, model, batch)
-    options = {"target": sc.Target(latency=0.5), "latency_table": table}
+    options = {"target": sc.Target(latency=0.5), "latency_table": table_of(tables, model, batch)}
     plan = benchmark.pedantic(lambda: sc.plan(model, stats, **options), rounds=1)
-    assert_same_function(model, plan)
-    again, quartiles = measured_again(model, plan, batch)
-    macs = plan.macs[1] / plan.macs[0]
     report = plan.latency
     note = f"{report.predicted:.3f} (in plan: {report.measured:.3f})"
-    _TARGETS.append(
-        (
-            "latency 0.5",
-            str(batch),
-            f"{macs:.3f}",
-            note,
-            f"{again:.3f}",
-            quartiles,
-            str(report.rounds),
-            f"{macs / again:.2f}",
-        )
-    )
+    measure_again(model, plan, "latency 0.5", batch, note, str(report.rounds))
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_how_much_of_the_macs_is_time(benchmark, model, stats, tables, batch):
     """(t_dense / t_pruned) / (MACs_dense / MACs_pruned): 1 where time falls as MACs do."""
     plan = benchmark.pedantic(lambda: sc.plan(model, stats, target=sc.Target(macs=0.28)), rounds=1)
-    assert_same_function(model, plan)
     anatomy = sc.inspect(model)
     table = table_of(tables, model, batch)
     predicted = table.predict(anatomy, plan.check(anatomy)) / table.predict(anatomy)
-    ratio, quartiles = measured_again(model, plan, batch)
-    macs = plan.macs[1] / plan.macs[0]
-    _TARGETS.append(
-        (
-            "macs 0.28",
-            str(batch),
-            f"{macs:.3f}",
-            f"{predicted:.3f}",
-            f"{ratio:.3f}",
-            quartiles,
-            "-",
-            f"{macs / ratio:.2f}",
-        )
-    )
+    measure_again(model, plan, "macs 0.28", batch, f"{predicted:.3f}", "-")
 
 
-def measured_again(model, plan, batch):
+def measure_again(model, plan, target, batch, predicted, rounds):
+    """One row of the table; printed at once as well, since the whole takes long."""
+    assert_same_function(model, plan)
     pruned = copy.deepcopy(model)
     sc.prune(pruned, plan)
     found = sc.bench(pruned, model, batch_size=batch, repeats=15)
     low, high = found.speedup_quartiles
-    return 1 / found.speedup, f"{1 / high:.3f} ... {1 / low:.3f}"
+    quartiles = f"{1 / high:.3f} ... {1 / low:.3f}"
+    macs = plan.macs[1] / plan.macs[0]
+    measured = f"{1 / found.speedup:.3f}"
+    share = f"{macs * found.speedup:.2f}"
+    _TARGETS.append((target, str(batch), f"{macs:.3f}", predicted, measured, quartiles, rounds, share))
+    print("; ".join(_TARGETS[-1]), flush=True)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -197,6 +175,7 @@ def test_random_plans(benchmark, model, tables, batch):
     anatomy = sc.inspect(model)
     generator = np.random.default_rng(0)
     dense = table.predict(anatomy)
+    pairs = _PREDICTED.setdefault(batch, [])
 
     def measure(number):
         least = generator.uniform(0.15, 0.85)
@@ -210,6 +189,7 @@ def test_random_plans(benchmark, model, tables, batch):
             if group.kind == "v" and number % 2 == 0:
                 sizes[group.name] = sizes[f"blocks.{group.block}.qk"]
         ratio, _ = timing.measured_ratio(model, table, sizes, repeats=PAIRS_PER_PLAN[batch])
-        return latency.Latency(table, anatomy).total(sizes) / dense, ratio
+        pairs.append((table.predict(anatomy, sizes) / dense, ratio))
+        print(f"batch {batch}: predicted {pairs[-1][0]:.3f}, measured {ratio:.3f}", flush=True)
 
-    _PREDICTED[batch] = benchmark.pedantic(lambda: [measure(number) for number in range(PLANS)], rounds=1)
+    benchmark.pedantic(lambda: [measure(number) for number in range(PLANS)], rounds=1)

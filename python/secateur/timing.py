@@ -234,7 +234,7 @@ def _half(
 ) -> tuple[nn.Module, dict[str, int]] | None:
     """The model with every group inside blocks at the middle of its levels; None where nothing can be cut."""
     sizes = {
-        name: source.axes[axis][len(source.axes[axis]) // 2]
+        name: source.axes[axis][(len(source.axes[axis]) - 1) // 2]
         for source in layers
         for place in source.places
         for axis, name in place.items()

@@ -246,6 +246,17 @@ def test_every_budget_holds_and_nothing_more_fits(with_losses, groups):
             assert not holds({**chosen, **wider}), group.name
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_budget_holds_where_queries_and_values_go_apart(seed):
+    """The smaller of the two is padded, so that what one costs depends on the other."""
+    anatomy = sc.inspect(small(24, 2, 2))
+    cost = Latency(table_of(anatomy, lambda w, q, v: float(max(q, v)), lambda w, f: 0.01 * f), anatomy)
+    losses = random_losses(anatomy, seed)
+    limits = {**NONE, "groups": ("qk", "v"), "round_to": {"qk": 1, "v": 2}}
+    kept = counts_from_target(anatomy, sc.Target(latency=0.7), **limits, losses=lambda g: losses[g.name], latency=cost)
+    assert 0.6 * cost.dense < cost.total(kept) <= 0.7 * cost.dense
+
+
 def test_latency_and_macs_lead_to_different_choices():
     """A cost that only the FFN has is not paid by the attention."""
     anatomy = sc.inspect(small(24, 2, 2))
@@ -660,6 +671,24 @@ def test_groups_that_stay_whole_are_measured_at_their_size_alone(by_weights):
     assert table.layers[1].grid.axes == {"width": (48,), "ffn": (32, 64, 96, 120)}
     with pytest.raises(sc.InvalidArgument, match=r"latency_table: .* qk of 16 alone, got 8"):
         table.predict(sc.inspect(model), {"blocks.0.qk": 8})
+
+
+def test_a_model_that_takes_longer_than_its_layers(by_weights, monkeypatch):
+    """Found on the dense model and on one cut by half, which holds for all between."""
+    counted = timing.in_turn
+
+    def slower(models, inputs, loops, repeats, advance):
+        times = counted(models, inputs, loops, repeats, advance)
+        whole = [images.ndim == 4 and len(model.blocks) > 0 for model, images in zip(models, inputs, strict=True)]
+        return np.where(whole, 1.3 * times + 5000, times)
+
+    monkeypatch.setattr(timing, "in_turn", slower)
+    model = small(24, 2, 2)
+    anatomy = sc.inspect(model)
+    table = sc.measure_latency(model, repeats=1, groups=("ffn",), grid={"ffn": [20]})
+    assert table.scale == pytest.approx(1.3)
+    for sizes in ({}, {"blocks.0.ffn": 20}, {"blocks.1.ffn": 44}):
+        assert table.predict(anatomy, sizes) == pytest.approx(1.3 * anatomy.params_at(sizes) + 5000)
 
 
 def test_layers_are_what_timms_blocks_compute():
