@@ -93,7 +93,7 @@ def test_a_teacher_alone_teaches(digits_model: nn.Module, digits_images: Tensor)
 
     before = agreement()
     finetune(student, [digits_images[:32], digits_images[32:]], teacher=digits_model, alpha=1.0, epochs=12, lr=1e-3)
-    assert before < 0.6 < 0.95 < agreement()
+    assert before < 0.6 < 0.9 < agreement()
 
 
 def test_same_seed_same_bits_and_another_seed_others() -> None:

@@ -224,5 +224,9 @@ def test_the_plan_is_readable_json(digits_model, stats, tmp_path):
     sc.plan(digits_model, stats, target=sc.Target(macs=0.5)).save(tmp_path / "plan.json")
     plan = json.loads((tmp_path / "plan.json").read_text())["plan"]
     assert plan["method"] == "snp"
-    assert plan["options"] == {"gamma": 8, "similarity": "weights", "target": {"macs": 0.5, "params": None}}
+    assert plan["options"] == {
+        "gamma": 8,
+        "similarity": "weights",
+        "target": {"macs": 0.5, "params": None, "latency": None},
+    }
     assert len(plan["keep"]["blocks.0.qk"]) == 3

@@ -428,7 +428,7 @@ def test_bad_arguments(digits_model, digits_statistics, digits_images):
         (plain, {"method": "project", "target": target, "allocation": "error"}, "sensitivities"),
         (
             digits_statistics,
-            {"method": "snp", "target": target, "allocation": "error"},
+            {"method": "refit", "selection": "snp", "target": target, "allocation": "error"},
             "allocation: expected a method",
         ),
         (
