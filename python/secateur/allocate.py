@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from . import check
 from .anatomy import Anatomy, Group
-from .cost import Cost
+from .cost import Cost, Size, Sizes
 from .errors import InvalidArgument, Unsupported
 from .statistics import Float
 
@@ -48,6 +50,15 @@ class Target:
         return ", ".join(f"{name} = {value:g}" for name, value in vars(self).items() if value is not None)
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """Sizes by group, and where losses are known what they come to: ``bound`` is what no choice can go below."""
+
+    sizes: dict[str, int]
+    loss: float = math.nan
+    bound: float = math.nan
+
+
 def kept_count(size: int, fraction: float, multiple: int = 1) -> int:
     """Units that stay when ``fraction`` of ``size`` is removed.
 
@@ -72,8 +83,12 @@ def counts_from_ratios(
     freeze: Iterable[str],
     min_keep: Mapping[str, int],
     round_to: int | Mapping[str, int] | None,
+    removal: Callable[[Group], float] | None = None,
 ) -> dict[str, int]:
     """Kept units by group, from the fraction removed of each kind or group, or from a per-block file.
+
+    Of the kind "block" that fraction of all attention and FFN layers leaves, those of the least ``removal`` first; one
+    of each stays.
 
     Raises:
         InvalidArgument: a key or value that does not fit; the text names it.
@@ -84,13 +99,34 @@ def counts_from_ratios(
     else:
         fractions = _fractions_from_file(anatomy, ratios)
     free = _Choice(anatomy, groups, freeze, min_keep, round_to, default_multiples={})
-    return {
+    if isinstance(ratios, Mapping) and "block" in ratios:
+        fractions |= _layers_to_leave(free, fractions, {*ratios}, removal)
+    sizes = {
         group.name: free.count(group, fractions.get(group.name, 0.0)) if group in free.groups else group.size
         for group in anatomy.groups
     }
+    anatomy.require_layers(sizes, "ratios")
+    return sizes
 
 
-def counts_from_target(
+def _layers_to_leave(
+    free: _Choice, fractions: Mapping[str, float], named: set[str], removal: Callable[[Group], float] | None
+) -> dict[str, float]:
+    """1 for the layers that leave of those that no ratio of their own names, 0 for the others."""
+    layers = [group for group in free.groups if group.kind == "block" and group.name not in named]
+    wanted = round(sum(fractions[group.name] for group in layers))
+    if wanted and removal is None:
+        raise InvalidArgument(
+            "ratios['block']: expected layers by their names where nothing says which of them matter, got a fraction"
+        )
+    if removal is not None:
+        free.hold_one_of_each(removal, {name: fractions[name] == 0 for name in named if name in free.anatomy.layers})
+    leaving = [group.name for group in layers if free.count(group, 1.0) == 0]
+    order = sorted(leaving, key=lambda name: removal(free.anatomy.group(name)) if removal else 0.0)
+    return {group.name: float(group.name in order[:wanted]) for group in layers}
+
+
+def allocate(
     anatomy: Anatomy,
     target: Target,
     *,
@@ -100,13 +136,14 @@ def counts_from_target(
     round_to: int | Mapping[str, int] | None,
     losses: Callable[[Group], Float] | None = None,
     latency: Cost | None = None,
-) -> dict[str, int]:
+) -> Allocation:
     """Kept units by group under a budget; ``latency`` predicts what ``target.latency`` limits.
 
     With ``losses``, what a group loses when 0 … size units stay, (size + 1,), in a unit common to all, the counts are
     those of the least total loss: for every width, the least of loss + λ · cost in each group, at the λ that meets the
-    budget; then the width of the least total. Without, one removed fraction for all named groups, the least that meets
-    the budget.
+    budget; then the width of the least total. Heads, their query/key and value size and whether the layer stays at all
+    are one choice, since their costs multiply. Lagrange's dual at the same λ is what no choice can go below. Without
+    ``losses``, one removed fraction for all named groups, the least that meets the budget.
 
     What rounding leaves of the budget is then spent while anything fits: by ``losses`` on the wider size that saves
     most for its cost, else one rounding step at a time on the group that lost the largest share; query/key and value of
@@ -117,6 +154,10 @@ def counts_from_target(
         Unsupported: a kind that this model cannot lose.
     """
     free = _Choice(anatomy, DEFAULT_GROUPS if groups is None else groups, freeze, min_keep, round_to, _TARGET_MULTIPLES)
+    if any(group.kind == "block" for group in free.groups):
+        if losses is None:
+            raise InvalidArgument("groups: expected no 'block' in a uniform allocation, which cannot tell layers apart")
+        free.hold_one_of_each(lambda group: float(losses(group)[0]))
     assert (target.latency is None) == (latency is None), "what a target limits comes with a prediction"
     budget = _Budget(anatomy, target, latency)
 
@@ -146,7 +187,7 @@ def counts_from_target(
         else:
             # A step that does not fit now never will: every other step only adds to the cost.
             steps.remove(step)
-    return kept
+    return Allocation(kept)
 
 
 def check_target(
@@ -165,6 +206,8 @@ def check_target(
         Unsupported: a kind that this model cannot lose.
     """
     free = _Choice(anatomy, DEFAULT_GROUPS if groups is None else groups, freeze, min_keep, round_to, _TARGET_MULTIPLES)
+    # Which layer of each kind is the last to go is not known yet, and their costs are alike.
+    free.hold_one_of_each(lambda _group: 0.0)
     counted = _Budget(anatomy, target, None)
     smallest = {group.name: free.count(group, 1.0) for group in free.groups}
     if not counted.holds(smallest):
@@ -186,6 +229,7 @@ class _Choice:
         round_to: int | Mapping[str, int] | None,
         default_multiples: Mapping[str, int],
     ) -> None:
+        self.anatomy = anatomy
         named = None if groups is None else set(_sequence("groups", groups))
         if named is not None:
             _check_kinds(anatomy, "groups", named)
@@ -204,7 +248,9 @@ class _Choice:
         if isinstance(round_to, Mapping):
             self._multiple.update(_per_group(anatomy, "round_to", round_to))
         elif round_to is not None:
-            self._multiple = dict.fromkeys(anatomy.sizes, check.integer("round_to", round_to))
+            # Of channels: heads and layers are counted one by one unless they are named.
+            multiple = check.integer("round_to", round_to)
+            self._multiple |= {g.name: multiple for g in anatomy.groups if g.kind not in ("heads", "block")}
         for group in anatomy.groups:
             self._multiple[group.name] = math.lcm(self._multiple[group.name], group.multiple)
 
@@ -213,8 +259,24 @@ class _Choice:
 
     def count(self, group: Group, fraction: float) -> int:
         multiple = self.multiple(group)
-        least = min(group.size, math.ceil(self._minimum.get(group.name, 1) / multiple) * multiple)
-        return max(least, kept_count(group.size, fraction, multiple))
+        least = min(group.size, math.ceil(self._minimum.get(group.name, group.least) / multiple) * multiple)
+        return max(least, 0 if fraction >= 1 else kept_count(group.size, fraction, multiple))
+
+    def hold_one_of_each(
+        self, removal: Callable[[Group], float], stays: Mapping[str, bool] = MappingProxyType({})
+    ) -> None:
+        """Keep one attention and one FFN layer, where all might go: that of the largest ``removal``.
+
+        ``stays`` says which layers the user has decided on already.
+        """
+        free = {group.name for group in self.groups}
+        for layers in (self.anatomy.attention, self.anatomy.ffn):
+            found = [self.anatomy.group(site.layer) for site in layers]
+            if any(g.name not in free or self._minimum.get(g.name) or stays.get(g.name) for g in found):
+                continue
+            undecided = [group for group in found if group.name not in stays]
+            if undecided:
+                self._minimum[max(undecided, key=removal).name] = 1
 
     def options(self, group: Group) -> list[int]:
         """All sizes that the group may have, rising."""
@@ -226,59 +288,88 @@ class _Choice:
         return group.size if wider > group.size // self.multiple(group) * self.multiple(group) else wider
 
 
-def _of_least_loss(
-    anatomy: Anatomy, free: _Choice, budget: _Budget, losses: Callable[[Group], Float]
-) -> dict[str, int]:
+def _of_least_loss(anatomy: Anatomy, free: _Choice, budget: _Budget, losses: Callable[[Group], Float]) -> Allocation:
     width = next((group for group in free.groups if group.kind == "width"), None)
-    bundles = [bundle for bundle in _bundles(free, anatomy.sizes) if bundle != [width]]
-    options = [_Options(bundle, free, losses) for bundle in bundles]
-    best: tuple[float, dict[str, int]] | None = None
+    choices = _choices(anatomy, free, losses)
+    best: Allocation | None = None
+    bound = math.inf
     for base in [anatomy.sizes] if width is None else [{**anatomy.sizes, width.name: n} for n in free.options(width)]:
-        kept = _at_width(base, options, budget)
-        if kept is None:
+        found = _at_width(base, choices, budget)
+        if found is None:
             continue
-        loss = sum(float(option.losses[option.index(kept)]) for option in options)
-        loss += 0.0 if width is None else float(losses(width)[kept[width.name]])
-        if best is None or loss < best[0]:
-            best = (loss, kept)
+        narrower = 0.0 if width is None else float(losses(width)[base[width.name]])
+        loss = found.loss + narrower
+        bound = min(bound, found.bound + narrower)
+        if best is None or loss < best.loss:
+            best = Allocation(found.sizes, loss)
     assert best is not None, "the smallest sizes meet the budget"
-    return best[1]
+    # The dual of a linear programme may exceed what was found by rounding alone.
+    return Allocation(best.sizes, best.loss, min(bound, best.loss))
 
 
-def _at_width(base: dict[str, int], options: list[_Options], budget: _Budget) -> dict[str, int] | None:
+def _choices(anatomy: Anatomy, free: _Choice, losses: Callable[[Group], Float]) -> list[_Choices]:
+    """What is decided apart: groups whose costs add up."""
+    together: dict[str, list[list[Group]]] = {}
+    for bundle in _bundles(free, anatomy.sizes):
+        if bundle[0].kind != "width":
+            layer = anatomy.layer_of.get(bundle[0].name, bundle[0].name)
+            together.setdefault(layer, []).append(bundle)
+    found = []
+    for bundles in together.values():
+        kinds = {group.kind for bundle in bundles for group in bundle}
+        if kinds & {"heads", "block"}:
+            found.append(_Choices(bundles, free, losses))
+        else:
+            found += [_Choices([bundle], free, losses) for bundle in bundles]
+    return found
+
+
+def _at_width(base: dict[str, int], choices: list[_Choices], budget: _Budget) -> Allocation | None:
     """The choice of least loss within the budget when all other groups are as in ``base``."""
-    shares = [budget.along(base, option.names, option.sizes) for option in options]
-    best: tuple[float, dict[str, int]] | None = None
+    shares = [budget.along(base, choice.sizes) for choice in choices]
+    # All choices start from the model at ``base``, which the sum of their costs holds once too often for each.
+    repeated = (len(choices) - 1) * (1 - budget.room(base))
+    best: Allocation | None = None
+    bound = -math.inf
     # Which limit binds is not known before: a price on each alone, then on all of them alike.
     for prices in budget.prices():
-        kept = _at_one_price(base, options, [prices @ share for share in shares], budget)
-        if kept is None:
+        priced = [prices @ share for share in shares]
+        found = _at_one_price(base, choices, priced, budget)
+        if found is None:
             return None
-        kept = _filled(kept, options, shares, prices, budget)
-        loss = sum(float(option.losses[option.index(kept)]) for option in options)
-        if best is None or loss < best[0]:
-            best = (loss, kept)
+        kept, least = found
+        bound = max(bound, max(each - price * float(prices @ (1 + repeated)) for price, each in least))
+        kept = _filled(kept, choices, shares, prices, budget)
+        loss = sum(float(choice.losses[choice.index(kept)]) for choice in choices)
+        if best is None or loss < best.loss:
+            best = Allocation(kept, loss)
     assert best is not None, "a budget has a limit"
-    return best[1]
+    return Allocation(best.sizes, best.loss, bound)
 
 
 def _at_one_price(
-    base: dict[str, int], options: list[_Options], costs: list[Float], budget: _Budget
-) -> dict[str, int] | None:
-    """The least of loss + price · cost in each bundle, at the lowest price that meets the budget."""
+    base: dict[str, int], choices: list[_Choices], costs: list[Float], budget: _Budget
+) -> tuple[dict[str, int], list[tuple[float, float]]] | None:
+    """The least of loss + price · cost in each, at the lowest price that meets the budget; that sum at every price."""
+    least: list[tuple[float, float]] = []
 
     def chosen(price: float) -> dict[str, int]:
         kept = dict(base)
-        for option, cost in zip(options, costs, strict=True):
-            option.put(kept, int(np.argmin(option.losses + price * cost)))
+        total = 0.0
+        for choice, cost in zip(choices, costs, strict=True):
+            priced = choice.losses + price * cost
+            index = int(np.argmin(priced))
+            total += float(priced[index])
+            choice.put(kept, index)
+        least.append((price, total))
         return kept
 
     kept = chosen(0.0)
     if budget.holds(kept):
-        return kept
+        return kept, least
     kept = dict(base)
-    for option in options:
-        option.put(kept, 0)
+    for choice, cost in zip(choices, costs, strict=True):
+        choice.put(kept, int(np.argmin(cost)))
     if not budget.holds(kept):
         return None
     low, high = -60.0, 60.0
@@ -289,53 +380,73 @@ def _at_one_price(
             high, kept = middle, trial
         else:
             low = middle
-    return kept
+    return kept, least
 
 
 def _filled(
-    kept: dict[str, int], options: list[_Options], shares: list[Float], prices: Float, budget: _Budget
+    kept: dict[str, int], choices: list[_Choices], shares: list[Float], prices: Float, budget: _Budget
 ) -> dict[str, int]:
-    """Spend what is left of the budget, always on the wider size that saves most for what it costs."""
-    refused = [np.zeros(len(option.sizes), bool) for option in options]
+    """Spend what is left of the budget, always on what saves most for what it costs."""
+    refused = [np.zeros(len(choice.losses), bool) for choice in choices]
     while True:
         room = budget.room(kept)[:, None] + 1e-9
         best = (-np.inf, 0, 0)
-        for number, (option, share) in enumerate(zip(options, shares, strict=True)):
-            at = option.index(kept)
-            extra = share[:, at + 1 :] - share[:, at, None]
-            fits = (extra <= room).all(0) & ~refused[number][at + 1 :]
+        for number, (choice, share) in enumerate(zip(choices, shares, strict=True)):
+            at = choice.index(kept)
+            extra = share - share[:, at, None]
+            saved, cost = choice.losses[at] - choice.losses, prices @ extra
+            better = (saved > 0) | ((saved == 0) & (cost > 0))
+            fits = (extra <= room).all(0) & better & ~refused[number]
             if fits.any():
-                rate = (option.losses[at] - option.losses[at + 1 :]) / np.maximum(prices @ extra, 1e-12)
-                found = int(np.argmax(np.where(fits, rate, -np.inf)))
+                rate = np.where(fits, saved / np.maximum(cost, 1e-12), -np.inf)
+                found = int(np.argmax(rate))
                 if rate[found] > best[0]:
-                    best = (float(rate[found]), number, at + 1 + found)
+                    best = (float(rate[found]), number, found)
         rate_of_best, number, index = best
         if rate_of_best == -np.inf:
             return kept
         wider = dict(kept)
-        options[number].put(wider, index)
+        choices[number].put(wider, index)
         if budget.holds(wider):
             kept = wider
         else:
-            # Shares add up but for rounding, and for groups of one layer that go apart; the budget has the last word.
+            # Shares add up but for rounding; the budget has the last word.
             refused[number][index] = True
 
 
-class _Options:
-    """Groups that keep one size, the sizes they may have, and what each loses."""
+class _Choices:
+    """Groups that are chosen together, the sizes they may have, and what each choice loses.
 
-    def __init__(self, groups: list[Group], free: _Choice, losses: Callable[[Group], Float]) -> None:
-        self.names = [group.name for group in groups]
-        self.sizes = free.options(groups[0])
-        self.losses = np.sum([losses(group)[self.sizes] for group in groups], axis=0)
-        self._position = {size: index for index, size in enumerate(self.sizes)}
+    Each bundle keeps one size. Losses add up, as far as the layer stays; without it, all that it does is lost.
+    """
+
+    def __init__(self, bundles: list[list[Group]], free: _Choice, losses: Callable[[Group], Float]) -> None:
+        inner = [bundle for bundle in bundles if bundle[0].kind != "block"]
+        layer = next((bundle[0] for bundle in bundles if bundle[0].kind == "block"), None)
+        options = [free.options(bundle[0]) for bundle in inner]
+        grid = [axis.flatten() for axis in np.meshgrid(*options, indexing="ij")] if inner else []
+        total = np.zeros(len(grid[0]) if inner else 1)
+        sizes: dict[str, npt.NDArray[np.int64]] = {}
+        for bundle, axis in zip(inner, grid, strict=True):
+            for group in bundle:
+                sizes[group.name] = axis
+                total = total + losses(group)[axis]
+        if layer is not None:
+            sizes[layer.name] = np.ones(len(total), np.int64)
+            if free.count(layer, 1.0) == 0:
+                # What is within an absent layer is whole, and costs nothing.
+                whole = {group.name: group.size for bundle in inner for group in bundle}
+                sizes = {name: np.append(axis, whole.get(name, 0)) for name, axis in sizes.items()}
+                total = np.append(total, losses(layer)[0])
+        self.sizes, self.losses = sizes, total
+        self._tuples = list(zip(*(axis.tolist() for axis in sizes.values()), strict=True))
+        self._position = {sizes: index for index, sizes in enumerate(self._tuples)}
 
     def index(self, kept: Mapping[str, int]) -> int:
-        return self._position[kept[self.names[0]]]
+        return self._position[tuple(kept[name] for name in self.sizes)]
 
     def put(self, kept: dict[str, int], index: int) -> None:
-        for name in self.names:
-            kept[name] = self.sizes[index]
+        kept.update(zip(self.sizes, self._tuples[index], strict=True))
 
 
 class _Step:
@@ -378,17 +489,12 @@ class _Count:
 
     name: str
     dense: float
-    total: Callable[[Mapping[str, int]], float]
+    total: Callable[[Mapping[str, Size]], Size]
 
-    def along(self, base: Mapping[str, int], names: Sequence[str], sizes: Sequence[int]) -> Float:
-        """Linear, but for the last: a norm that serves every head is given to each of them once it is cut."""
-        first, last = (self.total({**base, **dict.fromkeys(names, size)}) for size in (sizes[0], sizes[-1]))
-        found = np.full(len(sizes), float(last))
-        if len(sizes) > 1:
-            ends = sizes[0], sizes[-2]
-            before = self.total({**base, **dict.fromkeys(names, ends[1])})
-            found[:-1] = np.interp(sizes[:-1], ends, (first, before)) if ends[0] < ends[1] else first
-        return found
+    def along(self, base: Mapping[str, int], sizes: Mapping[str, Sizes]) -> Float:
+        """The cost at ``base`` but with the groups of ``sizes`` at each of these in turn."""
+        found = self.total({**base, **{name: np.asarray(each) for name, each in sizes.items()}})
+        return np.asarray(found, np.float64)
 
 
 class _Budget:
@@ -411,9 +517,9 @@ class _Budget:
         """What is left of each limit, as a share of it: (limits,)."""
         return np.array([1 - cost.total(sizes) / limit for cost, limit in self._limits])
 
-    def along(self, base: Mapping[str, int], names: Sequence[str], sizes: Sequence[int]) -> Float:
-        """Costs as shares of their limits, (limits, sizes): ``base`` with the named groups at each of the sizes."""
-        return np.stack([cost.along(base, names, sizes) / limit for cost, limit in self._limits])
+    def along(self, base: Mapping[str, int], sizes: Mapping[str, Sizes]) -> Float:
+        """Costs as shares of their limits, (limits, n): ``base`` with the groups of ``sizes`` at each of these."""
+        return np.stack([cost.along(base, sizes) / limit for cost, limit in self._limits])
 
     def prices(self) -> list[Float]:
         """Weights of the limits to try: each alone, and all alike."""
@@ -468,13 +574,18 @@ def _per_group(anatomy: Anatomy, argument: str, values: Mapping[str, int]) -> di
     }
 
 
-def _removed(argument: str, value: object) -> float:
-    return check.fraction(argument, value, open_high=True)
+def _removed(anatomy: Anatomy, key: str, name: str, value: object) -> float:
+    """The fraction that leaves of a kind or group, which the user calls ``key``."""
+    layer = name in anatomy.layers
+    fraction = check.fraction(f"ratios[{key!r}]", value, open_high=not layer)
+    if layer and fraction not in (0, 1):
+        raise InvalidArgument(f"ratios[{key!r}]: expected 0 or 1 of a layer, got {value!r}")
+    return fraction
 
 
 def _fractions(anatomy: Anatomy, ratios: Mapping[str, float]) -> dict[str, float]:
     _check_kinds(anatomy, "ratios", ratios)
-    checked = {name: _removed(f"ratios[{name!r}]", value) for name, value in ratios.items()}
+    checked = {name: _removed(anatomy, name, name, value) for name, value in ratios.items()}
     return {group.name: checked.get(group.name, checked.get(group.kind, 0.0)) for group in anatomy.groups}
 
 
@@ -506,11 +617,12 @@ def _fractions_from_file(anatomy: Anatomy, source: str | Path) -> dict[str, floa
     if not isinstance(values, dict):
         raise InvalidArgument(f"ratios: expected a JSON object in {source}, got {type(values).__name__}")
     values.pop("source", None)
-    group_of = {_published_name(anatomy, group): group.name for group in anatomy.groups}
+    published = [group for group in anatomy.groups if group.kind not in ("heads", "block")]
+    group_of = {_published_name(anatomy, group): group.name for group in published}
     if not any(key in group_of for key in values):
         group_of = {name: name for name in anatomy.sizes}
     _check_file_keys(anatomy, source, values, group_of)
-    return {group_of[key]: _removed(f"ratios[{key!r}]", value) for key, value in values.items()}
+    return {group_of[key]: _removed(anatomy, key, group_of[key], value) for key, value in values.items()}
 
 
 def _check_file_keys(anatomy: Anatomy, source: str | Path, values: Mapping[str, Any], names: Mapping[str, str]) -> None:
@@ -519,8 +631,8 @@ def _check_file_keys(anatomy: Anatomy, source: str | Path, values: Mapping[str, 
             raise Unsupported(f"ratios: {source} cuts the width ({anatomy.refused['width']})")
         if key not in names:
             raise InvalidArgument(f"ratios: expected keys of this model in {source}, got the extra key {key!r}")
-    for key, group in names.items():
-        if key not in values and group != "width":
+    for key, name in names.items():
+        if key not in values and anatomy.group(name).kind in ("qk", "v", "ffn"):
             raise InvalidArgument(f"ratios: expected the key {key!r} in {source}, got none")
 
 

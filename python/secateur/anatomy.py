@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -48,6 +48,9 @@ class Group:
     """Units that can only leave together, with every parameter axis they live in.
 
     ``size`` counts units per head where ``per_head``, else all of them. Kept counts are multiples of ``multiple``.
+    The units of kind "heads" are the heads of one attention layer: they live where the units of the per-head groups do
+    that name them as ``heads_group``. A group of kind "block" is one attention or FFN layer, with size 1: it is the
+    only kind of which nothing may stay, and takes ``modules`` with it.
     """
 
     name: str
@@ -58,6 +61,13 @@ class Group:
     heads: int = 1
     per_head: bool = False
     multiple: int = 1
+    heads_group: str | None = None
+    modules: tuple[str, ...] = ()
+
+    @property
+    def least(self) -> int:
+        """Fewest units that can stay."""
+        return 0 if self.kind == "block" else 1
 
 
 @dataclass(frozen=True)
@@ -67,12 +77,15 @@ class AttentionSite:
     ``qkv`` outputs (B, N, heads · (2 qk_dim + v_dim)): queries, keys, values. ``q_norm`` and ``k_norm``, where there
     are any, output (B, heads, N, qk_dim) and are what the scores see. ``proj`` takes (B, N, heads · v_dim).
     ``softmax_scale`` multiplies the scores. ``layout`` is "stock" where the module is the library's own class, cut or
-    not, and "exact" where it is ours.
+    not, and "exact" where it is ours. ``qk``, ``v``, ``heads_group`` and ``layer`` name the groups; ``branch`` is the
+    module whose output the layer adds to the residual stream, a norm's if ``post_norm``.
     """
 
     name: str
     qk: str
     v: str
+    heads_group: str
+    layer: str
     heads: int
     qk_dim: int
     v_dim: int
@@ -82,19 +95,45 @@ class AttentionSite:
     q_norm: str | None
     k_norm: str | None
     proj: str
+    branch: str
     scale: str | None = None
     between: str | None = None
+    post_norm: bool = False
+
+    @property
+    def writer(self) -> str:
+        """The linear layer that the layer ends in."""
+        return self.proj
 
 
 @dataclass(frozen=True)
 class FfnSite:
-    """Where one FFN's hidden units, after the activation, enter the second layer: (B, N, size); LayerScale follows."""
+    """Where one FFN's hidden units, after the activation, enter the second layer: (B, N, size); LayerScale follows.
+
+    ``ffn`` and ``layer`` name the groups; ``branch`` is the module whose output is added to the residual stream.
+    """
 
     name: str
     ffn: str
+    layer: str
     size: int
     fc2: str
+    branch: str
     scale: str | None = None
+    post_norm: bool = False
+
+    @property
+    def writer(self) -> str:
+        """The linear layer that the layer ends in."""
+        return self.fc2
+
+
+@dataclass(frozen=True)
+class Source:
+    """What adds to the residual stream at one place: linear layers with the LayerScale that follows, and parameters."""
+
+    writers: Mapping[str, str | None]
+    tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,7 +171,9 @@ class Anatomy:
     ``refused`` maps a kind that this model cannot lose to the reason. ``input_size`` is (channels, height, width).
     ``stream`` says how the residual stream can be turned to another basis, or why it cannot.
     ``architecture`` and ``arguments`` build the dense form; where ``handmade`` nobody recorded how, and they are the
-    class and nothing.
+    class and nothing. ``embedding`` is what gives all tokens what enters the first block, None
+    where a norm follows it. ``absent`` names the layers (groups of kind "block") that the dense form has and this model
+    lost.
     """
 
     family: str
@@ -148,6 +189,8 @@ class Anatomy:
     refused: Mapping[str, str] = field(default_factory=dict)
     handmade: bool = False
     stream: Stream | str = "not described"
+    absent: tuple[str, ...] = ()
+    embedding: Source | None = None
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -163,6 +206,56 @@ class Anatomy:
                 found.setdefault(parameter_name(member.module, member.parameter), []).append((group, member))
         return {name: tuple(pairs) for name, pairs in found.items()}
 
+    @cached_property
+    def layers(self) -> dict[str, AttentionSite | FfnSite]:
+        """The attention and FFN layers by their group of kind "block", in the order of the data."""
+        every: list[AttentionSite | FfnSite] = [*self.attention, *self.ffn]
+        sites = {site.layer: site for site in every}
+        return {group.name: sites[group.name] for group in self.groups if group.name in sites}
+
+    @cached_property
+    def layer_of(self) -> dict[str, str]:
+        """Name of a group to that of the layer that it is a part of."""
+        parts = {site.layer: [site.qk, site.v, site.heads_group] for site in self.attention}
+        parts |= {site.layer: [site.ffn] for site in self.ffn}
+        return {name: layer for layer, names in parts.items() for name in names}
+
+    @cached_property
+    def layer_of_parameter(self) -> dict[str, str]:
+        """Parameter name to the layer that takes it along."""
+        return {name: layer for name in self.shapes if (layer := self.layer_holding(name)) is not None}
+
+    def layer_holding(self, name: str) -> str | None:
+        """The layer that a module or parameter leaves with."""
+        for group in self.groups:
+            if any(name == module or name.startswith(f"{module}.") for module in group.modules):
+                return group.name
+        return None
+
+    def require_layers(self, sizes: Mapping[str, int], argument: str) -> None:
+        """Refuse sizes that leave no attention or no FFN.
+
+        Raises:
+            InvalidArgument: they do.
+        """
+        for what, sites in (("attention", self.attention), ("FFN", self.ffn)):
+            if not any(sizes.get(site.layer, 1) for site in sites):
+                raise InvalidArgument(f"{argument}: expected at least one {what} layer to stay, got none")
+
+    def before(self, layer: str, gone: Container[str] = ()) -> Source | None:
+        """What writes last to the residual stream before a layer, but for the layers ``gone``.
+
+        None where nothing can be added there, because a norm follows.
+        """
+        names = list(self.layers)
+        if self.layers[layer].post_norm:
+            return None
+        for name in reversed(names[: names.index(layer)]):
+            if name not in gone:
+                site = self.layers[name]
+                return None if site.post_norm else Source({site.writer: site.scale})
+        return self.embedding
+
     def group(self, name: str) -> Group:
         """Return the group called ``name``.
 
@@ -174,25 +267,28 @@ class Anatomy:
                 return group
         raise InvalidArgument(f"group: expected one of {', '.join(self.sizes)}, got {name!r}")
 
-    def numel(self, name: str, sizes: Mapping[str, int]) -> int:
+    def numel(self, name: str, sizes: Mapping[str, cost.Size]) -> cost.Size:
         """Number of entries that parameter ``name`` has when each group has the given size."""
-        shape = list(self.shapes[name])
-        extra = 1
+        shape: list[cost.Size] = list(self.shapes[name])
+        extra: cost.Size = 1
         for group, member in self.members_of.get(name, ()):
             kept = sizes.get(group.name, group.size)
+            heads = group.heads if group.heads_group is None else sizes.get(group.heads_group, group.heads)
             if member.shared:
+                # A norm that serves every head is given to each of them once it is cut.
                 shape[member.dim] = kept
-                extra = group.heads if kept != group.size else 1
+                extra = 1 + (kept != group.size) * (heads - 1)
             else:
-                shape[member.dim] -= (group.size - kept) * group.heads
-        return math.prod(shape) * extra
+                shape[member.dim] -= group.size * group.heads - kept * heads
+        layer = self.layer_of_parameter.get(name)
+        return math.prod(shape, start=extra) * (1 if layer is None else sizes.get(layer, 1))
 
-    def params_at(self, sizes: Mapping[str, int]) -> int:
-        """Number of parameters of the model when each named group has the given size."""
+    def params_at(self, sizes: Mapping[str, cost.Size]) -> cost.Size:
+        """Number of parameters of the model when each named group has the given size, or array of sizes."""
         return sum(self.numel(name, sizes) for name in self.shapes)
 
-    def macs_at(self, sizes: Mapping[str, int]) -> int:
-        """MACs of one image when each named group has the given size."""
+    def macs_at(self, sizes: Mapping[str, cost.Size]) -> cost.Size:
+        """MACs of one image when each named group has the given size, or array of sizes."""
         return cost.macs(
             self.products,
             lambda module, parameter: self.numel(parameter_name(module, parameter), sizes),
@@ -202,12 +298,12 @@ class Anatomy:
     @cached_property
     def params(self) -> int:
         """Number of parameters."""
-        return self.params_at({})
+        return int(self.params_at({}))
 
     @cached_property
     def macs(self) -> int:
         """MACs of one image: patch embedding, linear layers, attention products, classifier."""
-        return self.macs_at({})
+        return int(self.macs_at({}))
 
     def to_dict(self) -> dict[str, Any]:
         """The sizes and costs, for machines."""
@@ -233,13 +329,14 @@ class Anatomy:
             table.add_column(column, justify="right")
         blocks: dict[int, dict[str, Group]] = {}
         for group in self.groups:
-            if group.block is not None:
+            if group.block is not None and group.kind in ("qk", "v", "ffn"):
                 blocks.setdefault(group.block, {})[group.kind] = group
         for block, kinds in blocks.items():
             heads = next((g.heads for g in kinds.values() if g.per_head), "")
             sizes = (str(kinds[kind].size) if kind in kinds else "" for kind in ("qk", "v", "ffn"))
             table.add_row(str(block), str(heads), *sizes)
         notes = [f"residual width {g.size}" for g in self.groups if g.kind == "width"]
+        notes += [f"without {', '.join(self.absent)}"] if self.absent else []
         notes += [f"{kind} cannot be cut: {reason}" for kind, reason in self.refused.items()]
         return "\n".join([title, render(table), *notes])
 
@@ -254,21 +351,24 @@ def kept_along_axes(anatomy: Anatomy, name: str, keep: Mapping[str, Indices]) ->
     axes: dict[int, torch.Tensor] = {}
     masks: dict[int, torch.Tensor] = {}
     for group, member in anatomy.members_of.get(name, ()):
-        if group.name not in keep:
+        whole_heads = group.heads_group is None or group.heads_group not in keep
+        if group.name not in keep and (whole_heads or member.shared):
             continue
-        indices = torch.from_numpy(keep[group.name])
+        heads = torch.arange(group.heads) if whole_heads else torch.from_numpy(keep[str(group.heads_group)][0])
+        every = torch.arange(group.size).expand(group.heads, -1)
+        indices = torch.from_numpy(keep[group.name]) if group.name in keep else every
         if member.shared:
             # One entry served every head; now each head has its own.
-            axes[member.dim] = indices.flatten()
+            axes[member.dim] = indices[heads].flatten()
             continue
         mask = masks.setdefault(member.dim, torch.ones(anatomy.shapes[name][member.dim], dtype=torch.bool))
         mask[member.offset : member.offset + group.heads * group.size] = False
-        mask[member.offset + _flat(group, indices)] = True
+        mask[member.offset + _flat(group, heads, indices)] = True
     return axes | {dim: mask.nonzero().flatten() for dim, mask in masks.items()}
 
 
-def _flat(group: Group, indices: torch.Tensor) -> torch.Tensor:
-    return (torch.arange(group.heads)[:, None] * group.size + indices).flatten()
+def _flat(group: Group, heads: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    return (heads[:, None] * group.size + indices[heads]).flatten()
 
 
 def parameter_of(model: nn.Module, member: Member) -> nn.Parameter:

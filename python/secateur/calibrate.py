@@ -51,8 +51,9 @@ def calibrate(
         gamma: leading singular directions that count.
         token_fraction: share of the tokens that feed the moments, rotating from image to image: every k-th token, with
             k = round(1 / token_fraction). Importance uses all tokens.
-        sensitivity: a second pass, over the first 128 images or fewer: how much the output moves when one group's part
-            of the model is disturbed; see ``Statistics.sensitivity``. Plans weigh errors by it.
+        sensitivity: more passes over the first 128 images or fewer: how much the output moves when one group's part
+            of the model is disturbed, or a layer is missing; see ``Statistics.sensitivity``. Plans weigh errors by it.
+            Heads are scored by their gradients as well (``Statistics.head_importance``).
         resume: a statistics file. If it exists, its images are skipped in the loader, which must give the same images
             in the same order, and the sums go on from there. The result is written to it; so is what was collected
             when the loader fails, an image holds NaN or Inf, or the run is interrupted between two batches.
@@ -149,7 +150,7 @@ def _run(
                 if every and path is not None and (index + 1) % every == 0:
                     collector.statistics().save(path)
         if first and not skip:
-            collector.sensitivity = measure(model, collector.anatomy, first)
+            collector.sensitivity = measure(model, family_of(model), collector.anatomy, first)
     if skip:
         raise InvalidArgument(f"resume: expected a loader of at least {collector.images} images, got {skip} fewer")
     if collector.images == 0:
@@ -248,7 +249,8 @@ class _Collector:
         self._attention = [s for s in anatomy.attention if blocks is None or anatomy.group(s.qk).block in blocks]
         self._ffn = [s for s in anatomy.ffn if blocks is None or anatomy.group(s.ffn).block in blocks]
         self._norms = anatomy.norms if norms is None or norms else ()
-        self._last = self._ffn[-1].fc2 if norms is False else None
+        last = self._ffn[-1].fc2 if self._ffn else self._attention[-1].proj
+        self._last = last if norms is False else None
         self._dtype = settings.dtype
         self._all = settings.collect == "all"
         self._stride = round(1 / settings.token_fraction)
@@ -294,7 +296,7 @@ class _Collector:
             for what, array in accumulator.state().items()
         }
         tensors |= {name: np.concatenate(parts) for name, parts in self._samples.items()}
-        tensors |= {f"sensitivity/{group}/divergence": sums for group, sums in self.sensitivity.items()}
+        tensors |= {f"sensitivity/{name}": sums for name, sums in self.sensitivity.items()}
         settings = Settings(**{**vars(self.settings), "dtype": self._dtype})
         return Statistics(settings, tensors)
 
@@ -310,11 +312,11 @@ class _Collector:
             state = {k.removeprefix(prefix): v for k, v in statistics.tensors.items() if k.startswith(prefix)}
             accumulator.load_state(state)
         for name, array in statistics.tensors.items():
-            kind, group, _ = name.split("/")
+            kind, _, rest = name.partition("/")
             if kind == "sample":
                 self._samples[name] = [array]
             elif kind == "sensitivity":
-                self.sensitivity[group] = array
+                self.sensitivity[rest] = array
         self.images, self._dtype = statistics.images, settings.dtype
 
     @contextmanager

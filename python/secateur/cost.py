@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+# One size, or an array of sizes that are asked about at once.
+Size: TypeAlias = Any
+Sizes: TypeAlias = Sequence[int] | npt.NDArray[np.int64]
 
 
 class Cost(Protocol):
@@ -24,8 +28,8 @@ class Cost(Protocol):
     def total(self, sizes: Mapping[str, int]) -> float:
         """The cost of the whole model when each named group has the given size."""
 
-    def along(self, base: Mapping[str, int], names: Sequence[str], sizes: Sequence[int]) -> npt.NDArray[np.float64]:
-        """The cost of the whole model at ``base`` but with all groups of ``names`` at each of ``sizes`` in turn."""
+    def along(self, base: Mapping[str, int], sizes: Mapping[str, Sizes]) -> npt.NDArray[np.float64]:
+        """The cost of the whole model at ``base`` but with the groups of ``sizes`` at each of these in turn: (n,)."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,17 @@ class WeightProduct:
 class AttentionProduct:
     """QKᵀ and its product with V: ``queries`` by ``keys`` tokens, ``heads`` heads of qk_dim and v_dim channels.
 
-    ``qk`` and ``v`` are either the name of the group that holds the size per head or the size itself.
+    ``heads``, ``qk`` and ``v`` are either the name of the group that holds the number or size per head, or that itself;
+    ``layer`` the group that says whether all of it is there.
     """
 
     module: str
     queries: int
     keys: int
-    heads: int
+    heads: str | int
     qk: str | int
     v: str | int
+    layer: str | int = 1
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,9 @@ Product: TypeAlias = WeightProduct | AttentionProduct | FixedProduct
 
 def macs(
     products: tuple[Product, ...],
-    numel: Callable[[str, str], int],
-    size: Callable[[str], int],
-) -> int:
+    numel: Callable[[str, str], Size],
+    size: Callable[[str], Size],
+) -> Size:
     """Count the MACs of one image.
 
     Args:
@@ -75,14 +81,17 @@ def macs(
         numel: (module, parameter) to the number of weights.
         size: group name to its units (per head where the group is per head).
     """
-    total = 0
+
+    def of(number: str | int) -> Size:
+        return size(number) if isinstance(number, str) else number
+
+    total: Size = 0
     for product in products:
         if isinstance(product, WeightProduct):
-            total += product.positions * numel(product.module, product.parameter)
+            total = total + product.positions * numel(product.module, product.parameter)
         elif isinstance(product, AttentionProduct):
-            qk = size(product.qk) if isinstance(product.qk, str) else product.qk
-            v = size(product.v) if isinstance(product.v, str) else product.v
-            total += product.queries * product.keys * product.heads * (qk + v)
+            channels = of(product.heads) * (of(product.qk) + of(product.v)) * of(product.layer)
+            total = total + product.queries * product.keys * channels
         else:
             total += product.macs
     return total

@@ -50,7 +50,10 @@ class Draft:
     def finish(self, keep: Mapping[str, Indices]) -> dict[str, Tensor]:
         """The changed parameters with only what is kept, in the model's types."""
         found = {}
+        gone = {name for name, indices in keep.items() if indices.shape[1] == 0}
         for name, value in sorted(self._changed.items()):
+            if self._anatomy.layer_holding(name) in gone:
+                continue
             module, _, parameter = name.rpartition(".")
             present = getattr(self._model.get_submodule(module), parameter, None)
             weight = parameter_name(module, "weight")

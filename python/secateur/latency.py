@@ -15,7 +15,7 @@ import numpy as np
 
 from . import check, container
 from .anatomy import Anatomy
-from .cost import Cost
+from .cost import Cost, Sizes
 from .errors import InvalidArgument
 from .identity import Fingerprint
 from .machine import Machine
@@ -52,7 +52,7 @@ class Grid:
             down = np.flip(np.minimum.accumulate(np.flip(down, axis), axis), axis)
         return replace(self, seconds=(up + down) / 2)
 
-    def at(self, sizes: Mapping[str, int | Sequence[int]]) -> Float:
+    def at(self, sizes: Mapping[str, int | Sizes]) -> Float:
         """Seconds, linear in each size between the two next to it, and below the least as between the least two.
 
         Raises:
@@ -238,7 +238,7 @@ class Latency:
     @cached_property
     def dense(self) -> float:
         """Predicted seconds of the model that is planned for; not corrected, since that corrects ratios to it."""
-        return float(self._seconds({}, (), (0,))[0])
+        return float(self._seconds({}, {})[0])
 
     def ratio(self, sizes: Mapping[str, int]) -> float:
         """Predicted share of the dense model's time, corrected."""
@@ -246,16 +246,16 @@ class Latency:
 
     def total(self, sizes: Mapping[str, int]) -> float:
         """Predicted seconds, corrected."""
-        return float(self.along(sizes, (), (0,))[0])
+        return float(self.along(sizes, {})[0])
 
-    def along(self, base: Mapping[str, int], names: Sequence[str], sizes: Sequence[int]) -> Float:
-        """Predicted seconds at ``base`` but with all groups of ``names`` at each of ``sizes`` in turn, corrected."""
-        result: Float = self.slope * self._seconds(base, names, sizes) + self.offset * self.dense
+    def along(self, base: Mapping[str, int], sizes: Mapping[str, Sizes]) -> Float:
+        """Predicted seconds at ``base`` but with the groups of ``sizes`` at each of these in turn, corrected: (n,)."""
+        result: Float = self.slope * self._seconds(base, sizes) + self.offset * self.dense
         return result
 
-    def _seconds(self, base: Mapping[str, int], names: Sequence[str], sizes: Sequence[int]) -> Float:
-        wanted: dict[str, int | Sequence[int]] = {**self.anatomy.sizes, **base, **dict.fromkeys(names, sizes)}
-        found = np.zeros(len(sizes))
+    def _seconds(self, base: Mapping[str, int], sizes: Mapping[str, Sizes]) -> Float:
+        wanted: dict[str, int | Sizes] = {**self.anatomy.sizes, **base, **sizes}
+        found = np.zeros(len(next(iter(sizes.values()), (0,))))
         for layer in self.table.layers:
             # Most blocks of a choice have the same sizes: each is looked up once.
             times: dict[tuple[Any, ...], Float] = {}
@@ -268,9 +268,7 @@ class Latency:
         return self.table.scale * found + self.table.overhead
 
     @staticmethod
-    def _size(
-        axis: str, place: Mapping[str, str], wanted: Mapping[str, int | Sequence[int]], grid: Grid
-    ) -> int | Sequence[int]:
+    def _size(axis: str, place: Mapping[str, str], wanted: Mapping[str, int | Sizes], grid: Grid) -> int | Sizes:
         # A model that cannot lose width has no group of it, and one level in the table.
         return wanted.get(place.get(axis, axis), grid.axes[axis][-1])
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from timm.layers import AttentionPoolLatent, maybe_add_mask, resolve_self_attn_mask
+from timm.models.vision_transformer import Block, ResPostBlock
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -26,7 +27,7 @@ class HeadNorm(nn.Module):
     centred: Final[bool]
     upcast: Final[bool]
     eps: Final[float]
-    heads: Final[int]
+    heads: int
     size: Final[int]
 
     def __init__(
@@ -141,6 +142,34 @@ class PrunedAttention(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
         return f"num_heads={self.num_heads}, qk_dim={self.qk_dim}, v_dim={self.v_dim}, scale={self.scale:.6g}"
+
+
+class PrunedBlock(Block):
+    """timm's ``Block`` without its attention, its FFN, or both: what is not there is None.
+
+    One without both passes its input on. It stays in its place, so that the numbers of all blocks, and what timm tells
+    of them, mean what they meant.
+    """
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """Add to (B, N, C) what is there; ``attn_mask`` and ``is_causal`` as in timm's ``Block``."""
+        if self.attn is not None:
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+        if self.mlp is not None:
+            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x
+
+
+class PrunedResPostBlock(ResPostBlock):
+    """The same of timm's ``ResPostBlock``, which normalises what it adds."""
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """Add to (B, N, C) what is there; ``attn_mask`` and ``is_causal`` as in timm's ``ResPostBlock``."""
+        if self.attn is not None:
+            x = x + self.drop_path1(self.norm1(self.attn(x, attn_mask=attn_mask, is_causal=is_causal)))
+        if self.mlp is not None:
+            x = x + self.drop_path2(self.norm2(self.mlp(x)))
+        return x
 
 
 class PrunedAttentionPoolLatent(AttentionPoolLatent):

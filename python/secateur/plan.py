@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from . import check, container, core
-from .allocate import DEFAULT_GROUPS, Target, check_target, counts_from_ratios, counts_from_target
+from .allocate import DEFAULT_GROUPS, Allocation, Target, allocate, check_target, counts_from_ratios
 from .anatomy import Anatomy, Group, Indices, kept_along_axes, parameter_name, units
 from .cost import Cost
 from .errors import InvalidArgument
@@ -38,7 +39,9 @@ class Plan:
     ``weights`` maps parameters that do not keep their values to those they get, in their shape after the cut; biases
     that the model does not have are added. A group that was turned to another basis keeps its first units there.
     ``eps`` maps norms to the eps that they get. ``params`` and ``macs`` are (before, after). ``latency`` tells what was
-    predicted and measured for a target for it, else it is None.
+    predicted and measured for a target for it, else it is None. ``loss``, where a target was shared out by errors, is
+    the loss that is predicted (in nats, see ``Statistics.sensitivity``) and what no choice of sizes within the target
+    can go below.
     """
 
     method: str
@@ -50,6 +53,7 @@ class Plan:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     eps: Mapping[str, float] = field(default_factory=dict)
     latency: LatencyReport | None = None
+    loss: tuple[float, float] | None = None
 
     def check(self, anatomy: Anatomy) -> dict[str, int]:
         """Check that every index list fits the model; return the size each group will have.
@@ -65,15 +69,17 @@ class Plan:
             if not isinstance(keep, np.ndarray) or keep.dtype != np.int64:
                 found = f"{keep.dtype} array" if isinstance(keep, np.ndarray) else type(keep).__name__
                 raise InvalidArgument(f"plan.keep[{name!r}]: expected an int64 NumPy array, got {found}")
-            if keep.ndim != 2 or keep.shape[0] != group.heads or not 1 <= keep.shape[1] <= group.size:
+            if keep.ndim != 2 or keep.shape[0] != group.heads or not group.least <= keep.shape[1] <= group.size:
                 raise InvalidArgument(
-                    f"plan.keep[{name!r}]: expected ({group.heads}, 1…{group.size}) indices, got shape {keep.shape}"
+                    f"plan.keep[{name!r}]: expected ({group.heads}, {group.least}…{group.size}) indices, "
+                    f"got shape {keep.shape}"
                 )
-            if (np.diff(keep) <= 0).any() or keep.min() < 0 or keep.max() >= group.size:
+            if (np.diff(keep) <= 0).any() or (keep < 0).any() or (keep >= group.size).any():
                 raise InvalidArgument(
                     f"plan.keep[{name!r}]: expected sorted, unique indices below {group.size}, got others"
                 )
             sizes[name] = keep.shape[1]
+        anatomy.require_layers(sizes, "plan.keep")
         self._check_weights(anatomy)
         return sizes
 
@@ -83,6 +89,9 @@ class Plan:
             source = name if name in anatomy.shapes else parameter_name(module, "weight")
             if source not in anatomy.shapes or (source != name and parameter != "bias"):
                 raise InvalidArgument(f"plan.weights: expected parameters of this model, got {name!r}")
+            layer = anatomy.layer_holding(name)
+            if layer is not None and layer in self.keep and self.keep[layer].shape[1] == 0:
+                raise InvalidArgument(f"plan.weights: expected parameters of layers that stay, got {name!r}")
             axes = kept_along_axes(anatomy, source, self.keep)
             shape = [len(axes[dim]) if dim in axes else size for dim, size in enumerate(anatomy.shapes[source])]
             expected = tuple(shape if source == name else shape[:1])
@@ -109,6 +118,7 @@ class Plan:
             "weights": {n: [str(w.dtype).removeprefix("torch."), *w.shape] for n, w in sorted(self.weights.items())},
             "eps": dict(self.eps),
             "latency": None if self.latency is None else self.latency.to_dict(),
+            "loss": None if self.loss is None else list(self.loss),
         }
 
     def save(self, path: str | Path) -> None:
@@ -162,6 +172,7 @@ class Plan:
                 weights=_read_weights(path, fields),
                 eps=fields.get("eps", {}),
                 latency=LatencyReport.from_dict(fields["latency"]) if fields.get("latency") else None,
+                loss=(fields["loss"][0], fields["loss"][1]) if fields.get("loss") else None,
             )
         except InvalidArgument:
             raise
@@ -208,8 +219,11 @@ def plan(
             smallest rounding step that is left, query/key and value of a layer stepping together. Exactly one of
             ``target`` and ``ratios`` is given.
         ratios: fraction removed by kind or group, {"qk": .5, "v": .5, "ffn": .5, "width": .1}, or a per-block file: the
-            name of a shipped one ("snp_deit_t", "snp_deit_s_1.3g") or a path.
-        groups: kinds or names of groups that may be cut; with a target ("qk", "v", "ffn") unless given.
+            name of a shipped one ("snp_deit_t", "snp_deit_s_1.3g") or a path. {"blocks.3.attn": 1} removes a layer,
+            {"block": .25} a quarter of all layers, those whose removal moves the output least.
+        groups: kinds or names of groups that may be cut; with a target ("qk", "v", "ffn") unless given. "heads" are
+            whole heads, as many in a layer as pays; "block" is whole attention and FFN layers, of which one of each
+            stays, and with a target takes ``allocation="error"``.
         freeze: kinds, names or patterns ("blocks.0.*") of groups that stay whole.
         min_keep: fewest units to keep, by kind or group.
         round_to: kept counts are multiples of this (per head for query/key and value), an int or a dict by kind or
@@ -223,7 +237,10 @@ def plan(
             batch size is refused.
         strict: refuse statistics of other weights; if false, the same dimensions are enough for a method that only
             selects.
-        **options: the method's own; SNP takes similarity="weights" (the paper's) or "activations".
+        **options: the method's own. "snp" takes similarity="weights" (the paper's) or "activations"; "refit" takes
+            selection="greedy", "snp" or "energy"; all take head_score="neurons" (the mean of a head's neuron scores) or
+            "michel" (Michel et al., 2019), "refit" and "project" also "error", their default: what the refitted
+            projection loses with the head.
 
     Raises:
         InvalidArgument: an argument that does not fit, an infeasible target, or statistics of another model.
@@ -246,7 +263,11 @@ def plan(
     with core.torch_threads():
         prepared = criterion.prepare(model, anatomy, stats, chosen)
         losses = None if target is None else _losses(anatomy, stats, prepared, groups, allocation)
-    sizes, latency = sizes_for(model, anatomy, target, ratios, limits, losses=losses, table=table)
+    removal = None if not stats.sensitive else lambda group: _loss(stats, prepared, group)[0]
+    chosen_sizes, latency = sizes_for(
+        model, anatomy, target, ratios, limits, losses=losses, removal=removal, table=table
+    )
+    sizes = chosen_sizes.sizes
     with core.torch_threads():
         decision = prepared.decide(sizes)
     added = sum(value.numel() for name, value in decision.weights.items() if name not in anatomy.shapes)
@@ -260,6 +281,7 @@ def plan(
         weights=decision.weights,
         eps=decision.eps,
         latency=latency,
+        loss=None if math.isnan(chosen_sizes.loss) else (chosen_sizes.loss, chosen_sizes.bound),
     )
 
 
@@ -296,8 +318,9 @@ def sizes_for(
     limits: Mapping[str, Any],
     *,
     losses: Callable[[Group], Float] | None = None,
+    removal: Callable[[Group], float] | None = None,
     table: LatencyTable | None = None,
-) -> tuple[dict[str, int], LatencyReport | None]:
+) -> tuple[Allocation, LatencyReport | None]:
     """How many units of each group stay, and what a target for latency came to.
 
     Arguments are those of ``plan``; ``limits`` are groups, freeze, min_keep and round_to, and ``table`` is there for a
@@ -305,12 +328,12 @@ def sizes_for(
     """
     if target is None:
         assert ratios is not None
-        return counts_from_ratios(anatomy, ratios, **limits), None
+        return Allocation(counts_from_ratios(anatomy, ratios, **limits, removal=removal)), None
     if target.latency is not None:
         assert table is not None
         return _sizes_on_the_clock(model, anatomy, target, limits, losses, table)
     with core.torch_threads():
-        return counts_from_target(anatomy, target, **limits, losses=losses), None
+        return allocate(anatomy, target, **limits, losses=losses), None
 
 
 def table_for(
@@ -332,7 +355,7 @@ def table_for(
         table = given if isinstance(given, LatencyTable) else _loaded(given)
         table.require(anatomy, batch_size)
     # The smallest of everything: is every size in the table, and the target within reach? Before hours of work.
-    counts_from_target(anatomy, target, **limits, latency=Latency(table, anatomy))
+    allocate(anatomy, target, **limits, latency=Latency(table, anatomy), losses=lambda g: np.linspace(1, 0, g.size + 1))
     return table
 
 
@@ -350,7 +373,7 @@ def _sizes_on_the_clock(
     limits: Mapping[str, Any],
     losses: Callable[[Group], Float] | None,
     table: LatencyTable,
-) -> tuple[dict[str, int], LatencyReport]:
+) -> tuple[Allocation, LatencyReport]:
     from .timing import measured_ratio
 
     assert target.latency is not None
@@ -364,12 +387,13 @@ def _sizes_on_the_clock(
 
     def choose(cost: Cost, fraction: float) -> dict[str, int]:
         with core.torch_threads():
-            return counts_from_target(anatomy, replace(target, latency=fraction), **limits, losses=losses, latency=cost)
+            return allocate(anatomy, replace(target, latency=fraction), **limits, losses=losses, latency=cost).sizes
 
     def measure(sizes: Mapping[str, int]) -> tuple[float, tuple[float, float]]:
         return measured_ratio(model, table, sizes)
 
-    return meet(target.latency, table, anatomy, choose, measure if difference is None else None)
+    sizes, report = meet(target.latency, table, anatomy, choose, measure if difference is None else None)
+    return Allocation(sizes), report
 
 
 def _losses(
@@ -381,18 +405,20 @@ def _losses(
     if not stats.sensitive:
         raise InvalidArgument("stats: expected sensitivities (calibrate(sensitivity=True)), got statistics without")
     named = set(DEFAULT_GROUPS if groups is None or isinstance(groups, str) else groups)
-    for group in anatomy.groups:
-        if {group.name, group.kind} & named and prepared.errors(group) is None:
-            if allocation is None:
+    cut = [group for group in anatomy.groups if {group.name, group.kind} & named]
+    for group in cut:
+        if prepared.errors(group) is None:
+            if allocation is None and all(other.kind != "block" for other in cut):
                 return None
             raise InvalidArgument(f"allocation: expected a method that knows the error of {group.name!r}, got none")
 
-    def losses(group: Group) -> Float:
-        errors = prepared.errors(group)
-        assert errors is not None
-        return stats.sensitivity(group.name) * errors
+    return lambda group: _loss(stats, prepared, group)
 
-    return losses
+
+def _loss(stats: Statistics, prepared: Prepared, group: Group) -> Float:
+    errors = prepared.errors(group)
+    assert errors is not None
+    return stats.sensitivity(group.name) * errors
 
 
 def checked_options(given: Mapping[str, str], method: str) -> dict[str, str]:

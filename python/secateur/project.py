@@ -6,6 +6,7 @@ they are), and so may a residual stream that only norms read. Where to cut is th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -156,7 +157,7 @@ def _inverse(matrix: Tensor) -> Tensor:
     return found
 
 
-def value_bases(weight: Tensor, covariance: Tensor, heads: int, rank: int) -> Tensor:
+def value_bases(weight: Tensor, covariance: Tensor, heads: int, rank: int, staying: Sequence[int] = ()) -> Tensor:
     """What to keep of each head's values, given that the projection is refitted over all heads.
 
     Each head starts from the directions that matter most to its own part of the output, U_rᵀ W_h with U from the SVD of
@@ -168,20 +169,26 @@ def value_bases(weight: Tensor, covariance: Tensor, heads: int, rank: int) -> Te
         covariance: of its input, (heads · d, heads · d).
         heads: number of heads.
         rank: r, at most the number of outputs and d.
+        staying: the heads that keep anything; all unless given. The others' part of the output is then to be held too.
 
     Returns:
-        T, (heads · r, heads · d), block-diagonal: a head's new values are T_h times its values.
+        T, (staying heads · r, heads · d), block-diagonal: a head's new values are T_h times its values.
     """
     size = len(covariance) // heads
-    parts = [slice(head * size, (head + 1) * size) for head in range(heads)]
-    kept = [_leading(weight[:, part], covariance[part, part], rank) for part in parts]
-    if heads > 1 and rank < size:
+    parts = [slice(head * size, (head + 1) * size) for head in staying or range(heads)]
+    if rank == size:
+        kept = [torch.eye(size, dtype=weight.dtype) for _ in parts]
+    else:
+        kept = [_leading(weight[:, part], covariance[part, part], rank) for part in parts]
+    if len(parts) > 1 and rank < size:
         for _ in range(_SWEEPS):
             for head, part in enumerate(parts):
                 others = torch.block_diag(*(kept[:head] + kept[head + 1 :]))
                 index = torch.cat([torch.arange(p.start, p.stop) for p in parts[:head] + parts[head + 1 :]])
                 kept[head] = _conditioned(weight, covariance, part, others, index, rank)
-    joined: Tensor = torch.block_diag(*kept)
+    joined = weight.new_zeros(len(parts) * rank, len(covariance))
+    for position, (part, basis) in enumerate(zip(parts, kept, strict=True)):
+        joined[position * rank : (position + 1) * rank, part] = basis
     return joined
 
 

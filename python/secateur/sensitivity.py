@@ -1,89 +1,145 @@
-"""How much the output moves when one part of the model is slightly wrong: forward passes with that part disturbed."""
+"""How much the output moves when one part of the model is slightly wrong, or missing: passes with it disturbed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .anatomy import Anatomy
+from .families import Family
 from .statistics import Float
 
 __all__ = ["DISTURBED_IMAGES", "measure"]
 
 DISTURBED_IMAGES = 128
+# What enters every block is held for so many images at once; gradients need several times the memory.
+_CHUNK, _GRADIENT_CHUNK = 32, 8
 # Of the standard deviation: small enough for the divergence to grow with its square, far above rounding.
 _SHARE = 0.1
 
-Disturbance = Callable[[Tensor], Tensor]
+_Change = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class _Trial(NamedTuple):
+    """One quantity to measure: what becomes of which modules' outputs, in a block or in all of the model."""
+
+    name: str
+    block: int | None
+    changes: list[tuple[str, _Change]]
+    share: float
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, anatomy: Anatomy, batches: Sequence[Tensor]) -> dict[str, Float]:
-    """Disturb one group after the other and compare the outputs; the model is in evaluation mode.
+def measure(model: nn.Module, family: Family, anatomy: Anatomy, batches: Sequence[Tensor]) -> dict[str, Float]:
+    """Disturb or remove one part after the other and compare the outputs; the model is in evaluation mode.
 
     A group's part of the model (queries; what proj or fc2 writes; what every norm reads) gets a tenth of its own values
     at other tokens and images added: noise of its own covariance. Divided by that share squared, the divergence is
-    what an error of all its variance would do if the output moved linearly.
+    what an error of all its variance would do if the output moved linearly. Whole layers are removed, or replaced by
+    the mean of what they add. Heads are scored as by Michel et al. (2019, arXiv:1905.10650), E |Att_h · ∂L/∂Att_h|,
+    with the model's own answer for the label (half the squared features without a classifier).
+
+    What stands before a disturbed block is not run again.
 
     Args:
         model: on any device.
+        family: of the model.
         anatomy: its description.
         batches: images (B, C, H, W), as the model takes them.
 
     Returns:
-        Group name to (sum over images of the divergence per share of variance, images).
+        By "group/what", sums over images, then the number of images: "divergence" of each group, per share of variance
+        (of a layer: when it is removed); "mean_kept", the same of a layer that its mean replaces; and of heads
+        "gradient", (heads + 1,).
     """
-    wanted = [_output(model, images) for images in batches]
-    images = sum(map(len, batches))
-    found: dict[str, Float] = {}
-    for group, places in _places(anatomy).items():
-        total = 0.0
-        generator = torch.Generator().manual_seed(0)
-        with _disturbed(model, places, generator):
-            for batch, target in zip(batches, wanted, strict=True):
-                total += _divergence(model, target, _output(model, batch))
-        found[group] = np.array([total / _SHARE**2, float(images)])
-    return found
-
-
-def _places(anatomy: Anatomy) -> dict[str, list[tuple[str, slice, bool]]]:
-    """Group to the modules whose outputs are disturbed: name, channels, whether about their mean."""
-    places: dict[str, list[tuple[str, slice, bool]]] = {}
+    trials = _trials(anatomy)
+    generators = {trial.name: torch.Generator().manual_seed(0) for trial in trials}
+    totals = dict.fromkeys(generators, 0.0)
+    gradients: dict[str, Float] = {}
+    blocks = family.blocks(model)
+    chunks = [chunk for batch in batches for chunk in batch.split(_CHUNK)]
+    for chunk in chunks:
+        entering: list[Tensor] = []
+        with _hooked([block.register_forward_pre_hook(_noted(entering)) for block in blocks]):
+            wanted = _output(model(chunk))
+        for trial in trials:
+            with _changed(model, trial.changes, generators[trial.name]):
+                found = (
+                    model(chunk)
+                    if trial.block is None
+                    else family.from_block(model, trial.block, entering[trial.block])
+                )
+            totals[trial.name] += _divergence(model, wanted, _output(found)) / trial.share**2
+        for part in chunk.split(_GRADIENT_CHUNK):
+            for name, gradient in _head_gradients(model, anatomy, part).items():
+                gradients[name] = gradients.get(name, 0.0) + gradient
     for site in anatomy.attention:
+        # What is lost with a head is a share of what the projection writes, as with values.
+        totals[f"{site.heads_group}/divergence"] = totals[f"{site.v}/divergence"]
+    images = float(sum(map(len, chunks)))
+    sums = {**{name: np.array([total]) for name, total in totals.items()}, **gradients}
+    return {name: np.concatenate([total, [images]]) for name, total in sums.items()}
+
+
+def _noted(inputs: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda _module, args: inputs.append(args[0])
+
+
+def _trials(anatomy: Anatomy) -> list[_Trial]:
+    trials: list[_Trial] = []
+
+    def disturbed(group: str, block: int | None, *places: tuple[str, _Change]) -> None:
+        trials.append(_Trial(f"{group}/divergence", block, list(places), _SHARE))
+
+    def removed(group: str, block: int | None, branch: str) -> None:
+        trials.append(_Trial(f"{group}/divergence", block, [(branch, _nothing)], 1.0))
+        trials.append(_Trial(f"{group}/mean_kept", block, [(branch, _mean)], 1.0))
+
+    for site in anatomy.attention:
+        block = anatomy.group(site.v).block
         # Scores are products: queries count from zero, as in the error of the scores.
         query = (site.qkv, slice(0, site.heads * site.qk_dim)) if site.q_norm is None else (site.q_norm, slice(None))
-        places[site.qk] = [(*query, False)]
-        places[site.v] = [(site.proj, slice(None), True)]
+        disturbed(site.qk, block, (query[0], _noise(query[1], centred=False)))
+        disturbed(site.v, block, (site.proj, _noise(slice(None), centred=True)))
+        removed(site.layer, block, site.branch)
     for ffn in anatomy.ffn:
-        places[ffn.ffn] = [(ffn.fc2, slice(None), True)]
+        block = anatomy.group(ffn.ffn).block
+        disturbed(ffn.ffn, block, (ffn.fc2, _noise(slice(None), centred=True)))
+        removed(ffn.layer, block, ffn.branch)
     if "width" in anatomy.sizes and anatomy.norms:
-        places["width"] = [(norm.name, slice(None), True) for norm in anatomy.norms]
-    return places
+        disturbed("width", None, *((norm.name, _noise(slice(None), centred=True)) for norm in anatomy.norms))
+    return trials
+
+
+def _noise(channels: slice, *, centred: bool) -> _Change:
+    def disturb(output: Tensor, generator: torch.Generator) -> Tensor:
+        part = output[..., channels]
+        rows = part.reshape(-1, part.shape[-1])
+        order = torch.randperm(len(rows), generator=generator).to(rows.device)
+        noise = rows[order] - rows.mean(0) if centred else rows[order]
+        changed = output.clone()
+        changed[..., channels] += _SHARE * noise.reshape(part.shape)
+        return changed
+
+    return disturb
+
+
+def _nothing(output: Tensor, _generator: torch.Generator) -> Tensor:
+    return torch.zeros_like(output)
+
+
+def _mean(output: Tensor, _generator: torch.Generator) -> Tensor:
+    return output.mean((0, 1), keepdim=True).expand_as(output)
 
 
 @contextmanager
-def _disturbed(
-    model: nn.Module, places: Sequence[tuple[str, slice, bool]], generator: torch.Generator
-) -> Iterator[None]:
-    def hook(channels: slice, centred: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def disturb(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            part = output[..., channels]
-            rows = part.reshape(-1, part.shape[-1])
-            order = torch.randperm(len(rows), generator=generator).to(rows.device)
-            noise = rows[order] - rows.mean(0) if centred else rows[order]
-            changed = output.clone()
-            changed[..., channels] += _SHARE * noise.reshape(part.shape)
-            return changed
-
-        return disturb
-
-    handles = [
-        model.get_submodule(name).register_forward_hook(hook(channels, centred)) for name, channels, centred in places
-    ]
+def _hooked(handles: Sequence[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
     try:
         yield
     finally:
@@ -91,8 +147,45 @@ def _disturbed(
             handle.remove()
 
 
-def _output(model: nn.Module, images: Tensor) -> Tensor:
-    output: Tensor = model(images)
+@contextmanager
+def _changed(model: nn.Module, changes: Sequence[tuple[str, _Change]], generator: torch.Generator) -> Iterator[None]:
+    def hook(change: _Change) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        return lambda _module, _args, output: change(output, generator)
+
+    with _hooked([model.get_submodule(name).register_forward_hook(hook(change)) for name, change in changes]):
+        yield
+
+
+def _head_gradients(model: nn.Module, anatomy: Anatomy, images: Tensor) -> dict[str, Float]:
+    """Sums over images of |Σ over tokens and channels of Att_h · ∂L/∂Att_h|, (heads,) of each layer."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            # The first of them has no gradient of its own where all weights are frozen.
+            outputs[name] = args[0] if args[0].requires_grad else args[0].requires_grad_()
+            return (outputs[name], *args[1:])
+
+        return hook
+
+    hooks = [model.get_submodule(s.proj).register_forward_pre_hook(keep(s.heads_group)) for s in anatomy.attention]
+    with torch.inference_mode(False), torch.enable_grad(), _hooked(hooks):
+        logits = _output(model(images.clone()))
+        if getattr(model, "num_classes", 0):
+            own = logits.detach().argmax(-1)
+            loss = functional.cross_entropy(logits.flatten(0, -2), own.flatten(), reduction="sum")
+        else:
+            loss = logits.square().sum() / 2
+        gradients = torch.autograd.grad(loss, list(outputs.values()))
+    found = {}
+    for site, gradient in zip(anatomy.attention, gradients, strict=True):
+        products = (outputs[site.heads_group].detach() * gradient).double()
+        each = products.unflatten(-1, (site.heads, site.v_dim)).sum((1, 3))
+        found[f"{site.heads_group}/gradient"] = each.abs().sum(0).cpu().numpy()
+    return found
+
+
+def _output(output: Tensor) -> Tensor:
     return output.double()
 
 

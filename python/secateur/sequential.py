@@ -84,13 +84,15 @@ def prune_sequential(
     check.fraction("token_fraction", token_fraction, open_low=True)
     check_budget(target, ratios, allocation, latency_table, batch_size)
     chosen: dict[str, Any] = checked_options(options, method)
+    if chosen.get("head_score") == "michel":
+        raise InvalidArgument("head_score: expected one that takes no gradients block by block, got 'michel'")
     anatomy = family_of(model).inspect(model)
     limits: dict[str, Any] = {"groups": groups, "freeze": freeze, "min_keep": min_keep or {}, "round_to": round_to}
     table = None
     if target is not None and target.latency is not None:
         table = table_for(model, anatomy, target, limits, latency_table, batch_size)
     if target is None or allocation == "uniform":
-        sizes, _ = sizes_for(model, anatomy, target, ratios, limits, table=table)
+        sizes = sizes_for(model, anatomy, target, ratios, limits, table=table)[0].sizes
     else:
         shared: dict[str, Any] = {"max_images": max_images, "token_fraction": token_fraction}
         stats = calibrate(model, loader, **shared, sensitivity=True)

@@ -78,7 +78,7 @@ class Statistics:
 
     Arrays are float64, symmetric matrices packed (upper triangle, row by row). ``tensors`` maps
     ``fold/group/what`` to its array, for example ``even/blocks.0.qk/score_sum`` (heads, qk_dim). Beside the folds stand
-    ``sample/…``, float32 Grams of the first images one by one, and ``sensitivity/…``, pairs (sum, images).
+    ``sample/…``, float32 Grams of the first images one by one, and ``sensitivity/…``, sums and, last, the images.
     """
 
     def __init__(self, settings: Settings, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -162,13 +162,37 @@ class Statistics:
         Raises:
             InvalidArgument: not collected (``calibrate(sensitivity=True)``).
         """
-        name = f"sensitivity/{group}/divergence"
+        return float(self._per_image(group, "divergence")[0])
+
+    def removal(self, layer: str) -> tuple[float, float]:
+        """How much the output moves when an attention or FFN layer ("blocks.0.attn") adds nothing, or only its mean.
+
+        The unit is that of ``sensitivity``.
+
+        Raises:
+            InvalidArgument: not collected (``calibrate(sensitivity=True)``).
+        """
+        return float(self._per_image(layer, "divergence")[0]), float(self._per_image(layer, "mean_kept")[0])
+
+    def head_importance(self, group: str) -> Float:
+        """E |Att_h · ∂L/∂Att_h| of each head of a group of heads ("blocks.0.heads"), (heads,).
+
+        Michel et al., 2019, arXiv:1905.10650; L is the cross-entropy of the model's own answer.
+
+        Raises:
+            InvalidArgument: not collected (``calibrate(sensitivity=True)``).
+        """
+        return self._per_image(group, "gradient")
+
+    def _per_image(self, group: str, what: str) -> Float:
+        name = f"sensitivity/{group}/{what}"
         if name not in self.tensors:
             raise InvalidArgument(
                 f"stats: expected the sensitivity of {group!r}, got none: calibrate(sensitivity=True)"
             )
-        total, images = self.tensors[name]
-        return float(total / images)
+        sums = self.tensors[name]
+        mean: Float = sums[:-1] / sums[-1]
+        return mean
 
     @property
     def sensitive(self) -> bool:

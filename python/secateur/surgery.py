@@ -55,6 +55,8 @@ class Report:
         for name, (before, after) in (("parameters", self.params), ("MACs", self.macs)):
             table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.1%}")
         for name, (before, after) in self.groups.items():
+            if before == after and name.endswith((".heads", ".attn", ".mlp")):
+                continue
             table.add_row(name, str(before), str(after), f"{after / before:.1%}")
         return render(table)
 
@@ -104,7 +106,7 @@ def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool =
     return Report(
         params=(anatomy.params, after.params),
         macs=(anatomy.macs, after.macs),
-        groups={group.name: (group.size, after.sizes[group.name]) for group in anatomy.groups},
+        groups={group.name: (group.size, after.sizes.get(group.name, 0)) for group in anatomy.groups},
     )
 
 
@@ -128,8 +130,8 @@ def shape(
     keep: dict[str, Indices] = {}
     for name, size in sizes.items():
         group = anatomy.group(name)
-        if not 1 <= size <= group.size:
-            raise InvalidArgument(f"sizes[{name!r}]: expected 1…{group.size}, got {size}")
+        if not group.least <= size <= group.size:
+            raise InvalidArgument(f"sizes[{name!r}]: expected {group.least}…{group.size}, got {size}")
         keep[name] = np.tile(np.arange(size, dtype=np.int64), (group.heads, 1))
     stock = _stock_head_dims(anatomy, {**anatomy.sizes, **sizes}, layouts)
     _cut(model, family, anatomy, keep, {})
@@ -163,7 +165,8 @@ def _cut(
     # Sorted, unique and as many as there are: nothing to cut.
     keep = {name: indices for name, indices in keep.items() if indices.shape[1] < anatomy.sizes[name]}
     # All indices before the first cut: what does not fit fails here, with the model whole.
-    axes = {name: kept_along_axes(anatomy, name, keep) for name in anatomy.members_of}
+    gone = {name for name, layer in anatomy.layer_of_parameter.items() if layer in keep}
+    axes = {name: kept_along_axes(anatomy, name, keep) for name in anatomy.members_of if name not in gone}
     for parameter in model.parameters():
         parameter.grad = None
     for name, kept in axes.items():

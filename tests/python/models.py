@@ -9,7 +9,7 @@ import torch
 from reference import randomise
 from timm.layers import Attention, GluMlp, LayerNorm, RmsNorm, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 
 BASE = {
@@ -59,11 +59,13 @@ KINDS = {
     "distilled": {"distilled": True},
     "hybrid": {"hybrid": True},
 }
+# Not in KINDS: its width cannot be cut.
+POST_NORM = {"block_fn": ResPostBlock}
 
 
 def make(kind, seed=0):
     """A model of this kind with weights that leave no term at zero, in evaluation mode."""
-    kwargs = {**BASE, **KINDS[kind]}
+    kwargs = {**BASE, **(POST_NORM if kind == "post_norm" else KINDS[kind])}
     gated, distilled = kwargs.pop("gated", False), kwargs.pop("distilled", False)
     if kwargs.pop("hybrid", False):
         model = timm.create_model("vit_tiny_r_s16_p8_224", img_size=64, embed_dim=39, num_heads=3, depth=2)

@@ -1,7 +1,8 @@
 """The exactness reference: the dense timm model with what a plan cuts switched off, written without secateur.
 
-Query/key and value neurons: weight rows and biases zeroed. FFN units: zeroed after the activation. Residual width, and
-every norm over cut channels: the norm replaced by one that takes its statistics over the kept channels only.
+Query/key and value neurons: weight rows and biases zeroed; heads: all their values. FFN units: zeroed after the
+activation. Residual width, and every norm over cut channels: the norm replaced by one that takes its statistics over
+the kept channels only. Attention and FFN layers: what they add to the residual stream is zero.
 """
 
 from __future__ import annotations
@@ -45,6 +46,13 @@ def _masked(norm, mask):
     return norm if isinstance(norm, nn.Identity) else MaskedNorm(norm, mask)
 
 
+class Nothing(nn.Module):
+    """Zeros of the input's shape."""
+
+    def forward(self, x):
+        return torch.zeros_like(x)
+
+
 def _mask_input(module, mask):
     module.register_forward_pre_hook(lambda _m, args: (args[0] * mask.to(args[0].dtype), *args[1:]))
 
@@ -53,7 +61,8 @@ def _mask_input(module, mask):
 def masked(dense, keep):
     """A copy of ``dense`` (a timm VisionTransformer) that computes what pruning to ``keep`` must.
 
-    ``keep`` maps "blocks.3.qk" (and v, ffn) and "width" to kept indices, (heads, kept) or (1, kept).
+    ``keep`` maps "blocks.3.qk" (and v, ffn, heads), "width" to kept indices, (heads, kept) or (1, kept), and a layer
+    that leaves, "blocks.3.attn" or "blocks.3.mlp", to (1, 0).
     """
     model = copy.deepcopy(dense)
     for index, block in enumerate(model.blocks):
@@ -66,8 +75,12 @@ def masked(dense, keep):
                 _zero_rows(attn.qkv, slice(part * span, (part + 1) * span), mask.flatten())
             attn.q_norm = _masked(attn.q_norm, mask[:, None])
             attn.k_norm = _masked(attn.k_norm, mask[:, None])
-        if f"blocks.{index}.v" in keep:
-            mask = mask_of(keep[f"blocks.{index}.v"], dim).flatten()
+        for layer, branch in (("attn", "drop_path1"), ("mlp", "drop_path2")):
+            if np.asarray(keep.get(f"blocks.{index}.{layer}", [[0]])).shape[1] == 0:
+                setattr(block, branch, Nothing())
+        if {f"blocks.{index}.v", f"blocks.{index}.heads"} & keep.keys():
+            values = mask_of(keep.get(f"blocks.{index}.v", np.tile(np.arange(dim), (heads, 1))), dim)
+            mask = (values * mask_of(keep.get(f"blocks.{index}.heads", np.arange(heads)[None]), heads).T).flatten()
             _zero_rows(attn.qkv, slice(2 * span, 3 * span), mask)
             attn.norm = _masked(attn.norm, mask)
         if f"blocks.{index}.ffn" in keep:
@@ -178,7 +191,11 @@ def _entries(model, keep, module, parameter, width):
     heads, dim, span = block.attn.num_heads, block.attn.head_dim, block.attn.num_heads * block.attn.head_dim
     prefix = f"blocks.{parts[1]}"
     whole = np.tile(np.arange(dim), (heads, 1))
-    qk, v = ((keep.get(f"{prefix}.{kind}", whole) + dim * np.arange(heads)[:, None]).flatten() for kind in ("qk", "v"))
+    staying = keep.get(f"{prefix}.heads", np.arange(heads)[None])[0]
+    qk, v = (
+        (keep.get(f"{prefix}.{kind}", whole) + dim * np.arange(heads)[:, None])[staying].flatten()
+        for kind in ("qk", "v")
+    )
     hidden = keep.get(f"{prefix}.ffn", np.arange(block.mlp.fc2.in_features)[None])[0]
     branches = {"fc1": hidden, "fc1_g": hidden, "fc1_x": hidden}
     if parts[3] == "fc1" and block.mlp.fc1.out_features == 2 * block.mlp.fc2.in_features:

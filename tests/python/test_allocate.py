@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
+import numpy as np
 import pytest
 import secateur as sc
 import timm
@@ -11,11 +13,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from secateur import surgery
-from secateur.allocate import counts_from_ratios, counts_from_target, kept_count, shipped_configurations
+from secateur.allocate import allocate, counts_from_ratios, kept_count, shipped_configurations
 from secateur.families import family_of
+from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 NONE = {"groups": None, "freeze": (), "min_keep": {}, "round_to": None}
+
+
+def counts_from_target(*args, **kwargs):
+    return allocate(*args, **kwargs).sizes
 
 
 def anatomy_of(name="deit_small_patch16_224", **kwargs):
@@ -98,7 +105,8 @@ def pruned_on_meta(name, sizes, fused):
     model = timm.create_model(name, device="meta")
     surgery.shape(model, family_of(model), sizes(sc.inspect(model)))
     for block in model.blocks:
-        block.attn.fused_attn = fused
+        if block.attn is not None:
+            block.attn.fused_attn = fused
     return model
 
 
@@ -210,7 +218,7 @@ def test_ratios_by_kind_and_name():
         ({"qk": 1.0}, r"ratios\['qk'\]: expected a fraction in \[0, 1\), got 1.0"),
         ({"qk": -0.1}, r"ratios\['qk'\]: expected a fraction in"),
         ({"qk": float("nan")}, r"ratios\['qk'\]: expected a fraction in"),
-        ({"heads_": 0.1}, "ratios: expected qk, v, ffn, width or a group's name, got 'heads_'"),
+        ({"heads_": 0.1}, "ratios: expected qk, v, heads, block, ffn, width or a group's name, got 'heads_'"),
         ("no_such_file", "ratios: expected a dict, one of snp_deit_s_1.3g, snp_deit_t, or a file, got 'no_such_file'"),
     ],
 )
@@ -252,7 +260,8 @@ def test_a_file_by_group_names(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"blocks.0.qk": 0.5, "blocks.0.v": 0.5, "blocks.0.ffn": 0.0}))
     kept = counts_from_ratios(anatomy_of(depth=1), path, **NONE)
-    assert kept == {"blocks.0.qk": 32, "blocks.0.v": 32, "blocks.0.ffn": 1536, "width": 384}
+    layers = {"blocks.0.heads": 6, "blocks.0.attn": 1, "blocks.0.mlp": 1}
+    assert kept == {"blocks.0.qk": 32, "blocks.0.v": 32, "blocks.0.ffn": 1536, "width": 384, **layers}
     path.write_text("{broken")
     with pytest.raises(sc.InvalidArgument, match="ratios: expected JSON in"):
         counts_from_ratios(anatomy_of(depth=1), path, **NONE)
@@ -282,7 +291,7 @@ def test_wrong_targets(value):
 @pytest.mark.parametrize(
     ("limits", "text"),
     [
-        ({"groups": ("heads",)}, "groups: expected qk, v, ffn, width or a group's name, got 'heads'"),
+        ({"groups": ("head",)}, "groups: expected qk, v, heads, block, ffn, width or a group's name, got 'head'"),
         ({"groups": "qk"}, "groups: expected a sequence of names, got 'qk'"),
         ({"groups": 5}, "groups: expected a sequence of names, got 5"),
         ({"groups": ()}, "groups: expected at least one kind or group, got none"),
@@ -298,3 +307,154 @@ def test_wrong_targets(value):
 def test_wrong_limits(limits, text):
     with pytest.raises(sc.InvalidArgument, match=text):
         counts_from_target(anatomy_of(depth=2), sc.Target(macs=0.5), **{**NONE, **limits})
+
+
+def flat_sizes(anatomy, heads, absent):
+    sizes = {f"blocks.{i}.heads": kept for i, kept in enumerate(heads)}
+    return {**sizes, **dict.fromkeys(absent, 0), "blocks.0.qk": 40, "blocks.0.v": 40, "blocks.1.ffn": 100, "width": 150}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
+def test_macs_and_params_without_heads_and_layers(name, fused):
+    """Different heads in every layer, and layers that are not there: torch counts the same."""
+    most = sc.inspect(timm.create_model(name, device="meta")).sizes["blocks.0.heads"]
+    heads = [1 + i % most for i in range(12)]
+    absent = ("blocks.2.attn", "blocks.3.mlp", "blocks.4.attn", "blocks.4.mlp")
+    model = pruned_on_meta(name, lambda anatomy: flat_sizes(anatomy, heads, absent), fused)
+    anatomy = sc.inspect(model)
+    dense = anatomy_of(name)
+    sizes = flat_sizes(dense, heads, absent)
+    assert dense.params_at(sizes) == anatomy.params == sum(p.numel() for p in model.parameters())
+    assert dense.macs_at(sizes) == anatomy.macs
+    size = anatomy.input_size[1]
+    assert anatomy.macs == pytest.approx(flops(model, torch.empty(1, 3, size, size, device="meta")), rel=0.005)
+
+
+def test_costs_of_many_sizes_at_once_are_those_one_by_one():
+    """Query/key norms are shared until they are cut: then every head that stays has its own."""
+    model = VisionTransformer(
+        img_size=12, patch_size=3, embed_dim=39, num_heads=3, depth=2, num_classes=7, qk_norm=True, device="meta"
+    )
+    anatomy = sc.inspect(model)
+    sizes = {"blocks.0.qk": [13, 13, 5, 7], "blocks.0.heads": [3, 2, 3, 1], "blocks.0.attn": [1, 1, 1, 0]}
+    base = {"width": 30, "blocks.0.v": 4}
+    for count in (anatomy.macs_at, anatomy.params_at):
+        found = count({**base, **{name: np.array(each) for name, each in sizes.items()}})
+        one_by_one = [count({**base, **{name: each[i] for name, each in sizes.items()}}) for i in range(4)]
+        np.testing.assert_array_equal(found, one_by_one)
+
+
+def every_choice(anatomy, options):
+    """All sizes that differ in cost: what is within an absent layer does not matter."""
+    seen = set()
+    for values in itertools.product(*options.values()):
+        sizes = dict(zip(options, values, strict=True))
+        for layer, parts in {"attn": ("qk", "v", "heads"), "mlp": ("ffn",)}.items():
+            for block in range(2):
+                if sizes.get(f"blocks.{block}.{layer}", 1) == 0:
+                    sizes |= {f"blocks.{block}.{part}": anatomy.sizes[f"blocks.{block}.{part}"] for part in parts}
+        key = tuple(sizes.items())
+        if key not in seen and all(sizes[f"blocks.{i}.qk"] == sizes[f"blocks.{i}.v"] for i in range(2)):
+            seen.add(key)
+            yield sizes
+
+
+def loss_of(anatomy, losses, sizes):
+    total = 0.0
+    for name, size in sizes.items():
+        layer = anatomy.layer_of.get(name)
+        total += 0.0 if sizes.get(layer, 1) == 0 else losses[name][size]
+    return total
+
+
+@pytest.mark.parametrize(
+    "groups", [("qk", "v", "ffn"), ("qk", "v", "ffn", "heads", "block"), ("heads", "ffn", "width")]
+)
+@pytest.mark.parametrize("target", [{"macs": 0.75}, {"macs": 0.45}, {"params": 0.5}, {"macs": 0.6, "params": 0.55}])
+def test_no_choice_is_below_the_bound_and_few_are_below_what_is_found(groups, target):
+    """Against all choices there are, for losses that are neither convex nor alike."""
+    anatomy = sc.inspect(
+        VisionTransformer(
+            img_size=12, patch_size=4, embed_dim=22, num_heads=2, depth=2, mlp_ratio=3, num_classes=5, device="meta"
+        )
+    )
+    limits = {**NONE, "groups": groups, "round_to": {"qk": 3, "v": 3, "ffn": 22, "width": 6}}
+    free = [g for g in anatomy.groups if g.kind in groups]
+    steps = {"qk": [3, 6, 9, 11], "v": [3, 6, 9, 11], "ffn": [22, 44, 66], "heads": [1, 2], "block": [0, 1]}
+    steps["width"] = [6, 12, 18, 22]
+    options = {group.name: steps[group.kind] for group in free}
+    options = {**{name: [size] for name, size in anatomy.sizes.items()}, **options}
+    budget = sc.Target(**target)
+    choices = [
+        sizes
+        for sizes in every_choice(anatomy, options)
+        if anatomy.macs_at(sizes) <= (budget.macs or 1) * anatomy.macs
+        and anatomy.params_at(sizes) <= (budget.params or 1) * anatomy.params
+    ]
+    gaps = []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        losses = {g.name: np.append(np.sort(rng.random(g.size) ** 3)[::-1] * rng.random(), 0.0) for g in anatomy.groups}
+        for group in anatomy.groups:
+            if group.kind == "block":
+                losses[group.name] = np.array([rng.random(), 0.0])
+        held = [
+            max((f"blocks.{i}.{layer}" for i in range(2)), key=lambda name: losses[name][0])
+            for layer in ("attn", "mlp")
+        ]
+        feasible = [loss_of(anatomy, losses, sizes) for sizes in choices if all(sizes[name] for name in held)]
+        found = allocate(anatomy, budget, **limits, losses=lambda group: losses[group.name])  # noqa: B023
+        best = min(feasible)
+        assert anatomy.macs_at(found.sizes) <= (budget.macs or 1) * anatomy.macs
+        assert anatomy.params_at(found.sizes) <= (budget.params or 1) * anatomy.params
+        assert found.loss == pytest.approx(loss_of(anatomy, losses, found.sizes))
+        assert found.bound <= best + 1e-9
+        assert best <= found.loss + 1e-9
+        gaps.append((found.loss - best, np.mean(feasible) - best))
+    above, spread = np.mean(gaps, axis=0)
+    # Few and coarse choices, the worst case for Lagrange: still most of the way from an arbitrary choice to the best.
+    assert above < 0.25 * spread
+
+
+def test_with_fine_steps_the_gap_closes():
+    anatomy = anatomy_of()
+    rng = np.random.default_rng(0)
+    scale = {group.name: rng.random() for group in anatomy.groups}
+    losses = lambda group: scale[group.name] * (1 - np.arange(group.size + 1) / group.size) ** 2  # noqa: E731
+    for groups in (None, ("qk", "v", "ffn", "heads", "block", "width")):
+        limits = {**NONE, "groups": groups, "round_to": {"qk": 1, "v": 1, "ffn": 4}}
+        found = allocate(anatomy, sc.Target(macs=0.5), **limits, losses=losses)
+        assert 0.999 < anatomy.macs_at(found.sizes) / (0.5 * anatomy.macs) <= 1
+        assert found.bound <= found.loss <= 1.01 * found.bound
+
+
+def test_heads_leave_where_they_matter_least():
+    anatomy = anatomy_of("deit_small_patch16_224", depth=4)
+    weight = {"blocks.0.heads": 1e-6, "blocks.1.heads": 1.0, "blocks.2.heads": 1e-3, "blocks.3.heads": 1e-9}
+    limits = {**NONE, "groups": ("heads",)}
+    kept = allocate(
+        anatomy,
+        sc.Target(macs=0.85),
+        **limits,
+        losses=lambda g: weight[g.name] * np.linspace(1, 0, g.size + 1) ** 2,
+    ).sizes
+    heads = [kept[f"blocks.{i}.heads"] for i in range(4)]
+    assert heads[3] == 1
+    assert heads[3] <= heads[0] <= heads[2] <= heads[1] == 6
+    limits |= {"min_keep": {"heads": 3}, "freeze": ("blocks.0.*",)}
+    held = allocate(
+        anatomy, sc.Target(macs=0.9), **limits, losses=lambda g: weight[g.name] * np.linspace(1, 0, g.size + 1)
+    ).sizes
+    assert held["blocks.0.heads"] == 6
+    assert min(held[f"blocks.{i}.heads"] for i in range(4)) == 3
+
+
+def test_round_to_a_number_is_about_channels():
+    anatomy = anatomy_of("deit_small_patch16_224", depth=2)
+    limits = {**NONE, "round_to": 16, "groups": ("qk", "v", "ffn", "heads", "block")}
+    kept = allocate(
+        anatomy, sc.Target(macs=0.5), **limits, losses=lambda g: (1 - np.arange(g.size + 1) / g.size) ** 2
+    ).sizes
+    assert all(kept[g.name] % 16 == 0 for g in anatomy.groups if g.kind in ("qk", "v", "ffn"))
+    assert any(kept[f"blocks.{i}.heads"] % 16 for i in range(2))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from models import KINDS, images, make
 from secateur import anatomy, surgery
 from secateur.identity import Fingerprint
-from secateur.modules import HeadNorm, PrunedAttention
+from secateur.modules import HeadNorm, PrunedAttention, PrunedBlock
 from torch import nn
 
 
@@ -31,7 +31,7 @@ def plan_of(model, keep):
     )
 
 
-def random_keep(model, seed, kinds=("qk", "v", "ffn", "width"), fraction=None):
+def random_keep(model, seed, kinds=("qk", "v", "ffn", "width", "heads"), fraction=None):
     groups = {g.name: (g.heads, g.size) for g in sc.inspect(model).groups if g.kind in kinds}
     return reference.random_keep(np.random.default_rng(seed), groups, fraction)
 
@@ -65,19 +65,38 @@ def check(dense, keep, x, layout="exact"):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cut", ["qk", "v", "ffn", "width", "all"])
+@pytest.mark.parametrize("cut", ["qk", "v", "ffn", "width", "heads", "all"])
 def test_every_kind_and_cut(kind, cut):
     dense = make(kind)
-    kinds = ("qk", "v", "ffn", "width") if cut == "all" else (cut,)
+    kinds = ("qk", "v", "ffn", "width", "heads") if cut == "all" else (cut,)
     pruned = check(dense, random_keep(dense, 3, kinds, fraction=0.6), images(dense))
     assert sum(p.numel() for p in pruned.parameters()) == sc.inspect(pruned).params < sc.inspect(dense).params
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "post_norm"])
+@pytest.mark.parametrize("gone", [("blocks.0.attn",), ("blocks.1.mlp",), ("blocks.1.attn", "blocks.1.mlp")])
+def test_every_kind_without_a_layer(kind, gone):
+    """Alone, and with all else cut as well; a block that has nothing left passes its input on."""
+    dense = make(kind)
+    absent = dict.fromkeys(gone, np.empty((1, 0), np.int64))
+    check(dense, absent, images(dense))
+    parts = {part for name in gone for part in {"attn": ("qk", "v", "heads"), "mlp": ("ffn",)}[name.split(".")[2]]}
+    others = random_keep(dense, 4, ("qk", "v", "ffn", "heads", "width"), fraction=0.6)
+    inside = {f"blocks.{name.split('.')[1]}.{part}" for name in gone for part in parts}
+    keep = absent | {name: kept for name, kept in others.items() if name not in inside}
+    pruned = check(dense, keep, images(dense))
+    anatomy = sc.inspect(pruned)
+    assert anatomy.absent == tuple(sorted(gone))
+    assert sum(p.numel() for p in pruned.parameters()) == anatomy.params
+    assert len(pruned.blocks) == len(dense.blocks)
+    assert all(getattr(pruned.get_submodule(name.rpartition(".")[0]), name.split(".")[2]) is None for name in gone)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     seed=st.integers(0, 2**31 - 1),
-    cut=st.sets(st.sampled_from(["qk", "v", "ffn", "width"]), min_size=1),
+    cut=st.sets(st.sampled_from(["qk", "v", "ffn", "width", "heads"]), min_size=1),
 )
 def test_random_plans(kind, seed, cut):
     dense = make(kind, seed)
@@ -108,7 +127,12 @@ def test_pruning_twice_is_pruning_once(kind):
     sc.prune(twice, plan_of(twice, first))
     second = random_keep(twice, 2, fraction=0.6)
     sc.prune(twice, plan_of(twice, second))
-    joined = {name: np.take_along_axis(first[name], second[name], axis=1) for name in first}
+    joined = {}
+    for name, kept in first.items():
+        # The second round's heads are the first's survivors; of the others any channels will do.
+        staying = first[name.rpartition(".")[0] + ".heads"][0] if name.endswith((".qk", ".v")) else slice(None)
+        joined[name] = kept[:, : second[name].shape[1]].copy()
+        joined[name][staying] = np.take_along_axis(kept[staying], second[name], axis=1)
     sc.prune(once, plan_of(once, joined))
     x = images(dense).double()
     with torch.no_grad():
@@ -157,13 +181,31 @@ def _shifted_bias(monkeypatch):
 
 def _off_by_one_unit(monkeypatch):
     flat = anatomy._flat
-    monkeypatch.setattr(anatomy, "_flat", lambda group, index: (flat(group, index) + 1) % (group.heads * group.size))
+    monkeypatch.setattr(
+        anatomy, "_flat", lambda group, heads, index: (flat(group, heads, index) + 1) % (group.heads * group.size)
+    )
 
 
-@pytest.mark.parametrize("sabotage", [_wrong_scale, _wrong_eps, _wrong_index, _shifted_bias, _off_by_one_unit])
+def _other_heads(monkeypatch):
+    flat = anatomy._flat
+    monkeypatch.setattr(
+        anatomy,
+        "_flat",
+        lambda group, heads, index: flat(group, (heads + (group.kind == "qk")) % group.heads, index),
+    )
+
+
+def _branch_left(monkeypatch):
+    monkeypatch.setattr(PrunedBlock, "forward", lambda self, x: x + self.ls2(self.mlp(self.norm2(x))) / 2)
+
+
+@pytest.mark.parametrize(
+    "sabotage",
+    [_wrong_scale, _wrong_eps, _wrong_index, _shifted_bias, _off_by_one_unit, _other_heads, _branch_left],
+)
 def test_a_broken_build_is_caught(sabotage, monkeypatch):
     dense = make("qk_norm")
-    keep = random_keep(dense, 5, fraction=0.5)
+    keep = {**random_keep(dense, 5, fraction=0.5), "blocks.1.attn": np.empty((1, 0), np.int64)}
     check(dense, keep, images(dense))
     sabotage(monkeypatch)
     with pytest.raises((AssertionError, sc.Error)):

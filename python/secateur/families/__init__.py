@@ -39,6 +39,12 @@ class Family(Protocol):
     def layers(self, model: nn.Module) -> Mapping[str, nn.Module]:
         """Attention and FFN layers by name, each with norm and residual sum: (B, N, width) to the same. No copies."""
 
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks, first to last."""
+
+    def from_block(self, model: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
+        """The output of the model, given what enters a block: (B, N, width)."""
+
     def build(self, architecture: str, arguments: Mapping[str, Any], device: torch.device) -> nn.Module:
         """Build a dense model with arbitrary weights."""
 

@@ -30,9 +30,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import cost
-from ..anatomy import Anatomy, AttentionSite, FfnSite, Group, Layout, Member, NormSite, Role, Stream
+from ..anatomy import Anatomy, AttentionSite, FfnSite, Group, Layout, Member, NormSite, Role, Source, Stream
 from ..errors import InvalidArgument, Unsupported
-from ..modules import HeadNorm, PrunedAttention, PrunedAttentionPoolLatent
+from ..modules import HeadNorm, PrunedAttention, PrunedAttentionPoolLatent, PrunedBlock, PrunedResPostBlock
 
 NAME = "vision_transformer"
 
@@ -86,9 +86,12 @@ def inspect(model: nn.Module) -> Anatomy:
 def adapt(model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
     """Make modules and attributes fit parameters that were just cut."""
     assert isinstance(model, VisionTransformer)
+    for group in anatomy.groups:
+        if group.kind == "block" and sizes[group.name] == 0:
+            _drop_layer(model, group.name)
     for site in anatomy.attention:
-        if sizes[site.qk] != site.qk_dim or sizes[site.v] != site.v_dim:
-            _adopt_attention(model.get_submodule(site.name), site, sizes[site.qk], sizes[site.v])
+        if sizes[site.layer]:
+            _fit_attention(model.get_submodule(site.name), site, sizes)
     _fit_layers(model)
     if "width" in sizes and sizes["width"] != model.embed_dim:
         _fit_width(model, sizes["width"])
@@ -103,6 +106,8 @@ def stock_sizes(model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) ->
     assert isinstance(model, VisionTransformer)
     padded = dict(sizes)
     for site in anatomy.attention:
+        if not sizes[site.layer]:
+            continue
         qk, v = sizes[site.qk], sizes[site.v]
         size = padded[site.qk] = padded[site.v] = max(qk, v)
         attn: Any = model.get_submodule(site.name)
@@ -158,8 +163,10 @@ def _fit_layers(model: VisionTransformer) -> None:
             module.out_features, module.in_features = module.weight.shape
     block: Any
     for block in model.blocks:
-        _fit_norm(block.attn.norm, block.attn.attn_dim)
-        _fit_norm(block.mlp.norm, block.mlp.fc2.in_features)
+        if block.attn is not None:
+            _fit_norm(block.attn.norm, block.attn.attn_dim)
+        if block.mlp is not None:
+            _fit_norm(block.mlp.norm, block.mlp.fc2.in_features)
 
 
 def alone(model: nn.Module, block: int | None) -> nn.Module:
@@ -176,13 +183,29 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     block: Any
     for index, block in enumerate(model.blocks):
-        if type(block) is ResPostBlock:
-            attention, ffn = _Residual(block.attn, block.norm1), _Residual(block.mlp, block.norm2)
-        else:
-            attention = _Residual(block.norm1, block.attn, block.ls1)
-            ffn = _Residual(block.norm2, block.mlp, block.ls2)
-        found[f"blocks.{index}.attn"], found[f"blocks.{index}.mlp"] = attention, ffn
+        post_norm = isinstance(block, ResPostBlock)
+        if block.attn is not None:
+            attention = (block.attn, block.norm1) if post_norm else (block.norm1, block.attn, block.ls1)
+            found[f"blocks.{index}.attn"] = _Residual(*attention)
+        if block.mlp is not None:
+            ffn = (block.mlp, block.norm2) if post_norm else (block.norm2, block.mlp, block.ls2)
+            found[f"blocks.{index}.mlp"] = _Residual(*ffn)
     return found
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks, first to last."""
+    assert isinstance(model, VisionTransformer)
+    return list(model.blocks)
+
+
+def from_block(model: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
+    """The output of the model, given what enters a block: (B, N, width)."""
+    assert isinstance(model, VisionTransformer)
+    for block in model.blocks[index:]:
+        x = block(x)
+    output: torch.Tensor = model.forward_head(model.norm(x))
+    return output
 
 
 class _Residual(nn.Module):
@@ -223,6 +246,29 @@ def _fit_width(model: VisionTransformer, width: int) -> None:
         pool.__class__ = PrunedAttentionPoolLatent
 
 
+def _drop_layer(model: VisionTransformer, name: str) -> None:
+    """Take the attention or the FFN out of its block, with the modules around it."""
+    _, index, child = name.split(".")
+    block: Any = model.blocks[int(index)]
+    number = 1 if child == "attn" else 2
+    setattr(block, child, None)
+    for other in (f"norm{number}", f"ls{number}", f"drop_path{number}"):
+        if hasattr(block, other):
+            setattr(block, other, nn.Identity())
+    block.__class__ = PrunedResPostBlock if isinstance(block, ResPostBlock) else PrunedBlock
+
+
+def _fit_attention(attn: Any, site: AttentionSite, sizes: Mapping[str, int]) -> None:
+    heads, qk_dim, v_dim = sizes[site.heads_group], sizes[site.qk], sizes[site.v]
+    if qk_dim != site.qk_dim or v_dim != site.v_dim:
+        _adopt_attention(attn, site, qk_dim, v_dim)
+    if heads != site.heads:
+        attn.num_heads, attn.attn_dim = heads, heads * v_dim
+        for norm in (attn.q_norm, attn.k_norm):
+            if isinstance(norm, HeadNorm):
+                norm.heads = heads
+
+
 def _adopt_attention(attn: Any, site: AttentionSite, qk_dim: int, v_dim: int) -> None:
     def head_norm(norm: Any) -> nn.Module:
         if qk_dim == site.qk_dim or isinstance(norm, nn.Identity):
@@ -252,6 +298,7 @@ class _Inspection:
         self.norms: list[NormSite] = []
         self.products: list[cost.Product] = []
         self.refused: dict[str, str] = {}
+        self.absent: list[str] = []
         self.writers: dict[str, str | None] = {"patch_embed.proj": None}
         self.readers: dict[str, tuple[str, ...]] = {}
 
@@ -291,7 +338,18 @@ class _Inspection:
             refused=self.refused,
             handmade=handmade,
             stream=self.described_stream(),
+            absent=tuple(self.absent),
+            embedding=self.embedding(),
         )
+
+    def embedding(self) -> Source | None:
+        model: Any = self.model
+        if any(_is_there(norm) for norm in (model.norm_pre, getattr(model.patch_embed, "norm", None))):
+            return None
+        if type(model.patch_embed.proj) is nn.Identity:
+            return None
+        tokens = tuple(name for name in ("cls_token", "reg_token", "dist_token") if _has(model, name))
+        return Source({"patch_embed.proj": None}, tokens)
 
     def described_stream(self) -> Stream | str:
         """What a change of the stream's basis has to touch, or what forbids one."""
@@ -336,8 +394,8 @@ class _Inspection:
 
     def block(self, index: int, block: nn.Module) -> None:
         name = f"blocks.{index}"
-        pre_norm = type(block) is Block
-        if type(block) is ResPostBlock:
+        pre_norm = type(block) in (Block, PrunedBlock)
+        if type(block) in (ResPostBlock, PrunedResPostBlock):
             self.refused.setdefault("width", f"{name}: ResPostBlock normalises what it adds to the residual stream")
         elif not pre_norm:
             raise _unsupported(name, block, "timm's Block")
@@ -350,10 +408,15 @@ class _Inspection:
         for child in ("drop_path1", "drop_path2"):
             if type(getattr(block, child)) not in (DropPath, nn.Identity):
                 raise _unsupported(f"{name}.{child}", getattr(block, child), "DropPath")
-        self.norm(f"{name}.norm1", self.stream, reads_stream=pre_norm)
-        self.attention_layer(index, f"{name}.attn")
-        self.norm(f"{name}.norm2", self.stream, reads_stream=pre_norm)
-        self.mlp(index, f"{name}.mlp")
+        for child, describe, number in (("attn", self.attention_layer, 1), ("mlp", self.mlp, 2)):
+            layer = f"{name}.{child}"
+            if getattr(block, child) is None:
+                self.absent.append(layer)
+                continue
+            self.norm(f"{name}.norm{number}", self.stream, reads_stream=pre_norm)
+            describe(index, layer)
+            modules = (layer, f"{name}.norm{number}", f"{name}.ls{number}")
+            self.groups.append(Group(layer, "block", index, 1, (), modules=modules))
 
     def attention_layer(self, index: int, name: str) -> None:
         attn: Any = self.model.get_submodule(name)
@@ -387,14 +450,17 @@ class _Inspection:
         self.writers[f"{name}.proj"] = scale
         self.readers[f"{block}.norm1"] = (f"{name}.qkv", *((f"{name}.gate",) if attn.gate is not None else ()))
         self.groups += [
-            Group(f"{block}.qk", "qk", index, qk_dim, tuple(qk), heads, per_head=True),
-            Group(f"{block}.v", "v", index, v_dim, tuple(v), heads, per_head=True),
+            Group(f"{block}.qk", "qk", index, qk_dim, tuple(qk), heads, per_head=True, heads_group=f"{block}.heads"),
+            Group(f"{block}.v", "v", index, v_dim, tuple(v), heads, per_head=True, heads_group=f"{block}.heads"),
+            Group(f"{block}.heads", "heads", index, heads, ()),
         ]
         self.attention.append(
             AttentionSite(
                 name=name,
                 qk=f"{block}.qk",
                 v=f"{block}.v",
+                heads_group=f"{block}.heads",
+                layer=name,
                 heads=heads,
                 qk_dim=qk_dim,
                 v_dim=v_dim,
@@ -404,13 +470,17 @@ class _Inspection:
                 q_norm=q_norm,
                 k_norm=k_norm,
                 proj=f"{name}.proj",
+                branch=f"{block}.drop_path1",
                 scale=scale,
                 between=between,
+                post_norm=self.post_norm(index),
             )
         )
         self.products += [
             cost.WeightProduct(f"{name}.qkv", self.tokens),
-            cost.AttentionProduct(name, self.tokens, self.tokens, heads, f"{block}.qk", f"{block}.v"),
+            cost.AttentionProduct(
+                name, self.tokens, self.tokens, f"{block}.heads", f"{block}.qk", f"{block}.v", layer=name
+            ),
             cost.WeightProduct(f"{name}.proj", self.tokens),
         ]
 
@@ -440,7 +510,14 @@ class _Inspection:
         self.writers[f"{name}.fc2"] = scale
         self.readers[f"{block}.norm2"] = tuple(dict.fromkeys(f"{name}.{branch}" for branch, _ in branches))
         self.groups.append(Group(f"{block}.ffn", "ffn", index, size, tuple(members)))
-        self.ffn.append(FfnSite(name, f"{block}.ffn", size, f"{name}.fc2", scale))
+        self.ffn.append(
+            FfnSite(
+                name, f"{block}.ffn", name, size, f"{name}.fc2", f"{block}.drop_path2", scale, self.post_norm(index)
+            )
+        )
+
+    def post_norm(self, index: int) -> bool:
+        return isinstance(self.model.blocks[index], ResPostBlock)
 
     def layer_scale(self, name: str) -> str | None:
         block, _, child = name.rpartition(".")

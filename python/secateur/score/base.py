@@ -56,15 +56,17 @@ class Ranking:
 
     def errors(self, group: Group) -> Float | None:
         """What is lost with the units of the lowest scores; a score itself only orders them."""
+        if group.kind == "block":
+            return np.array([1.0, 0.0])
         order = np.argsort(-self._score(group), axis=1, kind="stable")
         return of_selection(self._model, self._anatomy, self._statistics, group, order)
 
     def decide(self, sizes: Mapping[str, int]) -> Decision:
         """Keep the highest scores of each group, as many per head."""
-        return Decision(
-            {
-                group.name: core.select(self._score(group), sizes[group.name])
-                for group in self._anatomy.groups
-                if sizes[group.name] < group.size
-            }
-        )
+        keep: dict[str, Indices] = {}
+        for group in self._anatomy.groups:
+            if group.kind == "block" and not sizes[group.name]:
+                keep[group.name] = np.empty((1, 0), np.int64)
+            elif sizes[group.name] < group.size and sizes.get(self._anatomy.layer_of.get(group.name, ""), 1):
+                keep[group.name] = core.select(self._score(group), sizes[group.name])
+        return Decision(keep)

@@ -18,15 +18,15 @@ def of_selection(
 ) -> Float | None:
     """Share of the group's output that is lost when its first units in ``order`` stay and the others are zero.
 
-    Query/key: of the squared centred scores. Value and FFN: of the variance of what they write, without the part that
-    the next norm does not see; the mean of what leaves is lost as well, so that shares above one occur. Residual width:
-    of what the norms see, the mean over all norms.
+    Query/key: of the squared centred scores. Values, heads and FFN: of the variance of what they write, without the
+    part that the next norm does not see; the mean of what leaves is lost as well, so that shares above one occur.
+    Residual width: of what the norms see, the mean over all norms.
 
     Args:
         model: the model that was calibrated.
         anatomy: its description.
         statistics: with moments, else nothing can be said.
-        group: any kind.
+        group: any kind but a layer.
         order: (heads, size), first to last to stay.
 
     Returns:
@@ -46,8 +46,8 @@ def of_selection(
             return None
         energy = torch.from_numpy(np.mean(seen, axis=0))
         return _falling(_trailing(torch.diag(energy / _positive(energy.sum())), _rows(order)[0]))
-    if group.kind == "v":
-        attention = next(site for site in anatomy.attention if site.v == group.name)
+    if group.kind in ("v", "heads"):
+        attention = next(site for site in anatomy.attention if group.name in (site.v, site.heads_group))
         name, layer, scale = attention.proj, attention.proj, attention.scale
     else:
         ffn = next(site for site in anatomy.ffn if site.ffn == group.name)
@@ -56,6 +56,10 @@ def of_selection(
     # Σ over a set of units of this matrix is the energy of what they write together.
     energy = (weight.mT @ weight) * torch.from_numpy(moments.second)
     total = _positive((weight @ torch.from_numpy(moments.covariance) * weight).sum())
+    if group.kind == "heads":
+        size = len(energy) // group.size
+        channels = (_rows(order).mT * size + torch.arange(size)).flatten()
+        return _falling(_trailing(energy, channels)[::size] / total)
     # As many of every head at each size: head after head in each round.
     joint = (_rows(order) + group.size * torch.arange(group.heads)[:, None]).mT.flatten()
     return _falling(_trailing(energy, joint)[:: group.heads] / total)

@@ -11,7 +11,7 @@ vision transformers' norms of any eps and kept in timm's own norm classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -32,10 +32,10 @@ from ..project import (
 )
 from ..regression import Moment, choose_ridge, solve
 from ..statistics import Float, Statistics
-from .refit import Moments, Refit
+from .refit import HEAD_SCORES, Moments, Refit
 
 NAME = "project"
-OPTIONS: Mapping[str, tuple[str, ...]] = {}
+OPTIONS: Mapping[str, tuple[str, ...]] = {"head_score": HEAD_SCORES}
 
 
 def prepare(model: nn.Module, anatomy: Anatomy, statistics: Statistics, options: Mapping[str, str]) -> Projection:
@@ -44,8 +44,7 @@ def prepare(model: nn.Module, anatomy: Anatomy, statistics: Statistics, options:
     Raises:
         InvalidArgument: statistics without moments.
     """
-    del options
-    return Projection(model, anatomy, statistics, "greedy")
+    return Projection(model, anatomy, statistics, "greedy", options["head_score"])
 
 
 class Projection(Refit):
@@ -98,11 +97,12 @@ class Projection(Refit):
         found: Float = np.clip(errors.numpy(), 0.0, 1.0)
         return found
 
-    def _values(self, draft: Draft, site: AttentionSite, count: int) -> Indices:
+    def _values(self, draft: Draft, site: AttentionSite, count: int, heads: Tensor) -> Indices:
         if site.between is not None:
-            return super()._values(draft, site, count)
+            return super()._values(draft, site, count, heads)
         moments = Moments(self._statistics, site.proj)
-        basis = value_bases(self._writer_metric(site.proj, site.scale), moments.covariance, site.heads, count)
+        metric = self._writer_metric(site.proj, site.scale)
+        basis = value_bases(metric, moments.covariance, site.heads, count, heads.tolist())
         weight = draft.weight(site.proj)
         # What is lost without a refit, W − W T⁺ T, is regressed on what is kept.
         plain = weight @ torch.linalg.pinv(basis, rtol=1e-12)
@@ -117,10 +117,10 @@ class Projection(Refit):
         qkv_weight, qkv_bias = draft.weight(site.qkv).clone(), draft.bias(site.qkv).clone()
         # Rows of the attention map sum to one, so the values' bias passes through it.
         bias = draft.bias(site.proj) + weight @ moments.mean - refitted @ basis @ (moments.mean - qkv_bias[rows])
-        qkv_weight[rows] = _turned(_blocks(basis, site.heads), qkv_weight[rows], site.heads)
+        qkv_weight[rows] = _turned(_blocks(basis, heads, site.heads), qkv_weight[rows], site.heads)
         qkv_bias[rows] = 0
         columns = torch.zeros_like(weight).unflatten(1, (site.heads, site.v_dim))
-        columns[..., :count] = refitted.unflatten(1, (site.heads, count))
+        columns[:, heads, :count] = refitted.unflatten(1, (len(heads), count))
         draft.set(site.qkv, qkv_weight)
         draft.set(site.qkv, qkv_bias, "bias")
         draft.set(site.proj, columns.flatten(1))
@@ -135,8 +135,10 @@ class Projection(Refit):
             raise Unsupported(f"width: expected a residual stream that can be turned, got one that cannot ({stream})")
         return stream
 
-    def _norm_moments(self) -> dict[str, Moments]:
-        return {name: Moments(self._statistics, name) for name in self._stream().readers}
+    def _norm_moments(self, gone: Collection[str] = ()) -> dict[str, Moments]:
+        """Of the norms that stay when the layers ``gone`` do not."""
+        staying = [name for name in self._stream().readers if self._anatomy.layer_holding(name) not in gone]
+        return {name: Moments(self._statistics, name) for name in staying}
 
     def _width_errors(self) -> Float | None:
         if isinstance(self._anatomy.stream, str):
@@ -162,10 +164,10 @@ class Projection(Refit):
         errors[-1] = 0.0
         return np.minimum.accumulate(np.clip(errors, 0.0, 1.0))
 
-    def _width(self, draft: Draft, count: int, eps: dict[str, float]) -> Indices:
+    def _width(self, draft: Draft, count: int, eps: dict[str, float], gone: Collection[str]) -> Indices:
         stream = self._stream()
         size = self._anatomy.sizes["width"]
-        moments = self._norm_moments()
+        moments = self._norm_moments(gone)
         # One channel of a LayerNorm is its mean: it holds one direction less than it has channels.
         rank = count - 1 if stream.centred else count
         basis = residual_basis([found.second for found in moments.values()])[:, :rank]
@@ -177,6 +179,8 @@ class Projection(Refit):
         for token in stream.tokens:
             draft.set("", draft.weight("", token) @ write.mT, token)
         for norm, readers in stream.readers.items():
+            if norm not in moments:
+                continue
             matrix, offset = _readout(moments[norm], basis, count)
             read = torch.zeros(size, size, dtype=torch.float64)
             read[:, :count] = matrix @ channels.mT
@@ -236,10 +240,13 @@ def _turned(turn: Tensor, rows: Tensor, heads: int) -> Tensor:
     return turned.flatten(0, 1)
 
 
-def _blocks(matrix: Tensor, heads: int) -> Tensor:
-    """The diagonal blocks (heads, r, d) of a block-diagonal matrix (heads · r, heads · d)."""
-    parts = matrix.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))
-    return torch.stack([parts[head, :, head] for head in range(heads)])
+def _blocks(matrix: Tensor, staying: Tensor, heads: int) -> Tensor:
+    """The diagonal blocks of (staying heads · r, heads · d), as (heads, r, d); zeros for heads that leave."""
+    parts = matrix.unflatten(0, (len(staying), -1)).unflatten(2, (heads, -1))
+    found = matrix.new_zeros(heads, parts.shape[1], parts.shape[3])
+    for index, head in enumerate(staying.tolist()):
+        found[head] = parts[index, :, head]
+    return found
 
 
 def _leading(heads: int, count: int) -> Indices:

@@ -7,7 +7,7 @@ arXiv:2602.05243), the mean of it through the bias. No labels, no gradients; the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +18,7 @@ from .. import core
 from ..anatomy import Anatomy, AttentionSite, FfnSite, Group, Indices
 from ..draft import Draft
 from ..errors import InvalidArgument, NumericalError
+from ..heads import eliminate_heads, head_errors
 from ..regression import RIDGES, Moment, choose_ridge, inverse, solve
 from ..statistics import FOLDS, Float, Statistics
 from . import snp
@@ -25,7 +26,9 @@ from .base import Decision
 from .losses import of_selection, writer_metric
 
 NAME = "refit"
-OPTIONS: Mapping[str, tuple[str, ...]] = {"selection": ("greedy", "snp", "energy")}
+# What the refitted projection loses with a head, or a score of heads (see the method "snp").
+HEAD_SCORES = ("error", *snp.OPTIONS["head_score"])
+OPTIONS: Mapping[str, tuple[str, ...]] = {"selection": ("greedy", "snp", "energy"), "head_score": HEAD_SCORES}
 
 
 def prepare(model: nn.Module, anatomy: Anatomy, statistics: Statistics, options: Mapping[str, str]) -> Refit:
@@ -34,7 +37,7 @@ def prepare(model: nn.Module, anatomy: Anatomy, statistics: Statistics, options:
     Raises:
         InvalidArgument: statistics without moments.
     """
-    return Refit(model, anatomy, statistics, options["selection"])
+    return Refit(model, anatomy, statistics, options["selection"], options["head_score"])
 
 
 class Moments:
@@ -60,12 +63,15 @@ class Moments:
 class Refit:
     """The method bound to a model and its statistics."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, statistics: Statistics, selection: str) -> None:
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, statistics: Statistics, selection: str, head_score: str
+    ) -> None:
         if statistics.settings.collect != "all":
             raise InvalidArgument(
                 f"stats: expected moments (calibrate(collect='all')), got collect={statistics.settings.collect!r}"
             )
         self._model, self._anatomy, self._statistics, self._selection = model, anatomy, statistics, selection
+        self._head_score = head_score
         self._orders: dict[str, tuple[Tensor, Float | None]] = {}
         self._cached_errors: dict[str, Float | None] = {}
 
@@ -80,17 +86,33 @@ class Refit:
         draft = Draft(self._model, self._anatomy)
         keep: dict[str, Indices] = {}
         eps: dict[str, float] = {}
-        for site in self._anatomy.attention:
-            if sizes[site.qk] < site.qk_dim:
-                keep[site.qk] = self._queries_and_keys(draft, site, sizes[site.qk])
-            if sizes[site.v] < site.v_dim:
-                keep[site.v] = self._values(draft, site, sizes[site.v])
-        for ffn in self._anatomy.ffn:
-            if sizes[ffn.ffn] < ffn.size:
-                keep[ffn.ffn] = self._hidden(draft, ffn, sizes[ffn.ffn])
+        for name, site in self._anatomy.layers.items():
+            if not sizes[name]:
+                keep[name] = np.empty((1, 0), np.int64)
+            elif isinstance(site, FfnSite):
+                if sizes[site.ffn] < site.size:
+                    keep[site.ffn] = self._hidden(draft, site, sizes[site.ffn])
+            else:
+                self._attention(draft, site, sizes, keep)
+        # Means last, onto the biases that the layers before them were given.
+        for name, site in self._anatomy.layers.items():
+            if name in keep:
+                self._leave_mean(draft, site, keep)
         if "width" in sizes and sizes["width"] < self._anatomy.sizes["width"]:
-            keep["width"] = self._width(draft, sizes["width"], eps)
+            keep["width"] = self._width(draft, sizes["width"], eps, keep)
         return Decision(keep, draft.finish(keep), eps)
+
+    def _attention(self, draft: Draft, site: AttentionSite, sizes: Mapping[str, int], keep: dict[str, Indices]) -> None:
+        heads = torch.arange(site.heads)
+        if sizes[site.heads_group] < site.heads:
+            heads = self._head_order(site)[site.heads - sizes[site.heads_group] :].sort().values
+            keep[site.heads_group] = heads.numpy()[None]
+        if sizes[site.qk] < site.qk_dim:
+            keep[site.qk] = self._queries_and_keys(draft, site, sizes[site.qk])
+        if sizes[site.v] < site.v_dim or len(heads) < site.heads:
+            kept = self._values(draft, site, sizes[site.v], heads)
+            if sizes[site.v] < site.v_dim:
+                keep[site.v] = kept
 
     def _errors(self, group: Group) -> Float | None:
         if group.kind == "qk":
@@ -98,6 +120,14 @@ class Refit:
         if group.kind == "v":
             site = next(site for site in self._anatomy.attention if site.v == group.name)
             return self._value_errors(site)
+        if group.kind == "heads":
+            site = next(site for site in self._anatomy.attention if site.heads_group == group.name)
+            metric, moments = self._writer_metric(site.proj, site.scale), Moments(self._statistics, site.proj)
+            return head_errors(metric, moments.covariance, self._head_order(site)).numpy()
+        if group.kind == "block":
+            whole, mean_kept = self._statistics.removal(group.name)
+            shifts = whole > 0 and self._anatomy.before(group.name) is not None
+            return np.array([max(0.0, mean_kept) / whole if shifts else 1.0, 0.0])
         if group.kind == "ffn":
             ffn = next(site for site in self._anatomy.ffn if site.ffn == group.name)
             return self._costs(self._hidden_order(ffn), ffn.size)
@@ -145,6 +175,20 @@ class Refit:
 
     # Values
 
+    def _head_order(self, site: AttentionSite) -> Tensor:
+        """Heads from the first to leave."""
+        if self._head_score != "error":
+            group = self._anatomy.group(site.heads_group)
+            scores = snp.head_scores(self._model, self._anatomy, self._statistics, group, self._head_score)
+            return torch.from_numpy(np.argsort(scores, kind="stable"))
+
+        def order() -> tuple[Tensor, Float | None]:
+            metric, moments = self._writer_metric(site.proj, site.scale), Moments(self._statistics, site.proj)
+            ridge = self._first_ridge(moments, metric)
+            return eliminate_heads(metric, moments.covariance, site.heads, ridge), None
+
+        return self._order(site.heads_group, order)[0]
+
     def _value_orders(self, site: AttentionSite) -> tuple[Tensor, Float | None]:
         weight, moments = self._writer_metric(site.proj, site.scale), Moments(self._statistics, site.proj)
         size = site.v_dim
@@ -169,10 +213,10 @@ class Refit:
         rising = np.concatenate([[0.0], np.cumsum(costs)])[:: site.heads] / max(total, np.finfo(float).tiny)
         return _falling(rising, site.v_dim)
 
-    def _values(self, draft: Draft, site: AttentionSite, count: int) -> Indices:
+    def _values(self, draft: Draft, site: AttentionSite, count: int, heads: Tensor) -> Indices:
         order, _ = self._order(site.v, lambda: self._value_orders(site))
         kept = order[:, site.v_dim - count :].sort(1).values
-        flat = (torch.arange(site.heads)[:, None] * site.v_dim + kept).flatten()
+        flat = (heads[:, None] * site.v_dim + kept[heads]).flatten()
         self._compensate(draft, site.proj, Moments(self._statistics, site.proj), flat)
         return kept.numpy()
 
@@ -199,11 +243,29 @@ class Refit:
         self._compensate(draft, site.fc2, Moments(self._statistics, site.ffn), kept[0])
         return kept.numpy()
 
+    # Whole layers
+
+    def _leave_mean(self, draft: Draft, site: AttentionSite | FfnSite, keep: Mapping[str, Indices]) -> None:
+        """Let the next writer before a layer that leaves add the mean of what the layer added."""
+        before = self._anatomy.before(site.layer, gone=keep)
+        if before is None:
+            return
+        seen = site.proj if isinstance(site, AttentionSite) else site.ffn
+        added = draft.weight(site.writer) @ Moments(self._statistics, seen).mean + draft.bias(site.writer)
+        added = added * draft.scale(site.scale)
+        for writer, scale in before.writers.items():
+            gain = draft.scale(scale)
+            # A channel that the writer's own LayerScale shuts stays without.
+            share = added / gain.where(gain != 0, torch.inf) if isinstance(gain, Tensor) else added
+            draft.set(writer, draft.bias(writer) + share, "bias")
+        for token in before.tokens:
+            draft.set("", draft.weight("", token) + added, token)
+
     # Residual width
 
-    def _width(self, draft: Draft, count: int, eps: dict[str, float]) -> Indices:
+    def _width(self, draft: Draft, count: int, eps: dict[str, float], gone: Collection[str]) -> Indices:
         """SNP's channels; what the norms' readers lose with the others is not refitted."""
-        del draft, eps
+        del draft, eps, gone
         return core.select(self._channel_scores(), count)
 
     def _channel_scores(self) -> Float:

@@ -15,12 +15,56 @@ from .base import Ranking
 
 NAME = "snp"
 # "weights" is the paper's; "activations" takes the same cosines from the calibration set's second moments.
-OPTIONS: Mapping[str, tuple[str, ...]] = {"similarity": ("weights", "activations")}
+# The paper combines neurons with heads and leaves the heads' score open: the mean over their neurons, or Michel's.
+OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "similarity": ("weights", "activations"),
+    "head_score": ("neurons", "michel"),
+}
 
 
 def prepare(model: nn.Module, anatomy: Anatomy, statistics: Statistics, options: Mapping[str, str]) -> Ranking:
     """Bind the criterion to a model: the highest scores stay."""
-    return Ranking(model, anatomy, statistics, lambda group: score(model, statistics, group, options))
+
+    def scored(group: Group) -> Float:
+        if group.kind == "heads":
+            return head_scores(model, anatomy, statistics, group, options["head_score"], options["similarity"])[None]
+        return score(model, statistics, group, options)
+
+    return Ranking(model, anatomy, statistics, scored)
+
+
+def head_scores(
+    model: nn.Module,
+    anatomy: Anatomy,
+    statistics: Statistics,
+    group: Group,
+    head_score: str,
+    similarity: str = "weights",
+) -> Float:
+    """Importance of one layer's heads, (heads,).
+
+    Args:
+        model: that was calibrated.
+        anatomy: of it.
+        statistics: of it.
+        group: of heads.
+        head_score: "neurons": the mean of a head's query/key scores and of its value scores, each over the sum of these
+            means over all heads (how neurons make a head's score is not stated in the paper); "michel": E |Att_h ·
+            ∂L/∂Att_h| (Michel et al., 2019, arXiv:1905.10650).
+        similarity: of the value scores.
+
+    Raises:
+        InvalidArgument: the statistics lack what the score needs.
+    """
+    if head_score == "michel":
+        return statistics.head_importance(group.name)
+    site = next(site for site in anatomy.attention if site.heads_group == group.name)
+    means = [
+        score(model, statistics, anatomy.group(name), {"similarity": similarity}).mean(1) for name in (site.qk, site.v)
+    ]
+    shares = [mean / max(float(mean.sum()), np.finfo(float).tiny) for mean in means]
+    found: Float = np.mean(shares, axis=0)
+    return found
 
 
 def score(model: nn.Module, statistics: Statistics, group: Group, options: Mapping[str, str]) -> Float:
