@@ -197,6 +197,11 @@ class Anatomy:
         """Group name to its present size."""
         return {group.name: group.size for group in self.groups}
 
+    @property
+    def remains(self) -> dict[str, int]:
+        """What is left of the dense form: group name to size, 0 for layers that are absent."""
+        return {**self.sizes, **dict.fromkeys(self.absent, 0)}
+
     @cached_property
     def members_of(self) -> dict[str, tuple[tuple[Group, Member], ...]]:
         """Parameter name to the group members that live in it."""

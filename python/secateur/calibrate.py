@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,6 +21,7 @@ from .families import family_of
 from .identity import Fingerprint
 from .progress import progress
 from .sensitivity import DISTURBED_IMAGES, measure
+from .sensitivity import head_gradients as gradients_of_heads
 from .statistics import FOLDS, SAMPLED_IMAGES, Collect, Float, Settings, Statistics
 
 
@@ -33,10 +34,11 @@ def calibrate(
     gamma: int = 8,
     token_fraction: float = 1.0,
     sensitivity: bool = False,
+    head_gradients: bool = False,
     resume: str | Path | None = None,
     checkpoint_every: int | None = None,
 ) -> Statistics:
-    """Collect the statistics of a model over images: no labels, no gradients, the model left as it was.
+    """Collect the statistics of a model over images: no labels, no gradients but by request, the model left as it was.
 
     Query/key importance is SNP's (Shim et al., SNP, ECCV 2024, arXiv:2404.11630): per image, how much each neuron's
     rank-one map agrees with the leading ``gamma`` singular directions of the head's attention scores.
@@ -53,7 +55,7 @@ def calibrate(
             k = round(1 / token_fraction). Importance uses all tokens.
         sensitivity: more passes over the first 128 images or fewer: how much the output moves when one group's part
             of the model is disturbed, or a layer is missing; see ``Statistics.sensitivity``. Plans weigh errors by it.
-            Heads are scored by their gradients as well (``Statistics.head_importance``).
+        head_gradients: score heads by gradients as well, on the same images; see ``Statistics.head_importance``.
         resume: a statistics file. If it exists, its images are skipped in the loader, which must give the same images
             in the same order, and the sums go on from there. The result is written to it; so is what was collected
             when the loader fails, an image holds NaN or Inf, or the run is interrupted between two batches.
@@ -89,9 +91,13 @@ def calibrate(
         data=_data_configuration(model),
     )
     collector = _Collector(anatomy, settings)
-    return _run(
-        model, loader, collector, max_images=max_images, sensitivity=sensitivity, path=path, every=checkpoint_every
-    )
+    further: list[_Measurement] = []
+    if sensitivity:
+        family = family_of(model)
+        further.append(("divergence", lambda first: measure(model, family, anatomy, first)))
+    if head_gradients:
+        further.append(("gradient", lambda first: gradients_of_heads(model, anatomy, first)))
+    return _run(model, loader, collector, max_images=max_images, further=further, path=path, every=checkpoint_every)
 
 
 def calibrate_block(
@@ -106,6 +112,10 @@ def calibrate_block(
     return _run(model, loader, _Collector(anatomy, settings, only=block, norms=block is None), max_images=max_images)
 
 
+# What a measurement on the first images is called, and how it is taken.
+_Measurement = tuple[str, Callable[[list[torch.Tensor]], dict[str, Float]]]
+
+
 class _EnoughError(Exception):
     """Everything that is observed has been seen; the rest of the forward pass is of no interest."""
 
@@ -116,7 +126,7 @@ def _run(
     collector: _Collector,
     *,
     max_images: int | None,
-    sensitivity: bool = False,
+    further: Sequence[_Measurement] = (),
     path: Path | None = None,
     every: int | None = None,
 ) -> Statistics:
@@ -127,6 +137,7 @@ def _run(
         raise InvalidArgument(f"resume: expected a file of at most {max_images} images, got {collector.images}")
     skip = collector.images
     first: list[torch.Tensor] = []
+    missing = [take for what, take in further if not any(name.endswith(what) for name in collector.sensitivity)]
     with (
         _evaluating(model),
         _kept(collector, path),
@@ -137,7 +148,7 @@ def _run(
             for index, images in enumerate(_batches(loader, max_images)):
                 advance(len(images))
                 images = model_input(model, images)
-                if sensitivity and not collector.sensitivity and sum(map(len, first)) < DISTURBED_IMAGES:
+                if missing and sum(map(len, first)) < DISTURBED_IMAGES:
                     first.append(images[: DISTURBED_IMAGES - sum(map(len, first))].detach().clone())
                 if index == 0:
                     _warn_unless_normalised(images, settings.data)
@@ -150,7 +161,8 @@ def _run(
                 if every and path is not None and (index + 1) % every == 0:
                     collector.statistics().save(path)
         if first and not skip:
-            collector.sensitivity = measure(model, family_of(model), collector.anatomy, first)
+            for take in missing:
+                collector.sensitivity |= take(first)
     if skip:
         raise InvalidArgument(f"resume: expected a loader of at least {collector.images} images, got {skip} fewer")
     if collector.images == 0:

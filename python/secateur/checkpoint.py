@@ -56,7 +56,7 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
         "architecture": architecture,
         "arguments": dict(arguments),
         "handmade": handmade,
-        "sizes": {**anatomy.sizes, **dict.fromkeys(anatomy.absent, 0)},
+        "sizes": anatomy.remains,
         "layouts": {site.name: site.layout for site in anatomy.attention},
         "softmax_scales": {site.name: site.softmax_scale for site in anatomy.attention if site.layout == "exact"},
         "eps": {norm.name: getattr(model.get_submodule(norm.name), "eps") for norm in anatomy.norms},  # noqa: B009

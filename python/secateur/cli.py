@@ -318,6 +318,9 @@ def calibrate(
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Also measure how much the output moves with each group.")
     ] = False,
+    head_gradients: Annotated[
+        bool, typer.Option("--head-gradients", help="Also score heads by gradients, for plan --head-score michel.")
+    ] = False,
     resume: Resume = None,
     checkpoint_every: Every = None,
     device: Device = None,
@@ -351,6 +354,7 @@ def calibrate(
             gamma=gamma,
             token_fraction=token_fraction,
             sensitivity=sensitivity,
+            head_gradients=head_gradients,
             resume=resume,
             checkpoint_every=checkpoint_every,
         )
@@ -383,7 +387,9 @@ def plan(
         str | None,
         typer.Option(help='Removed fractions: {"qk": 0.5, ...}, a shipped configuration\'s name, or a file.'),
     ] = None,
-    groups: Annotated[str | None, typer.Option(help="Kinds or groups that may be cut: qk,v,ffn,width.")] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="Kinds or groups that may be cut: qk,v,ffn,width,heads,block.")
+    ] = None,
     freeze: Annotated[str, typer.Option(help="Kinds, groups or patterns that stay whole.")] = "",
     min_keep: Annotated[str | None, typer.Option(metavar="JSON", help="Fewest units to keep.")] = None,
     round_to: Annotated[str | None, typer.Option(metavar="N|JSON", help="Kept counts are multiples of it.")] = None,
@@ -392,6 +398,9 @@ def plan(
     ] = None,
     similarity: Annotated[str | None, typer.Option(help="Of SNP: weights or activations.")] = None,
     selection: Annotated[str | None, typer.Option(help="Of refit: greedy, snp or energy.")] = None,
+    head_score: Annotated[
+        str | None, typer.Option(help="Of whole heads: neurons or michel; error with refit and project.")
+    ] = None,
     strict: Loose = True,
     device: Device = None,
     _threads: Threads = None,
@@ -411,7 +420,7 @@ def plan(
         with _option("--stats"):
             collected = Statistics.load(stats)
         net.to(place_for(net, device))
-        given: dict[str, Any] = {"similarity": similarity, "selection": selection}
+        given: dict[str, Any] = {"similarity": similarity, "selection": selection, "head_score": head_score}
         given = {name: value for name, value in given.items() if value is not None}
         chosen = plan_(
             net,
@@ -494,7 +503,9 @@ def search(
     method: Annotated[str, typer.Option(help="snp, refit or project.")] = "project",
     rounds: Annotated[int, typer.Option(min=1)] = 12,
     step: Annotated[float, typer.Option(help="Fraction that the first round removes.")] = 0.1,
-    groups: Annotated[str | None, typer.Option(help="Kinds or groups that may be cut: qk,v,ffn,width.")] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="Kinds or groups that may be cut: qk,v,ffn,width,heads,block.")
+    ] = None,
     freeze: Annotated[str, typer.Option(help="Kinds, groups or patterns that stay whole.")] = "",
     min_keep: Annotated[str | None, typer.Option(metavar="JSON", help="Fewest units to keep.")] = None,
     round_to: Annotated[str | None, typer.Option(metavar="N|JSON", help="Kept counts are multiples of it.")] = None,

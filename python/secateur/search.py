@@ -579,7 +579,7 @@ def _shape(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
     before = {name: getattr(dense.get_submodule(name), "eps", None) for name in eps}
     names = dict(dense.named_parameters())
     return {
-        "sizes": dict(anatomy.sizes),
+        "sizes": anatomy.remains,
         "eps": {name: value for name, value in eps.items() if value != before[name]},
         "biases": [name for name, _ in model.named_parameters() if name not in names],
     }
@@ -592,7 +592,7 @@ def _rebuilt(dense: nn.Module, shape: Mapping[str, Any], state: Mapping[str, Ten
     keep = {
         group.name: np.tile(np.arange(shape["sizes"][group.name], dtype=np.int64), (group.heads, 1))
         for group in anatomy.groups
-        if shape["sizes"][group.name] < group.size
+        if shape["sizes"].get(group.name, group.size) < group.size
     }
     added = {name: state[name] for name in shape["biases"]}
     fingerprint = Fingerprint.of(model, anatomy)

@@ -1,4 +1,4 @@
-"""How much the output moves when one part of the model is slightly wrong, or missing: passes with it disturbed."""
+"""How much the output moves when one part of the model is slightly wrong, or missing; and by gradients, for heads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .anatomy import Anatomy
 from .families import Family
 from .statistics import Float
 
-__all__ = ["DISTURBED_IMAGES", "measure"]
+__all__ = ["DISTURBED_IMAGES", "head_gradients", "measure"]
 
 DISTURBED_IMAGES = 128
 # What enters every block is held for so many images at once; gradients need several times the memory.
@@ -42,10 +42,7 @@ def measure(model: nn.Module, family: Family, anatomy: Anatomy, batches: Sequenc
     A group's part of the model (queries; what proj or fc2 writes; what every norm reads) gets a tenth of its own values
     at other tokens and images added: noise of its own covariance. Divided by that share squared, the divergence is
     what an error of all its variance would do if the output moved linearly. Whole layers are removed, or replaced by
-    the mean of what they add. Heads are scored as by Michel et al. (2019, arXiv:1905.10650), E |Att_h · ∂L/∂Att_h|,
-    with the model's own answer for the label (half the squared features without a classifier).
-
-    What stands before a disturbed block is not run again.
+    the mean of what they add. What stands before a disturbed block is not run again.
 
     Args:
         model: on any device.
@@ -54,14 +51,12 @@ def measure(model: nn.Module, family: Family, anatomy: Anatomy, batches: Sequenc
         batches: images (B, C, H, W), as the model takes them.
 
     Returns:
-        By "group/what", sums over images, then the number of images: "divergence" of each group, per share of variance
-        (of a layer: when it is removed); "mean_kept", the same of a layer that its mean replaces; and of heads
-        "gradient", (heads + 1,).
+        By "group/what" a sum over images, and their number: "divergence" of each group, per share of variance (of a
+        layer: when it is removed); and "mean_kept", the same of a layer that its mean replaces.
     """
     trials = _trials(anatomy)
     generators = {trial.name: torch.Generator().manual_seed(0) for trial in trials}
     totals = dict.fromkeys(generators, 0.0)
-    gradients: dict[str, Float] = {}
     blocks = family.blocks(model)
     chunks = [chunk for batch in batches for chunk in batch.split(_CHUNK)]
     for chunk in chunks:
@@ -76,15 +71,33 @@ def measure(model: nn.Module, family: Family, anatomy: Anatomy, batches: Sequenc
                     else family.from_block(model, trial.block, entering[trial.block])
                 )
             totals[trial.name] += _divergence(model, wanted, _output(found)) / trial.share**2
-        for part in chunk.split(_GRADIENT_CHUNK):
-            for name, gradient in _head_gradients(model, anatomy, part).items():
-                gradients[name] = gradients.get(name, 0.0) + gradient
     for site in anatomy.attention:
         # What is lost with a head is a share of what the projection writes, as with values.
         totals[f"{site.heads_group}/divergence"] = totals[f"{site.v}/divergence"]
     images = float(sum(map(len, chunks)))
-    sums = {**{name: np.array([total]) for name, total in totals.items()}, **gradients}
-    return {name: np.concatenate([total, [images]]) for name, total in sums.items()}
+    return {name: np.array([total, images]) for name, total in totals.items()}
+
+
+def head_gradients(model: nn.Module, anatomy: Anatomy, batches: Sequence[Tensor]) -> dict[str, Float]:
+    """Importance of heads by Michel et al. (2019, arXiv:1905.10650), E |Att_h · ∂L/∂Att_h|.
+
+    L is the cross-entropy of the model's own answer, half the squared features where there is no classifier. The model
+    is in evaluation mode; gradients of its parameters are neither needed nor left.
+
+    Args:
+        model: on any device.
+        anatomy: its description.
+        batches: images (B, C, H, W), as the model takes them.
+
+    Returns:
+        "group/gradient" of each group of heads: sums over images and, last, their number, (heads + 1,).
+    """
+    sums = {f"{site.heads_group}/gradient": np.zeros(site.heads + 1) for site in anatomy.attention}
+    for batch in batches:
+        for images in batch.split(_GRADIENT_CHUNK):
+            for name, found in _of_single_images(model, anatomy, images).items():
+                sums[name] += np.append(found, len(images))
+    return sums
 
 
 def _noted(inputs: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -156,7 +169,7 @@ def _changed(model: nn.Module, changes: Sequence[tuple[str, _Change]], generator
         yield
 
 
-def _head_gradients(model: nn.Module, anatomy: Anatomy, images: Tensor) -> dict[str, Float]:
+def _of_single_images(model: nn.Module, anatomy: Anatomy, images: Tensor) -> dict[str, Float]:
     """Sums over images of |Σ over tokens and channels of Att_h · ∂L/∂Att_h|, (heads,) of each layer."""
     outputs: dict[str, Tensor] = {}
 

@@ -180,16 +180,15 @@ class Statistics:
         Michel et al., 2019, arXiv:1905.10650; L is the cross-entropy of the model's own answer.
 
         Raises:
-            InvalidArgument: not collected (``calibrate(sensitivity=True)``).
+            InvalidArgument: not collected (``calibrate(head_gradients=True)``).
         """
         return self._per_image(group, "gradient")
 
     def _per_image(self, group: str, what: str) -> Float:
         name = f"sensitivity/{group}/{what}"
         if name not in self.tensors:
-            raise InvalidArgument(
-                f"stats: expected the sensitivity of {group!r}, got none: calibrate(sensitivity=True)"
-            )
+            which = ("gradients", "head_gradients") if what == "gradient" else ("sensitivity", "sensitivity")
+            raise InvalidArgument(f"stats: expected the {which[0]} of {group!r}, got none: calibrate({which[1]}=True)")
         sums = self.tensors[name]
         mean: Float = sums[:-1] / sums[-1]
         return mean
@@ -197,7 +196,7 @@ class Statistics:
     @property
     def sensitive(self) -> bool:
         """Was the sensitivity of the groups measured?"""
-        return any(name.startswith("sensitivity/") for name in self.tensors)
+        return any(name.startswith("sensitivity/") and name.endswith("/divergence") for name in self.tensors)
 
     def agreement(self, other: Statistics | None = None) -> dict[str, Agreement]:
         """Compare the query/key importance with another calibration's, or one fold's with the other's.
