@@ -176,7 +176,7 @@ def test_other_dimensions_are_refused_even_if_not_strict(digits_model, stats):
             {"ratios": {"qk": 0.1}, "similarity": "looks"},
             "similarity: expected one of weights, activations, got 'looks'",
         ),
-        ({"ratios": {"qk": 0.1}, "colour": "red"}, "options: expected similarity, got 'colour'"),
+        ({"ratios": {"qk": 0.1}, "colour": "red"}, "options: expected similarity, head_score, got 'colour'"),
     ],
 )
 def test_wrong_arguments(digits_model, stats, arguments, text):
@@ -227,6 +227,7 @@ def test_the_plan_is_readable_json(digits_model, stats, tmp_path):
     assert plan["options"] == {
         "gamma": 8,
         "similarity": "weights",
+        "head_score": "neurons",
         "target": {"macs": 0.5, "params": None, "latency": None},
     }
     assert len(plan["keep"]["blocks.0.qk"]) == 3

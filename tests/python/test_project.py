@@ -305,7 +305,8 @@ def test_what_the_output_depends_on_keeps_more(digits_model, digits_statistics, 
 
 def test_sensitivities_are_near_what_a_small_cut_does(digits_model, digits_statistics, digits_images):
     """Predicted loss, error times sensitivity, against the divergence that the cut causes: the same order."""
-    prepared = method_named("project").prepare(digits_model, sc.inspect(digits_model), digits_statistics, {})
+    options = {"head_score": "error"}
+    prepared = method_named("project").prepare(digits_model, sc.inspect(digits_model), digits_statistics, options)
     for name, kept in (("blocks.0.ffn", 200), ("blocks.1.v", 12), ("blocks.0.v", 16)):
         group = sc.inspect(digits_model).group(name)
         predicted = digits_statistics.sensitivity(name) * prepared.errors(group)[kept]

@@ -34,7 +34,8 @@ def pruned(digits_model):
 def test_report(digits_model):
     keep = random_keep(digits_model, 1, fraction=0.5)
     report = sc.prune(digits_model, plan_of(digits_model, keep))
-    assert report.blocks[0] == {"qk": (31, 16), "v": (31, 16), "ffn": (372, 186)}
+    cut = {"qk": (31, 16), "v": (31, 16), "heads": (3, 2), "ffn": (372, 186)}
+    assert report.blocks[0] == {**cut, "attn": (1, 1), "mlp": (1, 1)}
     assert report.groups["width"] == (93, 46)
     assert report.params[1] == sum(p.numel() for p in digits_model.parameters())
     assert report.macs[1] < 0.4 * report.macs[0]

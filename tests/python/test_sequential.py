@@ -35,7 +35,7 @@ def test_block_by_block_by_hand(kind, method):
     by_hand = copy.deepcopy(model)
     sizes = {group.name: group for group in sc.inspect(model).groups}
     for block in ("blocks.0", "blocks.1", "width"):
-        ratios = {name: ALL[group.kind] for name, group in sizes.items() if name.startswith(block)}
+        ratios = {name: ALL.get(group.kind, 0) for name, group in sizes.items() if name.startswith(block)}
         sc.prune(by_hand, sc.plan(by_hand, sc.calibrate(by_hand, batches), method=method, ratios=ratios))
     report = sc.prune_sequential(model, batches, method, ratios=ALL)
     x = images(model, 3, 9)
@@ -103,7 +103,8 @@ def test_nothing_changes_before_the_end(digits_model, digits_images):
         ({"ratios": ALL, "method": "none"}, "method"),
         ({"ratios": ALL, "max_images": 0}, "max_images"),
         ({"ratios": ALL, "token_fraction": 0}, "token_fraction"),
-        ({"ratios": {"heads": 0.5}}, "ratios"),
+        ({"ratios": {"head": 0.5}}, "ratios"),
+        ({"ratios": {"block": 0.5}}, "ratios"),
     ):
         with pytest.raises(sc.InvalidArgument, match=text):
             sc.prune_sequential(digits_model, [digits_images], **arguments)
