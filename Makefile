@@ -12,6 +12,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The tests build C++ as well; pip's cmake serves where there is none, or an old one.
 WITH_PATH := PATH="$(abspath $(BIN)):$$PATH"
+# Where ninja is, new build folders are for it: it compiles tests and library side by side.
+ifneq ($(shell command -v ninja),)
+export CMAKE_GENERATOR ?= Ninja
+endif
 # What an installed package depends on: any of it newer than the stamp, and pip builds again.
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake python/bindings -type f)
 PYTHON_FILES := python tests benchmarks
@@ -25,13 +29,14 @@ demo: $(VENV)/.installed-demo
 
 test: test-cpp test-python
 
+# Two processes of two threads each: every test says how many threads it has, and most keep one busy at best.
 test-python: $(VENV)/.installed-test
-	$(WITH_PATH) $(BIN)/python -m pytest
+	$(WITH_PATH) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # GoogleTest is the one thing that pip cannot bring; without it the C++ code is tested through Python alone.
 test-cpp: $(VENV)/.installed-test
 	@if $(WITH_PATH) cmake --preset dev > $(VENV)/cmake-dev.log 2>&1; then \
-	  $(WITH_PATH) && cmake --build --preset dev --parallel $(JOBS) && ctest --preset dev; \
+	  $(WITH_PATH) && cmake --build --preset dev --parallel $(JOBS) && ctest --preset dev --parallel $(JOBS); \
 	elif grep -q GTest $(VENV)/cmake-dev.log; then \
 	  echo "make: GoogleTest was not found, the C++ tests are left out"; \
 	else \
@@ -39,7 +44,7 @@ test-cpp: $(VENV)/.installed-test
 	fi
 
 sanitize: $(VENV)/.installed-test
-	$(WITH_PATH) && cmake --preset asan && cmake --build --preset asan --parallel $(JOBS) && ctest --preset asan
+	$(WITH_PATH) && cmake --preset asan && cmake --build --preset asan --parallel $(JOBS) && ctest --preset asan --parallel $(JOBS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(wildcard $(PYTHON_FILES))

@@ -10,6 +10,8 @@ import pytest
 import timm
 import timm.optim
 import torch
+from filelock import FileLock  # torch brings it
+from finetuning import float32_muon
 from safetensors.torch import load_file, save_file
 from secateur.container import replacing
 from secateur.data import ImageLoader, loader
@@ -55,7 +57,8 @@ def train_on_digits(model: nn.Module, epochs: int = 9) -> None:
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            with float32_muon():
+                optimizer.step()
             schedule.step()
     model.eval()
 
@@ -70,13 +73,14 @@ def make_digits_model(pytestconfig: pytest.Config) -> MakeModel:
     source = inspect.getsource(digits_architecture) + inspect.getsource(train_on_digits) + timm.__version__
     folder = pytestconfig.cache.mkdir("secateur")
     path = folder / f"digits-{hashlib.sha256(source.encode()).hexdigest()[:16]}.safetensors"
-    if not path.is_file():
-        torch.manual_seed(0)
-        torch.set_num_threads(2)
-        model = digits_architecture()
-        train_on_digits(model)
-        with replacing(path) as temporary:
-            save_file(model.state_dict(), temporary)
+    with FileLock(path.with_suffix(".lock")):  # one worker trains, the others wait
+        if not path.is_file():
+            torch.manual_seed(0)
+            torch.set_num_threads(2)
+            model = digits_architecture()
+            train_on_digits(model)
+            with replacing(path) as temporary:
+                save_file(model.state_dict(), temporary)
     weights = load_file(path)
 
     def make() -> nn.Module:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from functools import partial
+from unittest import mock
+
 import timm
+import timm.optim.muon
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +31,13 @@ def batches(count: int = 5, size: int = 4, seed: int = 0) -> list[tuple[Tensor, 
         (torch.randn(size, 3, 8, 8, generator=generator), torch.randint(0, 3, (size,), generator=generator))
         for _ in range(count)
     ]
+
+
+def float32_muon() -> AbstractContextManager[object]:
+    """Have timm's muon orthogonalise in float32: most processors emulate its bfloat16, and train for that mostly."""
+    muon = timm.optim.muon
+    chosen = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
+    return mock.patch.object(muon, "zeropower_via_newtonschulz", chosen)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

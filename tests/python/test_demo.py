@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import secateur
 import secateur.demo as module
+from finetuning import float32_muon
 from rich.console import Console
 from secateur.bench import Benchmark
 from secateur.cli import main
@@ -13,6 +15,13 @@ from secateur.errors import Error, InvalidArgument
 from secateur.evaluate import Evaluation, evaluate
 
 
+@pytest.fixture(autouse=True)
+def _short() -> Iterator[None]:
+    with float32_muon():
+        yield
+
+
+@pytest.mark.alone
 def test_quick_demo_does_the_whole_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--quick", "--threads", "1", "--out", str(tmp_path / "demo"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -1,0 +1,48 @@
+"""Tests on several workers (``pytest -n``): they share the processors, and one that measures time has them alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody waits, times are noisier
+    fcntl = None
+
+# Before torch is loaded: threads that spin for work take the processor from the other worker, and from processes that
+# tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "alone: measures time; with pytest -n no other test runs meanwhile")
+
+
+@contextlib.contextmanager
+def locked(path: Path, shared: bool = False) -> Iterator[None]:
+    """Hold a file's lock. It ends with the process, however that ends."""
+    with path.open("a") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_UN)  # a child may have the file open as well
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Share the room with other workers' tests, or have it alone; who waits at the door is let in first."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    folder = item.config.cache.mkdir("secateur")
+    with contextlib.ExitStack() as room:
+        with locked(folder / "door"):
+            room.enter_context(locked(folder / "room", shared=item.get_closest_marker("alone") is None))
+        return (yield)
