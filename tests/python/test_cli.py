@@ -354,10 +354,10 @@ def test_version_and_help(run: Run) -> None:
 
 def test_as_a_module_in_its_own_process(dense: Path) -> None:
     command = [sys.executable, "-m", "secateur", "inspect", "--checkpoint", str(dense), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["params"] > 0
-    done = subprocess.run([*command[:-2], "nowhere"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command[:-2], "nowhere"], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("secateur: --checkpoint: expected a secateur model file, got nowhere")
 

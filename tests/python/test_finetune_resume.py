@@ -103,7 +103,7 @@ def test_a_killed_process_leaves_a_checkpoint_that_resumes(tmp_path: Path) -> No
     path = tmp_path / "run.safetensors"
     options = {"mixup": 0.4, "cutmix": 1.0, "ema": 0.9, "label_smoothing": 0.1}
     code = SCRIPT.format(tests=str(Path(__file__).parent), path=str(path), options=options)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [item.name for item in tmp_path.iterdir()] == ["run.safetensors"]
     expected, model = tiny(), tiny()

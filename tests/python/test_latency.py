@@ -399,18 +399,18 @@ def test_a_target_of_one_cuts_and_times_nothing():
 # --- plan -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def digits_table(digits_model):
+@pytest.fixture(scope="module")
+def digits_table(make_digits_model):
     """By MACs: what a machine would take that does nothing else."""
-    anatomy = sc.inspect(digits_model)
+    anatomy = sc.inspect(make_digits_model())
     return table_of(
         anatomy, lambda w, q, v: w * (2 * q + 2 * v) * 3 + 65 * 3 * (q + v), lambda w, f: 2 * w * f, rest=100.0
     )
 
 
-@pytest.fixture
-def digits_stats(digits_model, digits_images):
-    return sc.calibrate(digits_model, [digits_images[:16]], sensitivity=True)
+@pytest.fixture(scope="module")
+def digits_stats(make_digits_model, digits_images):
+    return sc.calibrate(make_digits_model(), [digits_images[:16]], sensitivity=True)
 
 
 @pytest.mark.parametrize(("method", "allocation"), [("snp", None), ("project", "uniform"), ("project", "error")])
@@ -706,6 +706,7 @@ def test_layers_are_what_timms_blocks_compute():
         assert len(family_of(model).alone(model, None).blocks) == 0
 
 
+@pytest.mark.alone
 def test_a_real_clock_gives_a_table_and_a_plan(digits_model, digits_images):
     """Loosely: this machine may be busy."""
     stats = sc.calibrate(digits_model, [digits_images[:8]], collect="scores")

@@ -44,17 +44,23 @@ def test_the_display_ends_with_an_exception(terminal: None, capsys: pytest.Captu
 
 
 def test_a_bar_within_another_shares_its_display(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
+    both = "\x1b[1A\x1b[2K"  # the cursor goes up for the second line
+    captured = ""
     with progress(5, "search", unit="rounds") as outer:
         for _ in range(2):
             with progress(64, "evaluate") as inner:
                 inner(32)
-                time.sleep(0.25)
+                # The display is drawn ten times a second, on a busy machine later.
+                shown, end = "", time.monotonic() + 20
+                while not (both in shown and "32/64 images" in shown) and time.monotonic() < end:
+                    time.sleep(0.05)
+                    shown += capsys.readouterr().err
+            assert both in shown
+            assert "32/64 images" in shown
+            captured += shown
             outer(1)
     with progress(3, "prune"):
         pass
-    captured = capsys.readouterr().err
-    both = "\x1b[1A\x1b[2K"  # the cursor goes up for the second line
-    assert both in captured
-    assert "32/64 images" in captured
+    captured += capsys.readouterr().err
     assert "2/5 rounds" in captured
     assert captured.count("\x1b[?25l") == 2  # one display for both bars, one more for the last

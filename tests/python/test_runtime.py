@@ -69,7 +69,7 @@ sc.core.runtime.set_team({team!r})
 sc.core.MomentAccumulator(300).update(np.ones((1000, 300)))
 print(len(set(os.listdir("/proc/self/task")) - before))
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
     assert int(result.stdout) == more
 
 
@@ -122,5 +122,5 @@ except Exception as error:
 """
     path = sc.core.AttentionScorer.__module__
     command = [sys.executable, "-c", script, sys.modules[path].__file__]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert result.stdout == "team: expected OpenMP (libgomp) loaded in this process, got none\n"
