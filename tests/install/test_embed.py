@@ -21,7 +21,9 @@ def run(*command: object) -> str:
 @pytest.mark.parametrize("shared", ["OFF", "ON"])
 def test_an_installed_library_embeds(tmp_path: Path, shared: str) -> None:
     build, prefix, program = tmp_path / "build", tmp_path / "prefix", tmp_path / "program"
-    run("cmake", "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release", f"-DBUILD_SHARED_LIBS={shared}")
+    # How fast it is matters elsewhere; this compiles in half the time.
+    quick = ("-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG")
+    run("cmake", "-S", ROOT, "-B", build, *quick, f"-DBUILD_SHARED_LIBS={shared}")
     run("cmake", "--build", build, "--parallel", 2)
     run("cmake", "--install", build, "--prefix", prefix)
     assert {path.name for path in (prefix / "include" / "secateur").iterdir()} == {
