@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 RECORD = Path(__file__).with_name("instructions.json")
@@ -51,11 +52,12 @@ def main() -> int:
     arguments = parser.parse_args()
 
     compiler = " ".join(ask(arguments.program, "--compiler"))
-    counts = {
-        isa: {workload: count(arguments.program, isa, workload) for workload in ask(arguments.program, "--list", isa)}
-        for isa in ISAS
-    }
-    counts = {isa: found for isa, found in counts.items() if found}
+    wanted = [(isa, workload) for isa in ISAS for workload in ask(arguments.program, "--list", isa)]
+    counts: dict[str, dict[str, int]] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as runs:
+        found = list(runs.map(lambda each: count(arguments.program, *each), wanted))
+    for (isa, workload), instructions in zip(wanted, found, strict=True):
+        counts.setdefault(isa, {})[workload] = instructions
     if arguments.update:
         RECORD.write_text(json.dumps({"compiler": compiler, "counts": counts}, indent=2) + "\n", encoding="utf-8")
         return 0

@@ -99,7 +99,9 @@ Matrix gram(const Matrix& x, bool center) {
   }
   Matrix result(x.columns, x.columns);
   for (std::size_t i = 0; i < x.columns; ++i) {
-    for (std::size_t j = 0; j < x.columns; ++j) result(i, j) = column_dot(shifted, i, shifted, j);
+    for (std::size_t j = 0; j <= i; ++j) {
+      result(i, j) = result(j, i) = column_dot(shifted, i, shifted, j);
+    }
   }
   return result;
 }
