@@ -71,10 +71,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Built in isolation, in place: pip brings scikit-build-core, pybind11 and, where they are missing, cmake and ninja.
+# dev and bench hold all of test.
 $(VENV)/.installed-%: $(SOURCES) | $(VENV)/bin/python
 	@echo "make: installing secateur[$*] in $(VENV)"
 	@$(PIP) install --editable ".[$*]" $(if $(filter demo,$*),,"cmake>=3.25")
-	@touch $@
+	@touch $@ $(if $(filter dev bench,$*),$(VENV)/.installed-test)
 
 clean:
 	rm -rf $(VENV) build demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
