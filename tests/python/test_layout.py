@@ -130,7 +130,7 @@ def test_norms_that_lose_nothing_are_no_hindrance():
         assert pruned.blocks[0].attn.norm.normalized_shape == (2 * 9,)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     seed=st.integers(0, 2**31 - 1),
