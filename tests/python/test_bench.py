@@ -58,7 +58,6 @@ def test_known_times_and_their_ratio(clock: None) -> None:
     assert (found.batch_size, found.input_size, found.repeats, found.device) == (4, (3, 8, 8), 5, "cpu")
 
 
-@pytest.mark.alone
 def test_the_clock_is_the_one_on_the_wall() -> None:
     """As long as it slept at least; on a busy machine that can be much longer."""
     found = bench(Sleeper(0.02), batch_size=4, input_size=8, repeats=3, warmup=0)

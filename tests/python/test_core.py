@@ -623,7 +623,6 @@ def test_python_threads_share_an_object():
     assert (accumulator.second_moment() == 4 * rounds).all()
 
 
-@pytest.mark.alone
 def test_the_gil_is_released():
     weights = np.random.default_rng(0).normal(size=(3000, 500))
     ticks, stop = [0], threading.Event()
