@@ -27,6 +27,11 @@ __all__ = [
 
 _SWEEPS = 2
 _CG_STEPS = 10
+# Of the squared norm of the right side, each preconditioned; what is left then changes no basis that is worth it.
+_CG_TOLERANCE = 1e-8
+
+# Of the largest variance left to a head's values: below it they are other heads' kept values.
+_HELD = 1e-9
 
 
 class HeadBasis(NamedTuple):
@@ -73,7 +78,8 @@ def score_errors(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> Te
     Returns:
         (heads, d + 1); [:, 0] is 1 where all scores lie within the basis.
     """
-    pairs = ((basis.query @ query_grams @ basis.query.mT) * (basis.key @ key_grams @ basis.key.mT)).sum(0)
+    queries, keys = _Stack(query_grams), _Stack(key_grams)
+    pairs = (queries.turned(basis.query) * keys.turned(basis.key)).sum(1)
     # What the directions from r on give is the sum of the trailing block.
     blocks = pairs.flip(-1, -2).cumsum(-1).cumsum(-2).flip(-1, -2).diagonal(dim1=-2, dim2=-1).clamp_min(0)
     total = (query_grams * key_grams).sum((0, -2, -1))
@@ -94,33 +100,58 @@ def improve(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> HeadBas
     """
     if len(query_grams) < 2:
         return basis
-    even, odd = slice(0, None, 2), slice(1, None, 2)
-    trial = _alternate(basis, query_grams[even], key_grams[even])
-    before = _error(basis, query_grams[odd], key_grams[odd])
-    better = _error(trial, query_grams[odd], key_grams[odd]) < before
+    even = _Stack(query_grams[0::2]), _Stack(key_grams[0::2])
+    odd = _Stack(query_grams[1::2]), _Stack(key_grams[1::2])
+    trial = _alternate(basis, *even)
+    better = _missed(trial, *odd) < _missed(basis, *odd)
     if not bool(better.any()):
         return basis
-    fitted = _alternate(basis, query_grams, key_grams)
+    fitted = _alternate(basis, _Stack(query_grams), _Stack(key_grams))
     chosen = better[:, None, None]
     return HeadBasis(torch.where(chosen, fitted.query, basis.query), torch.where(chosen, fitted.key, basis.key))
 
 
-def _alternate(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> HeadBasis:
+class _Stack:
+    """Symmetric matrices G_b of single images, (images, heads, d, d), one under the other for each head.
+
+    Products with one matrix are then a few large ones, which take a fraction of the time of many small ones.
+    """
+
+    def __init__(self, grams: Tensor) -> None:
+        self.images, self.heads, self.size, _ = grams.shape
+        self.rows = grams.transpose(0, 1).reshape(self.heads, self.images * self.size, self.size)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.rows.view(self.heads, self.images, self.size, self.size).mean(1)
+
+    def times(self, x: Tensor) -> Tensor:
+        """G_b X of each image, (heads, images, d, n), for one X (heads, d, n)."""
+        return (self.rows @ x).view(self.heads, self.images, self.size, -1)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """X G_b Xᵀ, (heads, images, n, n), for one X (heads, n, d)."""
+        left = self.times(x.mT).transpose(2, 3).reshape(self.heads, -1, self.size)
+        return (left @ x.mT).view(self.heads, self.images, x.shape[1], x.shape[1])
+
+
+def _alternate(basis: HeadBasis, queries: _Stack, keys: _Stack) -> HeadBasis:
     query, key = basis
     for _ in range(_SWEEPS):
-        query = _least_squares(query, key, query_grams, key_grams)
-        key = _least_squares(key, query, key_grams, query_grams)
+        query = _least_squares(query, key, queries, keys)
+        key = _least_squares(key, query, keys, queries)
     return HeadBasis(query, key)
 
 
-def _least_squares(start: Tensor, other: Tensor, grams: Tensor, other_grams: Tensor) -> Tensor:
+def _least_squares(start: Tensor, other: Tensor, own: _Stack, others: _Stack) -> Tensor:
     """X with least Σ_b ‖…‖² for a fixed other side: Σ_b G_b Xᵀ M_b = Σ_b G_b G'_b Yᵀ, by conjugate gradients."""
-    inner = other @ other_grams @ other.mT
-    right = (grams @ (other_grams @ other.mT)).sum(0)
-    outer_mean, inner_mean = _inverse(grams.mean(0)), _inverse(inner.mean(0))
+    inner = others.turned(other)
+    right = own.rows.mT @ (others.rows @ other.mT)
+    outer_mean, inner_mean = _inverse(own.mean), _inverse(inner.mean(1))
+    inner = inner.flatten(1, 2)
 
     def normal(x: Tensor) -> Tensor:
-        return (grams @ x @ inner).sum(0)
+        return own.times(x).transpose(1, 2).reshape(own.heads, own.size, -1) @ inner
 
     def precondition(x: Tensor) -> Tensor:
         return outer_mean @ x @ inner_mean
@@ -132,7 +163,10 @@ def _least_squares(start: Tensor, other: Tensor, grams: Tensor, other_grams: Ten
     residual = right - normal(x)
     step = precondition(residual)
     size = dot(residual, step)
+    enough = _CG_TOLERANCE * dot(right, precondition(right))
     for _ in range(_CG_STEPS):
+        if not bool((size > enough).any()):
+            break
         image = normal(step)
         curvature = dot(step, image)
         # A head that has arrived stands still.
@@ -147,8 +181,12 @@ def _least_squares(start: Tensor, other: Tensor, grams: Tensor, other_grams: Ten
 
 
 def _error(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> Tensor:
-    missing = torch.eye(basis.query.shape[-1], dtype=basis.query.dtype) - basis.query.mT @ basis.key
-    error: Tensor = ((missing.mT @ query_grams @ missing) * key_grams.mT).sum((0, -2, -1))
+    return _missed(basis, _Stack(query_grams), _Stack(key_grams))
+
+
+def _missed(basis: HeadBasis, queries: _Stack, keys: _Stack) -> Tensor:
+    missing = torch.eye(queries.size, dtype=basis.query.dtype) - basis.query.mT @ basis.key
+    error: Tensor = (queries.times(missing) * keys.times(missing.mT).mT).sum((1, 2, 3))
     return error
 
 
@@ -175,36 +213,87 @@ def value_bases(weight: Tensor, covariance: Tensor, heads: int, rank: int, stayi
         T, (staying heads · r, heads · d), block-diagonal: a head's new values are T_h times its values.
     """
     size = len(covariance) // heads
-    parts = [slice(head * size, (head + 1) * size) for head in staying or range(heads)]
+    staying = list(staying) or list(range(heads))
     if rank == size:
-        kept = [torch.eye(size, dtype=weight.dtype) for _ in parts]
+        bases = torch.eye(size, dtype=weight.dtype).expand(len(staying), -1, -1)
     else:
-        kept = [_leading(weight[:, part], covariance[part, part], rank) for part in parts]
-    if len(parts) > 1 and rank < size:
-        for _ in range(_SWEEPS):
-            for head, part in enumerate(parts):
-                others = torch.block_diag(*(kept[:head] + kept[head + 1 :]))
-                index = torch.cat([torch.arange(p.start, p.stop) for p in parts[:head] + parts[head + 1 :]])
-                kept[head] = _conditioned(weight, covariance, part, others, index, rank)
-    joined = weight.new_zeros(len(parts) * rank, len(covariance))
-    for position, (part, basis) in enumerate(zip(parts, kept, strict=True)):
-        joined[position * rank : (position + 1) * rank, part] = basis
-    return joined
+        kept = _Kept(weight, covariance, size, staying, rank)
+        for _ in range(_SWEEPS if len(staying) > 1 else 0):
+            for position in range(len(staying)):
+                kept.renew(position)
+        bases = kept.bases
+    joined = weight.new_zeros(len(staying), rank, heads, size)
+    for position, head in enumerate(staying):
+        joined[position, :, head] = bases[position]
+    return joined.flatten(0, 1).flatten(1)
 
 
-def _conditioned(weight: Tensor, covariance: Tensor, part: slice, others: Tensor, index: Tensor, rank: int) -> Tensor:
-    seen = others @ covariance[index]
-    regress = _inverse(seen[:, index] @ others.mT)
-    own = covariance[part, part] - seen[:, part].mT @ regress @ seen[:, part]
-    cross = weight @ (covariance[:, part] - seen.mT @ regress @ seen[:, part])
-    return _leading(cross @ torch.linalg.pinv(own, rtol=1e-9, hermitian=True), own, rank)
+class _Kept:
+    """The directions kept of each staying head, T_h, and their moments with each other, all values and the output."""
+
+    def __init__(self, weight: Tensor, covariance: Tensor, size: int, staying: Sequence[int], rank: int) -> None:
+        self._staying, self._size, self._rank = list(staying), size, rank
+        self._parts = [slice(head * size, (head + 1) * size) for head in staying]
+        self._covariance, self._output = covariance, weight @ covariance
+        count = len(staying) * rank
+        self.bases = torch.zeros(len(staying), rank, size, dtype=weight.dtype)
+        self._with_values = torch.zeros(count, len(covariance), dtype=weight.dtype)
+        self._with_output = torch.zeros(len(weight), count, dtype=weight.dtype)
+        self._gram = torch.zeros(count, count, dtype=weight.dtype)
+        for head, part in enumerate(self._parts):
+            self._put(head, _leading(weight[:, part], covariance[part, part], rank))
+
+    def renew(self, head: int) -> None:
+        """Give a head the directions that matter most to what the other heads' leave of the output."""
+        part, own = self._parts[head], slice(head * self._rank, (head + 1) * self._rank)
+        others = torch.ones(len(self._gram), dtype=torch.bool)
+        others[own] = False
+        seen = self._with_values[others][:, part]
+        explained = _solved(self._gram[others][:, others], seen)
+        left = self._covariance[part, part] - seen.mT @ explained
+        cross = self._output[:, part] - self._with_output[:, others] @ explained
+        self._put(head, _of_cross(cross, left, self._rank))
+
+    def _put(self, head: int, basis: Tensor) -> None:
+        own = slice(head * self._rank, (head + 1) * self._rank)
+        self.bases[head] = basis
+        seen = basis @ self._covariance[self._parts[head]]
+        self._with_values[own] = seen
+        self._with_output[:, own] = self._output[:, self._parts[head]] @ basis.mT
+        # Of heads whose turn has not come the directions are still zero.
+        parts = seen.unflatten(1, (-1, self._size))[:, self._staying]
+        gram = torch.einsum("rhd,hsd->rhs", parts, self.bases).flatten(1)
+        self._gram[own] = gram
+        self._gram[:, own] = gram.mT
+
+
+def _solved(gram: Tensor, right: Tensor) -> Tensor:
+    """G⁺ times the right side; of directions below 1e-8 of the largest little or nothing."""
+    ridged = gram.clone()
+    ridged.diagonal().add_(1e-9 * gram.diagonal().max() + torch.finfo(gram.dtype).tiny)
+    factor, info = torch.linalg.cholesky_ex(ridged)
+    found: Tensor = torch.cholesky_solve(right, factor) if int(info) == 0 else _inverse(gram) @ right
+    return found
 
 
 def _leading(weight: Tensor, covariance: Tensor, rank: int) -> Tensor:
     """The rank directions of the input that the output varies most along, (rank, inputs); zeros beyond the outputs."""
-    left = torch.linalg.svd(weight @ square_root(covariance).mT, full_matrices=False)[0]
-    directions = left[:, :rank].mT @ weight
-    basis = torch.zeros(rank, weight.shape[1], dtype=weight.dtype)
+    return _of_cross(weight @ covariance, covariance, rank)
+
+
+def _of_cross(cross: Tensor, covariance: Tensor, rank: int) -> Tensor:
+    """The same from the covariance of output and input, (outputs, inputs), and that of the input.
+
+    With C = E v Eᵀ and C_yx E v^{-½} = U Σ Vᵀ, U_rᵀ C_yx C⁺ is Σ_r V_rᵀ v^{-½} Eᵀ.
+    """
+    values, vectors = torch.linalg.eigh(covariance)
+    held = values > _HELD * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
+    whitened = vectors * (torch.where(held, values, 1).rsqrt() * held)
+    # The triangular factor has the singular values and right vectors of the whole, in a fraction of the rows.
+    triangle = torch.linalg.qr(cross @ whitened, mode="r")[1]
+    _, strengths, right = torch.linalg.svd(triangle, full_matrices=False)
+    basis = torch.zeros(rank, len(covariance), dtype=cross.dtype)
+    directions = strengths[:rank, None] * (right[:rank] @ whitened.mT)
     basis[: len(directions)] = directions
     return basis
 
@@ -216,12 +305,12 @@ def value_errors(weight: Tensor, covariance: Tensor, heads: int) -> Tensor:
     """
     size = len(covariance) // heads
     total = (weight @ covariance * weight).sum()
-    lost = weight.new_zeros(size + 1)
-    for head in range(heads):
-        part = slice(head * size, (head + 1) * size)
-        energy = torch.linalg.svdvals(weight[:, part] @ square_root(covariance[part, part]).mT).square()
-        energy = torch.cat([energy, energy.new_zeros(size - len(energy))]) if len(energy) < size else energy[:size]
-        lost[:-1] += energy.flip(0).cumsum(0).flip(0)
+    parts = [slice(head * size, (head + 1) * size) for head in range(heads)]
+    roots = square_root(torch.stack([covariance[part, part] for part in parts]))
+    columns = weight.unflatten(1, (heads, size)).transpose(0, 1)
+    # Squared singular values of the weight times the root: of the inputs' size, whatever the number of outputs.
+    energy = torch.linalg.eigvalsh(roots @ (columns.mT @ columns) @ roots.mT).clamp_min(0).sum(0)
+    lost = torch.cat([energy.cumsum(0).flip(0), energy.new_zeros(1)])
     share: Tensor = lost / torch.where(total > 0, total, 1)
     return share
 

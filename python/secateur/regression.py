@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Moment", "choose_ridge", "inverse", "solve", "square_root"]
+__all__ = ["Moment", "choose_ridge", "inverse", "ridged_inverse", "sketch", "solve", "square_root"]
 
 # Shares of the mean diagonal. Below the least, float64 solves of Grams of float32 activations hold no more digits.
 RIDGES = tuple(10.0**exponent for exponent in range(-10, 1))
@@ -16,6 +18,8 @@ RIDGES = tuple(10.0**exponent for exponent in range(-10, 1))
 RANK_TOLERANCE = 1e-11
 # Errors over more outputs than this are estimated from so many random combinations of them.
 _SKETCH = 64
+# With so many regressors every ridge is tried.
+_SMALL = 256
 
 
 class Moment(NamedTuple):
@@ -25,45 +29,69 @@ class Moment(NamedTuple):
     xy: Tensor
 
 
-def choose_ridge(folds: Sequence[Moment]) -> float:
+def choose_ridge(folds: Sequence[Moment], near: float = RIDGES[6]) -> float:
     """The ridge whose solution from one fold predicts the other best, each way, summed.
 
     Where one fold is empty or all regressors are zero, there is nothing to compare, and the least ridge is returned.
+    From ``near``, the search goes down the curve of errors over ridges to where it rises again: of one that falls and
+    then rises, as such curves do but for noise, that is the best of all, for a third of the factorisations.
 
     Args:
         folds: two, each of moments per row.
+        near: where to begin, one of ``RIDGES``.
 
     Returns:
         A share of the mean diagonal of ``xx``.
     """
     if len(folds) != 2 or any(not bool(fold.xx.diagonal().sum() > 0) for fold in folds):
         return RIDGES[0]
-    folds = _sketched(folds)
-    errors = torch.zeros(len(RIDGES), dtype=torch.float64)
-    for fit, held_out in (folds, reversed(folds)):
-        values, basis = torch.linalg.eigh(fit.xx)
-        target = basis.mT @ fit.xy
-        against = basis.mT @ held_out.xy
-        gram = basis.mT @ held_out.xx @ basis
-        scale = held_out.xy.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
-        for index, ridge in enumerate(RIDGES):
-            weights = target / (values.clamp_min(0) + ridge * fit.xx.diagonal().mean())[:, None]
-            error = (weights * (gram @ weights)).sum() - 2 * (weights * against).sum()
-            errors[index] += error / scale
+    first, second = (Moment(fold.xx, sketch(fold.xy)) for fold in folds)
+
+    @cache
+    def error(index: int) -> float:
+        total = 0.0
+        for fit, held_out in ((first, second), (second, first)):
+            weights = _ridged(fit, RIDGES[index])
+            if weights is None:
+                # Below the rounding of the moments; larger ridges are not.
+                return math.inf
+            missed = (weights * (held_out.xx @ weights)).sum() - 2 * (weights * held_out.xy).sum()
+            total += float(missed / held_out.xy.square().sum().clamp_min(torch.finfo(torch.float64).tiny))
+        return total
+
+    everything = range(len(RIDGES))
+    if len(first.xx) <= _SMALL:
+        best = min(everything, key=error)
+    else:
+        best = RIDGES.index(near)
+        while True:
+            # Of ridges that all fail the larger: those that do not lie there.
+            lower = min((index for index in (best + 1, best - 1) if index in everything), key=error)
+            if not (error(lower) < error(best) or (best < lower and math.isinf(error(best)))):
+                break
+            best = lower
     # Among equals the least: it changes least what the folds say nothing about.
-    best = errors.min()
-    within = errors <= best + 1e-6 * best.abs()
-    return RIDGES[int(within.nonzero()[0, 0])]
+    bound = error(best) + 1e-6 * abs(error(best))
+    while best > 0 and error(best - 1) <= bound:
+        best -= 1
+    return RIDGES[best]
 
 
-def _sketched(folds: Sequence[Moment]) -> list[Moment]:
-    """The same with few outputs, random signs of all: the squared error over them is the same in the mean."""
-    outputs = folds[0].xy.shape[1]
-    if outputs <= _SKETCH:
-        return list(folds)
+def sketch(outputs: Tensor) -> Tensor:
+    """Few outputs (n, 64) for many, random signs of all: the squared error over them is the same in the mean."""
+    count = outputs.shape[1]
+    if count <= _SKETCH:
+        return outputs
     generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (outputs, _SKETCH), generator=generator).double().mul_(2).sub_(1)
-    return [Moment(fold.xx, fold.xy @ signs) for fold in folds]
+    signs = torch.randint(0, 2, (count, _SKETCH), generator=generator).double().mul_(2).sub_(1)
+    return outputs @ signs
+
+
+def _ridged(moment: Moment, ridge: float) -> Tensor | None:
+    gram = moment.xx.clone()
+    gram.diagonal().add_(ridge * moment.xx.diagonal().mean())
+    factor, info = torch.linalg.cholesky_ex(gram)
+    return torch.cholesky_solve(moment.xy, factor) if int(info) == 0 else None
 
 
 def solve(moment: Moment, ridge: float) -> Tensor:
@@ -72,23 +100,29 @@ def solve(moment: Moment, ridge: float) -> Tensor:
     alive = diagonal > RANK_TOLERANCE * diagonal.max()
     weights = torch.zeros_like(moment.xy)
     if bool(alive.any()):
-        size = int(alive.sum())
-        gram = moment.xx[alive][:, alive] + ridge * diagonal.mean() * torch.eye(size, dtype=moment.xx.dtype)
+        gram = moment.xx.clone() if bool(alive.all()) else moment.xx[alive][:, alive]
+        gram.diagonal().add_(ridge * diagonal.mean())
         weights[alive] = _solve_positive(gram, moment.xy[alive])
     return weights
 
 
 def inverse(matrix: Tensor, ridge: float) -> Tensor:
     """Symmetric (matrix + ridge · mean diagonal · I)⁻¹, the ridge raised tenfold until it is positive definite."""
-    mean = matrix.diagonal().mean()
-    identity = torch.eye(len(matrix), dtype=matrix.dtype)
-    if not bool(mean > 0):
-        return identity
+    return ridged_inverse(matrix, ridge)[0]
+
+
+def ridged_inverse(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """The same, and what was added to the diagonal."""
+    mean = float(matrix.diagonal().mean())
+    if not mean > 0:
+        return torch.eye(len(matrix), dtype=matrix.dtype), 0.0
     while True:
-        factor, info = torch.linalg.cholesky_ex(matrix + ridge * mean * identity)
+        gram = matrix.clone()
+        gram.diagonal().add_(ridge * mean)
+        factor, info = torch.linalg.cholesky_ex(gram)
         if int(info) == 0:
-            found: Tensor = torch.cholesky_inverse(factor)
-            return found.add(found.mT) / 2
+            # One triangle is computed and copied to the other: symmetric to the bit.
+            return torch.cholesky_inverse(factor), ridge * mean
         ridge *= 10
 
 

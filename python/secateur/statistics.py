@@ -19,6 +19,7 @@ Float = npt.NDArray[np.float64]
 Collect = Literal["scores", "all"]
 FOLDS = ("even", "odd")
 SAMPLED_IMAGES = 64
+_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Moments:
     @property
     def covariance(self) -> Float:
         """Centred second moment, (d, d)."""
-        covariance: Float = self.second - np.outer(self.mean, self.mean)
-        return covariance
+        covariance: Float = np.outer(self.mean, self.mean)
+        return np.subtract(self.second, covariance, out=covariance)
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Statistics:
         if rows == 0:
             raise InvalidArgument(f"group: expected one that was observed, got {group!r} with no rows")
         mean = self._sum(group, "sum", fold) / rows
-        return Moments(rows, mean, unpack(self._sum(group, "second_moment", fold)) / rows)
+        return Moments(rows, mean, unpack(self._sum(group, "second_moment", fold) / rows))
 
     def image_grams(self, group: str) -> tuple[Float, Float]:
         """QᵀQ and K_cᵀK_c (keys centred per image) of each of the first 64 images: twice (images, heads, d, d).
@@ -275,7 +276,8 @@ class Statistics:
             raise InvalidArgument(f"fold: expected even, odd or None, got {fold!r}")
         folds = FOLDS if fold is None else (fold,)
         try:
-            total: Float = np.sum([self.tensors[f"{name}/{group}/{what}"] for name in folds], axis=0)
+            parts = [self.tensors[f"{name}/{group}/{what}"] for name in folds]
+            total: Float = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         except KeyError as error:
             raise InvalidArgument(
                 f"group: expected {what} of {group!r}, got statistics of {self.settings.collect!r} without it"
@@ -292,14 +294,21 @@ class Statistics:
 def unpack(packed: Float) -> Float:
     """Full symmetric matrices (..., d, d) of packed upper triangles (..., d(d+1)/2)."""
     size = int((np.sqrt(8 * packed.shape[-1] + 1) - 1) / 2)
-    full = np.zeros((*packed.shape[:-1], size, size))
+    full = np.empty((*packed.shape[:-1], size, size))
     start = 0
     # Row by row: index arrays of all elements take longer than the copies.
     for row in range(size):
-        part = packed[..., start : start + size - row]
-        full[..., row, row:] = part
-        full[..., row:, row] = part
+        full[..., row, row:] = packed[..., start : start + size - row]
         start += size - row
+    # The other triangle in blocks that a cache holds: columns of large matrices are slow to write.
+    for i in range(0, size, _BLOCK):
+        rows = slice(i, i + _BLOCK)
+        corner = full[..., rows, rows]
+        upper = np.triu(corner)
+        corner[...] = upper + np.triu(upper, 1).swapaxes(-1, -2)
+        for j in range(i + _BLOCK, size, _BLOCK):
+            columns = slice(j, j + _BLOCK)
+            full[..., columns, rows] = full[..., rows, columns].swapaxes(-1, -2)
     return full
 
 

@@ -11,8 +11,8 @@ import reference
 import secateur as sc
 import torch
 from models import images, make
-from secateur import search
 from secateur.heads import eliminate_heads, head_errors
+from secateur.search import _rebuilt, _shape
 from torch.nn import functional
 
 EMPTY = np.empty((1, 0), np.int64)
@@ -355,7 +355,7 @@ def test_a_search_goes_on_with_what_is_left(digits_model, digits_images):
     pruned = copy.deepcopy(digits_model)
     ratios = {"heads": 0.34, "width": 0.1, "blocks.0.mlp": 1}
     sc.prune(pruned, sc.plan(digits_model, stats, method="project", ratios=ratios))
-    again = search._rebuilt(digits_model, search._shape(pruned, digits_model), pruned.state_dict())
+    again = _rebuilt(digits_model, _shape(pruned, digits_model), pruned.state_dict())
     with torch.no_grad():
         assert torch.equal(again(digits_images), pruned(digits_images))
 

@@ -30,7 +30,7 @@ from ..project import (
     value_bases,
     value_errors,
 )
-from ..regression import Moment, choose_ridge, solve
+from ..regression import Moment, choose_ridge, sketch, solve
 from ..statistics import Float, Statistics
 from .refit import HEAD_SCORES, Moments, Refit
 
@@ -105,19 +105,23 @@ class Projection(Refit):
         basis = value_bases(metric, moments.covariance, site.heads, count, heads.tolist())
         weight = draft.weight(site.proj)
         # What is lost without a refit, W − W T⁺ T, is regressed on what is kept.
-        plain = weight @ torch.linalg.pinv(basis, rtol=1e-12)
-        lost = weight - plain @ basis
+        own = weight.unflatten(1, (site.heads, site.v_dim))[:, heads].flatten(1)
+        turned = _blocks(basis, heads, site.heads)
+        plain = own @ torch.block_diag(*torch.linalg.pinv(turned[heads], rtol=1e-12))
+        lost = (weight - plain @ basis).mT
+        few = sketch(lost)
 
-        def moment(covariance: Tensor) -> Moment:
+        def moment(covariance: Tensor, wanted: Tensor) -> Moment:
             seen = basis @ covariance
-            return Moment(seen @ basis.mT, seen @ lost.mT)
+            return Moment(seen @ basis.mT, seen @ wanted)
 
-        refitted = plain + solve(moment(moments.covariance), choose_ridge([moment(c) for c in moments.folds])).mT
+        ridge = choose_ridge([moment(fold, few) for fold in moments.folds])
+        refitted = plain + solve(moment(moments.covariance, lost), ridge).mT
         rows = slice(2 * site.heads * site.qk_dim, None)
         qkv_weight, qkv_bias = draft.weight(site.qkv).clone(), draft.bias(site.qkv).clone()
         # Rows of the attention map sum to one, so the values' bias passes through it.
         bias = draft.bias(site.proj) + weight @ moments.mean - refitted @ basis @ (moments.mean - qkv_bias[rows])
-        qkv_weight[rows] = _turned(_blocks(basis, heads, site.heads), qkv_weight[rows], site.heads)
+        qkv_weight[rows] = _turned(turned, qkv_weight[rows], site.heads)
         qkv_bias[rows] = 0
         columns = torch.zeros_like(weight).unflatten(1, (site.heads, site.v_dim))
         columns[:, heads, :count] = refitted.unflatten(1, (len(heads), count))
@@ -147,22 +151,13 @@ class Projection(Refit):
         moments = self._norm_moments()
         basis = residual_basis([found.second for found in moments.values()])
         centred = int(self._anatomy.stream.centred)
-        # What is left of the variance once the readers are refitted, at some widths; between them it is interpolated.
-        widths = np.unique(np.linspace(1 + centred, size, 24).round().astype(int))
-        lost = np.zeros(len(widths))
+        lost = np.zeros(size + 1)
         for found in moments.values():
-            # Sums of float32 activations: what lies below 1e-7 of the largest is rounding, of either sign.
-            values, vectors = torch.linalg.eigh(basis.mT @ found.covariance @ basis)
-            turned = (vectors * values.clamp_min(1e-7 * float(values[-1]) + 1e-30)) @ vectors.mT
-            for index, width in enumerate(widths):
-                rank = int(width) - centred
-                factor = torch.linalg.cholesky(turned[:rank, :rank])
-                held = torch.linalg.solve_triangular(factor, turned[:rank, rank:], upper=False)
-                lost[index] += float(turned.diagonal()[rank:].sum() - held.square().sum()) / size / len(moments)
-        errors = np.interp(np.arange(size + 1), widths, lost)
-        errors[: widths[0]] = 1.0
-        errors[-1] = 0.0
-        return np.minimum.accumulate(np.clip(errors, 0.0, 1.0))
+            lost[centred:] += _unexplained(basis.mT @ found.covariance @ basis).numpy()[: size + 1 - centred]
+        lost /= size * len(moments)
+        lost[: 1 + centred] = 1.0
+        lost[-1] = 0.0
+        return np.minimum.accumulate(np.clip(lost, 0.0, 1.0))
 
     def _width(self, draft: Draft, count: int, eps: dict[str, float], gone: Collection[str]) -> Indices:
         stream = self._stream()
@@ -221,15 +216,36 @@ def _readout(moments: Moments, basis: Tensor, count: int) -> tuple[Tensor, Tenso
     the basis is regressed on what lies within.
     """
     scale = ((moments.second @ basis) * basis).sum().div(count).sqrt()
+    few = sketch(torch.eye(len(basis), dtype=torch.float64))
 
-    def moment(covariance: Tensor) -> Moment:
+    def moment(covariance: Tensor, wanted: Tensor | None = None) -> Moment:
         seen = basis.mT @ covariance
         kept = seen @ basis
-        return Moment(kept, seen - kept @ basis.mT)
+        if wanted is None:
+            return Moment(kept, seen - kept @ basis.mT)
+        return Moment(kept, seen @ wanted - kept @ (basis.mT @ wanted))
 
-    gained = solve(moment(moments.covariance), choose_ridge([moment(fold) for fold in moments.folds])).mT
-    matrix = basis + gained
+    ridge = choose_ridge([moment(fold, few) for fold in moments.folds])
+    matrix = basis + solve(moment(moments.covariance), ridge).mT
     return scale * matrix, moments.mean - matrix @ (basis.mT @ moments.mean)
+
+
+def _unexplained(covariance: Tensor) -> Tensor:
+    """Variance of all inputs that the first r do not explain, for every r from 0 to their number.
+
+    With C = L Lᵀ, what is left of C after regression on the first r is the product of L's trailing block with itself.
+    """
+    # Sums of float32 activations: what lies below 1e-7 of the largest is rounding, of either sign.
+    ridge = 1e-7 * float(covariance.diagonal().max()) + 1e-30
+    while True:
+        ridged = covariance.clone()
+        ridged.diagonal().add_(ridge)
+        factor, info = torch.linalg.cholesky_ex(ridged)
+        if int(info) == 0:
+            break
+        ridge *= 10
+    columns = factor.square().sum(0)
+    return torch.cat([columns.flip(0).cumsum(0).flip(0), columns.new_zeros(1)])
 
 
 def _turned(turn: Tensor, rows: Tensor, heads: int) -> Tensor:

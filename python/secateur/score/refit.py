@@ -19,7 +19,7 @@ from ..anatomy import Anatomy, AttentionSite, FfnSite, Group, Indices
 from ..draft import Draft
 from ..errors import InvalidArgument, NumericalError
 from ..heads import eliminate_heads, head_errors
-from ..regression import RIDGES, Moment, choose_ridge, inverse, solve
+from ..regression import RIDGES, Moment, choose_ridge, ridged_inverse, sketch, solve
 from ..statistics import FOLDS, Float, Statistics
 from . import snp
 from .base import Decision
@@ -47,8 +47,12 @@ class Moments:
         found = statistics.moments(name)
         self.mean = torch.from_numpy(found.mean)
         self.second = torch.from_numpy(found.second)
-        self.covariance = torch.from_numpy(found.covariance)
         self._statistics, self._name = statistics, name
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """Second moment about the mean."""
+        return torch.addr(self.second, self.mean, self.mean, alpha=-1)
 
     @cached_property
     def folds(self) -> list[Tensor]:
@@ -57,7 +61,11 @@ class Moments:
             parts = [self._statistics.moments(self._name, fold) for fold in FOLDS]
         except InvalidArgument:
             return []
-        return [torch.from_numpy(part.covariance) for part in parts]
+        found = []
+        for part in parts:
+            mean = torch.from_numpy(part.mean)
+            found.append(torch.from_numpy(part.second).addr_(mean, mean, alpha=-1))
+        return found
 
 
 class Refit:
@@ -73,6 +81,8 @@ class Refit:
         self._model, self._anatomy, self._statistics, self._selection = model, anatomy, statistics, selection
         self._head_score = head_score
         self._orders: dict[str, tuple[Tensor, Float | None]] = {}
+        # Where the search for a layer's next ridge begins.
+        self._ridges: dict[str, float] = {}
         self._cached_errors: dict[str, Float | None] = {}
 
     def errors(self, group: Group) -> Float | None:
@@ -184,7 +194,7 @@ class Refit:
 
         def order() -> tuple[Tensor, Float | None]:
             metric, moments = self._writer_metric(site.proj, site.scale), Moments(self._statistics, site.proj)
-            ridge = self._first_ridge(moments, metric)
+            ridge = self._first_ridge(site.proj, moments, metric)
             return eliminate_heads(metric, moments.covariance, site.heads, ridge), None
 
         return self._order(site.heads_group, order)[0]
@@ -199,7 +209,7 @@ class Refit:
         if self._selection == "energy":
             scores = (moments.covariance.diagonal() * weight.square().sum(0)).reshape(site.heads, size)
             return scores.argsort(dim=1, stable=True), None
-        order, costs = _eliminate(moments.covariance, weight.mT, self._first_ridge(moments, weight))
+        order, costs, _ = _eliminate(moments.covariance, weight.mT, self._first_ridge(site.proj, moments, weight))
         # As many leave each head as another: of the joint order, each head's own.
         return torch.stack([order[order // size == head] % size for head in range(site.heads)]), costs
 
@@ -231,8 +241,8 @@ class Refit:
                 return torch.from_numpy(np.argsort(similar, axis=1, kind="stable")), None
             if self._selection == "energy":
                 return (moments.covariance.diagonal() * weight.square().sum(0)).argsort(stable=True)[None], None
-            found, costs = _eliminate(moments.covariance, weight.mT, self._first_ridge(moments, weight))
-            total = float((weight @ moments.covariance * weight).sum())
+            ridge = self._first_ridge(site.fc2, moments, weight)
+            found, costs, total = _eliminate(moments.covariance, weight.mT, ridge)
             return found[None], costs / max(total, np.finfo(float).tiny)
 
         return self._order(site.ffn, order)
@@ -281,12 +291,20 @@ class Refit:
     def _writer_metric(self, module: str, scale: str | None) -> Tensor:
         return writer_metric(self._model, self._anatomy, module, scale)
 
-    def _first_ridge(self, moments: Moments, weight: Tensor) -> float:
+    def _first_ridge(self, module: str, moments: Moments, weight: Tensor) -> float:
         """The ridge of half of the inputs, those of most energy; before it is known which stay."""
         score = moments.covariance.diagonal() * weight.square().sum(0)
         order = score.argsort(descending=True)
         kept, cut = order[: len(order) // 2], order[len(order) // 2 :]
-        return choose_ridge([_compensation(fold, weight, kept, cut) for fold in moments.folds])
+        return self._ridge(module, moments, weight, kept, cut)
+
+    def _ridge(self, module: str, moments: Moments, weight: Tensor, kept: Tensor, cut: Tensor) -> float:
+        """The folds' ridge for what the cut inputs of a layer contribute; the search begins at the layer's last one."""
+        # The sketch of the outputs before the products, not after.
+        few = sketch(weight[:, cut].mT).mT
+        folds = [_compensation(fold, few, kept, cut) for fold in moments.folds]
+        self._ridges[module] = choose_ridge(folds, self._ridges.get(module, RIDGES[6]))
+        return self._ridges[module]
 
     def _compensate(self, draft: Draft, module: str, moments: Moments, kept: Tensor) -> None:
         """Give the kept inputs of a linear layer what the others contributed, and the bias its mean."""
@@ -294,8 +312,8 @@ class Refit:
         cut = torch.ones(weight.shape[1], dtype=torch.bool)
         cut[kept] = False
         cut = cut.nonzero().flatten()
-        ridge = choose_ridge([_compensation(fold, weight, kept, cut) for fold in moments.folds])
-        gained = solve(_compensation(moments.covariance, weight, kept, cut), ridge).mT
+        ridge = self._ridge(module, moments, weight, kept, cut)
+        gained = solve(_compensation(moments.covariance, weight[:, cut], kept, cut), ridge).mT
         bias = draft.bias(module) + weight[:, cut] @ moments.mean[cut] - gained @ moments.mean[kept]
         refitted = torch.zeros_like(weight)
         refitted[:, kept] = weight[:, kept] + gained
@@ -310,7 +328,9 @@ class Refit:
 
 
 def _compensation(covariance: Tensor, weight: Tensor, kept: Tensor, cut: Tensor) -> Moment:
-    return Moment(covariance[kept][:, kept], covariance[kept][:, cut] @ weight[:, cut].mT)
+    """Moments of the kept inputs with what ``weight`` (outputs, cut) makes of the others."""
+    rows = covariance.index_select(0, kept)
+    return Moment(rows.index_select(1, kept), rows.index_select(1, cut) @ weight.mT)
 
 
 def _scale_rows(draft: Draft, module: str, rows: slice, scale: Tensor) -> None:
@@ -321,28 +341,29 @@ def _scale_rows(draft: Draft, module: str, rows: slice, scale: Tensor) -> None:
     draft.set(module, bias, "bias")
 
 
-def _eliminate(moment: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Float]:
-    """All inputs from the first to leave, with what each costs; the last one, which is never removed, for what is left.
+def _eliminate(moment: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Float, float]:
+    """All inputs from the first to leave, what each costs, and the energy of all: tr(Wᵀ C W), without the ridge.
 
     Dead inputs leave at once: a ridge relative to the mean would have to be large to keep them regular.
     """
     diagonal = moment.diagonal()
-    alive = (diagonal > 1e-12 * diagonal.max().clamp_min(torch.finfo(torch.float64).tiny)).nonzero().flatten()
-    dead = (~torch.isin(torch.arange(len(moment)), alive)).nonzero().flatten()
+    living = diagonal > 1e-12 * diagonal.max().clamp_min(torch.finfo(torch.float64).tiny)
+    alive, dead = living.nonzero().flatten(), (~living).nonzero().flatten()
     if len(alive) < 2:
-        return torch.cat([dead, alive]), np.zeros(len(moment))
-    part, outputs = moment[alive][:, alive], weights[alive].contiguous()
+        return torch.cat([dead, alive]), np.zeros(len(moment)), 0.0
+    part = moment if len(dead) == 0 else moment[alive][:, alive]
+    outputs = weights[alive].contiguous()
     while True:
         try:
-            order, costs = core.eliminate(inverse(part, ridge).numpy(), outputs.numpy(), len(alive) - 1)
+            inverted, added = ridged_inverse(part, ridge)
+            order, costs = core.eliminate(inverted.numpy(), outputs.numpy(), len(alive))
             break
         except NumericalError:
             ridge *= 10
-    last = np.setdiff1d(np.arange(len(alive)), order)
-    total = float((outputs * (part @ outputs)).sum())
-    rest = max(0.0, total - float(np.sum(costs)))
-    complete = torch.from_numpy(np.concatenate([np.asarray(order, np.int64), last]))
-    return torch.cat([dead, alive[complete]]), np.concatenate([np.zeros(len(dead)), costs, [rest]])
+    # All costs add up to the energy of the ridged moments.
+    total = max(0.0, float(np.sum(costs)) - added * float(outputs.square().sum()))
+    complete = alive[torch.from_numpy(np.asarray(order, np.int64))]
+    return torch.cat([dead, complete]), np.concatenate([np.zeros(len(dead)), costs]), total
 
 
 def _falling(rising: Float, size: int) -> Float:
