@@ -321,7 +321,8 @@ def show(run: Run) -> None:
         within = sum(each <= 0.1 for each in size)
         console.print(
             f"random plans, batch {batch}: {within} of {len(off)} predicted within 10 %; off by "
-            f"{statistics.median(size):.1%} in the median, {max(size):.1%} at worst, {statistics.mean(off):+.1%} in the mean",
+            f"{statistics.median(size):.1%} in the median, {max(size):.1%} at worst, "
+            f"{statistics.mean(off):+.1%} in the mean",
             highlight=False,
         )
     for row in run.rows:

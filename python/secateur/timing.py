@@ -33,6 +33,8 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.
 _FRACTIONS = {2: (0.125, 0.25, 0.5, 0.75, 1.0), 3: (0.25, 0.5, 0.75, 1.0), 4: (0.25, 0.5, 1.0)}
 _UNEVEN = {2: (0.25, 0.625, 1.0), 3: (0.375, 1.0), 4: (0.375, 1.0)}
 _MULTIPLES = {"qk": 8, "v": 8, "ffn": 32, "width": 32}
+# On a busy machine runs are repeated, at most so often, until the median is known to about this part of it.
+_MOST_REPEATS, _SURE = 4, 0.02
 # Models cut at random that the sum of layers is compared with: of each group, at least these shares stay.
 _SHARES = (0.15, 0.5, 0.3, 0.7)
 
@@ -69,7 +71,7 @@ def measure_latency(
         grid: sizes to measure by kind, per head for "qk" and "v"; three to five from an eighth or a quarter to all of
             the units by default, in multiples of 8 per head and 32 elsewhere. The size a layer has is added. Layers
             with sizes of your own are measured at no uneven ones besides.
-        repeats: pairs for each entry.
+        repeats: pairs for each entry; up to four times as many where they differ much, as on a busy machine.
 
     Raises:
         InvalidArgument: an argument that does not fit, or a model without weights.
@@ -168,7 +170,10 @@ class _Clock:
             runs = [torch.compile(run, dynamic=False) for run in runs]
         with torch.inference_mode():
             loops = [warm(run, images, 1, "model") for run, images in zip(runs, inputs, strict=True)]
-            return in_turn(runs, inputs, loops, self._repeats, _unheard)
+            times = in_turn(runs, inputs, loops, self._repeats, _unheard)
+            while _unsure(times) and len(times) < _MOST_REPEATS * self._repeats:
+                times = np.concatenate([times, in_turn(runs, inputs, loops, self._repeats, _unheard)])
+        return times
 
     def copies(self, module: nn.Module, x: Tensor, most: int) -> int:
         """How many of a layer to run behind each other: what fills a sample, but no more than the model has."""
@@ -374,6 +379,13 @@ def _up_to(sizes: Iterable[int], size: int) -> tuple[int, ...]:
 def _width(anatomy: Anatomy) -> int:
     site = anatomy.attention[0]
     return anatomy.shapes[f"{site.qkv}.weight"][1]
+
+
+def _unsure(times: Times) -> bool:
+    """Do other programs take the processor, so that the median of the ratios says little yet?"""
+    low, middle, high = np.quantile(times / times[:, -1:], (0.25, 0.5, 0.75), axis=0)
+    # About a standard error of the median.
+    return bool(((high - low) / middle).max() > _SURE * math.sqrt(len(times)))
 
 
 def _dtype(model: nn.Module, given: str | torch.dtype | None) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import torch
 from models import make
 from secateur import latency, surgery, timing
 from secateur.allocate import counts_from_target
+from secateur.anatomy import AttentionSite, Group
 from secateur.families import family_of
 from secateur.identity import Fingerprint
 from secateur.latency import Grid, Latency, LatencyTable, Layer
@@ -165,6 +166,123 @@ def test_wrong_predictions():
 
 def only_dense_width(grid):
     return Grid({**grid.axes, "width": grid.axes["width"][-1:]}, grid.seconds[-1:])
+
+
+def test_uneven_sizes_by_hand():
+    """Between the two grids by the share of the sizes that are uneven; the greatest even size is beyond the uneven."""
+    even = Grid({"qk": (8, 16), "v": (8, 16)}, np.array([[1.0, 2.0], [3.0, 4.0]]))
+    uneven = Grid({"qk": (7, 15), "v": (7, 15)}, np.array([[10.0, 20.0], [30.0, 40.0]]))
+    layer = Layer((), even, uneven)
+    assert layer.at({"qk": 12, "v": 8}) == 2.0  # multiples of 4
+    assert layer.at({"qk": 15, "v": 7}) == 30.0
+    assert layer.at({"qk": 11, "v": 15}) == 30.0
+    assert layer.at({"qk": 15, "v": 8}) == 17.0
+    assert layer.at({"qk": 16, "v": 15}) == 0.5 * 3.875 + 0.5 * 42.5
+    np.testing.assert_allclose(layer.at({"qk": [12, 15], "v": 8}), [2.0, 17.0])
+    with pytest.raises(sc.InvalidArgument, match=r"qk of 1…16, got 17"):
+        layer.at({"qk": 17, "v": 7})
+    # An axis of one level in both is not uneven, whatever its size is.
+    single = Layer((), Grid({"width": (39,), "ffn": (4, 8)}, np.array([[1.0, 2.0]])))
+    assert single.at({"width": 39, "ffn": 5}) == 1.25
+    single = replace(single, uneven=Grid({"width": (39,), "ffn": (7,)}, np.array([[9.0]])))
+    assert single.uneven_axes == ("ffn",)
+    assert single.at({"width": 39, "ffn": 8}) == 2.0
+    assert single.at({"width": 39, "ffn": 3}) == 9.0
+
+
+@dataclass(frozen=True)
+class HeadsSite(AttentionSite):
+    """An attention layer that names the group of its heads."""
+
+    heads_group: str = ""
+
+
+def with_heads_and_blocks(anatomy):
+    """The same with heads that can go, and layers."""
+    groups = list(anatomy.groups)
+    sites = []
+    for site in anatomy.attention:
+        block = anatomy.group(site.qk).block
+        groups.append(Group(f"blocks.{block}.heads", "heads", block, site.heads, ()))
+        groups += [Group(f"blocks.{block}.{layer}", "block", block, 1, ()) for layer in ("attn", "mlp")]
+        sites.append(HeadsSite(**{**vars(site), "heads_group": f"blocks.{block}.heads"}))
+    return replace(anatomy, groups=tuple(groups), attention=tuple(sites))
+
+
+@pytest.fixture
+def table_of_heads():
+    """Of two blocks, by (width, qk, v, heads) and (width, ffn), with 7 seconds around them."""
+    anatomy = with_heads_and_blocks(sc.inspect(small(24, 2, 4)))
+    table = table_of(anatomy, lambda w, q, v: 0, lambda w, f: w * f, rest=7)
+    axes = {"width": (12, 24), "qk": (1, 6), "v": (1, 6), "heads": (1, 2, 4)}
+    seconds = [w * (5 + h * (q + v)) for w, q, v, h in itertools.product(*axes.values())]
+    attention = Layer(
+        tuple(
+            {**{kind: f"blocks.{i}.{kind}" for kind in ("qk", "v", "heads")}, "present": f"blocks.{i}.attn"}
+            for i in (0, 1)
+        ),
+        Grid(axes, np.array(seconds, float).reshape([len(each) for each in axes.values()])),
+    )
+    ffn = replace(
+        table.layers[1], places=tuple({"ffn": f"blocks.{i}.ffn", "present": f"blocks.{i}.mlp"} for i in (0, 1))
+    )
+    return anatomy, replace(table, layers=(attention, ffn, table.layers[2]))
+
+
+def test_heads_and_absent_layers_by_hand(table_of_heads):
+    anatomy, table = table_of_heads
+    hidden = anatomy.group("blocks.0.ffn").size
+    dense = 2 * 24 * (5 + 4 * 12) + 2 * 24 * hidden + 7
+    assert table.predict(anatomy) == dense
+    assert table.predict(anatomy, {"blocks.1.heads": 3}) == dense - 24 * 12
+    assert table.predict(anatomy, {"blocks.1.heads": 3, "blocks.1.qk": 2}) == dense - 24 * 12 - 24 * 3 * 4
+    assert table.predict(anatomy, {"blocks.0.attn": 0}) == dense - 24 * (5 + 4 * 12)
+    assert table.predict(anatomy, {"blocks.0.mlp": 0, "blocks.0.ffn": 0}) == dense - 24 * hidden
+    # What is not there costs nothing whatever its sizes are.
+    absent = {"blocks.0.attn": 0, "blocks.1.mlp": 0}
+    sizes = {"blocks.0.qk": 3, "blocks.0.heads": 1, "blocks.1.ffn": 2}
+    assert table.predict(anatomy, {**absent, **sizes}) == table.predict(anatomy, absent)
+    gone = {f"blocks.{i}.{layer}": 0 for i in (0, 1) for layer in ("attn", "mlp")}
+    assert table.predict(anatomy, {**gone, "width": 13}) == 7
+
+
+def test_costs_along_heads_and_layers_are_totals_one_by_one(table_of_heads, tmp_path):
+    anatomy, table = table_of_heads
+    table.save(tmp_path / "table.json")
+    cost = Latency(LatencyTable.load(tmp_path / "table.json"), anatomy, slope=1.2, offset=0.1)
+    base = {"width": 20, "blocks.1.qk": 4, "blocks.0.heads": 3, "blocks.1.mlp": 0}
+    for names, sizes in (
+        (["blocks.1.heads"], [1, 2, 3, 4]),
+        (["blocks.0.heads", "blocks.1.heads"], [1, 3]),
+        (["blocks.0.attn"], [0, 1]),
+        (["blocks.0.attn", "blocks.0.mlp"], [0, 1]),
+        (["blocks.1.ffn"], [1, 30]),
+        (["blocks.0.qk", "blocks.0.v"], [1, 5]),
+    ):
+        expected = [cost.total({**base, **dict.fromkeys(names, size)}) for size in sizes]
+        np.testing.assert_allclose(cost.along(base, names, sizes), expected)
+
+
+def test_heads_are_an_axis_of_one_level_unless_they_are_asked_for():
+    model = small(48, 2, 6)
+    anatomy = with_heads_and_blocks(sc.inspect(model))
+    family = family_of(model)
+    attention, ffn, rest = timing._distinct(family, model, anatomy, timing._levels(anatomy, ("qk", "v"), None))
+    assert attention.axes["heads"] == (6,)
+    assert attention.places[1]["present"] == "blocks.1.attn"
+    assert attention.places[1]["heads"] == "blocks.1.heads"
+    assert ffn.places[0] == {"ffn": "blocks.0.ffn", "present": "blocks.0.mlp"}
+    attention, *_ = timing._distinct(family, model, anatomy, timing._levels(anatomy, ("qk", "heads", "block"), None))
+    assert attention.axes["heads"] == (1, 2, 3, 4, 6)
+    assert attention.uneven["heads"] == attention.axes["heads"]
+    assert attention.axes["v"] == attention.uneven["v"] == (8,)
+    attention, _, rest = timing._distinct(family, model, anatomy, timing._levels(anatomy, None, None))
+    assert {axis: len(levels) for axis, levels in attention.axes.items()}["heads"] == 3
+    assert "present" not in attention.axes
+    assert set(rest.axes) == {"width"}
+    cuts = timing._random_cuts(anatomy, timing._levels(anatomy, ("qk", "v", "heads", "block"), None))
+    assert all(not name.endswith((".attn", ".mlp", ".ffn")) for sizes in cuts for name in sizes)
+    assert any(sizes["blocks.0.heads"] < 6 for sizes in cuts)
 
 
 # --- Choosing ---------------------------------------------------------------------------------------------------------
@@ -577,11 +695,29 @@ def test_a_table_comes_back_from_its_file(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.json", "table.json"]
 
 
+def test_uneven_sizes_come_back_from_a_file_and_older_files_have_none(tmp_path):
+    anatomy = sc.inspect(small(24, 2, 2))
+    table = table_of(anatomy, staircase, steps)
+    ffn = replace(table.layers[1], uneven=Grid({"width": (24,), "ffn": (7, 59)}, np.array([[3.0, 300.0]])))
+    uneven = replace(table, layers=(table.layers[0], ffn, table.layers[2]))
+    uneven.save(tmp_path / "table.json")
+    sizes = {"blocks.0.ffn": 31}
+    assert LatencyTable.load(tmp_path / "table.json").predict(anatomy, sizes) == uneven.predict(anatomy, sizes)
+    assert uneven.predict(anatomy, sizes) > table.predict(anatomy, sizes)
+    outer = json.loads((tmp_path / "table.json").read_text())
+    outer["format"] = 1
+    for layer in outer["table"]["layers"]:
+        del layer["uneven"]
+    outer["sha256"] = latency._digest(outer["table"])
+    (tmp_path / "older.json").write_text(json.dumps(outer))
+    assert LatencyTable.load(tmp_path / "older.json").predict(anatomy, sizes) == table.predict(anatomy, sizes)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         (lambda outer: outer.update(secateur="plan"), "got another kind of file"),
-        (lambda outer: outer.update(format=99), "got format 99, newer than 1: update secateur"),
+        (lambda outer: outer.update(format=99), "got format 99, newer than 2: update secateur"),
         (lambda outer: outer["table"].update(scale=3.0), "got one that does not match its checksum"),
         (lambda outer: outer.pop("table"), "expected a secateur latency table"),
         (lambda outer: outer.update(format="x"), "expected a secateur latency table"),
@@ -674,7 +810,7 @@ def test_groups_that_stay_whole_are_measured_at_their_size_alone(by_weights):
 
 
 def test_a_model_that_takes_longer_than_its_layers(by_weights, monkeypatch):
-    """Found on the dense model and on one cut by half, which holds for all between."""
+    """Found on the dense model and on some that are cut at random, which holds for all between."""
     counted = timing.in_turn
 
     def slower(models, inputs, loops, repeats, advance):
@@ -689,6 +825,50 @@ def test_a_model_that_takes_longer_than_its_layers(by_weights, monkeypatch):
     assert table.scale == pytest.approx(1.3)
     for sizes in ({}, {"blocks.0.ffn": 20}, {"blocks.1.ffn": 44}):
         assert table.predict(anatomy, sizes) == pytest.approx(1.3 * anatomy.params_at(sizes) + 5000)
+
+
+def test_uneven_layers_take_longer_than_their_neighbours(by_weights, monkeypatch):
+    """As on real machines, where rows that start at no multiple of 4 are read in pieces."""
+    counted = timing.in_turn
+
+    def slower(models, inputs, loops, repeats, advance):
+        times = counted(models, inputs, loops, repeats, advance)
+        factors = [1.5 if any(p.shape[0] % 4 for p in model.parameters()) else 1.0 for model in models]
+        return times * factors
+
+    monkeypatch.setattr(timing, "in_turn", slower)
+    model = small(48, 2, 3, 4.0, classes=4)
+    anatomy = sc.inspect(model)
+    table = sc.measure_latency(model, repeats=1, groups=("qk", "v", "ffn"))
+    attention, ffn, rest = table.layers
+    assert attention.grid.axes == {"width": (48,), "qk": (8, 16), "v": (8, 16)}
+    assert attention.uneven.axes == {"width": (48,), "qk": (3, 7, 15), "v": (3, 7, 15)}
+    assert ffn.uneven.axes == {"width": (48,), "ffn": (47, 119, 191)}
+    assert rest.uneven is None
+    for sizes in ({"blocks.0.ffn": 96}, {"blocks.1.qk": 12, "blocks.1.v": 12}):
+        assert table.predict(anatomy, sizes) == pytest.approx(anatomy.params_at(sizes), rel=1e-6)
+    for sizes in ({"blocks.0.ffn": 101}, {"blocks.1.qk": 13, "blocks.1.v": 13}):
+        of_layer = anatomy.params_at(sizes) - sum(
+            p.numel() for name, p in model.named_parameters() if not name.startswith("blocks.0.mlp")
+        )
+        assert table.predict(anatomy, sizes) > 1.02 * anatomy.params_at(sizes), of_layer
+
+
+def test_the_correction_is_by_least_squares_and_bounded(by_weights):
+    anatomy = sc.inspect(small(24, 2, 2))
+    table = table_of(anatomy, lambda w, q, v: q + v, lambda w, f: f, rest=20)
+    total = table.predict(anatomy)
+    cuts = [{"blocks.0.ffn": 20}, {"blocks.1.ffn": 10, "blocks.0.ffn": 5}, {"blocks.0.qk": 4, "blocks.0.v": 4}]
+    saved = np.array([1 - table.predict(anatomy, sizes) / total for sizes in cuts])
+    found = 0.8 * saved + [0.01, -0.02, 0.005]
+    fitted = timing._calibrated(table, anatomy, 3.0, list(zip(cuts, 1 - found, strict=True)))
+    assert fitted.predict(anatomy) == pytest.approx(3.0)
+    slope = np.linalg.lstsq(saved[:, None], found, rcond=None)[0][0]
+    predicted = [1 - fitted.predict(anatomy, sizes) / 3.0 for sizes in cuts]
+    np.testing.assert_allclose(predicted, slope * saved)
+    wild = timing._calibrated(table, anatomy, 3.0, [(sizes, 5.0) for sizes in cuts])
+    assert wild.scale == pytest.approx(0.5 * 3.0 / total)
+    assert timing._calibrated(table, anatomy, 3.0, []).scale == pytest.approx(3.0 / total)
 
 
 def test_layers_are_what_timms_blocks_compute():
