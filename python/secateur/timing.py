@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,8 +34,9 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.
 _FRACTIONS = {2: (0.125, 0.25, 0.5, 0.75, 1.0), 3: (0.25, 0.5, 0.75, 1.0), 4: (0.25, 0.5, 1.0)}
 _UNEVEN = {2: (0.25, 0.625, 1.0), 3: (0.375, 1.0), 4: (0.375, 1.0)}
 _MULTIPLES = {"qk": 8, "v": 8, "ffn": 32, "width": 32}
-# On a busy machine runs are repeated, at most so often, until the median is known to about this part of it.
-_MOST_REPEATS, _SURE = 4, 0.02
+# On a busy machine runs are repeated until the median is known to about this part of it, at most so often, and not
+# after so many seconds.
+_SURE, _MOST_REPEATS, _LONGEST_S = 0.02, 4, 30.0
 # Models cut at random that the sum of layers is compared with: of each group, at least these shares stay.
 _SHARES = (0.15, 0.5, 0.3, 0.7)
 
@@ -158,11 +160,12 @@ class _Clock:
 
     def beside(self, model: nn.Module, others: Sequence[nn.Module], images: Tensor) -> tuple[float, list[float]]:
         """Seconds of one batch of a model, and the medians of the other models' paired ratios to it."""
-        times = self._in_turn([model, *others], [images] * (1 + len(others)))
+        times = self._in_turn([*others, model], [images] * (len(others) + 1))
         self._advance(1)
-        return float(np.median(times[:, 0])), np.median(times[:, 1:] / times[:, :1], axis=0).tolist()
+        return float(np.median(times[:, -1])), np.median(times[:, :-1] / times[:, -1:], axis=0).tolist()
 
     def _in_turn(self, modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Times:
+        """The last is what ratios are taken to."""
         runs: list[Callable[[Tensor], object]] = list(modules)
         if self._compiled:
             # torch compiles one piece of code for a few shapes only, and then quietly no more.
@@ -170,8 +173,10 @@ class _Clock:
             runs = [torch.compile(run, dynamic=False) for run in runs]
         with torch.inference_mode():
             loops = [warm(run, images, 1, "model") for run, images in zip(runs, inputs, strict=True)]
+            start = time.perf_counter()
             times = in_turn(runs, inputs, loops, self._repeats, _unheard)
-            while _unsure(times) and len(times) < _MOST_REPEATS * self._repeats:
+            most = _MOST_REPEATS * self._repeats
+            while _unsure(times) and len(times) < most and time.perf_counter() - start < _LONGEST_S:
                 times = np.concatenate([times, in_turn(runs, inputs, loops, self._repeats, _unheard)])
         return times
 

@@ -871,6 +871,26 @@ def test_the_correction_is_by_least_squares_and_bounded(by_weights):
     assert timing._calibrated(table, anatomy, 3.0, []).scale == pytest.approx(3.0 / total)
 
 
+def test_a_busy_machine_is_measured_for_longer(monkeypatch):
+    """Until the median of the ratios is known well enough, or four times the repeats are spent."""
+    seen = []
+
+    def clock_of(spread):
+        def in_turn(models, inputs, loops, repeats, advance):
+            seen.append(repeats)
+            return np.linspace(1 - spread, 1 + spread, repeats)[:, None] * [1.0, 0.0] + [0.0, 1.0]
+
+        monkeypatch.setattr(timing, "in_turn", in_turn)
+        model = small()
+        layer = (family_of(model).layers(model)["blocks.0.attn"], torch.randn(1, 17, 24))
+        return timing._Clock(layer, 7, False, lambda _: None).ratio(*layer)
+
+    for spread, calls in ((0.01, 1), (0.06, 3), (0.5, 4)):
+        seen.clear()
+        assert clock_of(spread) == pytest.approx(1.0)
+        assert seen == [7] * calls
+
+
 def test_layers_are_what_timms_blocks_compute():
     for kind in ("plain", "registers_layer_scale", "gate"):
         model = make(kind)
