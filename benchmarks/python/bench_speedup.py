@@ -116,7 +116,7 @@ class Run:
         path: Path = self.options.work / f"{name}-{batch}.table.json"
         if not path.is_file():
             start = time.perf_counter()
-            sc.measure_latency(self.model(name), batch_size=batch, groups=INNER).save(path)
+            sc.measure_latency(self.model(name), batch_size=batch, groups=(*INNER, "width")).save(path)
             print(f"latency table of {name}, batch {batch}: {time.perf_counter() - start:.0f} s", flush=True)
         return sc.LatencyTable.load(path)
 
@@ -200,14 +200,14 @@ def macs_table(run: Run) -> None:
 
 
 def random_sizes(anatomy: Anatomy, number: int) -> dict[str, int]:
-    """Every block its own; each fourth plan of sizes that are no multiples, every other with unlike qk and v."""
+    """Every block its own; a third loses width, a fourth has sizes that are no multiples, a half unlike qk and v."""
     generator = np.random.default_rng(number)
     least = generator.uniform(0.15, 0.85)
     sizes: dict[str, int] = {}
     for group in anatomy.groups:
-        if group.kind not in INNER:
+        if group.kind not in (*INNER, "width")[: 3 + (number % 3 == 1)]:
             continue
-        multiple = 1 if number % 4 == 3 else (32 if group.kind == "ffn" else 8)
+        multiple = 1 if number % 4 == 3 else (8 if group.per_head else 32)
         count = generator.integers(max(1, round(least * group.size / multiple)), group.size // multiple + 1)
         sizes[group.name] = int(count) * multiple
         if group.kind == "v" and number % 2 == 0:

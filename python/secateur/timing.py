@@ -35,8 +35,8 @@ _FRACTIONS = {2: (0.125, 0.25, 0.5, 0.75, 1.0), 3: (0.25, 0.5, 0.75, 1.0), 4: (0
 _UNEVEN = {2: (0.25, 0.625, 1.0), 3: (0.375, 1.0), 4: (0.375, 1.0)}
 _MULTIPLES = {"qk": 8, "v": 8, "ffn": 32, "width": 32}
 # On a busy machine runs are repeated until the median is known to about this part of it, at most so often, and not
-# after so many seconds.
-_SURE, _MOST_REPEATS, _LONGEST_S = 0.02, 4, 30.0
+# after so many seconds for one of many layers, or for the whole models, by which all are corrected.
+_SURE, _MOST_REPEATS, _LAYER_S, _MODELS_S = 0.02, 4, 1.5, 30.0
 # Models cut at random that the sum of layers is compared with: of each group, at least these shares stay.
 _SHARES = (0.15, 0.5, 0.3, 0.7)
 
@@ -153,19 +153,19 @@ class _Clock:
 
     def ratio(self, module: nn.Module, x: Tensor) -> float:
         """Median of the paired ratios of a module's time to the reference's."""
-        times = self._in_turn([module, self._reference], [x, self._input])
+        times = self._in_turn([module, self._reference], [x, self._input], _LAYER_S)
         self._seconds += times[:, 1].tolist()
         self._advance(1)
         return float(np.median(times[:, 0] / times[:, 1]))
 
     def beside(self, model: nn.Module, others: Sequence[nn.Module], images: Tensor) -> tuple[float, list[float]]:
         """Seconds of one batch of a model, and the medians of the other models' paired ratios to it."""
-        times = self._in_turn([*others, model], [images] * (len(others) + 1))
+        times = self._in_turn([*others, model], [images] * (len(others) + 1), _MODELS_S)
         self._advance(1)
         return float(np.median(times[:, -1])), np.median(times[:, :-1] / times[:, -1:], axis=0).tolist()
 
-    def _in_turn(self, modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Times:
-        """The last is what ratios are taken to."""
+    def _in_turn(self, modules: Sequence[nn.Module], inputs: Sequence[Tensor], longest: float) -> Times:
+        """The last is what ratios are taken to; more repeats only before ``longest`` seconds have passed."""
         runs: list[Callable[[Tensor], object]] = list(modules)
         if self._compiled:
             # torch compiles one piece of code for a few shapes only, and then quietly no more.
@@ -176,7 +176,7 @@ class _Clock:
             start = time.perf_counter()
             times = in_turn(runs, inputs, loops, self._repeats, _unheard)
             most = _MOST_REPEATS * self._repeats
-            while _unsure(times) and len(times) < most and time.perf_counter() - start < _LONGEST_S:
+            while _unsure(times) and len(times) < most and time.perf_counter() - start < longest:
                 times = np.concatenate([times, in_turn(runs, inputs, loops, self._repeats, _unheard)])
         return times
 
