@@ -55,6 +55,7 @@ def arguments() -> argparse.Namespace:
     add("--plan-pairs", type=int, default=9, help="paired runs of a random plan")
     add("--budgets", type=float, nargs="+", default=[0.85, 0.7, 0.6, 0.5, 0.4, 0.35, 0.28, 0.2], help="kept MACs")
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of the tables that name several")
+    add("--narrow", action="store_true", help="leave the width out of tables and random plans, which takes a third")
     add("--heads", action="store_true", help="let DeiT-Base lose whole heads, too")
     add("--images", type=int, default=4, help="random ones that statistics are taken from")
     add("--show", action="store_true", help="measure nothing: tables and plots of the rows that are in --out")
@@ -113,10 +114,11 @@ class Run:
         return sc.Statistics.load(path)
 
     def table(self, name: str, batch: int) -> sc.LatencyTable:
-        path: Path = self.options.work / f"{name}-{batch}.table.json"
+        groups = INNER if self.options.narrow else (*INNER, "width")
+        path: Path = self.options.work / f"{name}-{batch}-{len(groups)}.table.json"
         if not path.is_file():
             start = time.perf_counter()
-            sc.measure_latency(self.model(name), batch_size=batch, groups=(*INNER, "width")).save(path)
+            sc.measure_latency(self.model(name), batch_size=batch, groups=groups).save(path)
             print(f"latency table of {name}, batch {batch}: {time.perf_counter() - start:.0f} s", flush=True)
         return sc.LatencyTable.load(path)
 
@@ -199,13 +201,14 @@ def macs_table(run: Run) -> None:
             run.row({**key, "batch": batch}, measure)
 
 
-def random_sizes(anatomy: Anatomy, number: int) -> dict[str, int]:
+def random_sizes(anatomy: Anatomy, number: int, narrow: bool) -> dict[str, int]:
     """Every block its own; a third loses width, a fourth has sizes that are no multiples, a half unlike qk and v."""
     generator = np.random.default_rng(number)
     least = generator.uniform(0.15, 0.85)
     sizes: dict[str, int] = {}
+    free = (*INNER, "width") if number % 3 == 1 and not narrow else INNER
     for group in anatomy.groups:
-        if group.kind not in (*INNER, "width")[: 3 + (number % 3 == 1)]:
+        if group.kind not in free:
             continue
         multiple = 1 if number % 4 == 3 else (8 if group.per_head else 32)
         count = generator.integers(max(1, round(least * group.size / multiple)), group.size // multiple + 1)
@@ -221,7 +224,7 @@ def random_table(run: Run) -> None:
 
             def measure(batch: int = batch, number: int = number) -> Row:
                 model, table, anatomy = run.model("small"), run.table("small", batch), run.anatomy("small")
-                sizes = random_sizes(anatomy, number)
+                sizes = random_sizes(anatomy, number, run.options.narrow)
                 ratio, quartiles = timing.measured_ratio(model, table, sizes, repeats=run.options.plan_pairs)
                 predicted = table.predict(anatomy, sizes) / table.predict(anatomy)
                 off = predicted / ratio - 1

@@ -37,8 +37,8 @@ _MULTIPLES = {"qk": 8, "v": 8, "ffn": 32, "width": 32}
 # On a busy machine runs are repeated until the median is known to about this part of it, at most so often, and not
 # after so many seconds for one of many layers, or for the whole models, by which all are corrected.
 _SURE, _MOST_REPEATS, _LAYER_S, _MODELS_S = 0.02, 4, 1.5, 30.0
-# Models cut at random that the sum of layers is compared with: of each group, at least these shares stay.
-_SHARES = (0.15, 0.5, 0.3, 0.7)
+# Models cut at random that the sum of layers is compared with: each group keeps a share between these.
+_SHARES = ((0.1, 0.6), (0.4, 1.0), (0.2, 0.8), (0.2, 0.5))
 
 
 def measure_latency(
@@ -285,14 +285,15 @@ def _random_cuts(anatomy: Anatomy, levels: _Levels) -> list[dict[str, int]]:
     """Models of sizes that plans have, each block its own, with one size of queries, keys and values in a layer."""
     random = np.random.default_rng(0)
     cuts: list[dict[str, int]] = []
-    for number, share in enumerate(_SHARES):
+    for number, (low, high) in enumerate(_SHARES):
         sizes: dict[str, int] = {}
         for group in anatomy.groups:
             options = levels.steps(group)
-            options = options[min(len(options) - 1, int(share * len(options))) :]
+            end = max(1, math.ceil(high * len(options)))
+            options = options[min(end - 1, int(low * len(options))) : end]
             queries = sizes.get(group.name.removesuffix("v") + "qk", 0) if group.kind == "v" else 0
             # Width, since it costs everywhere, only in every other.
-            if len(options) > 1 and (group.kind != "width" or number % 2):
+            if options != [group.size] and (group.kind != "width" or number % 2):
                 sizes[group.name] = queries if queries in options else int(random.choice(options))
         if sizes:
             cuts.append(sizes)
