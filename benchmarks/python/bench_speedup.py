@@ -1,124 +1,157 @@
-"""Is a budget in time kept on the clock, and are predictions right? DeiT-Small with random weights, batch 1 and 16.
+"""Is a budget in time kept on the clock, and are predictions right? DeiT models with random weights, pruned by plan.
 
-make bench, or pytest --benchmark-enable benchmarks/python/bench_speedup.py
-Prints every figure and writes a plot of predicted against measured ratios to benchmarks/plots. Nothing here fails for
-a slow machine; what fails is a pruned model that computes something else than the dense one with those units at zero.
+pip install ".[bench]" && python benchmarks/python/bench_speedup.py
+Statistics are those of a few random images on random weights: enough for sizes and time, and no word on
+accuracy.
+Rows go to speed.json as they are measured, tables and statistics to --work, and neither is measured again by the next
+run: kill it at any time. A row of time is the median of paired runs against the dense model, in turn in one process.
+
+targets  Target(latency=0.5), DeiT-Small, every batch size: what the plan's rounds came to, and measured apart from them
+macs     (t_dense / t_pruned) / (MACs_dense / MACs_pruned): DeiT-Small at macs=0.28; DeiT-Base at 0.36 and 0.20, width
+         and, with --heads, heads free
+random   predicted against measured: 20 plans of DeiT-Small with random sizes, each block its own
+budgets  MACs of the plan ÷ target, DeiT-Tiny, -Small and -Base; nothing is timed
+planning seconds that DeiT-Base takes to plan, statistics given
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import statistics
-from collections.abc import Generator
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pytest
 import secateur as sc
 import timm
 import torch
-from conftest import THREADS
+from conftest import THREADS, processor
 from rich.console import Console
 from rich.table import Table
 from secateur import timing
+from secateur.anatomy import Anatomy
+from secateur.score import method_named
+from torch import nn
 
-BATCHES = (1, 16)
-# A batch of 16 takes seconds: fewer pairs there for each of the many random plans.
-PAIRS_PER_PLAN = {1: 9, 16: 5}
-PLANS = 20
-FOLDER = Path(__file__).parents[1] / "plots"
-
-_TARGETS: list[tuple[str, ...]] = []
-_PREDICTED: dict[int, list[tuple[float, float]]] = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _show() -> Generator[None, None, None]:
-    """Print the tables and draw the plot when all is measured."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(before)
-    console = Console(width=140)
-    targets = Table(title="DeiT-Small, medians of 15 paired runs against the dense model")
-    columns = (
-        "target",
-        "batch",
-        "MACs kept",
-        "predicted",
-        "measured",
-        "quartiles",
-        "rounds",
-        "speedup / MACs ratio",
-    )
-    for column in columns:
-        targets.add_column(column, justify="right")
-    for row in _TARGETS:
-        targets.add_row(*row)
-    console.print(targets)
-    errors = Table(title=f"{PLANS} random plans: latency / dense, predicted against measured")
-    for column in ("batch", "median error", "worst error", "predicted ... measured"):
-        errors.add_column(column)
-    for batch, pairs in _PREDICTED.items():
-        off = [abs(predicted / measured - 1) for predicted, measured in pairs]
-        listed = "  ".join(f"{predicted:.3f} {measured:.3f}," for predicted, measured in pairs)
-        errors.add_row(str(batch), f"{statistics.median(off):.1%}", f"{max(off):.1%}", listed)
-    console.print(errors)
-    if _PREDICTED:
-        _plot()
+MODELS = {name: f"deit_{name}_patch16_224" for name in ("tiny", "small", "base")}
+TABLES = ("budgets", "planning", "targets", "macs", "random")
+INNER = ("qk", "v", "ffn")
+Row = dict[str, Any]
+console = Console(width=150)
 
 
-def _plot() -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "secateur"  # the same numbers give the same file
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
-    axes.axline((0, 0), slope=1, color="grey", linewidth=0.8)
-    for slope in (0.9, 1.1):
-        axes.axline((0, 0), slope=slope, color="grey", linewidth=0.5, linestyle="--")
-    for batch, pairs in _PREDICTED.items():
-        axes.scatter(*zip(*pairs, strict=True), label=f"batch {batch}", s=18)
-    axes.set(xlabel="predicted latency / dense", ylabel="measured", xlim=(0, 1.1), ylim=(0, 1.1))
-    axes.set_title(f"DeiT-Small, {PLANS} random plans each; dashed: 10 %")
-    axes.legend()
-    FOLDER.mkdir(exist_ok=True)
-    figure.savefig(FOLDER / "latency_predicted.svg", metadata={"Date": None})
-    pyplot.close(figure)
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return timm.create_model("deit_small_patch16_224").eval()
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    add("--batches", type=int, nargs="+", default=[1, 16])
+    add("--pairs", type=int, default=15, help="paired runs of a row")
+    add("--plans", type=int, default=20, help="random ones")
+    add("--plan-pairs", type=int, default=9, help="paired runs of a random plan")
+    add("--budgets", type=float, nargs="+", default=[0.85, 0.7, 0.6, 0.5, 0.4, 0.35, 0.28, 0.2], help="kept MACs")
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of the tables that name several")
+    add("--narrow", action="store_true", help="leave the width out of tables and random plans, which takes a third")
+    add("--heads", action="store_true", help="let DeiT-Base lose whole heads, too")
+    add("--images", type=int, default=4, help="random ones that statistics are taken from")
+    add("--show", action="store_true", help="measure nothing: tables and plots of the rows that are in --out")
+    add("--fresh", action="store_true", help="forget the rows in --out")
+    add("--out", type=Path, default=Path(__file__).parents[1] / "plots", help="folder of speed.json and the plots")
+    work = Path(tempfile.gettempdir()) / "secateur-speed"
+    add("--work", type=Path, default=work, help="folder of statistics and latency tables, kept for the next run")
+    return parser.parse_args()
 
 
-@pytest.fixture(scope="module")
-def stats(model):
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.rand(8, 3, 224, 224, generator=generator) * 2 - 1 for _ in range(8)]
-    return sc.calibrate(model, images, collect="scores")
+class Run:
+    """Models, their statistics and tables, and the rows measured so far."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        torch.set_num_threads(THREADS)
+        for folder in (options.out, options.work):
+            folder.mkdir(parents=True, exist_ok=True)
+        for plan in options.work.glob("*.plan.json") if options.fresh else ():
+            plan.unlink()
+        self.path: Path = options.out / "speed.json"
+        known = self.path.is_file() and not options.fresh
+        self.rows: list[Row] = json.loads(self.path.read_text()) if known else []
+        self._models: dict[str, nn.Module] = {}
+
+    def row(self, key: Row, measure: Callable[[], Row]) -> Row:
+        """The row of this key, from the file or measured now."""
+        for row in self.rows:
+            if all(name in row and row[name] == value for name, value in key.items()):
+                return row
+        found = {**key, **measure(), "processor": processor(), "torch": torch.__version__}
+        self.rows.append(found)
+        temporary = self.path.with_suffix(".new")
+        temporary.write_text(json.dumps(self.rows, indent=1) + "\n")
+        temporary.replace(self.path)
+        shown = {name: round(v, 4) if isinstance(v, float) else v for name, v in found.items() if name != "sizes"}
+        print("; ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
+        return found
+
+    def model(self, name: str) -> nn.Module:
+        if name not in self._models:
+            torch.manual_seed(0)
+            self._models = {name: timm.create_model(MODELS[name]).eval()}
+        return self._models[name]
+
+    def anatomy(self, name: str) -> Anatomy:
+        return sc.inspect(self.model(name))
+
+    def stats(self, name: str, *, sensitivity: bool = False) -> sc.Statistics:
+        count = self.options.images
+        path: Path = self.options.work / f"{name}-{count}{'-sensitivity' * sensitivity}.stats"
+        if not path.is_file():
+            images = torch.rand(count, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
+            collect = "all" if sensitivity else "scores"
+            sc.calibrate(self.model(name), [images], collect=collect, sensitivity=sensitivity).save(path)
+        return sc.Statistics.load(path)
+
+    def table(self, name: str, batch: int) -> sc.LatencyTable:
+        groups = INNER if self.options.narrow else (*INNER, "width")
+        path: Path = self.options.work / f"{name}-{batch}-{len(groups)}.table.json"
+        if not path.is_file():
+            start = time.perf_counter()
+            sc.measure_latency(self.model(name), batch_size=batch, groups=groups).save(path)
+            print(f"latency table of {name}, batch {batch}: {time.perf_counter() - start:.0f} s", flush=True)
+        return sc.LatencyTable.load(path)
 
 
-@pytest.fixture(scope="module")
-def tables():
-    """One measured table for each batch size; what the tests share."""
-    return {}
+def paired(run: Run, name: str, plan: sc.Plan, batch: int) -> Row:
+    """Time of the pruned model over the dense one's, after a look at what it computes."""
+    model = run.model(name)
+    assert_same_function(model, plan)
+    pruned = copy.deepcopy(model)
+    sc.prune(pruned, plan)
+    found = sc.bench(pruned, model, batch_size=batch, repeats=run.options.pairs)
+    assert found.speedup is not None
+    assert found.speedup_quartiles is not None
+    low, high = found.speedup_quartiles
+    macs = plan.macs[1] / plan.macs[0]
+    return {
+        "measured": 1 / found.speedup,
+        "quartiles": [1 / high, 1 / low],
+        "macs": macs,
+        "speedup_per_macs": found.speedup * macs,
+        "milliseconds": found.milliseconds,
+        "dense_milliseconds": found.reference_milliseconds,
+        "sizes": plan.check(sc.inspect(model)),
+    }
 
 
-def table_of(tables, model, batch):
-    if batch not in tables:
-        tables[batch] = sc.measure_latency(model, batch_size=batch, groups=("qk", "v", "ffn"))
-    return tables[batch]
-
-
-def assert_same_function(model, plan):
+def assert_same_function(model: nn.Module, plan: sc.Plan) -> None:
     """The pruned model computes what the dense one does with the same units at zero."""
+    anatomy = sc.inspect(model)
+    if plan.weights or any(anatomy.group(name).kind not in INNER for name in plan.keep):
+        return  # norms over fewer channels compute something else, and new weights anything
     pruned, masked = copy.deepcopy(model), copy.deepcopy(model)
     sc.prune(pruned, plan)
-    anatomy = sc.inspect(model)
     with torch.no_grad():
         for name, keep in plan.keep.items():
             group = anatomy.group(name)
@@ -133,63 +166,278 @@ def assert_same_function(model, plan):
         torch.testing.assert_close(pruned(x), masked(x), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-def test_a_target_for_latency(benchmark, model, stats, tables, batch):
-    """Plan to half of the time; then once more, apart from the planning, 15 pairs."""
-    options = {"target": sc.Target(latency=0.5), "latency_table": table_of(tables, model, batch)}
-    plan = benchmark.pedantic(lambda: sc.plan(model, stats, **options), rounds=1)
-    report = plan.latency
-    note = f"{report.predicted:.3f} (in plan: {report.measured:.3f})"
-    measure_again(model, plan, "latency 0.5", batch, note, str(report.rounds))
+def targets_table(run: Run) -> None:
+    for batch in run.options.batches:
+
+        def measure(batch: int = batch) -> Row:
+            # Both halves take minutes at a large batch: a run that is killed in the second keeps the first.
+            path: Path = run.options.work / f"small-{batch}.plan.json"
+            if not path.is_file():
+                model, table = run.model("small"), run.table("small", batch)
+                sc.plan(model, run.stats("small"), target=sc.Target(latency=0.5), latency_table=table).save(path)
+            plan = sc.Plan.load(path)
+            report = plan.latency
+            assert report is not None
+            within = {"predicted": report.predicted, "in_plan": report.measured, "rounds": report.rounds}
+            return {**within, **paired(run, "small", plan, batch)}
+
+        run.row({"table": "targets", "model": "small", "target": "latency 0.5", "batch": batch}, measure)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-def test_how_much_of_the_macs_is_time(benchmark, model, stats, tables, batch):
-    """(t_dense / t_pruned) / (MACs_dense / MACs_pruned): 1 where time falls as MACs do."""
-    plan = benchmark.pedantic(lambda: sc.plan(model, stats, target=sc.Target(macs=0.28)), rounds=1)
-    anatomy = sc.inspect(model)
-    table = table_of(tables, model, batch)
-    predicted = table.predict(anatomy, plan.check(anatomy)) / table.predict(anatomy)
-    measure_again(model, plan, "macs 0.28", batch, f"{predicted:.3f}", "-")
-
-
-def measure_again(model, plan, target, batch, predicted, rounds):
-    """One row of the table; printed at once as well, since the whole takes long."""
-    assert_same_function(model, plan)
-    pruned = copy.deepcopy(model)
-    sc.prune(pruned, plan)
-    found = sc.bench(pruned, model, batch_size=batch, repeats=15)
-    low, high = found.speedup_quartiles
-    quartiles = f"{1 / high:.3f} ... {1 / low:.3f}"
-    macs = plan.macs[1] / plan.macs[0]
-    measured = f"{1 / found.speedup:.3f}"
-    share = f"{macs * found.speedup:.2f}"
-    _TARGETS.append((target, str(batch), f"{macs:.3f}", predicted, measured, quartiles, rounds, share))
-    print("; ".join(_TARGETS[-1]), flush=True)
-
-
-@pytest.mark.parametrize("batch", BATCHES)
-def test_random_plans(benchmark, model, tables, batch):
-    """Every block its own sizes; every fourth plan of sizes that are no multiples, every other with unlike qk and v."""
-    table = table_of(tables, model, batch)
-    anatomy = sc.inspect(model)
-    generator = np.random.default_rng(0)
-    dense = table.predict(anatomy)
-    pairs = _PREDICTED.setdefault(batch, [])
-
-    def measure(number):
-        least = generator.uniform(0.15, 0.85)
-        sizes = {}
-        for group in anatomy.groups:
-            if group.kind == "width":
+def macs_table(run: Run) -> None:
+    wide = (*INNER, "width", *(("heads",) if run.options.heads else ()))
+    for name, budget, groups in (("small", 0.28, INNER), ("base", 0.36, wide), ("base", 0.2, wide)):
+        for batch in run.options.batches:
+            if name not in run.options.models:
                 continue
-            multiple = 1 if number % 4 == 3 else (32 if group.kind == "ffn" else 8)
-            count = generator.integers(max(1, round(least * group.size / multiple)), group.size // multiple + 1)
-            sizes[group.name] = int(count) * multiple
-            if group.kind == "v" and number % 2 == 0:
-                sizes[group.name] = sizes[f"blocks.{group.block}.qk"]
-        ratio, _ = timing.measured_ratio(model, table, sizes, repeats=PAIRS_PER_PLAN[batch])
-        pairs.append((table.predict(anatomy, sizes) / dense, ratio))
-        print(f"batch {batch}: predicted {pairs[-1][0]:.3f}, measured {ratio:.3f}", flush=True)
 
-    benchmark.pedantic(lambda: [measure(number) for number in range(PLANS)], rounds=1)
+            def measure(
+                name: str = name, budget: float = budget, groups: tuple[str, ...] = groups, batch: int = batch
+            ) -> Row:
+                plan = sc.plan(run.model(name), run.stats(name), target=sc.Target(macs=budget), groups=groups)
+                return paired(run, name, plan, batch)
+
+            key = {"table": "macs", "model": name, "target": f"macs {budget:g}", "groups": "+".join(groups)}
+            run.row({**key, "batch": batch}, measure)
+
+
+def random_sizes(anatomy: Anatomy, number: int, narrow: bool) -> dict[str, int]:
+    """Every block its own; a third loses width, a fourth has sizes that are no multiples, a half unlike qk and v."""
+    generator = np.random.default_rng(number)
+    least = generator.uniform(0.15, 0.85)
+    sizes: dict[str, int] = {}
+    free = (*INNER, "width") if number % 3 == 1 and not narrow else INNER
+    for group in anatomy.groups:
+        if group.kind not in free:
+            continue
+        multiple = 1 if number % 4 == 3 else (8 if group.per_head else 32)
+        count = generator.integers(max(1, round(least * group.size / multiple)), group.size // multiple + 1)
+        sizes[group.name] = int(count) * multiple
+        if group.kind == "v" and number % 2 == 0:
+            sizes[group.name] = sizes[f"blocks.{group.block}.qk"]
+    return sizes
+
+
+def random_table(run: Run) -> None:
+    for batch in run.options.batches:
+        for number in range(run.options.plans):
+
+            def measure(batch: int = batch, number: int = number) -> Row:
+                model, table, anatomy = run.model("small"), run.table("small", batch), run.anatomy("small")
+                sizes = random_sizes(anatomy, number, run.options.narrow)
+                ratio, quartiles = timing.measured_ratio(model, table, sizes, repeats=run.options.plan_pairs)
+                predicted = table.predict(anatomy, sizes) / table.predict(anatomy)
+                off = predicted / ratio - 1
+                return {"predicted": predicted, "measured": ratio, "quartiles": list(quartiles), "off": off}
+
+            run.row({"table": "random", "model": "small", "batch": batch, "plan": number}, measure)
+
+
+def budgets_table(run: Run) -> None:
+    for name in run.options.models:
+        for groups in (INNER, (*INNER, "width")):
+            for allocation in ("uniform", "error"):
+                # Errors of the base model take long to measure, and its budgets are no other matter.
+                if name == "base" and allocation == "error":
+                    continue
+                for budget in run.options.budgets:
+
+                    def measure(
+                        name: str = name,
+                        groups: tuple[str, ...] = groups,
+                        allocation: str = allocation,
+                        budget: float = budget,
+                    ) -> Row:
+                        method = "project" if allocation == "error" else "snp"
+                        stats = run.stats(name, sensitivity=allocation == "error")
+                        target = sc.Target(macs=budget)
+                        try:
+                            plan = sc.plan(
+                                run.model(name),
+                                stats,
+                                method=method,
+                                target=target,
+                                groups=groups,
+                                allocation=allocation,
+                            )
+                        except sc.InvalidArgument as error:
+                            return {"refused": str(error)}
+                        return {"of_target": plan.macs[1] / plan.macs[0] / budget, "sizes": sizes_of(plan, run, name)}
+
+                    key = {"table": "budgets", "model": name, "groups": "+".join(groups), "allocation": allocation}
+                    run.row({**key, "budget": budget}, measure)
+
+
+def sizes_of(plan: sc.Plan, run: Run, name: str) -> dict[str, int]:
+    return plan.check(run.anatomy(name))
+
+
+def planning_table(run: Run) -> None:
+    for method, groups in (
+        ("snp", INNER),
+        ("snp", (*INNER, "width")),
+        ("project", INNER),
+        ("project", (*INNER, "width")),
+    ):
+
+        def measure(method: str = method, groups: tuple[str, ...] = groups) -> Row:
+            model, stats = run.model("base"), run.stats("base", sensitivity=method == "project")
+            start = time.perf_counter()
+            plan = sc.plan(model, stats, method=method, target=sc.Target(macs=0.5), groups=groups)
+            return {"seconds": time.perf_counter() - start, "macs": plan.macs[1] / plan.macs[0]}
+
+        run.row({"table": "planning", "model": "base", "method": method, "groups": "+".join(groups)}, measure)
+
+
+def show(run: Run) -> None:
+    console.print(
+        f"{processor()}, {THREADS} threads, torch {torch.__version__}, timm {timm.__version__}; random weights, "
+        f"statistics of a few random images",
+        highlight=False,
+    )
+    timed = [row for row in run.rows if row["table"] in ("targets", "macs")]
+    if timed:
+        view = Table(title="medians of paired runs against the dense model")
+        for column in ("model", "target", "groups", "batch", "MACs", "predicted", "in plan", "rounds"):
+            view.add_column(column, justify="right")
+        for column in ("measured", "quartiles", "speedup / MACs ratio"):
+            view.add_column(column, justify="right")
+        for row in timed:
+            planned = [f"{row[k]:.3f}" if row.get(k) is not None else "" for k in ("predicted", "in_plan")]
+            low, high = row["quartiles"]
+            view.add_row(
+                row["model"],
+                row["target"],
+                row.get("groups", "+".join(INNER)),
+                str(row["batch"]),
+                f"{row['macs']:.3f}",
+                *planned,
+                str(row.get("rounds", "")),
+                f"{row['measured']:.3f}",
+                f"{low:.3f} … {high:.3f}",
+                f"{row['speedup_per_macs']:.2f}",
+            )
+        console.print(view)
+    for batch in sorted({row["batch"] for row in run.rows if row["table"] == "random"}):
+        off = [row["off"] for row in random_rows(run, batch)]
+        size = [abs(each) for each in off]
+        within = sum(each <= 0.1 for each in size)
+        console.print(
+            f"random plans, batch {batch}: {within} of {len(off)} predicted within 10 %; off by "
+            f"{statistics.median(size):.1%} in the median, {max(size):.1%} at worst, "
+            f"{statistics.mean(off):+.1%} in the mean",
+            highlight=False,
+        )
+    for row in run.rows:
+        if row["table"] == "planning":
+            console.print(
+                f"planning DeiT-Base, {row['method']}, {row['groups']}: {row['seconds']:.1f} s", highlight=False
+            )
+    shares: dict[tuple[str, str, str], list[float]] = {}
+    for row in run.rows:
+        if row["table"] == "budgets":
+            values = shares.setdefault((row["model"], row["groups"], row["allocation"]), [])
+            values += [row["of_target"]] if "of_target" in row else []
+            if "refused" in row:
+                console.print(
+                    f"{row['model']}, {row['groups']}, macs {row['budget']}: {row['refused']}", highlight=False
+                )
+    for key, values in shares.items():
+        if values:
+            name = ", ".join(key)
+            console.print(
+                f"MACs ÷ target, {name}: {min(values):.4f} … {max(values):.4f} at {len(values)} targets",
+                highlight=False,
+            )
+
+
+def random_rows(run: Run, batch: int) -> list[Row]:
+    return [row for row in run.rows if (row["table"], row.get("batch")) == ("random", batch)]
+
+
+def plot(run: Run) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "secateur"  # the same numbers give the same file
+    from matplotlib import pyplot
+
+    def save(figure: Any, name: str) -> None:
+        figure.savefig(run.options.out / name, metadata={"Date": None})
+        pyplot.close(figure)
+
+    batches = sorted({row["batch"] for row in run.rows if row["table"] == "random"})
+    if batches:
+        figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
+        axes.axline((0, 0), slope=1, color="grey", linewidth=0.8)
+        for slope in (0.9, 1.1):
+            axes.axline((0, 0), slope=slope, color="grey", linewidth=0.5, linestyle="--")
+        for batch in batches:
+            rows = random_rows(run, batch)
+            axes.scatter([r["measured"] for r in rows], [r["predicted"] for r in rows], label=f"batch {batch}", s=18)
+        axes.set(xlabel="measured latency / dense", ylabel="predicted", xlim=(0, 1.1), ylim=(0, 1.1))
+        axes.set_title("DeiT-Small, random plans; dashed: 10 %", fontsize="medium")
+        axes.legend()
+        save(figure, "speed_predicted.svg")
+
+    planned = [row for row in run.rows if "sizes" in row and row["table"] == "budgets" and row["model"] == "small"]
+    planned = [row for row in planned if row["groups"] == "+".join(INNER) and row["budget"] in (0.7, 0.5, 0.28)]
+    if planned:
+        figure, panels = pyplot.subplots(1, len(INNER), figsize=(12, 3.5), layout="constrained")
+        anatomy = run.anatomy("small")
+        for panel, kind in zip(panels, INNER, strict=True):
+            for row in planned:
+                groups = [group for group in anatomy.groups if group.kind == kind]
+                line = "-" if row["allocation"] == "error" else ":"
+                color = f"C{[0.7, 0.5, 0.28].index(row['budget'])}"
+                label = f"macs {row['budget']:g}, {row['allocation']}"
+                kept = [row["sizes"][group.name] for group in groups]
+                panel.plot([group.block for group in groups], kept, line, color=color, label=label)
+            panel.set(xlabel="block", title=kind, ylim=(0, None))
+        panels[0].set_ylabel("kept")
+        panels[0].legend(fontsize="x-small")
+        save(figure, "speed_dims.svg")
+        plot_errors(run, save)
+
+
+def plot_errors(run: Run, save: Callable[[Any, str], None]) -> None:
+    """What each group is predicted to lose, by ``project``, in the unit that the allocation adds up."""
+    from matplotlib import pyplot
+
+    model, anatomy, stats = run.model("small"), run.anatomy("small"), run.stats("small", sensitivity=True)
+    prepared = method_named("project").prepare(model, anatomy, stats, {})
+    figure, panels = pyplot.subplots(1, len(INNER), figsize=(12, 3.5), layout="constrained", sharey=True)
+    for panel, kind in zip(panels, INNER, strict=True):
+        groups = [group for group in anatomy.groups if group.kind == kind]
+        for number, group in enumerate(groups):
+            errors = prepared.errors(group)
+            assert errors is not None
+            loss = stats.sensitivity(group.name) * errors
+            color = pyplot.get_cmap("viridis")(number / len(groups))
+            panel.plot(
+                np.arange(group.size + 1) / group.size, loss, color=color, label=f"block {number}", linewidth=0.9
+            )
+        panel.set(xlabel="kept share", title=kind, yscale="log")
+    panels[0].set_ylabel("predicted loss, nats")
+    panels[-1].legend(fontsize="xx-small", ncols=2)
+    save(figure, "speed_errors.svg")
+
+
+def main() -> None:
+    run = Run(arguments())
+    steps = {
+        "budgets": budgets_table,
+        "planning": planning_table,
+        "targets": targets_table,
+        "macs": macs_table,
+        "random": random_table,
+    }
+    with sc.core.torch_threads():
+        for table in () if run.options.show else run.options.tables:
+            steps[table](run)
+    show(run)
+    plot(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -26,7 +26,12 @@ __all__ = ["Latency", "LatencyTable"]
 ROUNDS = 3
 # Measured / target that will do, and what is aimed at: the middle, since the clock errs to both sides.
 _LOW, _AIM = 0.95, 0.98
-_FORMAT = 1
+# Format 2 knows uneven sizes and places that may be empty; of format 1 it lacks nothing but these.
+_FORMAT = 2
+# In a place of a layer, the group that says whether the layer is there.
+PRESENT = "present"
+# Rows that start at multiples of so many numbers are read whole; all others take longer.
+ALIGNED = 4
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,10 @@ class Grid:
             down = np.flip(np.minimum.accumulate(np.flip(down, axis), axis), axis)
         return replace(self, seconds=(up + down) / 2)
 
-    def at(self, sizes: Mapping[str, int | Sizes]) -> Float:
+    def at(self, sizes: Mapping[str, int | Sizes], *, beyond: bool = False) -> Float:
         """Seconds, linear in each size between the two next to it, and below the least as between the least two.
+
+        With ``beyond``, above the greatest as between the greatest two, and the same everywhere along a single level.
 
         Raises:
             InvalidArgument: a size that the grid does not cover; the text names it.
@@ -61,7 +68,8 @@ class Grid:
         weighted: list[tuple[Float, tuple[Any, ...]]] = [(np.ones(()), ())]
         for name, levels in self.axes.items():
             wanted = np.asarray(sizes[name])
-            if (wanted > levels[-1]).any() or (len(levels) == 1 and (wanted != levels[0]).any()):
+            outside = (wanted > levels[-1]) | ((wanted != levels[0]) & (len(levels) == 1))
+            if outside.any() and not beyond:
                 covered = f"1…{levels[-1]}" if len(levels) > 1 else f"{levels[0]} alone"
                 raise InvalidArgument(
                     f"latency_table: expected sizes that it covers, {name} of {covered}, got {wanted.max()}"
@@ -97,20 +105,61 @@ class Grid:
 class Layer:
     """One kind of layer: the group of each axis but the width at every place it stands in, and its times.
 
-    ``places`` is empty for what the model is without its blocks.
+    A place may also name, as "present", the group that is 0 where the layer is not there. ``places`` is empty for what
+    the model is without its blocks. ``uneven`` has the same axes with levels that are no multiples of 4, where these
+    were measured: such a layer takes longer than what lies between its even neighbours.
     """
 
     places: tuple[Mapping[str, str], ...]
     grid: Grid
+    uneven: Grid | None = None
+
+    def at(self, sizes: Mapping[str, int | Sizes]) -> Float:
+        """Seconds: of the grid, of the uneven one, or between the two by the share of the sizes that are uneven.
+
+        Raises:
+            InvalidArgument: a size that the grid does not cover; the text names it.
+        """
+        even = self.grid.at(sizes)
+        if self.uneven is None:
+            return even
+        uneven = [np.asarray(sizes[axis]) % ALIGNED != 0 for axis in self.uneven_axes]
+        share = sum((flags.astype(float) for flags in uneven), np.zeros(())) / max(1, len(uneven))
+        return even if not np.any(share) else even + share * (self.uneven.at(sizes, beyond=True) - even)
+
+    @cached_property
+    def uneven_axes(self) -> tuple[str, ...]:
+        """Axes along which uneven sizes were measured."""
+        if self.uneven is None:
+            return ()
+        return tuple(axis for axis, levels in self.uneven.axes.items() if levels != self.grid.axes[axis])
+
+    def times(self, seconds: float) -> Layer:
+        """The same in another unit."""
+        grid = replace(self.grid, seconds=self.grid.seconds * seconds)
+        uneven = self.uneven and replace(self.uneven, seconds=self.uneven.seconds * seconds)
+        return replace(self, grid=grid, uneven=uneven)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        uneven = None if self.uneven is None else self.uneven.to_dict()
+        return {"places": [dict(place) for place in self.places], **self.grid.to_dict(), "uneven": uneven}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Layer:
+        """Back from JSON values."""
+        uneven = values.get("uneven")
+        return cls(tuple(values["places"]), Grid.from_dict(values), None if uneven is None else Grid.from_dict(uneven))
 
 
 @dataclass(frozen=True)
 class LatencyTable:
     """Times of a model's layers at many sizes, measured on one machine; ``predict`` adds them up.
 
-    ``layers`` holds attention by (width, qk, v) and FFN by (width, ffn), with their norms and residual sums, once for
-    blocks that are alike, and what stands before and after the blocks by (width). The model takes ``scale`` times their
-    sum and ``overhead`` seconds, as found on the dense model and on a pruned one. All is for one batch of
+    ``layers`` holds attention by (width, qk, v), and heads where they were asked for, and FFN by (width, ffn), with
+    their norms and residual sums, once for blocks that are alike, and what stands before and after the blocks by
+    (width). The model takes ``scale`` times their sum and ``overhead`` seconds, as found on the dense model and on some
+    that are cut at random. All is for one batch of
     ``batch_size`` images of ``input_size`` (channels, height, width) in ``dtype``, by eager torch or, if ``compiled``,
     by torch.compile.
     """
@@ -167,9 +216,7 @@ class LatencyTable:
             "dtype": self.dtype,
             "compiled": self.compiled,
             "machine": self.machine.to_dict(),
-            "layers": [
-                {"places": [dict(place) for place in layer.places], **layer.grid.to_dict()} for layer in self.layers
-            ],
+            "layers": [layer.to_dict() for layer in self.layers],
             "scale": self.scale,
             "overhead": self.overhead,
         }
@@ -204,7 +251,7 @@ class LatencyTable:
                 dtype=str(values["dtype"]),
                 compiled=bool(values["compiled"]),
                 machine=Machine.from_dict(values["machine"]),
-                layers=tuple(Layer(tuple(each["places"]), Grid.from_dict(each)) for each in values["layers"]),
+                layers=tuple(Layer.from_dict(each) for each in values["layers"]),
                 scale=float(values["scale"]),
                 overhead=float(values["overhead"]),
             )
@@ -217,7 +264,8 @@ class LatencyTable:
 
     def __str__(self) -> str:
         shape = "x".join(map(str, (self.batch_size, *self.input_size)))
-        count = sum(layer.grid.seconds.size for layer in self.layers)
+        grids = [grid for layer in self.layers for grid in (layer.grid, layer.uneven) if grid is not None]
+        count = sum(grid.seconds.size for grid in grids)
         backend = "torch.compile" if self.compiled else "eager"
         return f"{self.model.architecture}: {count} layer times, {shape} {self.dtype}, {backend}, on {self.machine}"
 
@@ -263,8 +311,8 @@ class Latency:
                 at = {axis: self._size(axis, place, wanted, layer.grid) for axis in layer.grid.axes}
                 key = tuple(at[axis] if isinstance(at[axis], int) else axis for axis in at)
                 if key not in times:
-                    times[key] = layer.grid.at(at)
-                found = found + times[key]
+                    times[key] = layer.at(at)
+                found = found + times[key] * (np.asarray(wanted.get(place.get(PRESENT, ""), 1)) > 0)
         return self.table.scale * found + self.table.overhead
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from . import check
-from .anatomy import Anatomy
-from .bench import SHORTEST_SAMPLE_S, bench, in_turn, warm
+from .anatomy import Anatomy, Group
+from .bench import SHORTEST_SAMPLE_S, Times, bench, in_turn, warm
 from .cost import AttentionProduct
 from .data import input_dtype
 from .errors import InvalidArgument
 from .evaluate import place_for
 from .families import Family, family_of
 from .identity import Fingerprint
-from .latency import Grid, LatencyTable, Layer
+from .latency import ALIGNED, PRESENT, Grid, LatencyTable, Layer
 from .machine import Machine
 from .progress import Advance, progress
 from .surgery import shape
@@ -28,9 +29,16 @@ from .surgery import shape
 __all__ = ["measure_latency", "measured_ratio"]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Of the dense size, rounded to what plans round to.
-_FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
+# Of the dense size, rounded to what plans round to: the fewer, the more sizes of a layer can change, since all
+# combinations are measured. "heads" count linearly but for what does not depend on them.
+_FRACTIONS = {2: (0.125, 0.25, 0.5, 0.75, 1.0), 3: (0.25, 0.5, 0.75, 1.0), 4: (0.25, 0.5, 1.0)}
+_UNEVEN = {2: (0.25, 0.625, 1.0), 3: (0.375, 1.0), 4: (0.375, 1.0)}
 _MULTIPLES = {"qk": 8, "v": 8, "ffn": 32, "width": 32}
+# On a busy machine runs are repeated until the median is known to about this part of it, at most so often, and not
+# after so many seconds for one of many layers, or for the whole models, by which all are corrected.
+_SURE, _MOST_REPEATS, _LAYER_S, _MODELS_S = 0.02, 4, 1.5, 30.0
+# Models cut at random that the sum of layers is compared with: each group keeps a share between these.
+_SHARES = ((0.1, 0.6), (0.4, 1.0), (0.2, 0.8), (0.2, 0.5))
 
 
 def measure_latency(
@@ -50,7 +58,9 @@ def measure_latency(
     alike are measured once. Each is timed in turn with one dense attention layer, and its time is the median of the
     paired ratios times the reference's own median, so that a slow minute does not bend the table. Where a layer is
     quick, as many copies as the model has are run one behind the other: in the model, too, weights come from memory.
-    The whole model, dense and cut in half, is timed the same way and says what layers do not. Nothing is changed.
+    Sizes that are no multiples of 4 are measured apart, at fewer sizes: they take longer than their neighbours. The
+    whole model is timed in turn with four models that are cut at random, every block otherwise, and these say what
+    layers alone do not. Nothing is changed.
 
     Args:
         model: a supported timm model.
@@ -58,11 +68,12 @@ def measure_latency(
         dtype: "float32", "float16", "bfloat16" or "float64"; the model's own by default.
         device: where to run; the model's own by default.
         compile: measure what ``torch.compile`` makes of the layers; takes seconds for each.
-        groups: kinds that plans will cut ("qk", "v", "ffn", "width"); all that the model can lose by default. The
-            others are measured at the size they have, which takes less time.
-        grid: sizes to measure by kind, per head for "qk" and "v"; an eighth, a quarter, a half, three quarters and all
-            of the units by default, in multiples of 8 per head and 32 elsewhere. The size a layer has is added.
-        repeats: pairs for each entry.
+        groups: kinds that plans will cut ("qk", "v", "ffn", "width", "heads", "block"); all that the model can lose by
+            default. The others are measured at the size they have, which takes less time.
+        grid: sizes to measure by kind, per head for "qk" and "v"; three to five from an eighth or a quarter to all of
+            the units by default, in multiples of 8 per head and 32 elsewhere. The size a layer has is added. Layers
+            with sizes of your own are measured at no uneven ones besides.
+        repeats: pairs for each entry; up to four times as many where they differ much, as on a busy machine.
 
     Raises:
         InvalidArgument: an argument that does not fit, or a model without weights.
@@ -77,15 +88,12 @@ def measure_latency(
     levels = _levels(anatomy, groups, grid)
     dense = copy.deepcopy(model).requires_grad_(False).to(place, wanted).eval()
     layers = _distinct(family, dense, anatomy, levels)
-    half = _half(family, dense, anatomy, layers)
-    with progress(sum(layer.count for layer in layers) + 2, "latency table", unit="layers") as advance:
+    cuts = _random_cuts(anatomy, levels)
+    with progress(sum(layer.count for layer in layers) + 1, "latency table", unit="layers") as advance:
         clock = _Clock(layers[0].dense(batch_size), repeats, compile, advance)
         measured = [layer.measure(clock, batch_size) for layer in layers]
         images = torch.randn(batch_size, *anatomy.input_size, generator=_generator()).to(place, wanted)
-        whole = clock.ratio(dense, images)
-        # A cut that halves everything: half of the levels, so that nothing is interpolated.
-        less = whole if half is None else clock.ratio(half[0], images)
-    unit = clock.seconds
+        whole, ratios = clock.beside(dense, [_shaped(dense, family, sizes) for sizes in cuts], images)
     table = LatencyTable(
         model=Fingerprint.without_weights(anatomy),
         input_size=anatomy.input_size,
@@ -93,15 +101,24 @@ def measure_latency(
         dtype=str(wanted).removeprefix("torch."),
         compiled=compile,
         machine=Machine.here(place),
-        layers=tuple(replace(each, grid=_scaled(each.grid, unit)) for each in measured),
+        layers=tuple(each.times(clock.seconds) for each in measured),
         scale=1.0,
         overhead=0.0,
     )
-    sums = [table.predict(anatomy, sizes) for sizes in ({}, {} if half is None else half[1])]
-    scale = unit * (whole - less) / (sums[0] - sums[1]) if sums[1] < 0.95 * sums[0] else unit * whole / sums[0]
-    # Noise in two single times must not turn the table over.
-    scale = min(max(scale, 0.5), 2.0)
-    return replace(table, scale=scale, overhead=unit * whole - scale * sums[0])
+    return _calibrated(table, anatomy, whole, list(zip(cuts, ratios, strict=True)))
+
+
+def _calibrated(
+    table: LatencyTable, anatomy: Anatomy, whole: float, cuts: Sequence[tuple[Mapping[str, int], float]]
+) -> LatencyTable:
+    """Make the dense model's time exact, and what cuts save of it right in the mean, by least squares."""
+    total = table.predict(anatomy)
+    saved = np.array([1 - table.predict(anatomy, sizes) / total for sizes, _ in cuts])
+    found = np.array([1 - ratio for _, ratio in cuts])
+    enough = bool(cuts) and float(saved.max()) > 0.05
+    # Noise must not turn the table over.
+    slope = float(np.clip(saved @ found / (saved @ saved), 0.5, 2.0)) if enough else 1.0
+    return replace(table, scale=slope * whole / total, overhead=(1 - slope) * whole)
 
 
 def measured_ratio(
@@ -112,13 +129,18 @@ def measured_ratio(
     Batch size, type and backend are those of the table.
     """
     dense = copy.deepcopy(model).requires_grad_(False).to(_DTYPES[table.dtype])
-    cut = copy.deepcopy(dense)
-    shape(cut, family_of(model), sizes)
+    cut = _shaped(dense, family_of(model), sizes)
     found = bench(cut, dense, batch_size=table.batch_size, repeats=repeats, compile=table.compiled)
     assert found.speedup is not None
     assert found.speedup_quartiles is not None
     low, high = found.speedup_quartiles
     return 1 / found.speedup, (1 / high, 1 / low)
+
+
+def _shaped(dense: nn.Module, family: Family, sizes: Mapping[str, int]) -> nn.Module:
+    cut = copy.deepcopy(dense)
+    shape(cut, family, sizes)
+    return cut
 
 
 class _Clock:
@@ -131,18 +153,32 @@ class _Clock:
 
     def ratio(self, module: nn.Module, x: Tensor) -> float:
         """Median of the paired ratios of a module's time to the reference's."""
-        runs: list[Callable[[Tensor], object]] = [module, self._reference]
+        times = self._in_turn([module, self._reference], [x, self._input], _LAYER_S)
+        self._seconds += times[:, 1].tolist()
+        self._advance(1)
+        return float(np.median(times[:, 0] / times[:, 1]))
+
+    def beside(self, model: nn.Module, others: Sequence[nn.Module], images: Tensor) -> tuple[float, list[float]]:
+        """Seconds of one batch of a model, and the medians of the other models' paired ratios to it."""
+        times = self._in_turn([*others, model], [images] * (len(others) + 1), _MODELS_S)
+        self._advance(1)
+        return float(np.median(times[:, -1])), np.median(times[:, :-1] / times[:, -1:], axis=0).tolist()
+
+    def _in_turn(self, modules: Sequence[nn.Module], inputs: Sequence[Tensor], longest: float) -> Times:
+        """The last is what ratios are taken to; more repeats only before ``longest`` seconds have passed."""
+        runs: list[Callable[[Tensor], object]] = list(modules)
         if self._compiled:
             # torch compiles one piece of code for a few shapes only, and then quietly no more.
             torch.compiler.reset()
             runs = [torch.compile(run, dynamic=False) for run in runs]
-        inputs = [x, self._input]
         with torch.inference_mode():
             loops = [warm(run, images, 1, "model") for run, images in zip(runs, inputs, strict=True)]
+            start = time.perf_counter()
             times = in_turn(runs, inputs, loops, self._repeats, _unheard)
-        self._seconds += times[:, 1].tolist()
-        self._advance(1)
-        return float(np.median(times[:, 0] / times[:, 1]))
+            most = _MOST_REPEATS * self._repeats
+            while _unsure(times) and len(times) < most and time.perf_counter() - start < longest:
+                times = np.concatenate([times, in_turn(runs, inputs, loops, self._repeats, _unheard)])
+        return times
 
     def copies(self, module: nn.Module, x: Tensor, most: int) -> int:
         """How many of a layer to run behind each other: what fills a sample, but no more than the model has."""
@@ -162,7 +198,8 @@ class _Clock:
 class _Source:
     """A kind of layer to measure: a block of the model, or with ``block`` None what the model is without blocks.
 
-    ``name`` is the layer's in the model that has this block alone; ``axes`` the sizes to measure.
+    ``name`` is the layer's in the model that has this block alone; ``axes`` the sizes to measure, ``uneven`` those that
+    are no multiples of 4, or empty.
     """
 
     family: Family
@@ -171,11 +208,12 @@ class _Source:
     name: str
     places: tuple[Mapping[str, str], ...]
     axes: Mapping[str, tuple[int, ...]]
+    uneven: Mapping[str, tuple[int, ...]]
     input_size: tuple[int, ...]
 
     @property
     def count(self) -> int:
-        return math.prod(len(levels) for levels in self.axes.values())
+        return sum(math.prod(len(each) for each in axes.values()) for axes in (self.axes, self.uneven) if axes)
 
     def dense(self, batch_size: int) -> tuple[nn.Module, Tensor]:
         return self.cut({axis: levels[-1] for axis, levels in self.axes.items()}, batch_size)
@@ -192,64 +230,126 @@ class _Source:
 
     def measure(self, clock: _Clock, batch_size: int) -> Layer:
         """Times in units of the clock's reference."""
-        ratios = np.empty([len(levels) for levels in self.axes.values()])
         copies = clock.copies(*self.dense(batch_size), most=len(self.places) or 1)
-        for corner in np.ndindex(*ratios.shape):
-            sizes = {axis: levels[index] for (axis, levels), index in zip(self.axes.items(), corner, strict=True)}
-            module, x = self.cut(sizes, batch_size)
-            stack = module if copies == 1 else nn.Sequential(*(copy.deepcopy(module) for _ in range(copies)))
-            ratios[corner] = clock.ratio(stack, x) / copies
-        return Layer(self.places, Grid(self.axes, ratios).monotone())
+
+        def grid(axes: Mapping[str, tuple[int, ...]]) -> Grid:
+            ratios = np.empty([len(levels) for levels in axes.values()])
+            for corner in np.ndindex(*ratios.shape):
+                sizes = {axis: levels[index] for (axis, levels), index in zip(axes.items(), corner, strict=True)}
+                module, x = self.cut(sizes, batch_size)
+                stack = module if copies == 1 else nn.Sequential(*(copy.deepcopy(module) for _ in range(copies)))
+                ratios[corner] = clock.ratio(stack, x) / copies
+            return Grid(axes, ratios).monotone()
+
+        return Layer(self.places, grid(self.axes), grid(self.uneven) if self.uneven else None)
 
 
-def _distinct(
-    family: Family, dense: nn.Module, anatomy: Anatomy, levels: Mapping[str, tuple[int, ...]]
-) -> list[_Source]:
+def _distinct(family: Family, dense: nn.Module, anatomy: Anatomy, levels: _Levels) -> list[_Source]:
     """Every kind of layer once, the attention of the first block first; what stands around the blocks last."""
     modules = family.layers(dense)
     queries = {each.module: each.queries for each in anatomy.products if isinstance(each, AttentionProduct)}
     around = {anatomy.group(site.qk).block: site for site in anatomy.attention}
     found: dict[tuple[object, ...], _Source] = {}
-    for name, groups in (
-        *((site.name, {"qk": site.qk, "v": site.v}) for site in anatomy.attention),
-        *((site.name, {"ffn": site.ffn}) for site in anatomy.ffn),
-    ):
+    for name, place in _places(anatomy):
+        groups = {axis: group for axis, group in place.items() if axis != PRESENT}
         block = anatomy.group(next(iter(groups.values()))).block
-        attention = around[block]
+        # Blocks without attention have as many tokens as the others.
+        attention = around.get(block, anatomy.attention[0])
         sizes = {axis: anatomy.sizes[group] for axis, group in groups.items()}
         key = (repr(modules[name]), attention.heads, *sizes.items())
         if key in found:
-            found[key] = replace(found[key], places=(*found[key].places, groups))
+            found[key] = replace(found[key], places=(*found[key].places, place))
             continue
-        axes = {"width": levels["width"], **{axis: levels[group] for axis, group in groups.items()}}
+        axes, uneven = levels.of({"width": "width", **groups})
         # Alone, a block is the first.
         lone = name.replace(f".{block}.", ".0.", 1)
-        found[key] = _Source(family, dense, block, lone, (groups,), axes, (queries[attention.name],))
-    rest = _Source(family, dense, None, "", (), {"width": levels["width"]}, anatomy.input_size)
-    return [*found.values(), rest]
+        found[key] = _Source(family, dense, block, lone, (place,), axes, uneven, (queries[attention.name],))
+    axes, uneven = levels.of({"width": "width"})
+    return [*found.values(), _Source(family, dense, None, "", (), axes, uneven, anatomy.input_size)]
 
 
-def _half(
-    family: Family, dense: nn.Module, anatomy: Anatomy, layers: Sequence[_Source]
-) -> tuple[nn.Module, dict[str, int]] | None:
-    """The model with every group inside blocks at the middle of its levels; None where nothing can be cut."""
-    sizes = {
-        name: source.axes[axis][(len(source.axes[axis]) - 1) // 2]
-        for source in layers
-        for place in source.places
-        for axis, name in place.items()
-    }
-    if all(anatomy.sizes[name] == size for name, size in sizes.items()):
-        return None
-    cut = copy.deepcopy(dense)
-    shape(cut, family, sizes)
-    return cut, sizes
+def _places(anatomy: Anatomy) -> list[tuple[str, dict[str, str]]]:
+    """Name of every layer, and the groups of its axes and of its presence, as far as the model has them."""
+    found: list[tuple[str, dict[str, str]]] = []
+    for attention in anatomy.attention:
+        axes = {"qk": attention.qk, "v": attention.v, "heads": attention.heads_group}
+        found.append((attention.name, {**axes, PRESENT: attention.layer}))
+    return found + [(ffn.name, {"ffn": ffn.ffn, PRESENT: ffn.layer}) for ffn in anatomy.ffn]
 
 
-def _levels(
-    anatomy: Anatomy, groups: Iterable[str] | None, grid: Mapping[str, Sequence[int]] | None
-) -> dict[str, tuple[int, ...]]:
-    """Sizes to measure by group name, the present size last; "width" also where it cannot be cut."""
+def _random_cuts(anatomy: Anatomy, levels: _Levels) -> list[dict[str, int]]:
+    """Models of sizes that plans have, each block its own, with one size of queries, keys and values in a layer."""
+    random = np.random.default_rng(0)
+    cuts: list[dict[str, int]] = []
+    for number, (low, high) in enumerate(_SHARES):
+        sizes: dict[str, int] = {}
+        for group in anatomy.groups:
+            options = levels.steps(group)
+            end = max(1, math.ceil(high * len(options)))
+            options = options[min(end - 1, int(low * len(options))) : end]
+            queries = sizes.get(group.name.removesuffix("v") + "qk", 0) if group.kind == "v" else 0
+            # Width, since it costs everywhere, only in every other.
+            if options != [group.size] and (group.kind != "width" or number % 2):
+                sizes[group.name] = queries if queries in options else int(random.choice(options))
+        if sizes:
+            cuts.append(sizes)
+    return cuts
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """Sizes to measure.
+
+    ``named`` are the kinds that change, ``given`` the sizes that were asked for by kind, ``width`` that of the model.
+    """
+
+    anatomy: Anatomy
+    named: frozenset[str]
+    given: Mapping[str, Sequence[int]]
+    width: int
+
+    def of(self, axes: Mapping[str, str]) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+        """Levels of a layer's axes, the present size last, and those of uneven sizes; axis to group name given.
+
+        A model that cannot lose width has no group of it, but an axis.
+        """
+        groups = {axis: self.anatomy.group(name) if name in self.anatomy.sizes else None for axis, name in axes.items()}
+        free = {axis: group for axis, group in groups.items() if group is not None and group.kind in self.named}
+        number = min(max(len(free), 2), 4)
+        even: dict[str, tuple[int, ...]] = {
+            axis: (self.width if group is None else group.size,) for axis, group in groups.items()
+        }
+        uneven = dict(even)
+        for axis, group in free.items():
+            even[axis] = self._even(group, _FRACTIONS[number])
+            # Heads are whole, and what goes in fours is never uneven.
+            whole = group.kind == "heads" or group.multiple % ALIGNED == 0
+            uneven[axis] = even[axis] if whole else _uneven(group, _UNEVEN[number])
+        own = any(group.kind in self.given for group in free.values())
+        return even, {} if own or uneven == even else uneven
+
+    def steps(self, group: Group) -> list[int]:
+        """What a plan may leave of a group, between the least and the greatest size that are measured."""
+        if group.kind not in self.named or group.kind == "block":
+            return [group.size]
+        multiple = math.lcm(group.multiple, _MULTIPLES.get(group.kind, 1))
+        least = min(self._even(group, _FRACTIONS[4]))
+        return sorted({*(each for each in range(multiple, group.size, multiple) if each >= least), group.size})
+
+    def _even(self, group: Group, fractions: Sequence[float]) -> tuple[int, ...]:
+        multiple = math.lcm(group.multiple, _MULTIPLES.get(group.kind, 1))
+        spread = [max(1, round(part * group.size / multiple)) * multiple for part in fractions]
+        return _up_to(self.given.get(group.kind, spread), group.size)
+
+
+def _uneven(group: Group, fractions: Sequence[float]) -> tuple[int, ...]:
+    """Sizes just below multiples of 4."""
+    below = {round(part * group.size / ALIGNED) * ALIGNED - group.multiple for part in fractions[:-1]}
+    last = group.size - group.multiple if group.size % ALIGNED == 0 else group.size
+    return tuple(sorted({each for each in below if 1 <= each < last} | {last}))
+
+
+def _levels(anatomy: Anatomy, groups: Iterable[str] | None, grid: Mapping[str, Sequence[int]] | None) -> _Levels:
     kinds = list(dict.fromkeys(group.kind for group in anatomy.groups))
     if isinstance(groups, str) or not isinstance(groups, (Iterable, type(None))):
         raise InvalidArgument(f"groups: expected a sequence of kinds, got {groups!r}")
@@ -265,15 +365,7 @@ def _levels(
         kind: sorted({check.integer(f"grid[{kind!r}]", size) for size in _sizes(kind, sizes)})
         for kind, sizes in grid.items()
     }
-    levels: dict[str, tuple[int, ...]] = {"width": (_width(anatomy),)}
-    for group in anatomy.groups:
-        sizes: Sequence[int] = ()
-        if group.kind in named:
-            multiple = math.lcm(group.multiple, _MULTIPLES.get(group.kind, 1))
-            spread = [max(1, round(part * group.size / multiple)) * multiple for part in _FRACTIONS]
-            sizes = given.get(group.kind, spread)
-        levels[group.name] = _up_to(sizes, group.size)
-    return levels
+    return _Levels(anatomy, frozenset(named), given, _width(anatomy))
 
 
 def _sizes(kind: str, sizes: object) -> Sequence[object]:
@@ -291,15 +383,18 @@ def _width(anatomy: Anatomy) -> int:
     return anatomy.shapes[f"{site.qkv}.weight"][1]
 
 
+def _unsure(times: Times) -> bool:
+    """Do other programs take the processor, so that the median of the ratios says little yet?"""
+    low, middle, high = np.quantile(times / times[:, -1:], (0.25, 0.5, 0.75), axis=0)
+    # About a standard error of the median.
+    return bool(((high - low) / middle).max() > _SURE * math.sqrt(len(times)))
+
+
 def _dtype(model: nn.Module, given: str | torch.dtype | None) -> torch.dtype:
     name = str(input_dtype(model) if given is None else given).removeprefix("torch.")
     if name not in _DTYPES:
         raise InvalidArgument(f"dtype: expected one of {', '.join(_DTYPES)}, got {given!r}")
     return _DTYPES[name]
-
-
-def _scaled(grid: Grid, seconds: float) -> Grid:
-    return replace(grid, seconds=grid.seconds * seconds)
 
 
 def _generator() -> torch.Generator:
