@@ -11,7 +11,6 @@ import timm
 import timm.optim
 import torch
 from filelock import FileLock  # torch brings it
-from finetuning import float32_muon
 from safetensors.torch import load_file, save_file
 from secateur.container import replacing
 from secateur.data import ImageLoader, loader
@@ -57,8 +56,7 @@ def train_on_digits(model: nn.Module, epochs: int = 9) -> None:
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            with float32_muon():
-                optimizer.step()
+            optimizer.step()
             schedule.step()
     model.eval()
 
