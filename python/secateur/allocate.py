@@ -22,6 +22,8 @@ from .errors import InvalidArgument, Unsupported
 from .statistics import Float
 
 DEFAULT_GROUPS = ("qk", "v", "ffn")
+# Each lowers the loss; that they end is certain, but not when.
+_EXCHANGES = 100
 _TARGET_MULTIPLES = {"qk": 8, "v": 8, "ffn": 32, "width": 32}
 
 
@@ -146,8 +148,9 @@ def allocate(
     ``losses``, one removed fraction for all named groups, the least that meets the budget.
 
     What rounding leaves of the budget is then spent while anything fits: by ``losses`` on the wider size that saves
-    most for its cost, else one rounding step at a time on the group that lost the largest share; query/key and value of
-    one layer step together, so that they keep one size.
+    most for its cost, and by exchanging sizes of two groups as long as that lowers the loss; else one rounding step at
+    a time on the group that lost the largest share. Query/key and value of one layer step together, so that they keep
+    one size.
 
     Raises:
         InvalidArgument: the budget cannot be met; the text says what can.
@@ -292,6 +295,7 @@ def _of_least_loss(anatomy: Anatomy, free: _Choice, budget: _Budget, losses: Cal
     width = next((group for group in free.groups if group.kind == "width"), None)
     choices = _choices(anatomy, free, losses)
     best: Allocation | None = None
+    best_base = anatomy.sizes
     bound = math.inf
     for base in [anatomy.sizes] if width is None else [{**anatomy.sizes, width.name: n} for n in free.options(width)]:
         found = _at_width(base, choices, budget)
@@ -301,10 +305,12 @@ def _of_least_loss(anatomy: Anatomy, free: _Choice, budget: _Budget, losses: Cal
         loss = found.loss + narrower
         bound = min(bound, found.bound + narrower)
         if best is None or loss < best.loss:
-            best = Allocation(found.sizes, loss)
+            best, best_base = Allocation(found.sizes, loss), base
     assert best is not None, "the smallest sizes meet the budget"
+    kept = _exchanged(best.sizes, choices, [budget.along(best_base, choice.sizes) for choice in choices], budget)
+    loss = best.loss + _total(choices, kept) - _total(choices, best.sizes)
     # The dual of a linear programme may exceed what was found by rounding alone.
-    return Allocation(best.sizes, best.loss, min(bound, best.loss))
+    return Allocation(kept, loss, min(bound, loss))
 
 
 def _choices(anatomy: Anatomy, free: _Choice, losses: Callable[[Group], Float]) -> list[_Choices]:
@@ -340,7 +346,7 @@ def _at_width(base: dict[str, int], choices: list[_Choices], budget: _Budget) ->
         kept, least = found
         bound = max(bound, max(each - price * float(prices @ (1 + repeated)) for price, each in least))
         kept = _filled(kept, choices, shares, prices, budget)
-        loss = sum(float(choice.losses[choice.index(kept)]) for choice in choices)
+        loss = _total(choices, kept)
         if best is None or loss < best.loss:
             best = Allocation(kept, loss)
     assert best is not None, "a budget has a limit"
@@ -412,6 +418,37 @@ def _filled(
         else:
             # Shares add up but for rounding; the budget has the last word.
             refused[number][index] = True
+
+
+def _exchanged(kept: dict[str, int], choices: list[_Choices], shares: list[Float], budget: _Budget) -> dict[str, int]:
+    """Take from one what another makes more of, as long as any such exchange fits; one limit's prices see no pairs."""
+    owners = np.repeat(np.arange(len(choices)), [len(choice.losses) for choice in choices])
+    starts = np.searchsorted(owners, np.arange(len(choices)))
+    for _ in range(_EXCHANGES):
+        at = [choice.index(kept) for choice in choices]
+        gained = np.concatenate([c.losses[i] - c.losses for c, i in zip(choices, at, strict=True)])
+        extra = np.concatenate([share - share[:, i, None] for share, i in zip(shares, at, strict=True)], axis=1)
+        wider, narrower = np.flatnonzero(gained > 0), np.flatnonzero((extra < 0).any(0))
+        room = budget.room(kept)[:, None, None]
+        best: tuple[float, list[int]] = (1e-9 * max(_total(choices, kept), 1e-300), [])
+        for some in np.array_split(wider, max(1, len(wider) * len(narrower) // 1_000_000)):
+            saved = gained[some, None] + gained[narrower]
+            fits = (extra[:, some, None] + extra[:, None, narrower] <= room).all(0)
+            saved = np.where(fits & (owners[some, None] != owners[narrower]), saved, -np.inf)
+            if saved.size and saved.max() > best[0]:
+                first, second = np.unravel_index(int(saved.argmax()), saved.shape)
+                best = (float(saved.max()), [int(some[first]), int(narrower[second])])
+        trial = dict(kept)
+        for index in best[1]:
+            choices[owners[index]].put(trial, index - int(starts[owners[index]]))
+        if not best[1] or not budget.holds(trial):
+            break
+        kept = trial
+    return kept
+
+
+def _total(choices: list[_Choices], kept: Mapping[str, int]) -> float:
+    return sum(float(choice.losses[choice.index(kept)]) for choice in choices)
 
 
 class _Choices:
