@@ -111,15 +111,21 @@ def test_nothing_is_said_without_moments(digits_model, digits_images):
         sc.plan(digits_model, stats, target=sc.Target(macs=0.5), allocation="error")
 
 
+@pytest.fixture(scope="module")
+def halves(make_digits_model, digits_loader):
+    """Statistics of one half of the digits, the images of the other, and what the model answers to these."""
+    model = make_digits_model()
+    batches = [x for x, _ in sc.data.loader("digits", model, split="train", batch_size=64, max_images=256)]
+    held_out = torch.cat([x for x, _ in digits_loader])
+    with torch.no_grad():
+        return sc.calibrate(model, batches, sensitivity=True), held_out, model(held_out).log_softmax(1)
+
+
 @pytest.mark.parametrize("method", ["snp", "refit"])
 @pytest.mark.parametrize("macs", [0.7, 0.5])
-def test_shared_out_by_loss_a_budget_costs_less(digits_model, digits_loader, method, macs):
+def test_shared_out_by_loss_a_budget_costs_less(digits_model, halves, method, macs):
     """Against the better of one ratio for all with and without the width, on images that were not calibrated on."""
-    batches = [x for x, _ in sc.data.loader("digits", digits_model, split="train", batch_size=64, max_images=256)]
-    held_out = torch.cat([x for x, _ in digits_loader])
-    stats = sc.calibrate(digits_model, batches, sensitivity=True)
-    with torch.no_grad():
-        wanted = digits_model(held_out).log_softmax(1)
+    stats, held_out, wanted = halves
 
     def lost(groups, allocation):
         model = copy.deepcopy(digits_model)

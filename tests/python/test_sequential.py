@@ -20,12 +20,6 @@ def divergence(model, dense, x):
     return float((first.exp() * (first - second)).sum(1).mean())
 
 
-def one_shot(model, batches, **arguments):
-    model = copy.deepcopy(model)
-    sc.prune(model, sc.plan(model, sc.calibrate(model, batches, sensitivity=True), method="project", **arguments))
-    return model
-
-
 @pytest.mark.parametrize("kind", ["plain", "qk_norm", "inner_norms", "gate", "swiglu_packed", "registers_layer_scale"])
 @pytest.mark.parametrize("method", ["project", "refit", "snp"])
 def test_block_by_block_by_hand(kind, method):
@@ -58,13 +52,22 @@ def test_a_block_is_calibrated_alone(digits_model, digits_images):
     assert all((part.tensors[name] == whole.tensors[name]).all() for name in part.tensors)
 
 
+@pytest.fixture(scope="module")
+def calibration(make_digits_model):
+    """Batches of one half of the digits, and their statistics."""
+    model = make_digits_model()
+    batches = [images for images, _ in loader("digits", model, split="train", batch_size=64, max_images=512)]
+    return batches, sc.calibrate(model, batches, sensitivity=True)
+
+
 @pytest.mark.parametrize("macs", [0.5, 0.35])
-def test_it_loses_no_more_than_one_shot(digits_model, digits_loader, macs):
+def test_it_loses_no_more_than_one_shot(digits_model, digits_loader, calibration, macs):
     """Calibrated on one half of the digits, compared on the other."""
-    batches = [images for images, _ in loader("digits", digits_model, split="train", batch_size=64, max_images=512)]
+    batches, stats = calibration
     held_out = torch.cat([images for images, _ in digits_loader])
     arguments = {"target": sc.Target(macs=macs), "round_to": 3}
-    at_once = one_shot(digits_model, batches, **arguments)
+    at_once = copy.deepcopy(digits_model)
+    sc.prune(at_once, sc.plan(at_once, stats, method="project", **arguments))
     by_block = copy.deepcopy(digits_model)
     report = sc.prune_sequential(by_block, batches, "project", **arguments)
     assert sc.inspect(by_block).sizes == sc.inspect(at_once).sizes
