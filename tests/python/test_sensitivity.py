@@ -49,7 +49,8 @@ def test_against_gaussian_noise_of_the_same_covariance(digits_model, digits_imag
         literal(model, x, lambda name, out, seed=seed: noise_like(out, seed) if name == module else None)
         for seed in range(3)
     ]
-    assert 0.6 < found / np.mean(samples) < 1.6
+    # One sample of the noise deviates by a third or more; a wrong share or a missing square is a factor of ten.
+    assert 1 / 3 < found / np.mean(samples) < 3
 
 
 def test_every_group_has_one_and_the_model_is_left_as_it_was(digits_model, digits_images):
