@@ -9,6 +9,8 @@ main    query/key, value and FFN cut at one ratio, the same counts for every met
         cut one of them takes what it saves from the others
 best    every method with its own best allocation: those of secateur as they plan, with the width and without; any other
         the best of a grid of ratios, width included; the choice on held-out training images without their labels
+allocation  secateur's methods with counts shared out by error against one removed fraction for all, with the width and
+        without; the first draw
 sequential  project planned at once against block by block, each behind what is already pruned, at the same counts
 images  how many calibration images, and which share of their tokens, it takes
 tuned   main's models, and 60 % of the parameters, after distilled fine-tuning, next to the dense model and an
@@ -48,7 +50,7 @@ from torch import Tensor, nn
 
 OURS = ("project", "refit", "snp")
 INNER = ("qk", "v", "ffn")
-TABLES = ("main", "best", "sequential", "images", "tuned")
+TABLES = ("main", "best", "allocation", "sequential", "images", "tuned")
 HELD_OUT = 256
 # The largest share that a grid takes of any kind.
 MOST = 0.95
@@ -79,6 +81,7 @@ def arguments() -> argparse.Namespace:
     counts = [2**k for k in range(6, 13)]
     add("--image-counts", type=int, nargs="+", default=counts, help="calibration images of the table images")
     add("--image-budget", type=float, default=0.5, help="kept MACs of the table images")
+    add("--allocation-budgets", type=float, nargs="+", default=[0.7, 0.5, 0.35], help="kept MACs")
     add("--sequential-budgets", type=float, nargs="+", default=[0.5, 0.35], help="kept MACs")
     add("--tune-budgets", type=float, nargs="+", default=[0.5, 0.35], help="kept MACs")
     add("--tune-params", type=float, nargs="*", default=[0.6], help="kept parameters")
@@ -419,7 +422,7 @@ def best(run: Run, method: str, draw: Draw, budget: Budget) -> tuple[nn.Module, 
             chosen = (kl, model, {**found, **spent, **outcome.detail})
 
     if method in OURS:
-        for groups in (kinds_of(run, method), INNER):
+        for groups in (kinds_of(run, method), INNER, (*kinds_of(run, method), "heads", "block")):
             consider(
                 lambda groups=groups: run.planned(method, draw, groups=groups, target=budget.target),
                 {"allocation": "own", "groups": groups},
@@ -450,6 +453,54 @@ def best_table(run: Run) -> None:
             return {**found, **run.measured(model, speed=index == 0)}
 
         run.row({"table": "best", "budget": str(budget), "draw": index, "method": method}, measure)
+
+
+def allocation_table(run: Run) -> None:
+    """One removed fraction against counts by error; whole heads and layers only where errors tell them apart."""
+    for kept, method in itertools.product(run.options.allocation_budgets, run.methods):
+        if method not in OURS:
+            continue
+        width = kinds_of(run, method)
+        for allocation, groups in (
+            ("uniform", INNER),
+            ("uniform", width),
+            ("error", INNER),
+            ("error", width),
+            ("error", (*width, "heads", "block")),
+        ):
+            arguments = {"target": sc.Target(macs=kept), "groups": groups, "allocation": allocation}
+
+            def measure(method: str = method, arguments: Mapping[str, Any] = arguments) -> Row:
+                model = run.planned(method, run.draws[0], **arguments).model
+                return {"sizes": sizes_of(model), **cost(run, model), **run.measured(model)}
+
+            key = {"table": "allocation", "budget": f"macs {kept:g}", "method": method, "allocation": allocation}
+            run.row({**key, "groups": list(groups)}, measure)
+
+
+def show_allocation(run: Run) -> None:
+    rows = [row for row in run.rows if row["table"] == "allocation"]
+    if not rows:
+        return
+    view = Table(title=f"points lost of {run.dense_top1:.2f} % top-1, by how counts are shared out; one draw")
+    ways = list(dict.fromkeys((row["allocation"], tuple(row["groups"])) for row in rows))
+    for column in ("method", "budget", *(f"{way}: {' '.join(groups)}" for way, groups in ways), "closes"):
+        view.add_column(column, justify="right")
+    for method, budget in dict.fromkeys((row["method"], row["budget"]) for row in rows):
+        found = {
+            (row["allocation"], tuple(row["groups"])): run.dense_top1 - row["top1"]
+            for row in rows
+            if (row["method"], row["budget"]) == (method, budget)
+        }
+        before, after = (
+            [value for (way, _), value in found.items() if way == allocation] for allocation in ("uniform", "error")
+        )
+        closes = f"{1 - min(after) / min(before):.0%}" if before and after and min(before) > 0 else ""
+        cells = [f"{found[way]:.2f}" if way in found else "" for way in ways]
+        view.add_row(method, budget, *cells, closes)
+    console.print(view)
+    shares = [row["macs"] / float(row["budget"].split()[1]) for row in rows if row["allocation"] == "error"]
+    console.print(f"counts by error: MACs of the plan over target {min(shares):.4f} … {max(shares):.4f}")
 
 
 def sequential_table(run: Run) -> None:
@@ -749,6 +800,7 @@ def main() -> None:
     steps = {
         "main": main_table,
         "best": best_table,
+        "allocation": allocation_table,
         "sequential": sequential_table,
         "images": images_table,
         "tuned": tuned_table,
@@ -760,6 +812,7 @@ def main() -> None:
     console.print(machine)
     show_lost(run, "main", "same counts for all, width dense")
     show_lost(run, "best", "each with its best allocation")
+    show_allocation(run)
     show_sequential(run)
     show_images(run)
     show_tuned(run)
