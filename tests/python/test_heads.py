@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -400,6 +401,9 @@ def test_torch_takes_what_is_left(cut, digits_images):
         expected = cut(digits_images[:3])
         exported = torch.export.export(cut, (digits_images[:3],)).module()
         torch.testing.assert_close(exported(digits_images[:3]), expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            torch.testing.assert_close(torch.jit.script(cut)(digits_images[:3]), expected)
         torch.testing.assert_close(
             cut.forward_intermediates(digits_images[:3])[0], cut.forward_features(digits_images[:3])
         )
