@@ -402,7 +402,7 @@ def test_torch_takes_what_is_left(cut, digits_images):
         exported = torch.export.export(cut, (digits_images[:3],)).module()
         torch.testing.assert_close(exported(digits_images[:3]), expected)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore")  # torch calls its own compiler old
             torch.testing.assert_close(torch.jit.script(cut)(digits_images[:3]), expected)
         torch.testing.assert_close(
             cut.forward_intermediates(digits_images[:3])[0], cut.forward_features(digits_images[:3])
