@@ -252,17 +252,18 @@ class _Collector:
     def __init__(
         self, anatomy: Anatomy, settings: Settings, *, only: int | None = None, norms: bool | None = None
     ) -> None:
-        """Observe all of a model, or the groups of block ``only``, or with ``norms`` the norms (and block 0)."""
+        """Observe all of a model, or the groups of block ``only``, or with ``norms`` the norms (and one attention)."""
         self.images = 0
         self.whole = True
         self.anatomy = anatomy
         self.settings = settings
-        blocks = None if norms is None else {only or 0}
+        first = anatomy.group(anatomy.attention[0].qk).block
+        blocks = None if norms is None else {first if only is None else only}
         self._attention = [s for s in anatomy.attention if blocks is None or anatomy.group(s.qk).block in blocks]
         self._ffn = [s for s in anatomy.ffn if blocks is None or anatomy.group(s.ffn).block in blocks]
         self._norms = anatomy.norms if norms is None or norms else ()
-        last = self._ffn[-1].fc2 if self._ffn else self._attention[-1].proj
-        self._last = last if norms is False else None
+        writers = [*(site.fc2 for site in self._ffn), *(site.proj for site in self._attention)]
+        self._last = writers[0] if norms is False else None
         self._dtype = settings.dtype
         self._all = settings.collect == "all"
         self._stride = round(1 / settings.token_fraction)

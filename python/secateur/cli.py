@@ -447,6 +447,7 @@ def plan(
             macs=list(chosen.macs),
             kept=kept,
             latency=chosen.to_dict()["latency"],
+            loss=chosen.to_dict()["loss"],
             file=str(out),
         )
 

@@ -392,6 +392,10 @@ def test_block_by_block(digits_model, digits_images):
     assert report.params[1] == sum(parameter.numel() for parameter in pruned.parameters())
     again = copy.deepcopy(pruned)
     sc.prune_sequential(again, [digits_images], "refit", ratios={"qk": 0.5, "ffn": 0.2})
+    empty = copy.deepcopy(digits_model)
+    sc.prune_sequential(empty, [digits_images], "snp", ratios={"blocks.0.attn": 1, "blocks.0.mlp": 1})
+    report = sc.prune_sequential(empty, [digits_images], "project", ratios={"width": 0.1, "v": 0.2})
+    assert report.groups["width"] == (93, 84)
     with pytest.raises(sc.InvalidArgument, match="head_score: expected one that takes no gradients"):
         sc.prune_sequential(pruned, [digits_images], "project", ratios=ratios, head_score="michel")
 
