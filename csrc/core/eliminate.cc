@@ -21,6 +21,8 @@ constexpr std::size_t kTile = kPanel * kPanel;
 // Rows of C⁻¹ and of the weights' Gram matrix are formed a panel at a time (for the inputs that
 // cost least, which leave next), and kept until the next flush or until there is no room.
 constexpr std::size_t kKept = 8 * kPanel;
+// Rows of two panels in one product, which the first-level cache holds.
+constexpr std::size_t kDepth = 64;
 // Panels of a task.
 constexpr std::size_t kGroup = 8;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -285,6 +287,12 @@ void Eliminator::form_rows(std::size_t position) {
 
   const auto pack = cpu::kernels().panel.pack_f64[static_cast<std::size_t>(inverse_.dtype)];
   const auto tile = cpu::kernels().gram.tile_f64;
+  const auto multiply = [tile, this](const double* left, const double* right, std::size_t rows,
+                                     double* out) {
+    for (std::size_t r = 0; r < rows; r += kDepth) {
+      tile(left + r * kPanel, right + r * kPanel, std::min(kDepth, rows - r), out, ld_);
+    }
+  };
   parallel_for((panels_ + kGroup - 1) / kGroup, slots_, [&](std::size_t task, std::size_t) {
     const std::size_t begin = task * kGroup, end = std::min(panels_, begin + kGroup);
     // Row by row, as they lie in memory.
@@ -301,8 +309,8 @@ void Eliminator::form_rows(std::size_t position) {
       std::fill(gram_row(kept_ + b) + begin * kPanel, gram_row(kept_ + b) + end * kPanel, 0.0);
     }
     for (std::size_t p = begin; p < end; ++p) {
-      tile(their_columns.data(), columns(p), flushed_, inverse_row(kept_) + p * kPanel, ld_);
-      tile(their_weights.data(), weights(p), length_, gram_row(kept_) + p * kPanel, ld_);
+      multiply(their_columns.data(), columns(p), flushed_, inverse_row(kept_) + p * kPanel);
+      multiply(their_weights.data(), weights(p), length_, gram_row(kept_) + p * kPanel);
     }
   });
   kept_ += kPanel;

@@ -23,6 +23,17 @@ inline void block(const T* a, const T* b, size_t rows, double* c, size_t ldc) {
       for (size_t v = 0; v < kBlockVectors; ++v) sum[i][v] += left * right[v];
     }
   }
+  if constexpr (__is_same(T, double)) {
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kBlockRows; ++i) {
+#pragma GCC unroll 2
+      for (size_t v = 0; v < kBlockVectors; ++v) {
+        double* out = c + i * ldc + v * lanes;
+        store(out, load(out) + sum[i][v]);
+      }
+    }
+    return;
+  }
   // Through memory: taking lanes out of registers one by one would cost as much as many rows.
   T sums[kBlockRows][kBlockVectors * lanes];
   for (size_t i = 0; i < kBlockRows; ++i) {

@@ -90,8 +90,8 @@ def score_errors(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> Te
 def improve(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> HeadBasis:
     """Lower the error on single images by alternating least squares, as far as images that were left out agree.
 
-    The error Σ_b tr(Δ G_q,b Δᵀ G_k,b) of AᵀB = I + Δ is quadratic in either factor. Half of the images are fitted, and
-    a head keeps its new basis only if the error on the other half fell; then all are fitted.
+    The error Σ_b tr(Δ G_q,b Δᵀ G_k,b) of AᵀB = I + Δ is quadratic in either factor. Half of the images are fitted by
+    one sweep, and a head gets a new basis only if the error on the other half fell; then all are fitted, by two.
 
     Args:
         basis: r directions, the start.
@@ -102,11 +102,11 @@ def improve(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> HeadBas
         return basis
     even = _Stack(query_grams[0::2]), _Stack(key_grams[0::2])
     odd = _Stack(query_grams[1::2]), _Stack(key_grams[1::2])
-    trial = _alternate(basis, *even)
+    trial = _alternate(basis, *even, sweeps=1)
     better = _missed(trial, *odd) < _missed(basis, *odd)
     if not bool(better.any()):
         return basis
-    fitted = _alternate(basis, _Stack(query_grams), _Stack(key_grams))
+    fitted = _alternate(basis, _Stack(query_grams), _Stack(key_grams), sweeps=_SWEEPS)
     chosen = better[:, None, None]
     return HeadBasis(torch.where(chosen, fitted.query, basis.query), torch.where(chosen, fitted.key, basis.key))
 
@@ -135,9 +135,9 @@ class _Stack:
         return (left @ x.mT).view(self.heads, self.images, x.shape[1], x.shape[1])
 
 
-def _alternate(basis: HeadBasis, queries: _Stack, keys: _Stack) -> HeadBasis:
+def _alternate(basis: HeadBasis, queries: _Stack, keys: _Stack, sweeps: int) -> HeadBasis:
     query, key = basis
-    for _ in range(_SWEEPS):
+    for _ in range(sweeps):
         query = _least_squares(query, key, queries, keys)
         key = _least_squares(key, query, keys, queries)
     return HeadBasis(query, key)

@@ -10,14 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Moment", "choose_ridge", "inverse", "ridged_inverse", "sketch", "solve", "square_root"]
+__all__ = ["RIDGES", "SKETCH", "Moment", "choose_ridge", "inverse", "ridged_inverse", "sketch", "solve", "square_root"]
 
 # Shares of the mean diagonal. Below the least, float64 solves of Grams of float32 activations hold no more digits.
 RIDGES = tuple(10.0**exponent for exponent in range(-10, 1))
 # Of the largest eigenvalue: what lies below is rounding.
 RANK_TOLERANCE = 1e-11
 # Errors over more outputs than this are estimated from so many random combinations of them.
-_SKETCH = 64
+SKETCH = 64
 # With so many regressors every ridge is tried.
 _SMALL = 256
 
@@ -80,10 +80,10 @@ def choose_ridge(folds: Sequence[Moment], near: float = RIDGES[6]) -> float:
 def sketch(outputs: Tensor) -> Tensor:
     """Few outputs (n, 64) for many, random signs of all: the squared error over them is the same in the mean."""
     count = outputs.shape[1]
-    if count <= _SKETCH:
+    if count <= SKETCH:
         return outputs
     generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (count, _SKETCH), generator=generator).double().mul_(2).sub_(1)
+    signs = torch.randint(0, 2, (count, SKETCH), generator=generator).double().mul_(2).sub_(1)
     return outputs @ signs
 
 

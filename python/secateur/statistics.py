@@ -126,19 +126,28 @@ class Statistics:
         """
         return unpack(self._sum(group, which, fold))
 
-    def moments(self, group: str, fold: str | None = None) -> Moments:
+    def moments(self, group: str, fold: str | None = None, out: Float | None = None) -> Moments:
         """Moments of values ("blocks.0.v"), FFN hidden units, a projection's input, or a norm's ("blocks.0.norm1").
 
-        A norm's input x counts as x̂ = x √D / ‖x‖, centred first for LayerNorm.
+        A norm's input x counts as x̂ = x √D / ‖x‖, centred first for LayerNorm. ``out``, (d, d), is where the second
+        moment is written to: new memory for each of many large ones takes as long as what is done with them.
 
         Raises:
             InvalidArgument: not collected.
         """
-        rows = int(self._sum(group, "rows", fold)[0])
-        if rows == 0:
-            raise InvalidArgument(f"group: expected one that was observed, got {group!r} with no rows")
-        mean = self._sum(group, "sum", fold) / rows
-        return Moments(rows, mean, unpack(self._sum(group, "second_moment", fold) / rows))
+        rows, mean = self._rows(group, fold), self.mean(group, fold)
+        second = unpack(self._sum(group, "second_moment", fold), out)
+        second /= rows
+        return Moments(rows, mean, second)
+
+    def mean(self, group: str, fold: str | None = None) -> Float:
+        """The mean alone of what ``moments`` returns, (d,).
+
+        Raises:
+            InvalidArgument: not collected.
+        """
+        found: Float = self._sum(group, "sum", fold) / self._rows(group, fold)
+        return found
 
     def image_grams(self, group: str) -> tuple[Float, Float]:
         """QᵀQ and K_cᵀK_c (keys centred per image) of each of the first 64 images: twice (images, heads, d, d).
@@ -271,6 +280,12 @@ class Statistics:
             raise InvalidArgument(f"path: expected a secateur statistics file, got one without {error}") from error
         return cls(settings, {name: tensor.numpy() for name, tensor in tensors.items()})
 
+    def _rows(self, group: str, fold: str | None) -> int:
+        rows = int(self._sum(group, "rows", fold)[0])
+        if rows == 0:
+            raise InvalidArgument(f"group: expected one that was observed, got {group!r} with no rows")
+        return rows
+
     def _sum(self, group: str, what: str, fold: str | None) -> Float:
         if fold is not None and fold not in FOLDS:
             raise InvalidArgument(f"fold: expected even, odd or None, got {fold!r}")
@@ -291,10 +306,10 @@ class Statistics:
         )
 
 
-def unpack(packed: Float) -> Float:
-    """Full symmetric matrices (..., d, d) of packed upper triangles (..., d(d+1)/2)."""
+def unpack(packed: Float, out: Float | None = None) -> Float:
+    """Full symmetric matrices (..., d, d) of packed upper triangles (..., d(d+1)/2), in ``out`` if there is one."""
     size = int((np.sqrt(8 * packed.shape[-1] + 1) - 1) / 2)
-    full = np.empty((*packed.shape[:-1], size, size))
+    full = np.empty((*packed.shape[:-1], size, size)) if out is None else out
     start = 0
     # Row by row: index arrays of all elements take longer than the copies.
     for row in range(size):

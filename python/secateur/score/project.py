@@ -173,10 +173,11 @@ class Projection(Refit):
             self._turn_writer(draft, module, scale, write)
         for token in stream.tokens:
             draft.set("", draft.weight("", token) @ write.mT, token)
+        near = self._last_ridge
         for norm, readers in stream.readers.items():
             if norm not in moments:
                 continue
-            matrix, offset = _readout(moments[norm], basis, count)
+            matrix, offset, near = _readout(moments[norm], basis, count, near)
             read = torch.zeros(size, size, dtype=torch.float64)
             read[:, :count] = matrix @ channels.mT
             self._turn_readers(draft, norm, readers, read, offset)
@@ -209,8 +210,8 @@ class Projection(Refit):
             draft.set(norm, torch.zeros_like(bias), "bias")
 
 
-def _readout(moments: Moments, basis: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The dense norm's output x̂ from the pruned one's in the kept basis, φ: x̂ ≈ matrix @ φ + offset.
+def _readout(moments: Moments, basis: Tensor, count: int, near: float) -> tuple[Tensor, Tensor, float]:
+    """The dense norm's output x̂ from the pruned one's in the kept basis, φ: x̂ ≈ matrix @ φ + offset; and the ridge.
 
     φ has ``count`` channels of mean square one where x̂ has D: φ = Qᵀx̂ / ρ, ρ² = E‖Qᵀx̂‖² / count. What lies outside of
     the basis is regressed on what lies within.
@@ -225,9 +226,9 @@ def _readout(moments: Moments, basis: Tensor, count: int) -> tuple[Tensor, Tenso
             return Moment(kept, seen - kept @ basis.mT)
         return Moment(kept, seen @ wanted - kept @ (basis.mT @ wanted))
 
-    ridge = choose_ridge([moment(fold, few) for fold in moments.folds])
+    ridge = choose_ridge([moment(fold, few) for fold in moments.folds], near)
     matrix = basis + solve(moment(moments.covariance), ridge).mT
-    return scale * matrix, moments.mean - matrix @ (basis.mT @ moments.mean)
+    return scale * matrix, moments.mean - matrix @ (basis.mT @ moments.mean), ridge
 
 
 def _unexplained(covariance: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ arXiv:2602.05243), the mean of it through the bias. No labels, no gradients; the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
 
 import numpy as np
@@ -19,8 +19,9 @@ from ..anatomy import Anatomy, AttentionSite, FfnSite, Group, Indices
 from ..draft import Draft
 from ..errors import InvalidArgument, NumericalError
 from ..heads import eliminate_heads, head_errors
-from ..regression import RIDGES, Moment, choose_ridge, ridged_inverse, sketch, solve
+from ..regression import RIDGES, SKETCH, Moment, choose_ridge, ridged_inverse, sketch, solve
 from ..statistics import FOLDS, Float, Statistics
+from ..statistics import Moments as Sums
 from . import snp
 from .base import Decision
 from .losses import of_selection, writer_metric
@@ -44,28 +45,39 @@ class Moments:
     """Mean and covariance of an observation, over all rows and in each fold that has any."""
 
     def __init__(self, statistics: Statistics, name: str) -> None:
-        found = statistics.moments(name)
-        self.mean = torch.from_numpy(found.mean)
-        self.second = torch.from_numpy(found.second)
         self._statistics, self._name = statistics, name
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Of all rows."""
+        return torch.from_numpy(self._statistics.mean(self._name))
+
+    @cached_property
+    def second(self) -> Tensor:
+        """Second moment about zero."""
+        return torch.from_numpy(self._statistics.moments(self._name).second)
 
     @cached_property
     def covariance(self) -> Tensor:
         """Second moment about the mean."""
-        return torch.addr(self.second, self.mean, self.mean, alpha=-1)
+        return _centred(self._statistics.moments(self._name))
 
-    @cached_property
-    def folds(self) -> list[Tensor]:
-        """Covariances of the folds; of none where one is empty."""
+    @property
+    def folds(self) -> Iterator[Tensor]:
+        """Covariances of the folds, in turn and in the same memory; of none where one is empty."""
+        out = None
         try:
-            parts = [self._statistics.moments(self._name, fold) for fold in FOLDS]
+            for fold in FOLDS:
+                found = self._statistics.moments(self._name, fold, out)
+                out = found.second
+                yield _centred(found)
         except InvalidArgument:
-            return []
-        found = []
-        for part in parts:
-            mean = torch.from_numpy(part.mean)
-            found.append(torch.from_numpy(part.second).addr_(mean, mean, alpha=-1))
-        return found
+            return
+
+
+def _centred(moments: Sums) -> Tensor:
+    mean = torch.from_numpy(moments.mean)
+    return torch.from_numpy(moments.second).addr_(mean, mean, alpha=-1)
 
 
 class Refit:
@@ -81,8 +93,9 @@ class Refit:
         self._model, self._anatomy, self._statistics, self._selection = model, anatomy, statistics, selection
         self._head_score = head_score
         self._orders: dict[str, tuple[Tensor, Float | None]] = {}
-        # Where the search for a layer's next ridge begins.
+        # Where the search for the next ridge begins: at the same layer's last one, or at the last of all.
         self._ridges: dict[str, float] = {}
+        self._last_ridge = RIDGES[6]
         self._cached_errors: dict[str, Float | None] = {}
 
     def errors(self, group: Group) -> Float | None:
@@ -299,12 +312,14 @@ class Refit:
         return self._ridge(module, moments, weight, kept, cut)
 
     def _ridge(self, module: str, moments: Moments, weight: Tensor, kept: Tensor, cut: Tensor) -> float:
-        """The folds' ridge for what the cut inputs of a layer contribute; the search begins at the layer's last one."""
+        """The folds' ridge for what the cut inputs of a layer contribute to its outputs."""
         # The sketch of the outputs before the products, not after.
-        few = sketch(weight[:, cut].mT).mT
-        folds = [_compensation(fold, few, kept, cut) for fold in moments.folds]
-        self._ridges[module] = choose_ridge(folds, self._ridges.get(module, RIDGES[6]))
-        return self._ridges[module]
+        few = torch.zeros(weight.shape[1], min(len(weight), SKETCH), dtype=weight.dtype)
+        few[cut] = sketch(weight[:, cut].mT)
+        folds = [Moment(_part(fold, kept), (fold @ few)[kept]) for fold in moments.folds]
+        self._last_ridge = choose_ridge(folds, self._ridges.get(module, self._last_ridge))
+        self._ridges[module] = self._last_ridge
+        return self._last_ridge
 
     def _compensate(self, draft: Draft, module: str, moments: Moments, kept: Tensor) -> None:
         """Give the kept inputs of a linear layer what the others contributed, and the bias its mean."""
@@ -313,7 +328,9 @@ class Refit:
         cut[kept] = False
         cut = cut.nonzero().flatten()
         ridge = self._ridge(module, moments, weight, kept, cut)
-        gained = solve(_compensation(moments.covariance, weight[:, cut], kept, cut), ridge).mT
+        rows = moments.covariance.index_select(0, kept)
+        moment = Moment(rows.index_select(1, kept), rows.index_select(1, cut) @ weight[:, cut].mT)
+        gained = solve(moment, ridge).mT
         bias = draft.bias(module) + weight[:, cut] @ moments.mean[cut] - gained @ moments.mean[kept]
         refitted = torch.zeros_like(weight)
         refitted[:, kept] = weight[:, kept] + gained
@@ -327,10 +344,8 @@ class Refit:
         return _falling(np.concatenate([[0.0], np.cumsum(costs)]), size)
 
 
-def _compensation(covariance: Tensor, weight: Tensor, kept: Tensor, cut: Tensor) -> Moment:
-    """Moments of the kept inputs with what ``weight`` (outputs, cut) makes of the others."""
-    rows = covariance.index_select(0, kept)
-    return Moment(rows.index_select(1, kept), rows.index_select(1, cut) @ weight.mT)
+def _part(matrix: Tensor, index: Tensor) -> Tensor:
+    return matrix.index_select(0, index).index_select(1, index)
 
 
 def _scale_rows(draft: Draft, module: str, rows: slice, scale: Tensor) -> None:
