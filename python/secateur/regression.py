@@ -18,6 +18,8 @@ RIDGES = tuple(10.0**exponent for exponent in range(-10, 1))
 RANK_TOLERANCE = 1e-11
 # Errors over more outputs than this are estimated from so many random combinations of them.
 SKETCH = 64
+# Errors that differ by less of themselves are the same.
+_EQUAL = 1e-6
 # With so many regressors every ridge is tried.
 _SMALL = 256
 
@@ -34,7 +36,7 @@ def choose_ridge(folds: Sequence[Moment], near: float = RIDGES[6]) -> float:
 
     Where one fold is empty or all regressors are zero, there is nothing to compare, and the least ridge is returned.
     From ``near``, the search goes down the curve of errors over ridges to where it rises again: of one that falls and
-    then rises, as such curves do but for noise, that is the best of all, for a third of the factorisations.
+    then rises, as such curves do but for noise, that is the best of all, for a fraction of the factorisations.
 
     Args:
         folds: two, each of moments per row.
@@ -48,33 +50,55 @@ def choose_ridge(folds: Sequence[Moment], near: float = RIDGES[6]) -> float:
     first, second = (Moment(fold.xx, sketch(fold.xy)) for fold in folds)
 
     @cache
+    def at(index: int) -> tuple[float, float]:
+        found = [_error(*pair, RIDGES[index]) for pair in ((first, second), (second, first))]
+        return sum(error for error, _ in found), sum(slope for _, slope in found)
+
     def error(index: int) -> float:
-        total = 0.0
-        for fit, held_out in ((first, second), (second, first)):
-            weights = _ridged(fit, RIDGES[index])
-            if weights is None:
-                # Below the rounding of the moments; larger ridges are not.
-                return math.inf
-            missed = (weights * (held_out.xx @ weights)).sum() - 2 * (weights * held_out.xy).sum()
-            total += float(missed / held_out.xy.square().sum().clamp_min(torch.finfo(torch.float64).tiny))
-        return total
+        return at(index)[0]
 
     everything = range(len(RIDGES))
     if len(first.xx) <= _SMALL:
         best = min(everything, key=error)
     else:
+        tried = {RIDGES.index(near)}
         best = RIDGES.index(near)
         while True:
-            # Of ridges that all fail the larger: those that do not lie there.
-            lower = min((index for index in (best + 1, best - 1) if index in everything), key=error)
-            if not (error(lower) < error(best) or (best < lower and math.isinf(error(best)))):
+            # To where the error falls: on the other side it is higher. Where it is level, up: less does nothing.
+            beside = best + 1 if at(best)[1] < _EQUAL * abs(error(best)) else best - 1
+            if beside in tried or beside not in everything:
                 break
-            best = lower
+            tried.add(beside)
+            if error(beside) > error(best) + _EQUAL * abs(error(best)):
+                break
+            best = beside
+        best = min(sorted(tried), key=error)
     # Among equals the least: it changes least what the folds say nothing about.
-    bound = error(best) + 1e-6 * abs(error(best))
-    while best > 0 and error(best - 1) <= bound:
+    bound = error(best) + _EQUAL * abs(error(best))
+    while best > 0 and at(best)[1] >= -_EQUAL * abs(error(best)) and error(best - 1) <= bound:
         best -= 1
     return RIDGES[best]
+
+
+def _error(fit: Moment, held_out: Moment, ridge: float) -> tuple[float, float]:
+    """Error of the solution from one fold on the other, and its derivative by ln ridge.
+
+    In shares of what there is to predict, without the part that no weights change. Infinite, and falling, for a ridge
+    that is lost in the moments' rounding.
+    """
+    added = ridge * fit.xx.diagonal().mean()
+    gram = fit.xx.clone()
+    gram.diagonal().add_(added)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if int(info) != 0:
+        return math.inf, -math.inf
+    weights = torch.cholesky_solve(fit.xy, factor)
+    seen = held_out.xx @ weights
+    scale = held_out.xy.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
+    error = ((weights * seen).sum() - 2 * (weights * held_out.xy).sum()) / scale
+    # d weights / d added = −(xx + added · I)⁻¹ weights.
+    slope = -2 * added * (torch.cholesky_solve(weights, factor) * (seen - held_out.xy)).sum() / scale
+    return float(error), float(slope)
 
 
 def sketch(outputs: Tensor) -> Tensor:
@@ -85,13 +109,6 @@ def sketch(outputs: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (count, SKETCH), generator=generator).double().mul_(2).sub_(1)
     return outputs @ signs
-
-
-def _ridged(moment: Moment, ridge: float) -> Tensor | None:
-    gram = moment.xx.clone()
-    gram.diagonal().add_(ridge * moment.xx.diagonal().mean())
-    factor, info = torch.linalg.cholesky_ex(gram)
-    return torch.cholesky_solve(moment.xy, factor) if int(info) == 0 else None
 
 
 def solve(moment: Moment, ridge: float) -> Tensor:

@@ -15,6 +15,7 @@ from models import BASE, KINDS, images, make
 from secateur import project
 from secateur.modules import PrunedAttention
 from secateur.score import method_named
+from secateur.score.project import _unexplained
 from torch import nn
 
 # What a change of the residual stream's basis is refused for, and the word that names it.
@@ -197,6 +198,22 @@ def test_the_pooled_basis_is_the_best_of_its_rank():
     for rank in range(1, 7):
         error = project.score_errors(basis, query_grams, key_grams)[0, rank]
         assert torch.allclose(error, values[rank:].square().sum() / values.square().sum(), rtol=1e-8, atol=1e-12)
+
+
+def test_what_widths_leave_unexplained():
+    """All widths from one factor, against a regression at each."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(60, 11, dtype=torch.float64, generator=generator)
+    rows = rows * 0.8 ** torch.arange(11) + rows[:, :1]
+    found = _unexplained(rows.mT @ rows)
+    assert found.shape == (12,)
+    for width in range(12):
+        kept, rest = rows[:, :width], rows[:, width:]
+        missed = rest - kept @ torch.linalg.pinv(kept) @ rest if width else rest
+        assert float(found[width]) == pytest.approx(float(missed.square().sum()), rel=1e-4, abs=1e-6)
+    # Negative by rounding, and of no rank: still finite.
+    assert bool(_unexplained(rows.mT @ rows - 10 * torch.eye(11)).isfinite().all())
+    assert bool((_unexplained(torch.zeros(3, 3, dtype=torch.float64)) < 1e-20).all())
 
 
 def test_the_residual_basis_holds_most_of_what_all_norms_see():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import secateur as sc
 import torch
+from secateur import regression
 from secateur.regression import RIDGES, Moment, choose_ridge, inverse, solve, square_root
 
 
@@ -44,6 +45,31 @@ def test_the_ridge_is_the_one_that_predicts_the_other_fold(count, size, noise):
     assert errors[RIDGES.index(found)] <= min(errors) + 1e-5 * abs(min(errors))
     if noise >= 1:
         assert found > RIDGES[0]
+
+
+@pytest.mark.parametrize("noise", [0.01, 1.0, 30.0, 300.0])
+def test_of_many_regressors_the_search_finds_the_best_ridge_of_all(noise):
+    """From any ridge to begin with, the least of all errors; on the way, each slope is that of the error."""
+    folds = [moment(*rows(400, 280, 5, noise, seed, rank=200)) for seed in (1, 2)]
+
+    def error(ridge):
+        return sum(regression._error(*pair, ridge)[0] for pair in (folds, folds[::-1]))
+
+    errors = [error(ridge) for ridge in RIDGES]
+    for near in (RIDGES[0], RIDGES[5], RIDGES[-1]):
+        found = errors[RIDGES.index(choose_ridge(folds, near))]
+        assert found <= min(errors) + 1e-5 * abs(min(errors))
+    for ridge in RIDGES[4:]:
+        slope = sum(regression._error(*pair, ridge)[1] for pair in (folds, folds[::-1]))
+        step = (error(ridge * 1.001) - error(ridge / 1.001)) / (2 * np.log(1.001))
+        assert slope == pytest.approx(step, rel=1e-3, abs=1e-7)
+
+
+def test_a_ridge_lost_in_rounding_is_left_for_a_larger_one():
+    """Moments of float32 sums: eigenvalues below zero that no small ridge makes up for."""
+    folds = [moment(*rows(400, 280, 5, 1.0, seed, rank=200)) for seed in (1, 2)]
+    rough = [Moment(f.xx - 1e-5 * f.xx.diagonal().mean() * torch.eye(280), f.xy) for f in folds]
+    assert RIDGES[5] < choose_ridge(rough, RIDGES[0]) < RIDGES[-1]
 
 
 def test_many_outputs_are_sampled():

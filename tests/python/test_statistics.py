@@ -95,12 +95,15 @@ def test_a_fold_without_images_is_refused(digits_model, digits_images):
         one.importance("blocks.9.qk")
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8, 31])
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 31, 64, 65, 150])
 def test_unpack(size):
     full = np.random.default_rng(size).normal(size=(2, size, size))
     full = full + full.transpose(0, 2, 1)
     rows, columns = np.triu_indices(size)
     assert np.array_equal(unpack(full[:, rows, columns]), full)
+    out = np.full_like(full, np.nan)
+    assert unpack(full[:, rows, columns], out) is out
+    assert np.array_equal(out, full)
 
 
 def test_damaged_files(stats, tmp_path):

@@ -32,6 +32,10 @@ HEAD_SCORES = ("error", *snp.OPTIONS["head_score"])
 OPTIONS: Mapping[str, tuple[str, ...]] = {"selection": ("greedy", "snp", "energy"), "head_score": HEAD_SCORES}
 
 
+# Most inputs whose ridge is sought before it is known which stay.
+_FIRST = 1024
+
+
 def prepare(model: nn.Module, anatomy: Anatomy, statistics: Statistics, options: Mapping[str, str]) -> Refit:
     """Bind the method to a model.
 
@@ -305,18 +309,21 @@ class Refit:
         return writer_metric(self._model, self._anatomy, module, scale)
 
     def _first_ridge(self, module: str, moments: Moments, weight: Tensor) -> float:
-        """The ridge of half of the inputs, those of most energy; before it is known which stay."""
+        """The ridge of half of the inputs, those of most energy; before it is known which stay.
+
+        Of many inputs, fewer: it says how far the statistics can be trusted, and more inputs say it no better.
+        """
         score = moments.covariance.diagonal() * weight.square().sum(0)
         order = score.argsort(descending=True)
-        kept, cut = order[: len(order) // 2], order[len(order) // 2 :]
-        return self._ridge(module, moments, weight, kept, cut)
+        count = min(len(order) // 2, _FIRST)
+        return self._ridge(module, moments, weight, order[:count].sort().values, order[count:])
 
     def _ridge(self, module: str, moments: Moments, weight: Tensor, kept: Tensor, cut: Tensor) -> float:
         """The folds' ridge for what the cut inputs of a layer contribute to its outputs."""
         # The sketch of the outputs before the products, not after.
         few = torch.zeros(weight.shape[1], min(len(weight), SKETCH), dtype=weight.dtype)
         few[cut] = sketch(weight[:, cut].mT)
-        folds = [Moment(_part(fold, kept), (fold @ few)[kept]) for fold in moments.folds]
+        folds = [Moment(fold[kept[:, None], kept], (fold @ few)[kept]) for fold in moments.folds]
         self._last_ridge = choose_ridge(folds, self._ridges.get(module, self._last_ridge))
         self._ridges[module] = self._last_ridge
         return self._last_ridge
@@ -328,9 +335,8 @@ class Refit:
         cut[kept] = False
         cut = cut.nonzero().flatten()
         ridge = self._ridge(module, moments, weight, kept, cut)
-        rows = moments.covariance.index_select(0, kept)
-        moment = Moment(rows.index_select(1, kept), rows.index_select(1, cut) @ weight[:, cut].mT)
-        gained = solve(moment, ridge).mT
+        part, beside = (moments.covariance[kept[:, None], index] for index in (kept, cut))
+        gained = solve(Moment(part, beside @ weight[:, cut].mT), ridge).mT
         bias = draft.bias(module) + weight[:, cut] @ moments.mean[cut] - gained @ moments.mean[kept]
         refitted = torch.zeros_like(weight)
         refitted[:, kept] = weight[:, kept] + gained
@@ -342,10 +348,6 @@ class Refit:
         if costs is None:
             return None
         return _falling(np.concatenate([[0.0], np.cumsum(costs)]), size)
-
-
-def _part(matrix: Tensor, index: Tensor) -> Tensor:
-    return matrix.index_select(0, index).index_select(1, index)
 
 
 def _scale_rows(draft: Draft, module: str, rows: slice, scale: Tensor) -> None:
