@@ -20,7 +20,7 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from secateur.allocate import counts_from_target
+from secateur.allocate import allocate
 from secateur.families import family_of
 from secateur.identity import Fingerprint
 from secateur.score import method_named
@@ -108,7 +108,7 @@ def in_parts(model, stats, method):
     def losses(group):
         return stats.sensitivity(group.name) * prepared.errors(group)
 
-    sizes = counts_from_target(anatomy, sc.Target(macs=0.5), **LIMITS, losses=losses)
+    sizes = allocate(anatomy, sc.Target(macs=0.5), **LIMITS, losses=losses).sizes
     lap("allocation")
     prepared.decide(sizes)
     lap("bases, refit")
