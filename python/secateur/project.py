@@ -289,12 +289,14 @@ def _of_cross(cross: Tensor, covariance: Tensor, rank: int) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     held = values > _HELD * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
     whitened = vectors * (torch.where(held, values, 1).rsqrt() * held)
-    # The triangular factor has the singular values and right vectors of the whole, in a fraction of the rows.
-    triangle = torch.linalg.qr(cross @ whitened, mode="r")[1]
-    _, strengths, right = torch.linalg.svd(triangle, full_matrices=False)
+    # Σ and V of the whole from the inputs' side, of their size; MKL's QR of the whole spins where cores are shared.
+    # Squared, singular values below 1e-8 of the largest are rounding, of directions that hold 1e-16 of the output.
+    turned = cross @ whitened
+    squares, right = torch.linalg.eigh(turned.mT @ turned)
+    count = min(rank, len(cross))
+    strengths, leading = squares.clamp_min(0).sqrt().flip(0)[:count], right.flip(1)[:, :count]
     basis = torch.zeros(rank, len(covariance), dtype=cross.dtype)
-    directions = strengths[:rank, None] * (right[:rank] @ whitened.mT)
-    basis[: len(directions)] = directions
+    basis[:count] = strengths[:, None] * (whitened @ leading).mT
     return basis
 
 

@@ -93,7 +93,8 @@ def _error(fit: Moment, held_out: Moment, ridge: float) -> tuple[float, float]:
     if int(info) != 0:
         return math.inf, -math.inf
     weights = torch.cholesky_solve(fit.xy, factor)
-    seen = held_out.xx @ weights
+    # Symmetric: from the left, wide products take half the time of tall ones.
+    seen = (weights.mT @ held_out.xx).mT
     scale = held_out.xy.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
     error = ((weights * seen).sum() - 2 * (weights * held_out.xy).sum()) / scale
     # d weights / d added = −(xx + added · I)⁻¹ weights.

@@ -323,7 +323,7 @@ class Refit:
         # The sketch of the outputs before the products, not after.
         few = torch.zeros(weight.shape[1], min(len(weight), SKETCH), dtype=weight.dtype)
         few[cut] = sketch(weight[:, cut].mT)
-        folds = [Moment(fold[kept[:, None], kept], (fold @ few)[kept]) for fold in moments.folds]
+        folds = [Moment(fold[kept[:, None], kept], (few.mT @ fold)[:, kept].mT) for fold in moments.folds]
         self._last_ridge = choose_ridge(folds, self._ridges.get(module, self._last_ridge))
         self._ridges[module] = self._last_ridge
         return self._last_ridge
