@@ -267,6 +267,34 @@ def test_value_sweeps_remove_what_heads_share():
     assert bool((bound.diff() <= 1e-12).all())
 
 
+def test_value_sweeps_are_regressions_on_the_other_heads():
+    """Each head from the whole covariance, as METHODS 2 writes it, against the moments that are kept up to date."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(300, 20, generator=generator, dtype=torch.float64)
+    covariance = torch.cov((rows @ torch.randn(20, 20, generator=generator, dtype=torch.float64)).mT)
+    weight = torch.randn(9, 20, generator=generator, dtype=torch.float64)
+    parts = [torch.arange(5 * head, 5 * head + 5) for head in range(4)]
+
+    def leading(matrix, spread):
+        root = torch.linalg.cholesky(spread)
+        return torch.linalg.svd(matrix @ root, full_matrices=False)[0][:, :2].mT @ matrix
+
+    kept = [leading(weight[:, part], covariance[part][:, part]) for part in parts]
+    for _ in range(2):
+        for head, part in enumerate(parts):
+            others = torch.zeros(6, 20, dtype=torch.float64)
+            for place, other in enumerate([other for other in range(4) if other != head]):
+                others[2 * place : 2 * place + 2, parts[other]] = kept[other]
+            seen = others @ covariance
+            left = covariance - seen.mT @ torch.linalg.solve(seen @ others.mT, seen)
+            kept[head] = leading((weight @ left)[:, part] @ left[part][:, part].inverse(), left[part][:, part])
+    found = project.value_bases(weight, covariance, 4, 2)
+    for head, part in enumerate(parts):
+        basis = found[2 * head : 2 * head + 2, part]
+        # Up to signs.
+        torch.testing.assert_close(basis.mT @ basis, kept[head].mT @ kept[head], rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def digits_statistics(make_digits_model, digits_loader):
     return sc.calibrate(make_digits_model(), digits_loader, max_images=512, sensitivity=True)
