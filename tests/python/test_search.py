@@ -636,7 +636,7 @@ LOADERS = {"calibration_loader": [], "train_loader": []}
         ({"method": "magic"}, "method: expected one of project, refit, snp, got 'magic'"),
         ({"colour": "red"}, "options: expected"),
         ({"groups": "qk"}, "groups: expected a sequence of names, got 'qk'"),
-        ({"groups": ["heads"]}, "groups: expected"),
+        ({"groups": ["head"]}, "groups: expected"),
         ({"freeze": ["blocks.9.*"]}, "freeze: expected"),
         ({"min_keep": 3}, "min_keep: expected a dict"),
         ({"round_to": 0}, "round_to: expected an integer"),
