@@ -7,8 +7,8 @@ Rows go to speed.json as they are measured, tables and statistics to --work, and
 run: kill it at any time. A row of time is the median of paired runs against the dense model, in turn in one process.
 
 targets  Target(latency=0.5), DeiT-Small, every batch size: what the plan's rounds came to, and measured apart from them
-macs     (t_dense / t_pruned) / (MACs_dense / MACs_pruned): DeiT-Small at macs=0.28; DeiT-Base at 0.36 and 0.20, width
-         and, with --heads, heads free
+macs     (t_dense / t_pruned) / (MACs_dense / MACs_pruned): DeiT-Small at macs=0.28, DeiT-Base at 0.36 and 0.20;
+         cut are query/key, value and FFN, these with width and heads, or FFN, width and heads of which none is thinner
 random   predicted against measured: 20 plans of DeiT-Small with random sizes, each block its own
 budgets  MACs of the plan ÷ target, DeiT-Tiny, -Small and -Base; nothing is timed
 planning seconds that DeiT-Base takes to plan, statistics given
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import tempfile
@@ -56,7 +57,6 @@ def arguments() -> argparse.Namespace:
     add("--budgets", type=float, nargs="+", default=[0.85, 0.7, 0.6, 0.5, 0.4, 0.35, 0.28, 0.2], help="kept MACs")
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of the tables that name several")
     add("--narrow", action="store_true", help="leave the width out of tables and random plans, which takes a third")
-    add("--heads", action="store_true", help="let DeiT-Base lose whole heads, too")
     add("--images", type=int, default=4, help="random ones that statistics are taken from")
     add("--show", action="store_true", help="measure nothing: tables and plots of the rows that are in --out")
     add("--fresh", action="store_true", help="forget the rows in --out")
@@ -185,8 +185,9 @@ def targets_table(run: Run) -> None:
 
 
 def macs_table(run: Run) -> None:
-    wide = (*INNER, "width", *(("heads",) if run.options.heads else ()))
-    for name, budget, groups in (("small", 0.28, INNER), ("base", 0.36, wide), ("base", 0.2, wide)):
+    models = ("small", 0.28), ("base", 0.36), ("base", 0.2)
+    cuts = INNER, (*INNER, "width", "heads"), ("ffn", "width", "heads")
+    for (name, budget), groups in itertools.product(models, cuts):
         for batch in run.options.batches:
             if name not in run.options.models:
                 continue

@@ -99,7 +99,7 @@ def demo(
     max_images: int | None = None,
     repeats: int = 15,
 ) -> Demo:
-    """Train a ViT on scikit-learn's digits, cut it to half its MACs with SNP, and compare it with the dense model.
+    """Train a ViT on scikit-learn's digits, halve its MACs by the method ``project``, compare it with the dense model.
 
     The dense model gets the same fine-tuning as the pruned one before the two are compared. What was saved is loaded
     in a new process, whose logits must have the same bits.
@@ -130,13 +130,13 @@ def demo(
 
     model = _vit()
     held_out = _held_out(model, max_images)
-    finetune(model, _training(model), steps=steps, opt="muon", lr=0.01, min_lr=1e-5, label_smoothing=0.1)
+    finetune(model, _training(model), steps=steps, opt="nadamw", lr=1e-3, min_lr=1e-5, label_smoothing=0.1)
     trained = evaluate(model, held_out)
 
     # Calibration needs no labels, and sees training images only.
     stats = calibrate(model, loader("digits", model, split="train", batch_size=_BATCH, max_images=max_images))
     pruned = copy.deepcopy(model)
-    report = prune(pruned, plan(pruned, stats, method="snp", target=Target(macs=_TARGET)))
+    report = prune(pruned, plan(pruned, stats, method="project", target=Target(macs=_TARGET)))
     if report.macs[1] > _TARGET * report.macs[0]:
         raise Error(f"demo: expected at most {_TARGET:.0%} of the MACs, got {report.macs[1] / report.macs[0]:.1%}")
     after_cut = evaluate(pruned, held_out)
@@ -148,8 +148,8 @@ def demo(
             _training(student),
             teacher=teacher,
             steps=finetune_steps,
-            opt="muon",
-            lr=0.005,
+            opt="nadamw",
+            lr=5e-4,
             min_lr=1e-5,
             alpha=0.7,
             temperature=2.0,

@@ -11,6 +11,7 @@ import timm
 import timm.optim
 import torch
 from filelock import FileLock  # torch brings it
+from finetuning import float32_muon
 from safetensors.torch import load_file, save_file
 from secateur.container import replacing
 from secateur.data import ImageLoader, loader
@@ -68,7 +69,8 @@ def make_digits_model(pytestconfig: pytest.Config) -> MakeModel:
     Width 93, 3 heads of 31, 3 blocks, FFN 372, 32 x 32 images in patches of 4, class token, 10 classes. The weights
     are kept in pytest's cache folder under a digest of the code that makes them.
     """
-    source = inspect.getsource(digits_architecture) + inspect.getsource(train_on_digits) + timm.__version__
+    made_by = digits_architecture, train_on_digits, float32_muon
+    source = "".join(map(inspect.getsource, made_by)) + timm.__version__
     folder = pytestconfig.cache.mkdir("secateur")
     path = folder / f"digits-{hashlib.sha256(source.encode()).hexdigest()[:16]}.safetensors"
     with FileLock(path.with_suffix(".lock")):  # one worker trains, the others wait
@@ -76,7 +78,8 @@ def make_digits_model(pytestconfig: pytest.Config) -> MakeModel:
             torch.manual_seed(0)
             torch.set_num_threads(2)
             model = digits_architecture()
-            train_on_digits(model)
+            with float32_muon():
+                train_on_digits(model)
             with replacing(path) as temporary:
                 save_file(model.state_dict(), temporary)
     weights = load_file(path)

@@ -3,25 +3,17 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import secateur
 import secateur.demo as module
-from finetuning import float32_muon
 from rich.console import Console
 from secateur.bench import Benchmark
 from secateur.cli import main
 from secateur.errors import Error, InvalidArgument
 from secateur.evaluate import Evaluation, evaluate
-
-
-@pytest.fixture(autouse=True)
-def _short() -> Iterator[None]:
-    with float32_muon():
-        yield
 
 
 def test_quick_demo_does_the_whole_job(
