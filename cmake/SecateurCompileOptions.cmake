@@ -1,7 +1,7 @@
 # Warnings and sanitizers for the project's own targets.
 function(secateur_compile_options target)
-  target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic -Wshadow -Wconversion
-                                           -Wsign-conversion -Wnon-virtual-dtor -Wold-style-cast)
+  target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion
+    "$<$<COMPILE_LANGUAGE:CXX>:-Wnon-virtual-dtor;-Wold-style-cast>")
   if(SECATEUR_WERROR)
     target_compile_options(${target} PRIVATE -Werror)
   endif()

@@ -3,7 +3,7 @@ include(CMakePackageConfigHelpers)
 
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/secateur)
 install(TARGETS secateur EXPORT secateurTargets)
-install(DIRECTORY csrc/include/secateur DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+install(DIRECTORY csrc/include/ DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 install(EXPORT secateurTargets NAMESPACE secateur:: DESTINATION ${package_dir})
 configure_package_config_file(cmake/secateurConfig.cmake.in secateurConfig.cmake
                               INSTALL_DESTINATION ${package_dir})

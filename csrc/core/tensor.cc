@@ -1,6 +1,7 @@
 #include <secateur/tensor.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "check.h"
 
@@ -57,19 +58,35 @@ std::string to_string(const Dims& dims) {
   return text + (dims.size() == 1 ? ",)" : ")");
 }
 
+namespace {
+
+/// a · b, both at least 0.
+std::int64_t times(std::int64_t a, std::int64_t b, const Dims& shape) {
+  if (b != 0 && a > std::numeric_limits<std::int64_t>::max() / b) {
+    fail<InvalidArgument>("shape", "fewer than 2^63 elements", to_string(shape));
+  }
+  return a * b;
+}
+
+}  // namespace
+
 Dims contiguous_strides(const Dims& shape) {
   Dims strides = shape;
   std::int64_t step = 1;
   for (std::size_t i = shape.size(); i-- > 0;) {
     strides[i] = step;
-    step *= std::max<std::int64_t>(shape[i], 1);
+    // The first axis' size is a factor of no stride.
+    if (i > 0) step = times(step, std::max<std::int64_t>(shape[i], 1), shape);
   }
   return strides;
 }
 
 std::int64_t TensorGeometry::numel() const {
+  if (std::any_of(shape.begin(), shape.end(), [](std::int64_t size) { return size <= 0; })) {
+    return 0;
+  }
   std::int64_t count = 1;
-  for (const std::int64_t size : shape) count *= size;
+  for (const std::int64_t size : shape) count = times(count, size, shape);
   return count;
 }
 

@@ -12,6 +12,18 @@ TEST(Tensor, RefusesRanks) {
                                 "strides: expected 2 values, one per dimension, got 1");
 }
 
+TEST(Tensor, RefusesMoreElementsThanCanBeCounted) {
+  const std::int64_t large = std::int64_t{1} << 32;
+  expect_error<InvalidArgument>([&] { TensorView(nullptr, DType::f32, {2, large, large}); },
+                                "shape: expected fewer than 2^63 elements, got (2, 4294967296, "
+                                "4294967296)");
+  const TensorView view(nullptr, DType::f32, {large, large}, {0, 0});
+  expect_error<InvalidArgument>([&] { view.numel(); },
+                                "shape: expected fewer than 2^63 elements, got (4294967296, "
+                                "4294967296)");
+  EXPECT_EQ(TensorView(nullptr, DType::f32, {large, large, 0}, {0, 0, 0}).numel(), 0);
+}
+
 TEST(Tensor, Contiguity) {
   float x[24] = {};
   EXPECT_EQ(TensorView(x, DType::f32, {2, 3, 4}).strides, (Dims{12, 4, 1}));

@@ -52,7 +52,7 @@ class SECATEUR_API Dims {
 
 /// "(2, 197, 6, 64)".
 SECATEUR_API std::string to_string(const Dims& dims);
-/// Row-major strides, in elements.
+/// Row-major strides, in elements. Throws InvalidArgument where they do not fit into 63 bits.
 SECATEUR_API Dims contiguous_strides(const Dims& shape);
 
 /// What both views share. `strides` counts elements and may be negative or zero.
@@ -63,6 +63,7 @@ struct SECATEUR_API TensorGeometry {
   Dims strides{};
 
   std::size_t rank() const { return shape.size(); }
+  /// 0 with a size of 0 or below. Throws InvalidArgument for 2^63 elements and more.
   std::int64_t numel() const;
   /// Row-major without gaps (strides of axes of size 1 do not matter; an empty view is contiguous).
   bool is_contiguous() const;
