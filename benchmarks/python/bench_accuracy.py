@@ -29,6 +29,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,13 +84,15 @@ def arguments() -> argparse.Namespace:
     add("--image-budget", type=float, default=0.5, help="kept MACs of the table images")
     add("--allocation-budgets", type=float, nargs="+", default=[0.7, 0.5, 0.35], help="kept MACs")
     add("--sequential-budgets", type=float, nargs="+", default=[0.5, 0.35], help="kept MACs")
-    add("--tune-budgets", type=float, nargs="+", default=[0.5, 0.35], help="kept MACs")
+    add("--tune-budgets", type=float, nargs="*", default=[0.5, 0.35], help="kept MACs")
     add("--tune-params", type=float, nargs="*", default=[0.6], help="kept parameters")
     add("--tune-epochs", type=int, nargs="+", default=[1, 3])
     add("--tune-images", type=int, help="all unless given")
     add("--tune-batch", type=int, default=128)
     add("--tune-lr", type=float, default=5e-4)
     add("--tune-scale", type=float, default=0.7, help="smallest share of an image that a random crop keeps")
+    add("--tune-amp", choices=("bfloat16", "float16"), help="mixed precision of fine-tuning; none unless given")
+    add("--tune-attention", choices=("fused", "plain"), default="fused", help="plain trains faster on few tokens")
     add("--seeds", type=int, default=3, help="of fine-tuning")
     add("--repeats", type=int, default=15, help="of the speed measurement; 0 for none")
     add("--device", default="cpu")
@@ -211,6 +214,7 @@ class Run:
             "tune_batch": options.tune_batch,
             "tune_lr": options.tune_lr,
             "tune_scale": options.tune_scale,
+            "tune_amp": options.tune_amp,
         }
         options.out.mkdir(parents=True, exist_ok=True)
         self.path: Path = options.out / "accuracy.json"
@@ -304,6 +308,7 @@ class Run:
             timed = sc.bench(model, self.dense, batch_size=64, repeats=self.options.repeats)
             found |= {"images_per_second": timed.images_per_second, "speedup": timed.speedup}
             found["dense_images_per_second"] = timed.reference_images_per_second
+            found["processor"] = processor()
         return found
 
     def divergence(self, model: nn.Module) -> float:
@@ -606,7 +611,9 @@ def tuned_table(run: Run) -> None:
         return run.form(run.prune(method, draw, uniform(run.anatomy, budget, method)))
 
     for seed, epochs, budget in itertools.product(range(options.seeds), options.tune_epochs, budgets):
-        for method in ("dense", "random", *run.methods):
+        # Of the parameters each keeps the sizes it chose itself: an untrained model of the same is no one model.
+        untrained = () if budget.quantity == "params" else ("random",)
+        for method in ("dense", *untrained, *run.methods):
 
             def measure(method: str = method, budget: Budget = budget, seed: int = seed, epochs: int = epochs) -> Row:
                 model = pruned(method, budget, seed)
@@ -621,13 +628,28 @@ def tuned_table(run: Run) -> None:
                     scale=(options.tune_scale, 1.0),
                     color_jitter=None,
                 )
-                sc.finetune(model, loader, teacher=run.dense, epochs=epochs, lr=options.tune_lr, seed=seed)
+                tuning = {"epochs": epochs, "lr": options.tune_lr, "amp": options.tune_amp, "seed": seed}
+                with attention(model, fused=options.tune_attention == "fused"):
+                    sc.finetune(model, loader, teacher=run.dense, **tuning)
                 return {"before": before, **run.measured(model)}
 
             # The dense model has no budget: one row serves all.
             where = "macs 1" if method == "dense" else str(budget)
             key = {"table": "tuned", "budget": where, "epochs": epochs, "seed": seed, "method": method}
             run.row(key, measure)
+
+
+@contextmanager
+def attention(model: nn.Module, *, fused: bool) -> Iterator[None]:
+    """Have a model's attention be torch's fused function, or plain products, while the block runs."""
+    before = [(module, module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn")]
+    try:
+        for module, _ in before:
+            module.fused_attn = fused
+        yield
+    finally:
+        for module, was in before:
+            module.fused_attn = was
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -805,7 +827,8 @@ def main() -> None:
         "images": images_table,
         "tuned": tuned_table,
     }
-    with sc.core.torch_threads():
+    # The peers take gradients, many of them subnormal, and those take the processor most of the time.
+    with sc.core.torch_threads(), sc.core.subnormals_flushed():
         for table in () if run.options.show else run.options.tables:
             steps[table](run)
     machine = f"{processor()}, {run.options.threads} threads, torch {torch.__version__}, timm {timm.__version__}"

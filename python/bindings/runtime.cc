@@ -4,9 +4,15 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
+#include <cstdint>
+#include <string>
 
 #include "bindings.h"
 #include "fail.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 namespace py = pybind11;
 
@@ -23,15 +29,47 @@ void openmp_team(void (*body)(void*), void* data, int threads) {
   gomp_parallel.load()(body, data, static_cast<unsigned>(threads), 0);
 }
 
+bool find_openmp() {
+  void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+  gomp_parallel.store(reinterpret_cast<GompParallel>(symbol));
+  return symbol != nullptr;
+}
+
 void choose_team(const std::string& name) {
   if (name == "own") return set_team(nullptr);
   if (name != "openmp") fail<InvalidArgument>("team", "'own' or 'openmp'", "'" + name + "'");
-  void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
-  if (symbol == nullptr) {
-    fail<Unsupported>("team", "OpenMP (libgomp) loaded in this process", "none");
-  }
-  gomp_parallel.store(reinterpret_cast<GompParallel>(symbol));
+  if (!find_openmp()) fail<Unsupported>("team", "OpenMP (libgomp) loaded in this process", "none");
   set_team(openmp_team);
+}
+
+/// Of the calling thread; what it was before.
+bool flush_here(bool on) {
+#if defined(__SSE2__)
+  constexpr unsigned kBits = 0x8040;  // results (flush to zero) and operands (denormals are zero)
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(on ? before | kBits : before & ~kBits);
+  return (before & kBits) == kBits;
+#elif defined(__aarch64__)
+  constexpr std::uint64_t kBit = std::uint64_t{1} << 24;
+  std::uint64_t before;
+  asm volatile("mrs %0, fpcr" : "=r"(before));
+  asm volatile("msr fpcr, %0" : : "r"(on ? before | kBit : before & ~kBit));
+  return (before & kBit) != 0;
+#else
+  static_cast<void>(on);
+  return false;
+#endif
+}
+
+bool flush_subnormals(bool on, int threads) {
+  if (threads < 1 || threads > 1024) {
+    fail<InvalidArgument>("threads", "1 to 1024", std::to_string(threads));
+  }
+  const bool before = flush_here(on);  // first: a thread begins as the one that starts it is
+  if (threads > 1 && find_openmp()) {
+    openmp_team([](void* data) { flush_here(*static_cast<bool*>(data)); }, &on, threads);
+  }
+  return before;
 }
 
 }  // namespace
@@ -66,6 +104,20 @@ Raises:
       .def_static(
           "team", [] { return team() == nullptr ? "own" : "openmp"; },
           "What set_team() chose, \"own\" from the start.")
+      .def_static(
+          "flush_subnormals", &flush_subnormals, py::arg("on"), py::arg("threads") = 1,
+          R"(Has arithmetic take floats below the normal range as zero, and returns if it did before.
+
+Processors take a hundred times as long for them. Of the calling thread and of those of the OpenMP
+runtime that this process has loaded (torch's) which work for it.
+
+Args:
+    on: False for what the standard asks for.
+    threads: how many of them, the calling one included.
+
+Raises:
+    InvalidArgument: threads is not 1 to 1024.
+)")
       .def_static("version", &version, "Version of the core, major.minor.patch.");
 }
 

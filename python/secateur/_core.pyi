@@ -331,5 +331,20 @@ class runtime:  # noqa: N801
         """What set_team() chose, "own" from the start."""
 
     @staticmethod
+    def flush_subnormals(on: bool, threads: int = 1) -> bool:
+        """Has arithmetic take floats below the normal range as zero, and returns if it did before.
+
+        Processors take a hundred times as long for them. Of the calling thread and of those of the
+        OpenMP runtime that this process has loaded (torch's) which work for it.
+
+        Args:
+            on: False for what the standard asks for.
+            threads: how many of them, the calling one included.
+
+        Raises:
+            InvalidArgument: threads is not 1 to 1024.
+        """
+
+    @staticmethod
     def version() -> str:
         """Version of the core, major.minor.patch."""

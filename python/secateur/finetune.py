@@ -84,7 +84,7 @@ def finetune(
     heads, which is what the model answers with at inference.
 
     Models are left in the mode and on the device they came in; the teacher is not changed at all. The caller's random
-    generators are put back.
+    generators are put back. Steps on a CPU take subnormal numbers as zero.
 
     Under torchrun, or in any initialised process group, all ranks must call this with the same arguments. Each trains
     on its own batches; gradients are averaged over the images of all of them (torch's DistributedDataParallel: every

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import core
 from .anatomy import Anatomy
 from .families import Family
 from .statistics import Float
@@ -189,7 +190,8 @@ def _of_single_images(model: nn.Module, anatomy: Anatomy, images: Tensor) -> dic
             loss = functional.cross_entropy(logits.flatten(0, -2), own.flatten(), reduction="sum")
         else:
             loss = logits.square().sum() / 2
-        gradients = torch.autograd.grad(loss, list(outputs.values()))
+        with core.subnormals_flushed():
+            gradients = torch.autograd.grad(loss, list(outputs.values()))
     found = {}
     for site, gradient in zip(anatomy.attention, gradients, strict=True):
         products = (outputs[site.heads_group].detach() * gradient).double()

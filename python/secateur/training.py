@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import generators, resumption
+from . import core, generators, resumption
 from .data import model_input, split_batch
 from .errors import InvalidArgument, NumericalError
 from .evaluate import check_targets, evaluate, full_precision
@@ -123,7 +123,8 @@ class Run:
             while at.step < steps:
                 batches = self._pass(loader)
                 while at.step < steps and (batch := self._next(batches)) is not None:
-                    loss = self._step(batch)
+                    with core.subnormals_flushed():
+                        loss = self._step(batch)
                     advance(1, note=f"loss {loss:.4f}")
                     if path is not None and every is not None and at.step % every == 0 and at.step < steps:
                         self.save(path)

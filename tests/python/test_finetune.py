@@ -405,3 +405,32 @@ def test_what_is_no_model() -> None:
         finetune(tiny().bfloat16(), batches(), amp="float16")
     with pytest.raises(InvalidArgument, match=r"^teacher: expected a model with weights, got one on the meta device$"):
         finetune(tiny(), batches(), teacher=tiny().to("meta"))
+
+
+def test_subnormal_gradients_cost_nothing_and_nothing_else_changes() -> None:
+    """Behind sharp attention maps they are common; every thread must flush them, in the steps and there alone."""
+
+    class Watched(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.seen = inner, []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(_subnormals())
+            return self.inner(x)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert _subnormals() == 1
+        model = Watched(quiet())
+        finetune(model, batches(2), val_loader=batches(1))
+        assert model.seen == [0, 0, 1]
+        assert _subnormals() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def _subnormals() -> float:
+    """Share of a tensor's elements, many enough for all threads, that arithmetic leaves in the subnormal range."""
+    return float((torch.full((1 << 17,), 1e-39) * 1.0 != 0).double().mean())

@@ -124,3 +124,28 @@ except Exception as error:
     command = [sys.executable, "-c", script, sys.modules[path].__file__]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert result.stdout == "team: expected OpenMP (libgomp) loaded in this process, got none\n"
+
+
+def test_subnormals_are_flushed_on_every_thread_and_kept_again():
+    """In a fresh process, whose threads exist before: those that begin later would inherit it."""
+    script = """
+import torch, secateur as sc
+torch.set_num_threads(3)
+tiny = torch.full((3 << 16,), 1e-39)
+share = lambda: float((tiny * 1.0 != 0).double().mean())
+found = [share()]
+with sc.core.subnormals_flushed():
+    found.append(share())
+    with sc.core.subnormals_flushed():
+        found.append(share())
+    found.append(share())
+found.append(share())
+print(*found)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    assert result.stdout.split() == ["1.0", "0.0", "0.0", "0.0", "1.0"]
+
+
+def test_subnormals_of_no_thread_are_refused():
+    with pytest.raises(sc.errors.InvalidArgument, match="threads: expected 1 to 1024, got 0"):
+        runtime.flush_subnormals(True, 0)
