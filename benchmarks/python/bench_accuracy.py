@@ -214,7 +214,6 @@ class Run:
             "tune_batch": options.tune_batch,
             "tune_lr": options.tune_lr,
             "tune_scale": options.tune_scale,
-            "tune_amp": options.tune_amp,
         }
         options.out.mkdir(parents=True, exist_ok=True)
         self.path: Path = options.out / "accuracy.json"
@@ -636,7 +635,7 @@ def tuned_table(run: Run) -> None:
             # The dense model has no budget: one row serves all.
             where = "macs 1" if method == "dense" else str(budget)
             key = {"table": "tuned", "budget": where, "epochs": epochs, "seed": seed, "method": method}
-            run.row(key, measure)
+            run.row({**key, "amp": options.tune_amp}, measure)
 
 
 @contextmanager
@@ -751,15 +750,16 @@ def show_tuned(run: Run) -> None:
     rows = [row for row in run.rows if row["table"] == "tuned"]
     if not rows:
         return
-    columns = sorted({(row["budget"], row["epochs"]) for row in rows if row["method"] != "dense"})
+    columns = sorted({(row["budget"], row["epochs"], row["amp"] or "") for row in rows if row["method"] != "dense"})
     view = Table(title="top-1 after distilled fine-tuning, and the lead over the dense model fine-tuned alike")
     view.add_column("method")
-    for budget, epochs in columns:
-        view.add_column(f"{budget}, {epochs} epochs" if epochs > 1 else f"{budget}, 1 epoch", justify="right")
+    for budget, epochs, amp in columns:
+        passes = f"{epochs} epochs" if epochs > 1 else "1 epoch"
+        view.add_column(" ".join((f"{budget}, {passes}", amp)), justify="right")
 
-    def found(method: str, budget: str, epochs: int) -> dict[int, float]:
-        wanted = (method, "macs 1" if method == "dense" else budget, epochs)
-        return {r["seed"]: r["top1"] for r in rows if (r["method"], r["budget"], r["epochs"]) == wanted}
+    def found(method: str, budget: str, epochs: int, amp: str) -> dict[int, float]:
+        wanted = (method, "macs 1" if method == "dense" else budget, epochs, amp)
+        return {r["seed"]: r["top1"] for r in rows if (r["method"], r["budget"], r["epochs"], r["amp"] or "") == wanted}
 
     for method in ("dense", "random", *run.methods):
         cells = []
