@@ -19,7 +19,7 @@ endif
 # What an installed package depends on: any of it newer than the stamp, and pip builds again.
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake python/bindings -type f)
 PYTHON_FILES := python tests benchmarks
-CPP_FILES = $(shell find csrc python/bindings tests/cpp examples -name '*.cc' -o -name '*.h' -o -name '*.c' -o -name '*.inc')
+CPP_FILES = $(shell find csrc python/bindings tests/cpp examples -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.c' -o -name '*.inc')
 
 .PHONY: demo test test-cpp test-python lint sanitize bench instructions build-bench clean
 .DELETE_ON_ERROR:

@@ -5,13 +5,17 @@
 #include <math.h>
 #include <stdint.h>
 
+// Both compilations have names of their own: a program that holds the two must not mix them up.
 #if defined(__CUDACC__)
 #define SECATEUR_DEVICE __host__ __device__
+#define SECATEUR_SIDE device_side
 #else
 #define SECATEUR_DEVICE
+#define SECATEUR_SIDE host_side
 #endif
 
 namespace secateur::cuda {
+inline namespace SECATEUR_SIDE {
 
 /// The threads that work on one piece together. All of them call each() and uniform() in the same
 /// order: what stands between two phases is decided by values that uniform() has given.
@@ -102,4 +106,5 @@ SECATEUR_DEVICE inline double to_double(BFloat x) { return small_to_double(x.bit
 SECATEUR_DEVICE inline int smaller(int a, int b) { return a < b ? a : b; }
 SECATEUR_DEVICE inline int larger(int a, int b) { return a > b ? a : b; }
 
+}  // namespace SECATEUR_SIDE
 }  // namespace secateur::cuda

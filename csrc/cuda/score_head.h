@@ -6,6 +6,7 @@
 #include "block.h"
 
 namespace secateur::cuda {
+inline namespace SECATEUR_SIDE {
 
 // As in csrc/cpu/kernels.h: what the score means near singularity.
 constexpr double kRidge = 64 * 0x1p-52;
@@ -608,4 +609,5 @@ class HeadScore {
   double* room_;
 };
 
+}  // namespace SECATEUR_SIDE
 }  // namespace secateur::cuda
