@@ -130,7 +130,8 @@ void AttentionScorer::check_batch(const TensorView& q, const TensorView& k) cons
                           to_string(k.device));
   }
   if (q.device.type == DeviceType::cuda && q.dtype != k.dtype) {
-    fail<InvalidArgument>(label("k"), std::string("the dtype of q on CUDA, ") + secateur::name(q.dtype),
+    fail<InvalidArgument>(label("k"),
+                          std::string("the dtype of q on CUDA, ") + secateur::name(q.dtype),
                           secateur::name(k.dtype));
   }
 }
@@ -150,11 +151,11 @@ void AttentionScorer::update(const TensorView& q, const TensorView& k) {
   const auto explain = [&] {
     check_values(q, "q");
     check_values(k, "k");
-    fail<NumericalError>(label("q"), "an eigenvalue iteration that converges",
-                         "one that does not");
+    fail<NumericalError>(label("q"), "an eigenvalue iteration that converges", "one that does not");
   };
   AttentionScorerState next = state_;
-  add_images(next, static_cast<std::size_t>(q.shape[0]), heads_, head_dim_, moments_, make, explain);
+  add_images(next, static_cast<std::size_t>(q.shape[0]), heads_, head_dim_, moments_, make,
+             explain);
   next.images += q.shape[0];
   next.tokens += q.shape[0] * q.shape[1];
   state_ = std::move(next);

@@ -10,7 +10,8 @@ constexpr int kThreads = 256;
 // Of elements that are on their way at a time.
 constexpr std::int64_t kMovingBytes = std::int64_t{32} << 20;
 
-// Indices as a kernel's argument (at most 4 KiB): a copy from host memory might wait for the stream.
+// Indices as a kernel's argument (at most 4 KiB): a copy from host memory might wait for the
+// stream.
 constexpr int kIndices = 480;
 struct Indices {
   std::int64_t values[kIndices];
@@ -79,8 +80,8 @@ void compact(const MutableTensorView& tensor, const MutableTensorView& to, std::
     const std::size_t count = std::min<std::size_t>(kIndices, keep.size() - begin);
     Indices some{};
     std::copy_n(keep.begin() + static_cast<std::ptrdiff_t>(begin), count, some.values);
-    store_kernel<<<1, kThreads, 0, stream_of(tensor.device)>>>(
-        some, static_cast<int>(count), indices.as<std::int64_t>() + begin);
+    store_kernel<<<1, kThreads, 0, stream_of(tensor.device)>>>(some, static_cast<int>(count),
+                                                               indices.as<std::int64_t>() + begin);
     check(cudaGetLastError(), "store_kernel");
   }
   Moves moves{};

@@ -68,16 +68,15 @@ DeviceGuard::~DeviceGuard() { cudaSetDevice(before_); }
 Scratch::Scratch(std::size_t bytes, const Device& device) : stream_(stream_of(device)) {
   const cudaMemPool_t pool = pool_of(device);
   pooled_ = pool != nullptr;
-  const cudaError_t status = pooled_
-                                 ? cudaMallocFromPoolAsync(&memory_, bytes, pool, stream_)
-                                 : cudaMalloc(&memory_, bytes);
+  const cudaError_t status = pooled_ ? cudaMallocFromPoolAsync(&memory_, bytes, pool, stream_)
+                                     : cudaMalloc(&memory_, bytes);
   if (status == cudaErrorMemoryAllocation) {
     cudaGetLastError();
     std::size_t available = 0, total = 0;
     cudaMemGetInfo(&available, &total);
-    fail<Error>("memory", std::to_string(bytes) + " bytes on cuda:" + std::to_string(device.index),
-                "none (" + std::to_string(available) + " of " + std::to_string(total) +
-                    " bytes are free)");
+    fail<Error>(
+        "memory", std::to_string(bytes) + " bytes on cuda:" + std::to_string(device.index),
+        "none (" + std::to_string(available) + " of " + std::to_string(total) + " bytes are free)");
   }
   check(status, "cudaMallocFromPoolAsync");
 }

@@ -58,11 +58,10 @@ double moments_as(const MomentRows& rows, std::vector<double>& sum,
          rows.device);
   check(cudaMemsetAsync(device_sum.as<double>(), 0, sum.size() * sizeof(double), stream),
         "cudaMemsetAsync");
-  check(cudaMemsetAsync(device_moment.as<double>(), 0, second_moment.size() * sizeof(double),
-                        stream),
-        "cudaMemsetAsync");
-  check(cudaMemsetAsync(peak.as<void>(), 0, sizeof(unsigned long long), stream),
-        "cudaMemsetAsync");
+  check(
+      cudaMemsetAsync(device_moment.as<double>(), 0, second_moment.size() * sizeof(double), stream),
+      "cudaMemsetAsync");
+  check(cudaMemsetAsync(peak.as<void>(), 0, sizeof(unsigned long long), stream), "cudaMemsetAsync");
   const auto blocks = static_cast<unsigned>(static_cast<std::int64_t>(squares) * (squares + 1) / 2);
   for (std::size_t begin = 0; begin < offsets.size(); begin += chunk) {
     const std::size_t count = std::min(chunk, offsets.size() - begin);
@@ -71,17 +70,17 @@ double moments_as(const MomentRows& rows, std::vector<double>& sum,
         rows.stride, dim, RowNorms{rows.normalise, rows.center}, packed.as<T>(),
         peak.as<unsigned long long>());
     check(cudaGetLastError(), "pack_kernel");
-    square_kernel<T><<<blocks, kSquareThreads, 0, stream>>>(
-        packed.as<T>(), static_cast<int>(count), dim, squares, device_sum.as<double>(),
-        device_moment.as<double>());
+    square_kernel<T><<<blocks, kSquareThreads, 0, stream>>>(packed.as<T>(), static_cast<int>(count),
+                                                            dim, squares, device_sum.as<double>(),
+                                                            device_moment.as<double>());
     check(cudaGetLastError(), "square_kernel");
   }
   double top = 0;
   download(&top, peak.as<void>(), sizeof(top), rows.device);
   if (!(top < std::numeric_limits<double>::infinity())) return top;
   download(sum.data(), device_sum.as<double>(), sum.size() * sizeof(double), rows.device);
-  download(second_moment.data(), device_moment.as<double>(),
-           second_moment.size() * sizeof(double), rows.device);
+  download(second_moment.data(), device_moment.as<double>(), second_moment.size() * sizeof(double),
+           rows.device);
   return top;
 }
 

@@ -73,9 +73,8 @@ SECATEUR_DEVICE double pack_row(const Block& block, const Source* x, int64_t str
                       ? sqrt(static_cast<double>(dim)) / sqrt(square) * scale
                       : 0;
   if (!(factor < HUGE_VAL)) factor = 0;  // a row of nothing but subnormal numbers
-  block.each(dim, [&](int c) {
-    out[c] = static_cast<T>((to_double(x[c * stride]) - mean) * factor);
-  });
+  block.each(dim,
+             [&](int c) { out[c] = static_cast<T>((to_double(x[c * stride]) - mean) * factor); });
   return square <= 1e240 * scale && fabs(mean) <= 1e120 ? 1 : HUGE_VAL;
 }
 

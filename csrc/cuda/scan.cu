@@ -40,8 +40,8 @@ Scan scan_as(const TensorView& view) {
   const auto* data = static_cast<const Source*>(view.data);
   const auto blocks = static_cast<unsigned>(
       std::min<std::int64_t>((count + kThreads - 1) / kThreads, std::int64_t{1} << 16));
-  scan_kernel<Source><<<blocks, kThreads, 0, stream_of(view.device)>>>(data, layout, count,
-                                                                       scratch.as<Found>());
+  scan_kernel<Source>
+      <<<blocks, kThreads, 0, stream_of(view.device)>>>(data, layout, count, scratch.as<Found>());
   check(cudaGetLastError(), "scan_kernel");
   download(&found, scratch.as<Found>(), sizeof(found), view.device);
   Scan result;

@@ -64,8 +64,8 @@ template <typename Source>
 Launch launch_of(const Device& device, std::int64_t work_size, std::int64_t heads) {
   const auto bytes = static_cast<std::size_t>(work_size) * sizeof(double);
   Launch launch;
-  if (bytes <= static_cast<std::size_t>(
-                   attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device))) {
+  if (bytes <=
+      static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device))) {
     check(cudaFuncSetAttribute(score_kernel<Source>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(bytes)),
           "cudaFuncSetAttribute");
@@ -75,11 +75,12 @@ Launch launch_of(const Device& device, std::int64_t work_size, std::int64_t head
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, score_kernel<Source>, kThreads,
                                                       launch.shared_bytes),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  launch.blocks = std::int64_t{1} * std::max(1, resident) *
-                  attribute(cudaDevAttrMultiProcessorCount, device);
+  launch.blocks =
+      std::int64_t{1} * std::max(1, resident) * attribute(cudaDevAttrMultiProcessorCount, device);
   if (launch.shared_bytes == 0) {
-    launch.blocks = std::min(
-        launch.blocks, std::max<std::int64_t>(1, kWorkspaceBytes / static_cast<std::int64_t>(bytes)));
+    launch.blocks =
+        std::min(launch.blocks,
+                 std::max<std::int64_t>(1, kWorkspaceBytes / static_cast<std::int64_t>(bytes)));
   }
   launch.blocks = std::min(launch.blocks, heads);
   return launch;
@@ -127,8 +128,8 @@ bool score_as(const TensorView& q, const TensorView& k, std::int64_t gamma, bool
   check(cudaMemsetAsync(all.fault, 0, sizeof(int), stream), "cudaMemsetAsync");
   upload(device_sums.as<double>(), sums.data(), sums.size() * sizeof(double), q.device);
 
-  const auto fold_blocks = static_cast<unsigned>(std::min<std::int64_t>(
-      (size + kThreads - 1) / kThreads, std::int64_t{1} << 20));
+  const auto fold_blocks = static_cast<unsigned>(
+      std::min<std::int64_t>((size + kThreads - 1) / kThreads, std::int64_t{1} << 20));
   for (std::int64_t begin = 0; begin < images; begin += chunk) {
     const std::int64_t count = std::min(chunk, images - begin);
     all.first.query = static_cast<const Source*>(q.data) + begin * all.query_image;

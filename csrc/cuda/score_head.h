@@ -39,7 +39,9 @@ struct HeadInput {
 enum HeadFault : int { kSound = 0, kNotFinite = 1, kTooLarge = 2 };
 
 SECATEUR_DEVICE constexpr int row_stride(int dim) { return dim | 1; }  // odd: no bank conflicts
-SECATEUR_DEVICE constexpr int strip_stride(int dim) { return (dim + kTile - 1) / kTile * kTile + 1; }
+SECATEUR_DEVICE constexpr int strip_stride(int dim) {
+  return (dim + kTile - 1) / kTile * kTile + 1;
+}
 
 /// Doubles of the room that tiles, Sturm counts, factorisations and partial sums take in turn.
 SECATEUR_DEVICE constexpr int strip_size(int dim, int limit) {
@@ -93,7 +95,8 @@ class HeadScore {
       const double query_peak = peak(in_.query, in_.query_token, in_.query_channel);
       const double key_peak = peak(in_.key, in_.key_token, in_.key_channel);
       if (!(query_peak < HUGE_VAL && key_peak < HUGE_VAL)) return kNotFinite;
-      if (in_.moments && !(query_peak <= max_moment_magnitude && key_peak <= max_moment_magnitude)) {
+      if (in_.moments &&
+          !(query_peak <= max_moment_magnitude && key_peak <= max_moment_magnitude)) {
         return kTooLarge;
       }
       query_scale = normalising(query_peak);
@@ -163,8 +166,8 @@ class HeadScore {
     block_.each(d_ * ld_, [&](int i) { out[i] = 0; });
     block_.each(d_, [&](int c) { mean_[c] = sums_[c] = 0; });
     for (int64_t begin = 0; begin < in_.tokens; begin += kStripRows) {
-      const int rows = in_.tokens - begin < kStripRows ? static_cast<int>(in_.tokens - begin)
-                                                       : kStripRows;
+      const int rows =
+          in_.tokens - begin < kStripRows ? static_cast<int>(in_.tokens - begin) : kStripRows;
       block_.each(rows * padded, [&](int i) {
         const int r = i / padded, c = i % padded;
         strip_[r * width + c] =
@@ -430,8 +433,7 @@ class HeadScore {
   SECATEUR_DEVICE double gershgorin() const {
     double bound = 0;
     for (int i = 0; i < d_; ++i) {
-      const double radius =
-          fabs(off_diagonal_[i]) + (i > 0 ? fabs(off_diagonal_[i - 1]) : 0.0);
+      const double radius = fabs(off_diagonal_[i]) + (i > 0 ? fabs(off_diagonal_[i - 1]) : 0.0);
       const double reach = (fabs(diagonal_[i]) + radius) * (1 + 0x1p-50);
       bound = reach > bound ? reach : bound;
     }
@@ -451,9 +453,7 @@ class HeadScore {
       const int group = smaller(kSolves, count - begin);
       block_.each(group, [&](int g) { factorise(values_[begin + g], norm, strip_ + g * 5 * d_); });
       for (int iteration = 0; iteration < kIterations; ++iteration) {
-        block_.each(group, [&](int g) {
-          solve(strip_ + g * 5 * d_, vectors_ + (begin + g) * d_);
-        });
+        block_.each(group, [&](int g) { solve(strip_ + g * 5 * d_, vectors_ + (begin + g) * d_); });
         for (int j = begin; j < begin + group; ++j) orthonormalise(j, norm);
       }
     }
@@ -590,16 +590,16 @@ class HeadScore {
   const HeadInput& in_;
   int d_;
   int ld_;
-  double* a_;               ///< Gram of queries, then U over G
-  double* b_;               ///< Gram of keys, then T and the reflections, then y
-  double* strip_;           ///< strip_size(): tokens, counts, factors, partial sums
-  double* vectors_;         ///< (limit, d)
-  double* values_;          ///< (limit)
-  double* low_;             ///< (limit)
-  double* high_;            ///< (limit)
-  double* mean_;            ///< of keys, over the tokens
-  double* sums_;            ///< of keys less the first tokens' mean
-  double* query_factors_;   ///< powers of two
+  double* a_;              ///< Gram of queries, then U over G
+  double* b_;              ///< Gram of keys, then T and the reflections, then y
+  double* strip_;          ///< strip_size(): tokens, counts, factors, partial sums
+  double* vectors_;        ///< (limit, d)
+  double* values_;         ///< (limit)
+  double* low_;            ///< (limit)
+  double* high_;           ///< (limit)
+  double* mean_;           ///< of keys, over the tokens
+  double* sums_;           ///< of keys less the first tokens' mean
+  double* query_factors_;  ///< powers of two
   double* key_factors_;
   double* norms_;
   double* gram_diagonal_;

@@ -45,7 +45,8 @@ struct Result {
 };
 
 template <typename Source>
-Result run_as(const TestTensor& q, const TestTensor& k, int gamma, bool moments, const Block& block) {
+Result run_as(const TestTensor& q, const TestTensor& k, int gamma, bool moments,
+              const Block& block) {
   const MutableTensorView& query = q.view();
   const MutableTensorView& key = k.view();
   HeadInput input{};
@@ -57,17 +58,17 @@ Result run_as(const TestTensor& q, const TestTensor& k, int gamma, bool moments,
   input.key_channel = key.strides[1];
   input.tokens = query.shape[0];
   input.dim = static_cast<int>(query.shape[1]);
-  input.limit = static_cast<int>(
-      std::min<std::int64_t>(gamma, std::min(query.shape[0], query.shape[1])));
+  input.limit =
+      static_cast<int>(std::min<std::int64_t>(gamma, std::min(query.shape[0], query.shape[1])));
   input.moments = moments;
   // A workspace of exactly the size that a device has; NaN shows what nobody wrote.
   Values work(static_cast<std::size_t>(secateur::cuda::workspace_size(input.dim, input.limit)),
               kNaN);
   Result result;
-  result.values.assign(
-      static_cast<std::size_t>(secateur::cuda::result_size(input.dim, moments)), kNaN);
-  result.fault = HeadScore<Source>(block, input, work.data()).run(kMaxMagnitude,
-                                                                 result.values.data());
+  result.values.assign(static_cast<std::size_t>(secateur::cuda::result_size(input.dim, moments)),
+                       kNaN);
+  result.fault =
+      HeadScore<Source>(block, input, work.data()).run(kMaxMagnitude, result.values.data());
   return result;
 }
 
@@ -118,8 +119,8 @@ TEST(CudaScoreHead, MatchesTheSvdForEverySize) {
       if (d > 65 && n > d) continue;  // the literal's N×N SVD would take the minute
       for (const int gamma : {3, static_cast<int>(d) + 5}) {
         if (d > 65 && gamma > 3) continue;
-        const std::string what = std::to_string(n) + "x" + std::to_string(d) + " gamma " +
-                                 std::to_string(gamma);
+        const std::string what =
+            std::to_string(n) + "x" + std::to_string(d) + " gamma " + std::to_string(gamma);
         expect_within(compare(head(DType::f64, n, d, 1), head(DType::f64, n, d, 2), gamma), kUsual,
                       what);
       }
@@ -156,7 +157,8 @@ TEST(CudaScoreHead, NearlySingularGrams) {
           for (int r = 0; r < 4; ++r) part[r] = random.normal() * (4 - r);
           for (std::int64_t c = 0; c < d; ++c) {
             double value = 1e-6 * x->get(t * d + c);
-            for (int r = 0; r < 4; ++r) value += part[r] * basis[static_cast<std::size_t>(r * d + c)];
+            for (int r = 0; r < 4; ++r)
+              value += part[r] * basis[static_cast<std::size_t>(r * d + c)];
             x->set(t * d + c, value);
           }
         }
@@ -172,10 +174,11 @@ TEST(CudaScoreHead, SharedOffsetsDoNotCancel) {
   for (const DType dtype : kDTypes) {
     for (const std::int64_t d : {3, 16, 33, 64}) {
       const std::string what = std::string(secateur::name(dtype)) + " " + std::to_string(d);
-      const Comparison both = compare(head(dtype, d + 20, d, 11, 1000),
-                                      head(dtype, d + 20, d, 12, 1000), 8);
+      const Comparison both =
+          compare(head(dtype, d + 20, d, 11, 1000), head(dtype, d + 20, d, 12, 1000), 8);
       EXPECT_LT(both.comparable ? both.error : 0, kBar) << what;
-      const Comparison keys = compare(head(dtype, d + 20, d, 13), head(dtype, d + 20, d, 14, 1000), 8);
+      const Comparison keys =
+          compare(head(dtype, d + 20, d, 13), head(dtype, d + 20, d, 14, 1000), 8);
       EXPECT_LT(keys.comparable ? keys.error : 0, kBar) << what;
       EXPECT_TRUE(both.comparable || keys.comparable) << what;
     }

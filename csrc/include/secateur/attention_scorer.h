@@ -38,19 +38,19 @@ class SECATEUR_API AttentionScorer {
                   bool moments = false, std::string name = "");
 
   /// Adds a batch. q, k: (images, tokens, heads, head_dim), the same shape, any strides and dtype,
-  /// on the CPU, or both on one CUDA device where the build has CUDA (see runtime.h) and head_dim is
-  /// at most 128; it is computed there, on q's stream, and waited for.
-  /// Throws InvalidArgument, Unsupported (another device), NumericalError (NaN, Inf; with moments
-  /// also magnitudes above 1e60) or Error (a device that fails); the object is then as it was before
-  /// the call.
+  /// on the CPU, or both on one CUDA device where the build has CUDA (see runtime.h) and head_dim
+  /// is at most 128; it is computed there, on q's stream, and waited for. Throws InvalidArgument,
+  /// Unsupported (another device), NumericalError (NaN, Inf; with moments also magnitudes above
+  /// 1e60) or Error (a device that fails); the object is then as it was before the call.
   void update(const TensorView& q, const TensorView& k);
 
   /// Adds a batch by its Gram matrices, for programs that have them already or whose queries and
   /// keys are where the library does not compute.
   /// query_gram, key_gram: (images, heads, head_dim, head_dim), QᵀQ and K_cᵀK_c of keys less their
   /// mean over the image's tokens, in float64 from the first product, or the scores of trained
-  /// models are lost to rounding; the upper triangles are read. key_mean: (images, heads, head_dim),
-  /// that mean. tokens: of each image, at least 1. All on the CPU. Throws as update() does.
+  /// models are lost to rounding; the upper triangles are read. key_mean: (images, heads,
+  /// head_dim), that mean. tokens: of each image, at least 1. All on the CPU. Throws as update()
+  /// does.
   void update_grams(const TensorView& query_gram, const TensorView& key_gram,
                     const TensorView& key_mean, std::int64_t tokens);
 
