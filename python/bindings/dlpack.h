@@ -157,8 +157,8 @@ class Tensor {
       const py::object stream = choose_stream(source);
       if (!stream.is_none()) options["stream"] = stream;
       try {
-        capsule = source.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0),
-                                            **options);
+        capsule =
+            source.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0), **options);
       } catch (py::error_already_set& error) {
         if (!error.matches(PyExc_TypeError)) throw;  // older than max_version
         capsule = source.attr("__dlpack__")(**options);

@@ -25,7 +25,7 @@ _CHUNK_BYTES = 64 << 20
 
 def update_scores(scorer: core.AttentionScorer, q: torch.Tensor, k: torch.Tensor) -> None:
     """``scorer.update(q, k)`` for (images, tokens, heads, head_dim) on any device."""
-    if _core_reads(q, head_dim=scorer.head_dim):
+    if _core_reads(q, head_dim=scorer.head_dim) and (q.device.type == "cpu" or q.dtype == k.dtype):
         scorer.update(q, k)
         return
     if not _torch_multiplies(q):
@@ -107,7 +107,7 @@ def _rows(x: torch.Tensor, stride: int, phase: int) -> torch.Tensor:
 
 
 def _normalised(rows: torch.Tensor, norm: RowNorm) -> torch.Tensor:
-    """x √dim / ‖x‖ or that of x less its mean; zeros where the norm is nothing but the rounding of the mean."""
+    """X √dim / ‖x‖ or that of x less its mean; zeros where the norm is nothing but the rounding of the mean."""
     if norm == "none":
         return rows
     dim = rows.shape[1]
