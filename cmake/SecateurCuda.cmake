@@ -19,7 +19,7 @@ if(NOT SECATEUR_CUDA STREQUAL "OFF")
 endif()
 
 # Before the language is enabled, and before any target: both read it then.
-if(SECATEUR_WITH_CUDA AND NOT CMAKE_CUDA_ARCHITECTURES)
+if(SECATEUR_WITH_CUDA AND NOT CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known ERROR_QUIET)
   set(architectures "")
   foreach(architecture 75 80 86 89 90 100)

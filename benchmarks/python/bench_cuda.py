@@ -1,4 +1,4 @@
-"""Calibration and pruned models on one GPU: costs next to the bare forward pass, to torch, and to the device's ceilings.
+"""Calibration and pruned models on one GPU: next to the bare forward pass, to torch, and to the device's ceilings.
 
 pip install ".[bench]" && python benchmarks/python/bench_cuda.py
 Prints tables for benchmarks/RESULTS.md. Needs a CUDA device; the core should be built with CUDA (SECATEUR_CUDA=ON), or
