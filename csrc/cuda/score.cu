@@ -64,10 +64,11 @@ template <typename Source>
 Launch launch_of(const Device& device, std::int64_t work_size, std::int64_t heads) {
   const auto bytes = static_cast<std::size_t>(work_size) * sizeof(double);
   Launch launch;
-  if (bytes <=
-      static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device))) {
+  const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (bytes <= static_cast<std::size_t>(most)) {
+    // As much as there is: another thread may be about to launch the kernel with more.
     check(cudaFuncSetAttribute(score_kernel<Source>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(bytes)),
+                               most),
           "cudaFuncSetAttribute");
     launch.shared_bytes = bytes;
   }

@@ -7,13 +7,14 @@ Tensors on other devices, which may have no float64, are copied to the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
 import torch
 
 from . import core
+from .errors import Unsupported
 
 RowNorm = Literal["none", "rms", "layer"]
 
@@ -21,22 +22,24 @@ RowNorm = Literal["none", "rms", "layer"]
 _CUDA_HEAD_DIM = 128
 # What torch's float64 copies take at a time.
 _CHUNK_BYTES = 64 << 20
+# Squares of what the core takes; beyond, and for NaN, it is asked.
+_LARGEST_GRAM, _LARGEST_MOMENT = 1e120, 1e240
 
 
 def update_scores(scorer: core.AttentionScorer, q: torch.Tensor, k: torch.Tensor) -> None:
     """``scorer.update(q, k)`` for (images, tokens, heads, head_dim) on any device."""
-    if _core_reads(q, head_dim=scorer.head_dim) and (q.device.type == "cpu" or q.dtype == k.dtype):
-        scorer.update(q, k)
+    readable = _core_reads(q, head_dim=scorer.head_dim) and (q.device.type == "cpu" or q.dtype == k.dtype)
+    if readable and _taken(lambda: scorer.update(q, k), q):
         return
     if not _torch_multiplies(q):
         scorer.update(q.cpu(), k.cpu())
         return
     parts = [_grams(*pair) for pair in zip(_chunks(q), _chunks(k), strict=True)]
     query, key, mean = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-    if all(bool(part.isfinite().all()) for part in (query, key, mean)):
+    if all(_within(part, _LARGEST_GRAM) for part in (query, key, mean)):
         scorer.update_grams(query, key, mean, q.shape[1])
     else:
-        # Which value it was, or that float64 cannot hold the product, the core says.
+        # What it is, and where, or what becomes of it, is for the core to say.
         scorer.update(q.cpu(), k.cpu())
 
 
@@ -44,8 +47,7 @@ def update_moments(
     accumulator: core.MomentAccumulator, x: torch.Tensor, *, norm: RowNorm = "none", stride: int = 1, phase: int = 0
 ) -> None:
     """``accumulator.update(x, ...)`` for (..., dim) on any device."""
-    if _core_reads(x):
-        accumulator.update(x, norm=norm, stride=stride, phase=phase)
+    if _core_reads(x) and _taken(lambda: accumulator.update(x, norm=norm, stride=stride, phase=phase), x):
         return
     rows = _rows(x, stride, phase) if _torch_multiplies(x) else None
     if rows is not None:
@@ -58,7 +60,7 @@ def update_moments(
             second.addmm_(values.T, values)
         upper = torch.triu_indices(dim, dim, device=x.device)
         sums, packed = total.cpu(), second[upper[0], upper[1]].cpu()
-        if bool(sums.isfinite().all()) and bool(packed.isfinite().all()):
+        if _within(sums, _LARGEST_MOMENT) and _within(packed, _LARGEST_MOMENT):
             other = core.MomentAccumulator(dim, name=accumulator.name)
             other.load_state(
                 {"rows": np.array([len(rows)]), "sum": sums.numpy(), "second_moment": packed.numpy()},
@@ -71,6 +73,21 @@ def update_moments(
 def at_hand(x: torch.Tensor) -> torch.Tensor:
     """Where torch multiplies in float64: x itself, or its copy on the host."""
     return x if x.device.type == "cpu" or _torch_multiplies(x) else x.cpu()
+
+
+def _within(x: torch.Tensor, largest: float) -> bool:
+    return bool((x.abs() <= largest).all())
+
+
+def _taken(update: Callable[[], None], x: torch.Tensor) -> bool:
+    """Did the core do it? Not on a device that it has no code for, or whose driver is older than its runtime."""
+    try:
+        update()
+    except Unsupported:
+        if not _torch_multiplies(x):
+            raise
+        return False
+    return True
 
 
 def _core_reads(x: torch.Tensor, head_dim: int = 1) -> bool:

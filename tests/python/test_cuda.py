@@ -92,6 +92,19 @@ def test_through_torch_faults_are_named_as_ever(through_torch):
     assert rows.rows == 0
 
 
+def test_through_torch_under_autocast(digits_model, digits_images, through_torch):
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sc.calibrate(digits_model, [digits_images[:6]])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reach, "_core_reads", lambda x, head_dim=1: True)
+            expected = sc.calibrate(digits_model, [digits_images[:6]])
+    scores = [name for name in expected.tensors if name.endswith("score_sum")]
+    assert scores
+    for name in scores:
+        np.testing.assert_allclose(found.tensors[name], expected.tensors[name], rtol=0, atol=1e-9, err_msg=name)
+    within(found, expected, 1e-5)
+
+
 def test_through_torch_values_beyond_its_products_are_the_cores(through_torch):
     """Grams of 1e200 do not fit into float64; the core scales first."""
     q, k = (torch.randn(1, 9, 2, 5, dtype=torch.float64) * 1e200 for _ in range(2))
@@ -99,6 +112,8 @@ def test_through_torch_values_beyond_its_products_are_the_cores(through_torch):
     reach.update_scores(found, q, k)
     expected.update(q, k)
     np.testing.assert_array_equal(found.scores(), expected.scores())
+    with pytest.raises(errors.NumericalError, match=r"^x: expected magnitudes up to 1e120, got 1e\+121$"):
+        reach.update_moments(core.MomentAccumulator(2), torch.tensor([[1.0, 1e121]], dtype=torch.float64))
 
 
 def test_what_the_core_reads_by_itself(monkeypatch):
@@ -112,6 +127,31 @@ def test_what_the_core_reads_by_itself(monkeypatch):
         assert not reach._core_reads(Elsewhere(), 129)
     assert reach._torch_multiplies(Elsewhere())
     assert not reach._torch_multiplies(torch.ones(1))
+
+
+def test_a_device_that_the_core_refuses_is_torchs(monkeypatch):
+    q, k = torch.randn(2, 9, 1, 4), torch.randn(2, 9, 1, 4)
+    expected = core.AttentionScorer(1, 4)
+    expected.update(q, k)
+
+    class Refusing:
+        head_dim = 4
+
+        def __init__(self):
+            self.scorer = core.AttentionScorer(1, 4)
+
+        def update(self, q, k):
+            raise errors.Unsupported("cuda:0: expected a device that this build has code for")
+
+        def __getattr__(self, name):
+            return getattr(self.scorer, name)
+
+    refusing = Refusing()
+    with pytest.raises(errors.Unsupported, match=r"^cuda:0: "):
+        reach.update_scores(refusing, q, k)
+    monkeypatch.setattr(reach, "_torch_multiplies", lambda x: True)
+    reach.update_scores(refusing, q, k)
+    np.testing.assert_allclose(refusing.scores(), expected.scores(), rtol=0, atol=1e-9)
 
 
 class Streamed(FakeTensor):
