@@ -63,6 +63,13 @@ def test_through_torch_scores_are_the_same_for_every_dtype(through_torch, kind, 
     within(found, expected, 1e-5)  # the core's float32 products
 
 
+class MergeOnly:
+    """An accumulator that rows do not come to: NaN on the way would send them there."""
+
+    def __init__(self, accumulator):
+        self.name, self.merge = accumulator.name, accumulator.merge
+
+
 @pytest.mark.parametrize("norm", ["none", "rms", "layer"])
 @pytest.mark.parametrize(("stride", "phase"), [(1, 0), (3, 0), (4, 7)])
 def test_through_torch_rows_are_the_cores(through_torch, monkeypatch, norm, stride, phase):
@@ -71,7 +78,7 @@ def test_through_torch_rows_are_the_cores(through_torch, monkeypatch, norm, stri
     x[2, 3] = 7  # a constant row, of which a LayerNorm leaves nothing
     x[4, 1] = 0
     found, expected = core.MomentAccumulator(6), core.MomentAccumulator(6)
-    reach.update_moments(found, x, norm=norm, stride=stride, phase=phase)
+    reach.update_moments(MergeOnly(found), x, norm=norm, stride=stride, phase=phase)
     expected.update(x, norm=norm, stride=stride, phase=phase)
     assert found.rows == expected.rows > 0
     np.testing.assert_allclose(found.sum(), expected.sum(), rtol=0, atol=1e-11)
