@@ -153,7 +153,8 @@ static void test_attention_scorer(void) {
   secateur_attention_scorer_destroy(NULL);
 }
 
-/* One image of two tokens, one head, two channels: queries (3, 0), (0, 1) and keys (1, 0), (1, 4). */
+/* One image of two tokens, one head, two channels: queries (3, 0), (0, 1) and keys (1, 0), (1, 4).
+ */
 static void test_grams(void) {
   const int64_t shape[4] = {1, 2, 1, 2}, grams[4] = {1, 1, 2, 2}, mean[3] = {1, 1, 2};
   double q[4] = {3, 0, 0, 1}, k[4] = {1, 0, 1, 4};
@@ -170,9 +171,8 @@ static void test_grams(void) {
   CHECK_OK(secateur_attention_scorer_create(1, 2, 1, 0, NULL, &scorer));
   CHECK_OK(secateur_attention_scorer_create(1, 2, 1, 0, NULL, &other));
   CHECK_OK(secateur_attention_scorer_update(scorer, &queries, &keys));
-  CHECK_INVALID(
-      secateur_attention_scorer_update_grams(other, &query_gram, &key_gram, &key_gram, 2),
-      "key_mean: expected shape (images >= 1, 1, 2), got (1, 1, 2, 2)");
+  CHECK_INVALID(secateur_attention_scorer_update_grams(other, &query_gram, &key_gram, &key_gram, 2),
+                "key_mean: expected shape (images >= 1, 1, 2), got (1, 1, 2, 2)");
   CHECK_OK(secateur_attention_scorer_update_grams(other, &query_gram, &key_gram, &key_mean, 2));
   CHECK_OK(secateur_attention_scorer_counts(other, NULL, &tokens));
   CHECK(tokens == 2);
