@@ -49,7 +49,7 @@ struct MomentRows {
   const std::vector<std::int64_t>* offsets = nullptr;
 };
 /// Σ x and Σ x xᵀ (packed) over the rows; at most 4,096 rows are in memory at a time. Products in
-/// float64, or in float32 summed over kMomentRows rows and then in float64. Returns the largest
+/// float64, or in float32 over 32 rows and then added up in float64. Returns the largest
 /// magnitude of what was multiplied, or Inf when not all of it is finite. Waits for the stream.
 double moments(const MomentRows& rows, bool in_float64, std::vector<double>& sum,
                std::vector<double>& second_moment);

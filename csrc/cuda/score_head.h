@@ -3,15 +3,16 @@
 // first product: in float32, however short the sums, the Grams of a trained model miss the bar.
 #pragma once
 
+#include "../cpu/kernels.h"
 #include "block.h"
 
 namespace secateur::cuda {
 inline namespace SECATEUR_SIDE {
 
-// As in csrc/cpu/kernels.h: what the score means near singularity.
-constexpr double kRidge = 64 * 0x1p-52;
-constexpr double kCutoff = 1e-14;
-constexpr double kTrivial = 0x1p-900;
+// What the score means near singularity is the CPU's.
+using cpu::kCutoff;
+using cpu::kRidge;
+using cpu::kTrivial;
 
 constexpr int kMaxHeadDim = 128;
 constexpr int kTile = 4;        ///< a thread multiplies squares of that many columns
