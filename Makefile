@@ -3,9 +3,11 @@
 #   make test        C++ tests (where GoogleTest is) and pytest  make sanitize    C++ tests under asan and ubsan
 #   make bench       the benchmarks (C++ ones: Google Benchmark) make instructions  kernels under callgrind
 #   make clean       all that the above made
-# PYTHON=python3.12 chooses the interpreter of .venv; VENV= another place for it.
+# PYTHON=python3.12 chooses the interpreter of .venv; VENV= another place for it. CUDA=ON|OFF|AUTO: does the extension
+# hold the CUDA kernels (AUTO: where nvcc is); by default only where a GPU is, for they take a minute to compile.
 
 PYTHON ?= python3
+CUDA ?= $(if $(wildcard /dev/nvidia0),AUTO,OFF)
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -19,7 +21,7 @@ endif
 # What an installed package depends on: any of it newer than the stamp, and pip builds again.
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake python/bindings -type f)
 PYTHON_FILES := python tests benchmarks
-CPP_FILES = $(shell find csrc python/bindings tests/cpp examples -name '*.cc' -o -name '*.h' -o -name '*.c' -o -name '*.inc')
+CPP_FILES = $(shell find csrc python/bindings tests/cpp examples -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.c' -o -name '*.inc')
 
 .PHONY: demo test test-cpp test-python lint sanitize bench instructions build-bench clean
 .DELETE_ON_ERROR:
@@ -74,7 +76,7 @@ $(VENV)/bin/python:
 # dev and bench hold all of test.
 $(VENV)/.installed-%: $(SOURCES) | $(VENV)/bin/python
 	@echo "make: installing secateur[$*] in $(VENV)"
-	@$(PIP) install --editable ".[$*]" $(if $(filter demo,$*),,"cmake>=3.25")
+	@$(PIP) install --config-settings=cmake.define.SECATEUR_CUDA=$(CUDA) --editable ".[$*]" $(if $(filter demo,$*),,"cmake>=3.25")
 	@touch $@ $(if $(filter dev bench,$*),$(VENV)/.installed-test)
 
 clean:

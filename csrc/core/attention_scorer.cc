@@ -5,6 +5,7 @@
 #include <memory>
 #include <utility>
 
+#include "../cuda/backend.h"
 #include "buffer.h"
 #include "check.h"
 #include "head_scorer.h"
@@ -18,6 +19,74 @@ constexpr std::int64_t kMaxHeads = 65536;
 constexpr std::int64_t kMaxHeadDim = 4096;
 // Results of that many bytes wait at most until they are added up in the order of the images.
 constexpr std::size_t kPendingBytes = std::size_t{32} << 20;
+
+/// Scores images of heads by what `make` gives each thread, and adds them to next, image after
+/// image. `explain` throws what is wrong with values that were refused.
+template <typename Make, typename Explain>
+void add_images(AttentionScorerState& next, std::size_t images, std::int64_t head_count,
+                std::int64_t head_dim, bool moments, const Make& make, const Explain& explain) {
+  const auto heads = static_cast<std::size_t>(head_count);
+  const auto dim = static_cast<std::size_t>(head_dim);
+  const std::size_t packed = moments ? packed_size(dim) : 0;
+  const std::size_t item = HeadScorer::result_size(dim, moments);
+  const std::size_t slots = parallel_slots();
+  const std::size_t chunk = std::clamp<std::size_t>(kPendingBytes / (heads * item * sizeof(double)),
+                                                    std::min(slots, images), images);
+  Buffer<double> pending(chunk * heads * item);
+  std::vector<std::unique_ptr<HeadScorer>> scorers(slots);
+  std::atomic<bool> good{true};
+
+  for (std::size_t begin = 0; begin < images; begin += chunk) {
+    const std::size_t count = std::min(chunk, images - begin);
+    // Groups as large as vectors have lanes, unless threads would have nothing to do.
+    const std::size_t pairs = count * heads;
+    const std::size_t group = std::min(HeadScorer::lanes(dim), (pairs + slots - 1) / slots);
+    parallel_for((pairs + group - 1) / group, slots, [&](std::size_t task, std::size_t slot) {
+      auto& scorer = scorers[slot];
+      if (!scorer) scorer = make();
+      const std::size_t first = task * group;
+      if (!scorer->score(begin * heads + first, std::min(group, pairs - first),
+                         pending.data() + first * item)) {
+        good.store(false, std::memory_order_relaxed);
+      }
+    });
+    // The scorers see that something is wrong for nothing, while they read; what it is, and where,
+    // takes a look of its own.
+    if (!good) explain();
+    // One image after the other, whatever the batches and the threads.
+    parallel_for(heads, slots, [&](std::size_t head, std::size_t) {
+      for (std::size_t image = 0; image < count; ++image) {
+        const double* from = pending.data() + (image * heads + head) * item;
+        const auto fold = [&](std::vector<double>& sums, std::size_t size) {
+          double* to = sums.data() + head * size;
+          for (std::size_t i = 0; i < size; ++i) to[i] += from[i];
+          from += size;
+        };
+        fold(next.score_sum, dim);
+        fold(next.query_gram, packed);
+        fold(next.key_gram, packed);
+        fold(next.score_gram, packed);
+      }
+    });
+  }
+}
+
+/// visit(i, sum) for every sum of a state, i its place among the heads' results.
+template <typename Visit>
+void for_results(AttentionScorerState& state, std::int64_t heads, std::size_t dim, bool moments,
+                 const Visit& visit) {
+  const std::size_t packed = moments ? packed_size(dim) : 0;
+  std::size_t at = 0;
+  for (std::size_t head = 0; head < static_cast<std::size_t>(heads); ++head) {
+    const auto each = [&](std::vector<double>& sums, std::size_t size) {
+      for (std::size_t i = 0; i < size; ++i) visit(at++, sums[head * size + i]);
+    };
+    each(state.score_sum, dim);
+    each(state.query_gram, packed);
+    each(state.key_gram, packed);
+    each(state.score_gram, packed);
+  }
+}
 
 }  // namespace
 
@@ -42,7 +111,7 @@ std::string AttentionScorer::label(const char* argument) const {
 
 void AttentionScorer::check_batch(const TensorView& q, const TensorView& k) const {
   const auto check = [&](const TensorView& x, const char* argument) {
-    check_view(x, label(argument));
+    check_device_view(x, label(argument));
     if (x.rank() != 4 || x.shape[0] < 1 || x.shape[1] < 1 || x.shape[2] != heads_ ||
         x.shape[3] != head_dim_) {
       fail<InvalidArgument>(label(argument),
@@ -56,6 +125,15 @@ void AttentionScorer::check_batch(const TensorView& q, const TensorView& k) cons
   if (q.shape != k.shape) {
     fail<InvalidArgument>(label("k"), "the shape of q, " + to_string(q.shape), to_string(k.shape));
   }
+  if (q.device.type != k.device.type || q.device.index != k.device.index) {
+    fail<InvalidArgument>(label("k"), "the device of q, " + to_string(q.device),
+                          to_string(k.device));
+  }
+  if (q.device.type == DeviceType::cuda && q.dtype != k.dtype) {
+    fail<InvalidArgument>(label("k"),
+                          std::string("the dtype of q on CUDA, ") + secateur::name(q.dtype),
+                          secateur::name(k.dtype));
+  }
 }
 
 void AttentionScorer::check_values(const TensorView& x, const char* argument) const {
@@ -67,59 +145,83 @@ void AttentionScorer::check_values(const TensorView& x, const char* argument) co
 
 void AttentionScorer::update(const TensorView& q, const TensorView& k) {
   check_batch(q, k);
-  const auto images = static_cast<std::size_t>(q.shape[0]);
-  const auto heads = static_cast<std::size_t>(heads_);
-  const auto dim = static_cast<std::size_t>(head_dim_);
+  if (q.device.type == DeviceType::cuda) return update_on_device(q, k);
   const auto gamma = static_cast<std::size_t>(gamma_);
-  const std::size_t packed = moments_ ? packed_size(dim) : 0;
-  const std::size_t item = HeadScorer::result_size(dim, moments_);
-
-  const std::size_t slots = parallel_slots();
-  const std::size_t chunk = std::clamp<std::size_t>(kPendingBytes / (heads * item * sizeof(double)),
-                                                    std::min(slots, images), images);
-  Buffer<double> pending(chunk * heads * item);
-  std::vector<std::unique_ptr<HeadScorer>> scorers(slots);
+  const auto make = [&] { return std::make_unique<HeadScorer>(q, k, gamma, moments_); };
+  const auto explain = [&] {
+    check_values(q, "q");
+    check_values(k, "k");
+    fail<NumericalError>(label("q"), "an eigenvalue iteration that converges", "one that does not");
+  };
   AttentionScorerState next = state_;
-  std::atomic<bool> good{true};
+  add_images(next, static_cast<std::size_t>(q.shape[0]), heads_, head_dim_, moments_, make,
+             explain);
+  next.images += q.shape[0];
+  next.tokens += q.shape[0] * q.shape[1];
+  state_ = std::move(next);
+}
 
-  for (std::size_t begin = 0; begin < images; begin += chunk) {
-    const std::size_t count = std::min(chunk, images - begin);
-    // Groups as large as vectors have lanes, unless threads would have nothing to do.
-    const std::size_t pairs = count * heads;
-    const std::size_t group = std::min(HeadScorer::lanes(dim), (pairs + slots - 1) / slots);
-    parallel_for((pairs + group - 1) / group, slots, [&](std::size_t task, std::size_t slot) {
-      auto& scorer = scorers[slot];
-      if (!scorer) scorer = std::make_unique<HeadScorer>(q, k, gamma, moments_);
-      const std::size_t first = task * group;
-      if (!scorer->score(begin * heads + first, std::min(group, pairs - first),
-                         pending.data() + first * item)) {
-        good.store(false, std::memory_order_relaxed);
-      }
-    });
-    if (!good) {
-      // The scorers see that something is wrong for nothing, while they read; what it is, and
-      // where, takes a look of its own.
-      check_values(q, "q");
-      check_values(k, "k");
-      fail<NumericalError>(label("q"), "an eigenvalue iteration that converges",
-                           "one that does not");
+void AttentionScorer::update_grams(const TensorView& query_gram, const TensorView& key_gram,
+                                   const TensorView& key_mean, std::int64_t tokens) {
+  const auto check = [&](const TensorView& x, const char* argument, const Dims& rest) {
+    check_view(x, label(argument));
+    bool fits = x.rank() == rest.size() + 1 && x.shape[0] >= 1;
+    for (std::size_t i = 0; fits && i < rest.size(); ++i) fits = x.shape[i + 1] == rest[i];
+    if (!fits) {
+      const std::string sizes = to_string(rest).substr(1);
+      fail<InvalidArgument>(label(argument), "shape (images >= 1, " + sizes, to_string(x.shape));
     }
-    // One image after the other, whatever the batches and the threads.
-    parallel_for(heads, slots, [&](std::size_t head, std::size_t) {
-      for (std::size_t image = 0; image < count; ++image) {
-        const double* from = pending.data() + (image * heads + head) * item;
-        const auto fold = [&](std::vector<double>& sums, std::size_t size) {
-          double* to = sums.data() + head * size;
-          for (std::size_t i = 0; i < size; ++i) to[i] += from[i];
-          from += size;
-        };
-        fold(next.score_sum, dim);
-        fold(next.query_gram, packed);
-        fold(next.key_gram, packed);
-        fold(next.score_gram, packed);
+    if (x.shape[0] != query_gram.shape[0]) {
+      fail<InvalidArgument>(label(argument), std::to_string(query_gram.shape[0]) + " images",
+                            std::to_string(x.shape[0]));
+    }
+  };
+  check(query_gram, "query_gram", {heads_, head_dim_, head_dim_});
+  check(key_gram, "key_gram", {heads_, head_dim_, head_dim_});
+  check(key_mean, "key_mean", {heads_, head_dim_});
+  check_at_least(tokens, 1, label("tokens"));
+
+  const HeadGrams grams{query_gram, key_gram, key_mean, static_cast<std::size_t>(tokens)};
+  const auto gamma = static_cast<std::size_t>(gamma_);
+  const auto make = [&] { return std::make_unique<HeadScorer>(grams, gamma, moments_); };
+  const auto explain = [&] {
+    const auto look = [&](const TensorView& x, const char* argument) {
+      const double peak = check_finite(x, label(argument), {"image", "head"});
+      if (peak > kMaxGramMagnitude) {
+        fail<NumericalError>(label(argument), "magnitudes up to 1e130", number(peak));
       }
-    });
+    };
+    look(query_gram, "query_gram");
+    look(key_gram, "key_gram");
+    look(key_mean, "key_mean");
+    fail<NumericalError>(label("query_gram"), "an eigenvalue iteration that converges",
+                         "one that does not");
+  };
+  const std::int64_t images = query_gram.shape[0];
+  AttentionScorerState next = state_;
+  add_images(next, static_cast<std::size_t>(images), heads_, head_dim_, moments_, make, explain);
+  next.images += images;
+  next.tokens += images * tokens;
+  state_ = std::move(next);
+}
+
+void AttentionScorer::update_on_device(const TensorView& q, const TensorView& k) {
+  if (head_dim_ > cuda::max_head_dim()) {
+    fail<Unsupported>(label("head_dim"),
+                      "at most " + std::to_string(cuda::max_head_dim()) + " on CUDA",
+                      std::to_string(head_dim_));
   }
+  const auto dim = static_cast<std::size_t>(head_dim_);
+  const std::size_t item = HeadScorer::result_size(dim, moments_);
+  AttentionScorerState next = state_;
+  std::vector<double> sums(static_cast<std::size_t>(heads_) * item);
+  for_results(next, heads_, dim, moments_, [&](std::size_t at, double& sum) { sums[at] = sum; });
+  if (!cuda::score(q, k, gamma_, moments_, kMaxMomentMagnitude, sums)) {
+    check_values(q, "q");
+    check_values(k, "k");
+    fail<NumericalError>(label("q"), "finite values", "one that was not when it was read");
+  }
+  for_results(next, heads_, dim, moments_, [&](std::size_t at, double& sum) { sum = sums[at]; });
   next.images += q.shape[0];
   next.tokens += q.shape[0] * q.shape[1];
   state_ = std::move(next);

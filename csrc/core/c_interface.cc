@@ -54,6 +54,8 @@ secateur_status guarded(const Body& body) noexcept {
     return failed(SECATEUR_UNSUPPORTED, error.what());
   } catch (const NumericalError& error) {
     return failed(SECATEUR_NUMERICAL_ERROR, error.what());
+  } catch (const Error& error) {
+    return failed(SECATEUR_DEVICE_ERROR, error.what());
   } catch (const std::bad_alloc&) {
     return failed(SECATEUR_OUT_OF_MEMORY, "memory: expected enough, got none");
   } catch (const std::length_error&) {
@@ -90,7 +92,7 @@ MutableTensorView mutable_view(const secateur_tensor* tensor, const char* argume
           static_cast<DType>(dtype),
           {from.shape, rank},
           {from.strides, rank},
-          {static_cast<DeviceType>(device), from.device_index}};
+          {static_cast<DeviceType>(device), from.device_index, from.stream}};
 }
 
 TensorView view(const secateur_tensor* tensor, const char* argument) {
@@ -158,6 +160,8 @@ secateur_status secateur_isa(const char** isa) {
   });
 }
 
+int32_t secateur_has_cuda(void) { return secateur::has_cuda() ? 1 : 0; }
+
 int32_t secateur_threads(void) { return secateur::threads(); }
 
 secateur_status secateur_set_threads(int32_t n) {
@@ -202,6 +206,18 @@ secateur_status secateur_attention_scorer_update(secateur_attention_scorer* scor
                                                  const secateur_tensor* q,
                                                  const secateur_tensor* k) {
   return guarded([&] { required(scorer, "scorer").scorer.update(view(q, "q"), view(k, "k")); });
+}
+
+secateur_status secateur_attention_scorer_update_grams(secateur_attention_scorer* scorer,
+                                                       const secateur_tensor* query_gram,
+                                                       const secateur_tensor* key_gram,
+                                                       const secateur_tensor* key_mean,
+                                                       int64_t tokens) {
+  return guarded([&] {
+    required(scorer, "scorer")
+        .scorer.update_grams(view(query_gram, "query_gram"), view(key_gram, "key_gram"),
+                             view(key_mean, "key_mean"), tokens);
+  });
 }
 
 secateur_status secateur_attention_scorer_merge(secateur_attention_scorer* scorer,

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "../cpu/dispatch.h"
+#include "../cuda/backend.h"
 #include "parallel.h"
 
 namespace secateur {
@@ -61,17 +62,8 @@ double asymmetry(DType dtype) {
   fail<NumericalError>(argument, "finite values", number(value) + " at (" + place + ")");
 }
 
-}  // namespace
-
-std::string label(const std::string& owner, const char* argument) {
-  return owner.empty() ? argument : owner + " " + argument;
-}
-
-void check_view(const TensorView& view, const std::string& argument) {
-  if (view.device.type != DeviceType::cpu) {
-    fail<Unsupported>(argument, "a tensor on the CPU",
-                      "one on cuda:" + std::to_string(view.device.index));
-  }
+/// Sizes >= 0 and memory that is there and aligned.
+void check_geometry(const TensorView& view, const std::string& argument) {
   const std::size_t size = item_size(view.dtype);
   if (std::any_of(view.shape.begin(), view.shape.end(), [](std::int64_t n) { return n < 0; })) {
     fail<InvalidArgument>(argument, "sizes of at least 0", to_string(view.shape));
@@ -85,6 +77,31 @@ void check_view(const TensorView& view, const std::string& argument) {
     fail<InvalidArgument>(argument, "memory aligned to " + std::to_string(size) + " bytes",
                           "an unaligned pointer");
   }
+}
+
+}  // namespace
+
+std::string label(const std::string& owner, const char* argument) {
+  return owner.empty() ? argument : owner + " " + argument;
+}
+
+std::string to_string(const Device& device) {
+  return device.type == DeviceType::cpu ? "cpu" : "cuda:" + std::to_string(device.index);
+}
+
+void check_view(const TensorView& view, const std::string& argument) {
+  if (view.device.type != DeviceType::cpu) {
+    fail<Unsupported>(argument, "a tensor on the CPU", "one on " + to_string(view.device));
+  }
+  check_geometry(view, argument);
+}
+
+bool check_device_view(const TensorView& view, const std::string& argument) {
+  const bool on_cuda = view.device.type == DeviceType::cuda;
+  // First: what a device's memory is cannot be said without it.
+  if (on_cuda) cuda::check_memory(view, view.data, argument);
+  check_geometry(view, argument);
+  return on_cuda;
 }
 
 std::string number(double value) {
@@ -169,6 +186,11 @@ double scan_rows(const TensorView& view, const std::vector<std::int64_t>& rows) 
 double check_finite(const TensorView& view, const std::string& argument,
                     const std::vector<std::string>& axes) {
   if (view.numel() == 0) return 0;
+  if (view.device.type == DeviceType::cuda) {
+    const cuda::Scan found = cuda::scan(view);
+    if (found.index >= 0) fail_at(view, argument, axes, found.index, found.value);
+    return found.value;
+  }
   const std::vector<std::int64_t> rows = offsets(view, view.rank() == 0 ? 0 : view.rank() - 1);
   const double largest = scan_rows(view, rows);
   if (std::isfinite(largest)) return largest;

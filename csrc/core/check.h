@@ -20,8 +20,14 @@ template <typename E>
 /// An argument as errors name it: "blocks.3.attn q", or "q" for an object without a name.
 std::string label(const std::string& owner, const char* argument);
 
+/// "cpu" or "cuda:0".
+std::string to_string(const Device& device);
+
 /// A CPU view with sizes >= 0 and memory that is there and aligned.
 void check_view(const TensorView& view, const std::string& argument);
+
+/// The same for a view of any device that this build computes on; whether it is one of CUDA.
+bool check_device_view(const TensorView& view, const std::string& argument);
 
 /// low <= value <= high.
 void check_range(std::int64_t value, std::int64_t low, std::int64_t high,
@@ -48,7 +54,7 @@ void check_sums(const std::vector<double>& values, std::size_t size, const std::
 
 /// Refuses NaN and Inf, naming the first in row-major order; `axes` names the view's axes for that
 /// (e.g. {"image", "token", "head", "channel"}). Returns the largest magnitude.
-/// The view has been checked.
+/// The view has been checked, and may be one of any device.
 double check_finite(const TensorView& view, const std::string& argument,
                     const std::vector<std::string>& axes);
 

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <utility>
 
+#include "../cuda/backend.h"
 #include "check.h"
 
 namespace secateur {
@@ -122,7 +123,7 @@ void compact_strided(char* data, const TensorGeometry& tensor, std::size_t axis,
 
 MutableTensorView compact(const MutableTensorView& tensor, std::int64_t dim,
                           const std::vector<std::int64_t>& keep) {
-  check_view(tensor, "tensor");
+  const bool on_cuda = check_device_view(tensor, "tensor");
   if (tensor.rank() == 0) {
     fail<InvalidArgument>("tensor", "at least one dimension", to_string(tensor.shape));
   }
@@ -133,12 +134,16 @@ MutableTensorView compact(const MutableTensorView& tensor, std::int64_t dim,
   MutableTensorView result = tensor;
   result.shape[axis] = static_cast<std::int64_t>(keep.size());
   if (tensor.is_contiguous()) {
+    result.strides = contiguous_strides(result.shape);
+    if (on_cuda) {
+      cuda::compact(tensor, result, axis, keep);
+      return result;
+    }
     const auto product = [&](std::size_t first, std::size_t last) {
       return static_cast<std::size_t>(
           std::accumulate(tensor.shape.begin() + first, tensor.shape.begin() + last,
                           std::int64_t{1}, [](std::int64_t a, std::int64_t b) { return a * b; }));
     };
-    result.strides = contiguous_strides(result.shape);
     compact_contiguous(tensor.data, tensor.dtype, product(0, axis),
                        static_cast<std::size_t>(tensor.shape[axis]),
                        product(axis + 1, tensor.rank()), keep);
@@ -149,7 +154,11 @@ MutableTensorView compact(const MutableTensorView& tensor, std::int64_t dim,
         "tensor", "elements that do not share memory",
         "strides " + to_string(tensor.strides) + " for shape " + to_string(tensor.shape));
   }
-  compact_strided(static_cast<char*>(tensor.data), tensor, axis, keep);
+  if (on_cuda) {
+    cuda::compact(tensor, result, axis, keep);
+  } else {
+    compact_strided(static_cast<char*>(tensor.data), tensor, axis, keep);
+  }
   return result;
 }
 

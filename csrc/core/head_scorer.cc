@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "../cpu/dispatch.h"
+#include "check.h"
 #include "packed.h"
 #include "scale.h"
 
@@ -20,18 +21,31 @@ constexpr std::size_t kMaxLaneDim = 128;
 }  // namespace
 
 HeadScorer::HeadScorer(const TensorView& q, const TensorView& k, std::size_t gamma, bool moments)
-    : q_(q),
-      k_(k),
-      tokens_(static_cast<std::size_t>(q.shape[1])),
-      heads_(static_cast<std::size_t>(q.shape[2])),
-      dim_(static_cast<std::size_t>(q.shape[3])),
+    : HeadScorer(static_cast<std::size_t>(q.shape[1]), static_cast<std::size_t>(q.shape[2]),
+                 static_cast<std::size_t>(q.shape[3]), gamma, moments,
+                 static_cast<std::size_t>(q.shape[1])) {
+  q_ = &q;
+  k_ = &k;
+}
+
+HeadScorer::HeadScorer(const HeadGrams& grams, std::size_t gamma, bool moments)
+    : HeadScorer(grams.tokens, static_cast<std::size_t>(grams.query.shape[1]),
+                 static_cast<std::size_t>(grams.query.shape[2]), gamma, moments, 0) {
+  grams_ = &grams;
+}
+
+HeadScorer::HeadScorer(std::size_t tokens, std::size_t heads, std::size_t dim, std::size_t gamma,
+                       bool moments, std::size_t packed_rows)
+    : tokens_(tokens),
+      heads_(heads),
+      dim_(dim),
       limit_(std::min({gamma, tokens_, dim_})),
       moments_(moments),
       panels_((dim_ + kPanelF64 - 1) / kPanelF64),
       ld_(panels_ * kPanelF64),
-      rows_(tokens_),
+      rows_(packed_rows),
       columns_(dim_),
-      packed_(panels_ * tokens_ * kPanelF64),
+      packed_(panels_ * packed_rows * kPanelF64),
       query_gram_{Buffer<double>(ld_ * ld_)},
       key_gram_{Buffer<double>(ld_ * ld_)},
       mean_(ld_),
@@ -97,7 +111,11 @@ bool HeadScorer::score_alone(std::size_t head, double* scores, double* moments) 
 }
 
 bool HeadScorer::load(std::size_t head, double* moments) {
-  if (!gram(q_, head, false, query_gram_) || !gram(k_, head, true, key_gram_)) return false;
+  if (grams_ != nullptr) {
+    if (!read_grams(head)) return false;
+  } else if (!gram(*q_, head, false, query_gram_) || !gram(*k_, head, true, key_gram_)) {
+    return false;
+  }
   if (moments != nullptr) pack_moments(moments);
   // Centred first and the mean added back: nothing cancels where keys share an offset.
   add_mean(key_gram_);
@@ -132,6 +150,32 @@ bool HeadScorer::gram(const TensorView& x, std::size_t head, bool center, Gram& 
   double poison = 0;
   for (std::size_t i = 0; i < dim_; ++i) poison += values[i * (ld_ + 1)] * 0;
   return poison == 0;
+}
+
+bool HeadScorer::read_grams(std::size_t head) {
+  const auto image = static_cast<std::int64_t>(head / heads_);
+  const auto h = static_cast<std::int64_t>(head % heads_);
+  const auto start = [&](const TensorView& x) { return image * x.strides[0] + h * x.strides[1]; };
+  double peak = 0, poison = 0;
+  const auto look = [&](const double* values, std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) {
+      poison += values[i] * 0;
+      peak = std::max(peak, std::fabs(values[i]));
+    }
+  };
+  const auto fill = [&](const TensorView& x, Gram& out) {
+    for (std::size_t i = 0; i < dim_; ++i) {
+      const auto r = static_cast<std::int64_t>(i);
+      double* row = out.values.data() + i * ld_ + i;
+      read(x, start(x) + r * (x.strides[2] + x.strides[3]), x.strides[3], dim_ - i, row);
+      look(row, dim_ - i);
+    }
+  };
+  fill(grams_->query, query_gram_);
+  fill(grams_->key, key_gram_);
+  read(grams_->key_mean, start(grams_->key_mean), grams_->key_mean.strides[2], dim_, mean_.data());
+  look(mean_.data(), dim_);
+  return poison == 0 && peak <= kMaxGramMagnitude;
 }
 
 void HeadScorer::pack(const TensorView& x, std::size_t head) {

@@ -15,11 +15,24 @@ namespace secateur {
 /// Fourth powers of this, over 1e60 tokens, still fit into float64.
 constexpr double kMaxMomentMagnitude = 1e60;
 
+/// And Grams up to this.
+constexpr double kMaxGramMagnitude = 1e130;
+
+/// Heads by their Grams: AttentionScorer::update_grams's arguments, checked.
+struct HeadGrams {
+  const TensorView& query;
+  const TensorView& key;
+  const TensorView& key_mean;
+  std::size_t tokens;
+};
+
 /// Owns the memory that one thread needs for it. Heads are numbered image * heads + head.
 class HeadScorer {
  public:
   /// q, k: (images, tokens, heads, head_dim), checked; they must outlive the object.
   HeadScorer(const TensorView& q, const TensorView& k, std::size_t gamma, bool moments);
+  /// The same from Grams.
+  HeadScorer(const HeadGrams& grams, std::size_t gamma, bool moments);
 
   /// How many heads are scored best in one call, and at most.
   static std::size_t lanes(std::size_t head_dim);
@@ -33,6 +46,9 @@ class HeadScorer {
   bool score(std::size_t first, std::size_t count, double* results);
 
  private:
+  HeadScorer(std::size_t tokens, std::size_t heads, std::size_t dim, std::size_t gamma,
+             bool moments, std::size_t packed_rows);
+
   /// A Gram of the input times a power of two, whose square is `unit`.
   struct Gram {
     Buffer<double> values;  ///< upper triangle
@@ -43,6 +59,8 @@ class HeadScorer {
   /// values that score() does not take.
   bool load(std::size_t head, double* moments);
   bool gram(const TensorView& x, std::size_t head, bool center, Gram& out);
+  /// Both Grams and mean_ as they were given.
+  bool read_grams(std::size_t head);
   void pack(const TensorView& x, std::size_t head);
   /// Multiplies the panels by a factor, a power of two, that brings the largest magnitude, which it
   /// returns, into [1, 2).
@@ -59,8 +77,9 @@ class HeadScorer {
   bool score_alone(std::size_t head, double* scores, double* moments);
   double* panel(std::size_t p) { return packed_.data() + p * tokens_ * cpu::kPanelF64; }
 
-  const TensorView& q_;
-  const TensorView& k_;
+  const TensorView* q_ = nullptr;  ///< and k_, or grams_
+  const TensorView* k_ = nullptr;
+  const HeadGrams* grams_ = nullptr;
   std::size_t tokens_;
   std::size_t heads_;
   std::size_t dim_;

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "../cpu/dispatch.h"
+#include "../cuda/backend.h"
 #include "buffer.h"
 #include "check.h"
 #include "packed.h"
@@ -276,7 +277,7 @@ void MomentAccumulator::check_magnitudes(const TensorView& x) const {
 
 void MomentAccumulator::update(const TensorView& x, const RowOptions& options) {
   const auto [norm, stride, phase] = options;
-  check_view(x, label("x"));
+  const bool on_cuda = check_device_view(x, label("x"));
   if (x.rank() < 1 || x.shape[x.rank() - 1] != dim_) {
     fail<InvalidArgument>(label("x"), "shape (..., " + std::to_string(dim_) + ")",
                           to_string(x.shape));
@@ -292,6 +293,7 @@ void MomentAccumulator::update(const TensorView& x, const RowOptions& options) {
   Rows rows{x, stride > 1 ? token_offsets(x, stride, phase) : offsets(x, x.rank() - 1), {}, {}};
   const std::size_t count = rows.size();
   if (count == 0) return;
+  if (on_cuda) return update_on_device(x, options, rows.offsets);
   const bool one = count <= kChunkRows;  // then packing looks for what must not be there
   double peak = 0;
   if (norm != RowNorm::none) {
@@ -309,6 +311,34 @@ void MomentAccumulator::update(const TensorView& x, const RowOptions& options) {
   Chunk<double> chunk(rows);
   if (one && chunk.pack(0, count) > kMaxMagnitude) check_magnitudes(x);
   add_rows(chunk, count, one, state_);
+}
+
+void MomentAccumulator::update_on_device(const TensorView& x, const RowOptions& options,
+                                         const std::vector<std::int64_t>& offsets) {
+  cuda::MomentRows rows;
+  rows.data = x.data;
+  rows.dtype = x.dtype;
+  rows.device = x.device;
+  rows.stride = x.strides[x.rank() - 1];
+  rows.dim = static_cast<std::size_t>(dim_);
+  rows.normalise = options.norm != RowNorm::none;
+  rows.center = options.norm == RowNorm::layer;
+  rows.offsets = &offsets;
+  std::vector<double> sum(state_.sum.size()), second_moment(state_.second_moment.size());
+  double peak = std::numeric_limits<double>::infinity();
+  bool done = false;
+  if (x.dtype != DType::f64) {
+    peak = cuda::moments(rows, false, sum, second_moment);
+    done = fits_f32(peak);
+  }
+  if (!done) peak = cuda::moments(rows, true, sum, second_moment);
+  if (!(peak <= kMaxMagnitude)) {
+    check_magnitudes(x);
+    fail<NumericalError>(label("x"), "magnitudes up to 1e120", number(peak));
+  }
+  add(state_.sum, sum);
+  add(state_.second_moment, second_moment);
+  state_.rows += static_cast<std::int64_t>(offsets.size());
 }
 
 void MomentAccumulator::merge(const MomentAccumulator& other) {

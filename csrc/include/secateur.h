@@ -24,7 +24,8 @@ typedef enum secateur_status {
   SECATEUR_UNSUPPORTED = 2,      /* not on this device, or not in this build */
   SECATEUR_NUMERICAL_ERROR = 3,  /* NaN, Inf, or values that do not fit into float64 */
   SECATEUR_OUT_OF_MEMORY = 4,
-  SECATEUR_INTERNAL_ERROR = 5 /* a fault of the library itself */
+  SECATEUR_INTERNAL_ERROR = 5, /* a fault of the library itself */
+  SECATEUR_DEVICE_ERROR = 6    /* a CUDA device is out of memory or failed */
 } secateur_status;
 
 /* Why the last call on this thread that failed did: "<argument>: expected <what>, got <what>".
@@ -39,6 +40,9 @@ SECATEUR_API const char* secateur_version(void);
  * environment variable SECATEUR_ISA names none of this machine. Valid as long as the library is
  * loaded. */
 SECATEUR_API secateur_status secateur_isa(const char** isa);
+/* Nonzero where this build computes on CUDA devices: scorers' and accumulators' updates and
+ * secateur_compact. */
+SECATEUR_API int32_t secateur_has_cuda(void);
 /* Threads a call may use, the caller's included. Results do not depend on it. */
 SECATEUR_API int32_t secateur_threads(void);
 /* 1 to 1024. */
@@ -69,6 +73,7 @@ typedef struct secateur_tensor {
   int32_t rank; /* 0 to SECATEUR_MAX_RANK */
   int64_t shape[SECATEUR_MAX_RANK];
   int64_t strides[SECATEUR_MAX_RANK];
+  void* stream; /* CUDA: the cudaStream_t to work on; NULL for the default stream */
 } secateur_tensor;
 
 /* Fills in a row-major tensor on the CPU. */
@@ -93,6 +98,12 @@ SECATEUR_API void secateur_attention_scorer_destroy(secateur_attention_scorer* s
 SECATEUR_API secateur_status secateur_attention_scorer_update(secateur_attention_scorer* scorer,
                                                               const secateur_tensor* q,
                                                               const secateur_tensor* k);
+/* The same by Gram matrices in float64, on the CPU: of queries and of keys less their mean over an
+ * image's tokens, (images, heads, head_dim, head_dim) each, and that mean, (images, heads,
+ * head_dim). */
+SECATEUR_API secateur_status secateur_attention_scorer_update_grams(
+    secateur_attention_scorer* scorer, const secateur_tensor* query_gram,
+    const secateur_tensor* key_gram, const secateur_tensor* key_mean, int64_t tokens);
 /* Adds what another scorer of the same sizes has seen. */
 SECATEUR_API secateur_status secateur_attention_scorer_merge(
     secateur_attention_scorer* scorer, const secateur_attention_scorer* other);

@@ -126,12 +126,43 @@ Raises:
 
 Args:
     q: queries (images, tokens, heads, head_dim), any strides; float32, float16, bfloat16, float64.
-    k: keys, the same shape.
+        On a CUDA device where runtime.has_cuda() (head_dim at most 128): computed there, on torch's
+        current stream (that of another framework: the default one), and waited for.
+    k: keys, the same shape and device; on CUDA the same dtype.
 
 Raises:
-    InvalidArgument: not an array, or another shape or dtype.
-    Unsupported: not on the CPU.
+    InvalidArgument: not an array, or another shape, dtype or device.
+    Unsupported: on a device that this build does not compute on.
     NumericalError: a NaN or Inf (named by its place); with moments, a magnitude above 1e60.
+        The object is then as it was before the call.
+)")
+      .def(
+          "update_grams",
+          [](Scorer& self, py::handle query_gram, py::handle key_gram, py::handle key_mean,
+             std::int64_t tokens) {
+            const Array queries(query_gram, label(self, "query_gram"));
+            const Array keys(key_gram, label(self, "key_gram"));
+            const Array means(key_mean, label(self, "key_mean"));
+            self.run([&](AttentionScorer& s) {
+              s.update_grams(queries.view(), keys.view(), means.view(), tokens);
+            });
+          },
+          py::arg("query_gram"), py::arg("key_gram"), py::arg("key_mean"), py::arg("tokens"),
+          R"(Adds a batch of images by its Gram matrices, without the GIL.
+
+For queries and keys that are where the core does not compute. In float64 from the first product,
+or the scores of trained models are lost to rounding.
+
+Args:
+    query_gram: QᵀQ (images, heads, head_dim, head_dim), on the CPU; the upper triangle is read.
+    key_gram: K_cᵀK_c, keys less their mean over the image's tokens, the same shape.
+    key_mean: that mean, (images, heads, head_dim).
+    tokens: of each image, at least 1.
+
+Raises:
+    InvalidArgument: not an array, another shape or dtype, or tokens below 1.
+    Unsupported: not on the CPU.
+    NumericalError: a NaN or Inf (named by its place), or a magnitude above 1e130.
         The object is then as it was before the call.
 )")
       .def(

@@ -25,7 +25,9 @@ void register_compact(py::module_& module) {
 Args:
     tensor: any shape and strides, writable, float32, float16, bfloat16 or float64. A row-major
         contiguous one is packed at the front of its memory, and the rest may be given back; any
-        other keeps its strides, and nothing outside of the view is written.
+        other keeps its strides, and nothing outside of the view is written. On a CUDA device where
+        runtime.has_cuda() it is moved there, on torch's current stream, and not waited for; 32 MiB
+        of the device's memory are used meanwhile.
     dim: the axis, from 0.
     keep: ascending, unique indices, at least one.
 
@@ -35,7 +37,7 @@ Returns:
 Raises:
     InvalidArgument: a bad index, a read-only or self-overlapping tensor, another dtype.
         Nothing has been moved then.
-    Unsupported: not on the CPU.
+    Unsupported: on a device that this build does not compute on.
 )");
 }
 

@@ -55,13 +55,16 @@ struct DLManagedTensorVersioned {
   std::uint64_t flags;
   DLTensor dl_tensor;
 };
-// Up to the one function that is called here; frameworks append to it.
+// Up to the last function that is called here; frameworks append to it.
 struct DLPackExchangeAPI {
   DLPackVersion version;
   DLPackExchangeAPI* previous;
   int (*allocate)(DLTensor*, DLManagedTensorVersioned**, void*,
                   void (*)(void*, const char*, const char*));
   int (*from_py_object)(void* object, DLManagedTensorVersioned** out);
+  int (*to_py_object)(DLManagedTensorVersioned* tensor, void** out);
+  int (*view_of_py_object)(void* object, DLTensor* out);
+  int (*current_work_stream)(std::int32_t device_type, std::int32_t device_id, void** out);
 };
 
 /// A tensor that its framework has exported; gives it back on destruction (with the GIL held).
@@ -94,7 +97,8 @@ class Tensor {
     // Null data (nothing exported, or an empty tensor) stays null.
     char* data = static_cast<char*>(tensor.data);
     if (data != nullptr) data += tensor.byte_offset;
-    const Device where = device(tensor.device, argument);
+    Device where = device(tensor.device, argument);
+    where.stream = stream_;
     return {data, dtype(tensor.dtype, argument), shape, strides, where};
   }
 
@@ -112,7 +116,30 @@ class Tensor {
       versioned_ = nullptr;
       refuse(object, argument);
     }
+    const DLDevice& where = versioned_->dl_tensor.device;
+    if (where.device_type == kCuda &&
+        (api->current_work_stream == nullptr ||
+         api->current_work_stream(where.device_type, where.device_id, &stream_) != 0)) {
+      refuse(object, argument);
+    }
     return true;
+  }
+
+  /// For __dlpack__: the stream that the tensor is to be ready on, torch's current one or else the
+  /// default stream; None where there are no streams.
+  py::object choose_stream(const py::object& source) {
+    if (!py::hasattr(source, "__dlpack_device__")) return py::none();
+    const auto where = py::cast<std::pair<int, int>>(source.attr("__dlpack_device__")());
+    if (where.first != kCuda) return py::none();
+    const std::string module = py::str(py::type::handle_of(source).attr("__module__"));
+    if (module.rfind("torch", 0) == 0) {
+      const py::object current =
+          py::module_::import("torch").attr("cuda").attr("current_stream")(where.second);
+      const auto handle = py::cast<std::uintptr_t>(current.attr("cuda_stream"));
+      stream_ = reinterpret_cast<void*>(handle);
+    }
+    // The default stream is DLPack's 1.
+    return py::int_(stream_ == nullptr ? 1 : reinterpret_cast<std::uintptr_t>(stream_));
   }
 
   void from_capsule(py::handle object, const std::string& argument) {
@@ -126,11 +153,15 @@ class Tensor {
       if (py::bool_(py::getattr(source, "requires_grad", py::bool_(false)))) {
         source = source.attr("detach")();
       }
+      py::dict options;
+      const py::object stream = choose_stream(source);
+      if (!stream.is_none()) options["stream"] = stream;
       try {
-        capsule = source.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
+        capsule =
+            source.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0), **options);
       } catch (py::error_already_set& error) {
         if (!error.matches(PyExc_TypeError)) throw;  // older than max_version
-        capsule = source.attr("__dlpack__")();
+        capsule = source.attr("__dlpack__")(**options);
       }
     } catch (py::error_already_set& error) {
       error.restore();
@@ -200,6 +231,7 @@ class Tensor {
     refuse_dtype(argument, type.code == kBool ? kind : kind + std::to_string(type.bits));
   }
 
+  void* stream_ = nullptr;  ///< of a CUDA tensor; null for the default stream
   DLManagedTensorVersioned* versioned_ = nullptr;
   DLManagedTensor* legacy_ = nullptr;
 };

@@ -84,7 +84,8 @@ Raises:
           R"(Adds every row, without a copy and without the GIL.
 
 Args:
-    x: (..., dim), at least one axis, any strides; float32, float16, bfloat16 or float64.
+    x: (..., dim), at least one axis, any strides; float32, float16, bfloat16 or float64. On a CUDA
+        device where runtime.has_cuda(): multiplied there, on torch's current stream, waited for.
     norm: "rms" adds x √dim / ‖x‖ in place of each row x, "layer" that of x less its mean, as an
         RMSNorm or LayerNorm without weights and eps would; a row of norm 0 stays 0.
     stride: 1 to 2^31; above 1, of x (images, tokens, dim), image b gives only every stride-th token, from
@@ -94,7 +95,7 @@ Args:
 Raises:
     InvalidArgument: not an array, another last axis or dtype, no such norm, or a number out of its
         range.
-    Unsupported: not on the CPU.
+    Unsupported: on a device that this build does not compute on.
     NumericalError: a NaN or Inf (named by its place), or a magnitude above 1e120.
         The object is then as it was before the call.
 )")

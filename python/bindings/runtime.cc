@@ -118,6 +118,8 @@ Args:
 Raises:
     InvalidArgument: threads is not 1 to 1024.
 )")
+      .def_static("has_cuda", &has_cuda,
+                  "Does this build compute on CUDA devices? Not whether there is one.")
       .def_static("version", &version, "Version of the core, major.minor.patch.");
 }
 

@@ -13,7 +13,7 @@ class _SupportsDLPack(Protocol):
     def __dlpack_device__(self) -> tuple[Any, Any]: ...
 
 _Array: TypeAlias = npt.NDArray[Any] | _SupportsDLPack
-"""float32, float16, bfloat16 or float64 on the CPU, any strides, taken without a copy."""
+"""float32, float16, bfloat16 or float64, any strides, taken without a copy; on the CPU unless a function says else."""
 
 class AttentionScorer:
     """Scores the query/key neurons of one attention layer over a stream of images.
@@ -54,13 +54,35 @@ class AttentionScorer:
 
         Args:
             q: queries (images, tokens, heads, head_dim), any strides; float32, float16, bfloat16,
-                float64.
-            k: keys, the same shape.
+                float64. On a CUDA device where runtime.has_cuda() (head_dim at most 128): computed
+                there, on torch's current stream (that of another framework: the default one), and
+                waited for.
+            k: keys, the same shape and device; on CUDA the same dtype.
 
         Raises:
-            InvalidArgument: not an array, or another shape or dtype.
-            Unsupported: not on the CPU.
+            InvalidArgument: not an array, or another shape, dtype or device.
+            Unsupported: on a device that this build does not compute on.
             NumericalError: a NaN or Inf (named by its place); with moments, a magnitude above 1e60.
+                The object is then as it was before the call.
+        """
+
+    def update_grams(self, query_gram: _Array, key_gram: _Array, key_mean: _Array, tokens: int) -> None:
+        """Adds a batch of images by its Gram matrices, without the GIL.
+
+        For queries and keys that are where the core does not compute. In float64 from the first
+        product, or the scores of trained models are lost to rounding.
+
+        Args:
+            query_gram: QᵀQ (images, heads, head_dim, head_dim), on the CPU; the upper triangle is
+                read.
+            key_gram: K_cᵀK_c, keys less their mean over the image's tokens, the same shape.
+            key_mean: that mean, (images, heads, head_dim).
+            tokens: of each image, at least 1.
+
+        Raises:
+            InvalidArgument: not an array, another shape or dtype, or tokens below 1.
+            Unsupported: not on the CPU.
+            NumericalError: a NaN or Inf (named by its place), or a magnitude above 1e130.
                 The object is then as it was before the call.
         """
 
@@ -146,7 +168,9 @@ class MomentAccumulator:
         """Adds every row, without a copy and without the GIL.
 
         Args:
-            x: (..., dim), at least one axis, any strides; float32, float16, bfloat16 or float64.
+            x: (..., dim), at least one axis, any strides; float32, float16, bfloat16 or float64. On a
+                CUDA device where runtime.has_cuda(): multiplied there, on torch's current stream,
+                waited for.
             norm: "rms" adds x √dim / ‖x‖ in place of each row x, "layer" that of x less its mean, as
                 an RMSNorm or LayerNorm without weights and eps would; a row of norm 0 stays 0.
             stride: 1 to 2^31; above 1, of x (images, tokens, dim), image b gives only every stride-th token,
@@ -156,7 +180,7 @@ class MomentAccumulator:
         Raises:
             InvalidArgument: not an array, another last axis or dtype, no such norm, or a number out of
                 its range.
-            Unsupported: not on the CPU.
+            Unsupported: on a device that this build does not compute on.
             NumericalError: a NaN or Inf (named by its place), or a magnitude above 1e120.
                 The object is then as it was before the call.
         """
@@ -275,7 +299,9 @@ def compact(
     Args:
         tensor: any shape and strides, writable, float32, float16, bfloat16 or float64. A row-major
             contiguous one is packed at the front of its memory, and the rest may be given back; any
-            other keeps its strides, and nothing outside of the view is written.
+            other keeps its strides, and nothing outside of the view is written. On a CUDA device where
+            runtime.has_cuda() it is moved there, on torch's current stream, and not waited for; 32
+            MiB of the device's memory are used meanwhile.
         dim: the axis, from 0.
         keep: ascending, unique indices, at least one.
 
@@ -285,7 +311,7 @@ def compact(
     Raises:
         InvalidArgument: a bad index, a read-only or self-overlapping tensor, another dtype.
             Nothing has been moved then.
-        Unsupported: not on the CPU.
+        Unsupported: on a device that this build does not compute on.
     """
 
 class runtime:  # noqa: N801
@@ -344,6 +370,10 @@ class runtime:  # noqa: N801
         Raises:
             InvalidArgument: threads is not 1 to 1024.
         """
+
+    @staticmethod
+    def has_cuda() -> bool:
+        """Does this build compute on CUDA devices? Not whether there is one."""
 
     @staticmethod
     def version() -> str:

@@ -6,14 +6,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from . import check, core
+from . import check, core, reach
 from .anatomy import Anatomy, AttentionSite, FfnSite, NormSite
 from .data import data_config, images_in, model_input, split_batch
 from .errors import InvalidArgument, NumericalError
@@ -44,7 +44,8 @@ def calibrate(
     rank-one map agrees with the leading ``gamma`` singular directions of the head's attention scores.
 
     Args:
-        model: a supported timm model, on any device.
+        model: a supported timm model, on any device. On a CUDA device the statistics are computed there: by the core
+            where it was built with CUDA (``core.runtime.has_cuda()``), or by torch in float64, which is slower.
         loader: batches of images (B, C, H, W), normalised as the model's data configuration says, or sequences whose
             first item they are. It is read once, front to back.
         max_images: stop after exactly this many images; None for all.
@@ -395,46 +396,43 @@ class _Collector:
         if self._dtype not in ("", dtype):
             raise InvalidArgument(f"resume: expected queries and keys of {self._dtype}, got {dtype}")
         self._dtype = dtype
-        q, k = _on_host(q), _on_host(k)
+        q, k = q.detach(), k.detach()
         if self._all and self.images < SAMPLED_IMAGES:
             self._sample(site, q[: SAMPLED_IMAGES - self.images], k[: SAMPLED_IMAGES - self.images])
         for fold, scorer in enumerate(self._scorers[site.qk]):
             start = (fold - self.images) % 2
             if start < len(q):
-                scorer.update(q[start::2], k[start::2])
+                reach.update_scores(scorer, q[start::2], k[start::2])
 
     def _sample(self, site: AttentionSite, q: torch.Tensor, k: torch.Tensor) -> None:
         """Keep the Grams of the first images one by one: what a cut does to an image's own scores needs both at once.
 
         Packed, in float32: they only measure errors.
         """
-        k = k.double()
+        q, k = reach.at_hand(q), reach.at_hand(k).double()
         for what, x in (("query_gram", q.double()), ("key_gram", k - k.mean(1, keepdim=True))):
             grams = torch.einsum("bnhi,bnhj->bhij", x, x)
             rows, columns = np.triu_indices(site.qk_dim)
-            packed = grams[..., rows, columns].to(torch.float32).numpy()
+            packed = grams[..., rows, columns].to(torch.float32).cpu().numpy()
             self._samples.setdefault(f"sample/{site.qk}/{what}", []).append(packed)
 
-    def _add(self, name: str, x: torch.Tensor, norm: Literal["none", "rms", "layer"] = "none") -> None:
+    def _add(self, name: str, x: torch.Tensor, norm: reach.RowNorm = "none") -> None:
         """Add the chosen tokens of (B, N, d) to the fold of their image.
 
         Image g gives every stride-th token from (g // 2) mod stride on, so both folds see all positions, and the
         choice does not depend on how images are split into batches.
         """
-        x = _on_host(x)
+        x = x.detach()
         for fold, accumulator in enumerate(self._moments[name]):
             start = (fold - self.images) % 2
             if start < len(x):
                 stride = min(self._stride, x.shape[1])
-                accumulator.update(x[start::2], norm=norm, stride=stride, phase=(self.images + start) // 2)
+                phase = (self.images + start) // 2
+                reach.update_moments(accumulator, x[start::2], norm=norm, stride=stride, phase=phase)
 
 
 def _enough(_output: torch.Tensor) -> None:
     raise _EnoughError
-
-
-def _on_host(x: torch.Tensor) -> torch.Tensor:
-    return x.detach() if x.device.type == "cpu" else x.detach().cpu()
 
 
 def _on_output(model: nn.Module, name: str, observe: Callable[[torch.Tensor], None]) -> RemovableHandle:

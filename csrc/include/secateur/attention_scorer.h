@@ -37,10 +37,22 @@ class SECATEUR_API AttentionScorer {
   AttentionScorer(std::int64_t heads, std::int64_t head_dim, std::int64_t gamma = 8,
                   bool moments = false, std::string name = "");
 
-  /// Adds a batch. q, k: (images, tokens, heads, head_dim), the same shape, any strides and dtype.
-  /// Throws InvalidArgument, Unsupported (not on the CPU) or NumericalError (NaN, Inf; with
-  /// moments also magnitudes above 1e60); the object is then as it was before the call.
+  /// Adds a batch. q, k: (images, tokens, heads, head_dim), the same shape, any strides and dtype,
+  /// on the CPU, or both on one CUDA device where the build has CUDA (see runtime.h) and head_dim
+  /// is at most 128; it is computed there, on q's stream, and waited for. Throws InvalidArgument,
+  /// Unsupported (another device), NumericalError (NaN, Inf; with moments also magnitudes above
+  /// 1e60) or Error (a device that fails); the object is then as it was before the call.
   void update(const TensorView& q, const TensorView& k);
+
+  /// Adds a batch by its Gram matrices, for programs that have them already or whose queries and
+  /// keys are where the library does not compute.
+  /// query_gram, key_gram: (images, heads, head_dim, head_dim), QᵀQ and K_cᵀK_c of keys less their
+  /// mean over the image's tokens, in float64 from the first product, or the scores of trained
+  /// models are lost to rounding; the upper triangles are read. key_mean: (images, heads,
+  /// head_dim), that mean. tokens: of each image, at least 1. All on the CPU. Throws as update()
+  /// does.
+  void update_grams(const TensorView& query_gram, const TensorView& key_gram,
+                    const TensorView& key_mean, std::int64_t tokens);
 
   /// Adds what another scorer of the same heads, head_dim, gamma and moments has seen.
   void merge(const AttentionScorer& other);
@@ -69,6 +81,7 @@ class SECATEUR_API AttentionScorer {
   std::string label(const char* argument) const;
   void check_batch(const TensorView& q, const TensorView& k) const;
   void check_values(const TensorView& x, const char* argument) const;
+  void update_on_device(const TensorView& q, const TensorView& k);
   std::vector<double> full(const std::vector<double>& packed, const char* what) const;
 
   std::int64_t heads_;

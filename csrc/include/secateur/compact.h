@@ -13,8 +13,11 @@ namespace secateur {
 /// memory forward only and without a second buffer. Returns the view of the result, which begins
 /// at tensor.data. A row-major contiguous tensor is packed: the result is contiguous and the owner
 /// may shrink the memory. Any other keeps its strides, and only elements of the view are written.
-/// Throws InvalidArgument (also for a view whose elements may overlap: each stride has to step over
-/// the span of the axes with smaller strides) or Unsupported, before anything is moved.
+/// A view on a CUDA device (where the build has CUDA, see runtime.h) is moved there: the work is
+/// enqueued on its stream, nobody waits for it, and 32 MiB of the device's memory are used
+/// meanwhile. Throws InvalidArgument (also for a view whose elements may overlap: each stride has
+/// to step over the span of the axes with smaller strides), Unsupported, or Error (a device that
+/// fails), before anything is moved.
 SECATEUR_API MutableTensorView compact(const MutableTensorView& tensor, std::int64_t dim,
                                        const std::vector<std::int64_t>& keep);
 

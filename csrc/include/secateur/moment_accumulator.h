@@ -42,9 +42,12 @@ class SECATEUR_API MomentAccumulator {
   /// name: put in front of every error of this object. Throws InvalidArgument.
   explicit MomentAccumulator(std::int64_t dim, std::string name = "");
 
-  /// Adds every row of x: (…, dim), at least one axis, any strides and dtype.
-  /// Throws InvalidArgument, Unsupported (not on the CPU) or NumericalError (NaN, Inf, or a
-  /// magnitude above 1e120 in the rows); the object is then as it was before the call.
+  /// Adds every row of x: (…, dim), at least one axis, any strides and dtype, on the CPU, or on a
+  /// CUDA device where the build has CUDA (see runtime.h): multiplied there, on x's stream, waited
+  /// for, and added to the sums on the host.
+  /// Throws InvalidArgument, Unsupported (another device), NumericalError (NaN, Inf, or a
+  /// magnitude above 1e120 in the rows) or Error (a device that fails); the object is then as it
+  /// was before the call.
   void update(const TensorView& x, const RowOptions& options = {});
 
   /// Adds what another accumulator of the same dim has seen.
@@ -65,6 +68,8 @@ class SECATEUR_API MomentAccumulator {
  private:
   std::string label(const char* argument) const;
   void check_magnitudes(const TensorView& x) const;
+  void update_on_device(const TensorView& x, const RowOptions& options,
+                        const std::vector<std::int64_t>& offsets);
 
   std::int64_t dim_;
   std::string name_;

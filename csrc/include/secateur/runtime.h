@@ -36,6 +36,10 @@ SECATEUR_API void set_team(Team team);
 /// What set_team() was last given in this process; nullptr from the start.
 SECATEUR_API Team team();
 
+/// Whether this build computes on CUDA devices. Where it does, AttentionScorer::update,
+/// MomentAccumulator::update and compact take views of them, on the view's stream.
+SECATEUR_API bool has_cuda();
+
 /// "major.minor.patch".
 SECATEUR_API std::string version();
 

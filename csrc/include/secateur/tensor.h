@@ -24,6 +24,9 @@ enum class DeviceType : std::uint8_t { cpu, cuda };
 struct Device {
   DeviceType type = DeviceType::cpu;
   int index = 0;
+  /// cuda: the cudaStream_t that the memory is ready on and that work on it is enqueued on; null
+  /// for the default stream. Of two views of a call that of the first counts.
+  void* stream = nullptr;
 };
 
 inline constexpr std::size_t kMaxRank = 8;
