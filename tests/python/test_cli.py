@@ -345,6 +345,9 @@ def test_random_weights_are_taken_when_asked_for(run_json: Callable[..., dict[st
 
 def test_version_and_help(run: Run) -> None:
     assert run("--version") == (0, f"secateur {secateur.__version__}\n", "")
+    code, folder, _ = run("--cmake-dir")
+    assert code == 0
+    assert (Path(folder.strip()) / "secateurConfig.cmake").is_file()
     code, out, _ = run("--help")
     assert code == 0
     for command in ("inspect", "calibrate", "plan", "prune", "evaluate", "finetune", "bench", "demo"):
