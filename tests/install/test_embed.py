@@ -5,22 +5,18 @@ from __future__ import annotations
 import ctypes
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import secateur as sc
+from commands import run
 from secateur import core
+from vits import buffers, images, vit
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(*command: object) -> str:
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-    return result.stdout
 
 
 @pytest.mark.parametrize("shared", ["OFF", "ON"])
@@ -103,10 +99,17 @@ def the_examples_build_and_run(tmp_path: Path, where: str) -> None:
     program = tmp_path / "program"
     run("cmake", "-S", source, "-B", program, where, "-DCMAKE_BUILD_TYPE=Release")
     run("cmake", "--build", program)
-    lines = run(program / "embed").splitlines()
+    lines = run(program / "quickstart").splitlines()
     isa = r"(baseline|avx2|avx512|neon)"
     assert re.fullmatch(rf"secateur {re.escape(version())}, {isa}, \d+ threads", lines[0])
     assert lines[1:] == ["query weight (48, 48) -> (36, 48)", "ok"]
+    if (program / "prune_vit").exists():
+        model = vit()
+        sc.save(model, tmp_path / "dense")
+        seen = buffers(model, images(3), tmp_path / "buffers")
+        run(program / "prune_vit", tmp_path / "dense", seen, tmp_path / "small", "--ffn", 0.5)
+        small = sc.load(tmp_path / "small").blocks[1]
+        assert (small.attn.qk_dim, small.attn.v_dim, small.mlp.fc1.out_features) == (7, 13, 78)
 
 
 def version() -> str:
