@@ -14,7 +14,7 @@ namespace {
 using nlohmann::json;
 
 constexpr const char* kKey = "secateur";
-constexpr std::int64_t kFormat = 1;
+constexpr std::uint64_t kFormat = 1;
 // Fields are a few levels deep; what recurses over them has a limit.
 constexpr int kMaxDepth = 32;
 
@@ -29,9 +29,16 @@ json parse(const std::string& text, const std::string& file) {
 /// A JSON string as Python's json.dumps writes it, in ASCII.
 std::string quoted(const std::string& text) { return json(text).dump(-1, ' ', true); }
 
-/// The checksum over kind, fields and table. The text is that of Python's json.dumps.
+std::string member(const json& outer, const char* key) {
+  const auto found = outer.find(key);
+  return found != outer.end() && found->is_string() ? found->get<std::string>() : "";
+}
+
+}  // namespace
+
 std::string table_sha256(const std::string& kind, const std::string& fields,
                          const std::map<std::string, Tensor>& tensors) {
+  // The text is that of Python's json.dumps.
   Sha256 sum;
   const auto add = [&](const std::string& text) { sum.update(text.data(), text.size()); };
   add("[" + std::to_string(kFormat) + ", " + quoted(kind) + ", " + quoted(fields) + ", [");
@@ -48,13 +55,6 @@ std::string table_sha256(const std::string& kind, const std::string& fields,
   return sum.hex();
 }
 
-std::string member(const json& outer, const char* key) {
-  const auto found = outer.find(key);
-  return found != outer.end() && found->is_string() ? found->get<std::string>() : "";
-}
-
-}  // namespace
-
 Header read_header(const Table& table, const std::string& kind, const std::string& file) {
   const std::string expected = "a secateur " + kind + " file";
   const auto text = table.metadata.find(kKey);
@@ -65,10 +65,10 @@ Header read_header(const Table& table, const std::string& kind, const std::strin
   Header header;
   try {
     outer = parse(text->second, file);
-    if (!outer.is_object() || !outer.contains("format") || !outer["format"].is_number_integer()) {
+    if (!outer.is_object() || !outer.contains("format") || !outer["format"].is_number_unsigned()) {
       refuse(file, expected, "one whose header is damaged");
     }
-    if (outer["format"].get<std::int64_t>() > kFormat) {
+    if (outer["format"].get<std::uint64_t>() > kFormat) {
       refuse(file, expected + " of format " + std::to_string(kFormat) + " or older",
              "format " + outer["format"].dump());
     }

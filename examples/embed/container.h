@@ -20,6 +20,11 @@ struct Header {
   std::string data_sha256{};
 };
 
+/// The checksum over kind, fields (as they stand in the file) and the tensors' names, types,
+/// shapes.
+std::string table_sha256(const std::string& kind, const std::string& fields,
+                         const std::map<std::string, Tensor>& tensors);
+
 /// Throws secateur::InvalidArgument where the file is not one of `kind`, newer, or damaged.
 Header read_header(const Table& table, const std::string& kind, const std::string& file);
 

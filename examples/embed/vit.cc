@@ -39,10 +39,11 @@ void check_axis(const Tensors& tensors, const std::string& name, std::size_t ran
   const auto found = tensors.find(name);
   if (found == tensors.end()) refuse(what, "a tensor", "none");
   const std::vector<std::int64_t>& shape = found->second.shape;
-  if (shape.size() != rank || shape[axis] != size) {
+  // Without data a size could be any: nothing that the file does not hold is to be allocated.
+  if (shape.size() != rank || shape[axis] != size || found->second.bytes == 0) {
     refuse(what,
            std::to_string(rank) + " axes, axis " + std::to_string(axis) + " of size " +
-               std::to_string(size),
+               std::to_string(size) + ", none of size 0",
            "shape " + json(shape).dump());
   }
   view(found->second, nullptr, what);
@@ -141,7 +142,7 @@ std::vector<Block> read_blocks(const json& fields, const Tensors& tensors,
     const json values = fields.value(key, json::object());
     if (!values.is_object() ||
         !std::all_of(values.begin(), values.end(),
-                     [type](const json& value) { return value.type() == type; })) {
+                     [wanted = type](const json& value) { return value.type() == wanted; })) {
       refuse(file, std::string("an object of ") + key, values.dump());
     }
   }
@@ -257,6 +258,7 @@ json updated(json fields, const std::vector<Block>& blocks, const Choices& choic
     fields["sizes"][group] = static_cast<std::int64_t>(choice.kept.size()) / choice.heads;
   }
   for (const Block& block : blocks) {
+    if (block.heads == 0) continue;
     const std::string attn = block.name + ".attn";
     bool cut = false;
     for (const auto& [group, size] :
