@@ -7,7 +7,8 @@
 // an inference stack: a .safetensors file with the queries and keys of calibration images,
 // "blocks.0.q" and "blocks.0.k", ..., (images, tokens, heads, head_dim) each.
 // --qk, --v and --ffn are the fractions of query/key neurons, value neurons and FFN channels that
-// leave. --stream never holds more of the model than a few MiB, for models larger than memory.
+// leave. --stream is for models larger than memory: it holds a few MiB of the model at a time, and
+// with --v or --ffn what scores them, one layer's weights and their copy in float64.
 #include <secateur/secateur.h>
 
 #include <algorithm>

@@ -355,6 +355,14 @@ def test_version_and_help(run: Run) -> None:
         assert run(command, "--help")[0] == 0
 
 
+def test_cmake_dir_of_a_build_without_library(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(secateur.core._core, "__file__", str(tmp_path / "_core.so"))
+    expected = (
+        f"cmake_dir: expected a package built with SECATEUR_INSTALL=ON, got none in {tmp_path}/lib/cmake/secateur"
+    )
+    assert run("--cmake-dir") == (1, "", f"secateur: {expected}\n")
+
+
 def test_as_a_module_in_its_own_process(dense: Path) -> None:
     command = [sys.executable, "-m", "secateur", "inspect", "--checkpoint", str(dense), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
