@@ -56,7 +56,7 @@ fuzz: $(VENV)/.installed-test
 	@for fuzzer in $(notdir $(wildcard tests/fuzz/seeds/*)); do \
 	  mkdir -p build/fuzz/corpus/$$fuzzer; \
 	  build/fuzz/tests/fuzz/$${fuzzer}_fuzzer -max_total_time=$(FUZZ_SECONDS) -timeout=30 -malloc_limit_mb=64 \
-	    -max_len=8192 -print_final_stats=1 -verbosity=0 -artifact_prefix=build/fuzz/ build/fuzz/corpus/$$fuzzer \
+	    -max_len=8192 -print_final_stats=1 -print_funcs=0 -verbosity=0 -artifact_prefix=build/fuzz/ build/fuzz/corpus/$$fuzzer \
 	    tests/fuzz/seeds/$$fuzzer || exit 1; \
 	done
 

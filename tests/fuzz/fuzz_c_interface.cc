@@ -239,7 +239,7 @@ void select(Bytes& bytes) {
   const Tensor scores(bytes, 2);
   const std::int64_t keep = bytes.number(0, 9);
   const std::int64_t groups = scores.view.shape[0];
-  Room<std::int64_t> kept(size_near(bytes, keep < 1 << 10 ? groups * keep : 0));
+  Room<std::int64_t> kept(size_near(bytes, keep > 0 && keep < 1 << 10 ? groups * keep : 0));
   if (!done(secateur_select(&scores.view, keep, kept.values.get(), kept.size))) return;
   for (std::size_t i = 0; i < kept.size; ++i) {
     const bool first = i % static_cast<std::size_t>(keep) == 0;
