@@ -53,7 +53,7 @@ sanitize: $(VENV)/.installed-test
 # tests/fuzz/seeds. No allocation is to be larger than 64 MiB.
 fuzz: $(VENV)/.installed-test
 	$(WITH_PATH) && cmake --preset fuzz && cmake --build --preset fuzz --parallel $(JOBS)
-	@for fuzzer in $(notdir $(wildcard tests/fuzz/seeds/*)); do \
+	@for fuzzer in fuzz_c_interface fuzz_model_file; do \
 	  mkdir -p build/fuzz/corpus/$$fuzzer; \
 	  build/fuzz/tests/fuzz/$${fuzzer}_fuzzer -max_total_time=$(FUZZ_SECONDS) -timeout=30 -malloc_limit_mb=64 \
 	    -max_len=8192 -print_final_stats=1 -print_funcs=0 -verbosity=0 -artifact_prefix=build/fuzz/ build/fuzz/corpus/$$fuzzer \
