@@ -2,6 +2,7 @@
 #   make demo        the main job on real images, in minutes     make lint        ruff, clang-format, mypy
 #   make test        C++ tests (where GoogleTest is) and pytest  make sanitize    C++ tests under asan and ubsan
 #   make bench       the benchmarks (C++ ones: Google Benchmark) make instructions  kernels under callgrind
+#   make fuzz        libFuzzer on what reads strangers' bytes (clang), FUZZ_SECONDS=600 each
 #   make clean       all that the above made
 # PYTHON=python3.12 chooses the interpreter of .venv; VENV= another place for it. CUDA=ON|OFF|AUTO: does the extension
 # hold the CUDA kernels (AUTO: where nvcc is); by default only where a GPU is, for they take a minute to compile.
@@ -21,9 +22,11 @@ endif
 # What an installed package depends on: any of it newer than the stamp, and pip builds again.
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake python/bindings -type f)
 PYTHON_FILES := python tests benchmarks
-CPP_FILES = $(shell find csrc python/bindings tests/cpp examples -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.c' -o -name '*.inc')
+CPP_FILES = $(shell find csrc python/bindings tests/cpp tests/fuzz examples -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.c' -o -name '*.inc')
 
-.PHONY: demo test test-cpp test-python lint sanitize bench instructions build-bench clean
+FUZZ_SECONDS ?= 600
+
+.PHONY: demo test test-cpp test-python lint sanitize fuzz bench instructions build-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -47,6 +50,17 @@ test-cpp: $(VENV)/.installed-test
 
 sanitize: $(VENV)/.installed-test
 	$(WITH_PATH) && cmake --preset asan && cmake --build --preset asan --parallel $(JOBS) && ctest --preset asan --parallel $(JOBS)
+
+# What is found new stays in build/fuzz/corpus, for the next run; a crash is a file build/fuzz/crash-*, and belongs into
+# tests/fuzz/seeds. No allocation is to be larger than 64 MiB.
+fuzz: $(VENV)/.installed-test
+	$(WITH_PATH) && cmake --preset fuzz && cmake --build --preset fuzz --parallel $(JOBS)
+	@for fuzzer in fuzz_c_interface fuzz_model_file; do \
+	  mkdir -p build/fuzz/corpus/$$fuzzer; \
+	  build/fuzz/tests/fuzz/$${fuzzer}_fuzzer -max_total_time=$(FUZZ_SECONDS) -timeout=30 -malloc_limit_mb=64 \
+	    -max_len=8192 -print_final_stats=1 -print_funcs=0 -verbosity=0 -artifact_prefix=build/fuzz/ build/fuzz/corpus/$$fuzzer \
+	    tests/fuzz/seeds/$$fuzzer || exit 1; \
+	done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(wildcard $(PYTHON_FILES))

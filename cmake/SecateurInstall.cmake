@@ -1,9 +1,24 @@
-# cmake --install: headers, library, and what find_package(secateur CONFIG) reads.
+# Headers, library, and what find_package(secateur CONFIG) reads: below the prefix of cmake --install, or in a wheel
+# inside of the Python package. Either may be moved.
 include(CMakePackageConfigHelpers)
 
-set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/secateur)
-install(TARGETS secateur EXPORT secateurTargets)
-install(DIRECTORY csrc/include/ DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+if(wheel)
+  set(include_dir secateur/include)
+  set(library_dir secateur/lib)
+  set(namelink NAMELINK_SKIP)
+else()
+  set(include_dir ${CMAKE_INSTALL_INCLUDEDIR})
+  set(library_dir ${CMAKE_INSTALL_LIBDIR})
+  set(namelink)
+endif()
+set(package_dir ${library_dir}/cmake/secateur)
+
+install(TARGETS secateur EXPORT secateurTargets
+        RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR}
+        LIBRARY DESTINATION ${library_dir} ${namelink}
+        ARCHIVE DESTINATION ${library_dir}
+        INCLUDES DESTINATION ${include_dir})
+install(DIRECTORY csrc/include/ DESTINATION ${include_dir})
 install(EXPORT secateurTargets NAMESPACE secateur:: DESTINATION ${package_dir})
 if(SECATEUR_WITH_CUDA AND NOT BUILD_SHARED_LIBS)
   set(SECATEUR_CONFIG_CUDA ON)

@@ -26,6 +26,7 @@ from . import prune as prune_
 from .bench import bench as bench_
 from .checkpoint import load as load_
 from .checkpoint import save as save_
+from .core import cmake_dir
 from .data import default_split, loader
 from .errors import Error, InvalidArgument
 from .evaluate import evaluate as evaluate_
@@ -276,9 +277,19 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _cmake_dir(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"{cmake_dir()}\n")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     _show: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    _where: Annotated[
+        bool,
+        typer.Option("--cmake-dir", callback=_cmake_dir, is_eager=True, help="Print secateur_DIR for C++ programs."),
+    ] = False,
 ) -> None:
     pass
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
+from . import _core
 from ._core import (
     AttentionScorer,
     MomentAccumulator,
@@ -20,6 +22,7 @@ from .errors import Unsupported
 __all__ = [
     "AttentionScorer",
     "MomentAccumulator",
+    "cmake_dir",
     "compact",
     "eliminate",
     "runtime",
@@ -29,6 +32,21 @@ __all__ = [
     "value_similarity",
     "value_similarity_from_moment",
 ]
+
+
+def cmake_dir() -> Path:
+    """Folder of the CMake package that this installation brings for C++ programs.
+
+    ``cmake -Dsecateur_DIR=<it>`` lets ``find_package(secateur CONFIG)`` find headers and shared library.
+
+    Raises:
+        Unsupported: the package was built without them.
+    """
+    # Beside the extension: of an editable install, the Python files are somewhere else.
+    folder = Path(_core.__file__).parent / "lib" / "cmake" / "secateur"
+    if not (folder / "secateurConfig.cmake").is_file():
+        raise Unsupported(f"cmake_dir: expected a package built with SECATEUR_INSTALL=ON, got none in {folder}")
+    return folder
 
 
 @contextmanager

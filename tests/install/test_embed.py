@@ -1,29 +1,27 @@
-"""cmake --install, and a C++ program elsewhere that finds and uses what was installed."""
+"""cmake --install or a wheel, and C++ programs elsewhere that find and use what was installed."""
 
 from __future__ import annotations
 
 import ctypes
 import re
 import shutil
-import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import secateur as sc
+from commands import run
 from secateur import core
+from vits import buffers, images, vit
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(*command: object) -> str:
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-    return result.stdout
-
-
 @pytest.mark.parametrize("shared", ["OFF", "ON"])
 def test_an_installed_library_embeds(tmp_path: Path, shared: str) -> None:
-    build, prefix, program = tmp_path / "build", tmp_path / "prefix", tmp_path / "program"
+    build, prefix = tmp_path / "build", tmp_path / "prefix"
     # Compiles in half the time, but contracts products and sums elsewhere than the extension, for other bits.
     quick = ["-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG"] if shared == "OFF" else []
     # Without CUDA, whose kernels take a minute more.
@@ -31,26 +29,97 @@ def test_an_installed_library_embeds(tmp_path: Path, shared: str) -> None:
     run("cmake", "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release", *quick, f"-DBUILD_SHARED_LIBS={shared}")
     run("cmake", "--build", build, "--parallel", 2)
     run("cmake", "--install", build, "--prefix", prefix)
-    headers = ROOT / "csrc" / "include"
-    installed = {path.relative_to(prefix / "include") for path in (prefix / "include").rglob("*.h")}
-    assert installed == {path.relative_to(headers) for path in headers.rglob("*.h")}
+    brings_all_headers(prefix / "include")
     # The installed package has to stand alone, and may be moved.
     shutil.rmtree(build)
     moved = prefix.rename(tmp_path / "moved")
-    for path in moved.rglob("*.cmake"):
-        assert str(ROOT) not in path.read_text(), path
-
-    # Away from the source tree, whose targets it must not see.
-    source = shutil.copytree(ROOT / "examples" / "embed", tmp_path / "source")
-    run("cmake", "-S", source, "-B", program, f"-DCMAKE_PREFIX_PATH={moved}", "-DCMAKE_BUILD_TYPE=Release")
-    run("cmake", "--build", program)
-    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
-    lines = run(program / "embed").splitlines()
-    assert re.fullmatch(rf"secateur {re.escape(version)}, (baseline|avx2|avx512|neon), \d+ threads", lines[0])
-    assert lines[1:] == ["query weight (48, 48) -> (36, 48)", "ok"]
+    names_no_folder(moved, ROOT, tmp_path)
+    the_examples_build_and_run(tmp_path, f"-DCMAKE_PREFIX_PATH={moved}")
     if shared == "ON":
         exports_nothing_else(next(moved.rglob("libsecateur.so")))
         gives_the_bits_of_python(next(moved.rglob("libsecateur.so")))
+
+
+def test_a_wheel_embeds(tmp_path: Path) -> None:
+    """Installed elsewhere than where it was built, with no other secateur to be seen."""
+    build, dist, venv = tmp_path / "build", tmp_path / "dist", tmp_path / "venv"
+    pip = sys.executable, "-m", "pip", "--disable-pip-version-check"
+    # Compiles in half the time.
+    quick = "cmake.define.CMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG", "cmake.define.CMAKE_INTERPROCEDURAL_OPTIMIZATION=OFF"
+    options = [f"--config-settings={setting}" for setting in (f"build-dir={build}", *quick)]
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", dist, *options, ROOT)
+    shutil.rmtree(build)
+    (wheel,) = dist.iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        # What would be links is whole files in a wheel.
+        assert len([name for name in archive.namelist() if "libsecateur" in name]) == 1
+
+    python = venv / "bin" / "python"
+    run(sys.executable, "-m", "venv", "--without-pip", venv)
+    (site,) = venv.glob("lib/python*/site-packages")
+    # torch and timm from here, but not what editable installs hook into imports.
+    others = [path for path in sys.path if path.endswith("-packages")]
+    (site / "others.pth").write_text("\n".join(others))
+    run(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel)
+    cmake_dir = Path(run(python, "-m", "secateur", "--cmake-dir").strip())
+    assert cmake_dir.is_relative_to(site)
+
+    brings_all_headers(site / "secateur" / "include")
+    names_no_folder(site / "secateur", ROOT, tmp_path)
+    (library,) = (site / "secateur").rglob("libsecateur.so*")
+    exports_nothing_else(library)
+    (extension,) = (site / "secateur").glob("_core.*.so")
+    for path in (library, extension):
+        assert "PATH" not in run("readelf", "-d", path)
+        needed = re.findall(r"(\S+) => ", run("ldd", path))
+        assert {re.match(r"[a-z_+-]+", name)[0].rstrip("-") for name in needed} <= {
+            "libstdc++",
+            "libm",
+            "libgcc_s",
+            "libc",
+            "libpthread",
+        }
+    the_examples_build_and_run(tmp_path, f"-Dsecateur_DIR={cmake_dir}")
+
+
+def brings_all_headers(folder: Path) -> None:
+    headers = ROOT / "csrc" / "include"
+    installed = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.h")}
+    assert installed.keys() == {str(path.relative_to(headers)) for path in headers.rglob("*.h")}
+    # They include one another, and the standard library's, whose names have no dot in C++.
+    for name, text in installed.items():
+        for included in re.findall(r"#\s*include\s*[<\"](.+)[>\"]", text):
+            standard = "." not in included or (name == "secateur.h" and included in ("stddef.h", "stdint.h"))
+            assert standard or included in installed, (name, included)
+
+
+def names_no_folder(package: Path, *folders: Path) -> None:
+    for path in package.rglob("*.cmake"):
+        for folder in folders:
+            assert str(folder) not in path.read_text(), path
+
+
+def the_examples_build_and_run(tmp_path: Path, where: str) -> None:
+    # Away from the source tree, whose targets it must not see.
+    source = shutil.copytree(ROOT / "examples" / "embed", tmp_path / "source")
+    program = tmp_path / "program"
+    run("cmake", "-S", source, "-B", program, where, "-DCMAKE_BUILD_TYPE=Debug")
+    run("cmake", "--build", program, "--parallel", 2)
+    lines = run(program / "quickstart").splitlines()
+    isa = r"(baseline|avx2|avx512|neon)"
+    assert re.fullmatch(rf"secateur {re.escape(version())}, {isa}, \d+ threads", lines[0])
+    assert lines[1:] == ["query weight (48, 48) -> (36, 48)", "ok"]
+    if (program / "prune_vit").exists():
+        model = vit()
+        sc.save(model, tmp_path / "dense")
+        seen = buffers(model, images(3), tmp_path / "buffers")
+        run(program / "prune_vit", tmp_path / "dense", seen, tmp_path / "small", "--ffn", 0.5)
+        small = sc.load(tmp_path / "small").blocks[1]
+        assert (small.attn.qk_dim, small.attn.v_dim, small.mlp.fc1.out_features) == (7, 13, 78)
+
+
+def version() -> str:
+    return re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
 
 
 def exports_nothing_else(library: Path) -> None:
@@ -168,5 +237,4 @@ def test_the_package_refuses_another_version(tmp_path: Path) -> None:
         'message(STATUS "found ${secateur_FOUND} considered ${secateur_CONSIDERED_VERSIONS}")\n'
     )
     output = run("cmake", "-S", tmp_path, "-B", tmp_path / "other", f"-DCMAKE_PREFIX_PATH={prefix}")
-    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
-    assert f"found 0 considered {version}" in output
+    assert f"found 0 considered {version()}" in output

@@ -345,11 +345,22 @@ def test_random_weights_are_taken_when_asked_for(run_json: Callable[..., dict[st
 
 def test_version_and_help(run: Run) -> None:
     assert run("--version") == (0, f"secateur {secateur.__version__}\n", "")
+    code, folder, _ = run("--cmake-dir")
+    assert code == 0
+    assert (Path(folder.strip()) / "secateurConfig.cmake").is_file()
     code, out, _ = run("--help")
     assert code == 0
     for command in ("inspect", "calibrate", "plan", "prune", "evaluate", "finetune", "bench", "demo"):
         assert command in out
         assert run(command, "--help")[0] == 0
+
+
+def test_cmake_dir_of_a_build_without_library(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(secateur.core._core, "__file__", str(tmp_path / "_core.so"))
+    expected = (
+        f"cmake_dir: expected a package built with SECATEUR_INSTALL=ON, got none in {tmp_path}/lib/cmake/secateur"
+    )
+    assert run("--cmake-dir") == (1, "", f"secateur: {expected}\n")
 
 
 def test_as_a_module_in_its_own_process(dense: Path) -> None:

@@ -1,0 +1,387 @@
+"""The program of examples/embed that prunes a ViT from file to file, against secateur's own way there."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import secateur as sc
+import timm
+import torch
+from commands import run
+from filelock import FileLock  # torch brings it
+from safetensors.torch import load_file, save_file
+from secateur import container, core
+from torch import Tensor, nn
+from vits import buffers, images, observed, vit
+
+ROOT = Path(__file__).parents[2]
+RATIOS = {"qk": 0.45, "v": 0.3, "ffn": 0.4}
+OPTIONS = [word for name, ratio in RATIOS.items() for word in (f"--{name}", ratio)]
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program, built against the library that this installation brings."""
+    session = tmp_path_factory.getbasetemp()
+    folder = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "prune_vit"
+    where = f"-Dsecateur_DIR={core.cmake_dir()}"
+    with FileLock(folder.with_suffix(".lock")):  # one worker builds, the others wait
+        output = run("cmake", "-S", ROOT / "examples" / "embed", "-B", folder, where, "-DCMAKE_BUILD_TYPE=Release")
+        if "prune_vit is left out" in output:
+            pytest.skip("nlohmann/json is neither installed nor to be fetched")
+        run("cmake", "--build", folder, "--parallel", 2)
+    return folder / "prune_vit"
+
+
+def refused(program: Path, *arguments: object) -> str:
+    result = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert result.stdout == ""
+    return result.stderr.removeprefix("prune_vit: ").removesuffix("\n")
+
+
+# --- Given the same buffers: the bits of Python -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["mapped", "streamed"])
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [({}, torch.float32), ({"qkv_bias": False, "init_values": 0.1}, torch.bfloat16), ({}, torch.float64)],
+    ids=["float32", "bfloat16", "float64"],
+)
+def test_two_rounds_have_the_bits_of_python(program, tmp_path, options, dtype, stream):
+    """The second starts from a file of the first: other layouts, and a softmax scale that sizes do not tell."""
+    model, batch = vit(dtype, **options), images(5, dtype)
+    for turn in range(2):
+        dense, out, report = (tmp_path / f"{turn}.{name}" for name in ("safetensors", "out", "json"))
+        sc.save(model, dense)
+        before = dense.read_bytes()
+        words = [*OPTIONS, "--report", report, *(["--stream"] if stream else [])]
+        output = run(program, dense, buffers(model, batch, tmp_path / "buffers"), out, *words)
+        assert dense.read_bytes() == before
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # random images are not normalised
+            statistics = sc.calibrate(model, [batch])
+        plan = sc.plan(model, statistics, method="snp", ratios=RATIOS)
+        found = json.loads(report.read_text())
+        assert found.keys() == {name for name in plan.keep if not name.endswith("heads")} - {"width"}
+        for name, choice in found.items():
+            shape = (choice["heads"], choice["size"])
+            if name.endswith("qk"):
+                scores = statistics.importance(name)
+            else:
+                block, _, kind = name.rpartition(".")
+                layer = model.get_submodule(f"{block}.{'mlp.fc1' if kind == 'ffn' else 'attn.qkv'}")
+                scores = np.asarray(core.value_similarity(layer.weight.detach()[-shape[0] * shape[1] :]))
+            assert np.array_equal(np.reshape(choice["scores"], shape), scores.reshape(shape)), name
+            assert np.array_equal(np.reshape(choice["kept"], (shape[0], -1)), plan.keep[name]), name
+            assert f"{name}: {plan.keep[name].shape[1]} of {shape[1]} kept\n" in output
+
+        sc.prune(model, plan)
+        sc.save(model, tmp_path / "expected")
+        fields, tensors = container.read(out, "model")
+        expected_fields, expected = container.read(tmp_path / "expected", "model")
+        assert fields == expected_fields
+        assert tensors.keys() == expected.keys()
+        for name, tensor in tensors.items():
+            assert tensor.dtype == expected[name].dtype
+            assert torch.equal(tensor, expected[name]), name
+        loaded = sc.load(out)
+        with torch.inference_mode():
+            assert torch.equal(loaded(batch), model(batch))
+        model = loaded
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_one_image_and_other_ranks_of_gamma(program, tmp_path):
+    model, report = vit(), tmp_path / "report"
+    sc.save(model, tmp_path / "dense")
+    seen = buffers(model, images(1), tmp_path / "buffers")
+    run(program, tmp_path / "dense", seen, tmp_path / "out", "--gamma", 3, "--report", report)
+    tensors = load_file(seen)
+    scorer = core.AttentionScorer(heads=3, head_dim=13, gamma=3)
+    scorer.update(tensors["blocks.1.q"], tensors["blocks.1.k"])
+    found = json.loads(report.read_text())
+    assert found.keys() == {"blocks.0.qk", "blocks.1.qk"}
+    assert np.array_equal(np.reshape(found["blocks.1.qk"]["scores"], (3, 13)), scorer.scores())
+    assert np.array_equal(np.reshape(found["blocks.1.qk"]["kept"], (3, 7)), core.select(scorer.scores(), 7))
+
+
+def test_any_text_has_the_checksum_of_python(program, tmp_path):
+    model, odd = vit(), 'é"\\\b\t\x01\x7f\u2028\ud7ff\U0001f600/'
+    sc.save(model, tmp_path / "dense")
+    fields, tensors = container.read(tmp_path / "dense", "model")
+    tensors |= {
+        odd: torch.arange(3),
+        "scalar": torch.tensor(2.5),
+        "nothing": torch.empty(0, 3),
+        "half": torch.ones(1).half(),
+    }
+    container.write(tmp_path / "odd", "model", fields | {odd: [odd, None, 1e-6, 1e22, -7]}, tensors)
+    seen = buffers(model, images(2), tmp_path / "buffers")
+    for words in ((), ("--stream",)):
+        run(program, tmp_path / "odd", seen, tmp_path / "out", "--qk", 0.99, *words)
+        found_fields, found = container.read(tmp_path / "out", "model")
+        assert found_fields[odd] == [odd, None, 1e-6, 1e22, -7]
+        assert found_fields["sizes"]["blocks.1.qk"] == 1
+        for name in (odd, "scalar", "nothing", "half"):
+            assert torch.equal(found[name], tensors[name])
+            assert found[name].dtype == tensors[name].dtype
+
+
+# --- From the outputs of a graph --------------------------------------------------------------------------------------
+
+
+class WithQueriesAndKeys(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with observed(self.model) as found:
+            logits = self.model(batch)
+        return logits, found
+
+
+def test_buffers_of_onnxruntime(program, tmp_path):
+    """The graph gives queries and keys beside the logits; they differ from torch's by rounding."""
+    model, batch = vit(), images(6)
+    sc.save(model, tmp_path / "dense")
+    names = [name for index in range(2) for name in (f"blocks.{index}.q", f"blocks.{index}.k")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.onnx.export(
+            WithQueriesAndKeys(model), (batch,), dynamo=True, output_names=["logits", *names], verbose=False
+        )
+        exported.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["logits", *names]
+    outputs = session.run(names, {session.get_inputs()[0].name: batch.numpy()})
+    save_file({name: torch.from_numpy(array) for name, array in zip(names, outputs, strict=True)}, tmp_path / "graph")
+
+    reports = []
+    for seen in (buffers(model, batch, tmp_path / "torch"), tmp_path / "graph"):
+        run(program, tmp_path / "dense", seen, tmp_path / "out", "--report", tmp_path / "report")
+        reports.append(json.loads((tmp_path / "report").read_text()))
+    for name, ours in reports[0].items():
+        scores, others = (np.reshape(report[name]["scores"], (3, 13)) for report in reports)
+        assert 0 < np.abs(scores - others).max() <= 1e-4
+        for head in range(3):
+            kept, other = (set(np.reshape(report[name]["kept"], (3, -1))[head]) for report in reports)
+            last = min(scores[head][list(kept)])
+            assert all(abs(scores[head][index] - last) <= 2e-4 for index in kept ^ other), name
+        assert len(ours["kept"]) == 3 * 7
+
+
+# --- Larger than memory -----------------------------------------------------------------------------------------------
+
+
+def test_a_file_larger_than_the_memory(program, tmp_path):
+    """SECATEUR_LARGE_MODEL_MIB=2048 makes the file of 2 GiB; the limit is on all of the address space."""
+    mib = int(os.environ.get("SECATEUR_LARGE_MODEL_MIB", "300"))
+    depth, limit = -(-mib // 48), 256
+    with torch.device("meta"):
+        model = timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, patch_size=16, embed_dim=1024, num_heads=16, depth=depth
+        )
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-1, 1, generator=generator)
+    dense, seen = tmp_path / "dense", tmp_path / "buffers"
+    sc.save(model, dense)
+    del model
+    assert dense.stat().st_size >= mib << 20 > limit << 20
+    save_file(
+        {f"blocks.{i}.{x}": torch.randn(3, 5, 16, 64, generator=generator) for i in range(depth) for x in "qk"}, seen
+    )
+
+    limited = "sh", "-c", f'ulimit -v {limit * 1024} && exec "$@"', "sh", program
+    output = run(*limited, dense, seen, tmp_path / "streamed", *OPTIONS, "--stream")
+    peak = float(re.search(r"^peak memory: ([\d.]+) MiB$", output, re.MULTILINE)[1])
+    print(f"{dense.stat().st_size / 2**20:.0f} MiB pruned with a peak of {peak:.1f} MiB")
+    assert 1 < peak < 128
+    assert "Cannot allocate memory" in refused(Path("sh"), *limited[1:], dense, seen, tmp_path / "mapped")
+    run(program, dense, seen, tmp_path / "mapped", *OPTIONS)
+    assert filecmp.cmp(tmp_path / "streamed", tmp_path / "mapped", shallow=False)
+    shutil.rmtree(tmp_path)
+
+
+# --- Files that are not what they say ---------------------------------------------------------------------------------
+
+
+def parts(path: Path) -> tuple[dict[str, object], bytes]:
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def joined(header: object, data: bytes, pad: int = 8) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    text += b" " * (-len(text) % pad)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+FIRST = "blocks.0.attn.proj.bias"
+
+
+def edited(**changes: object):
+    def edit(header: dict[str, dict[str, object]], data: bytes) -> bytes:
+        header[FIRST].update(changes)
+        return joined(header, data)
+
+    return edit
+
+
+def without(header: dict[str, object], data: bytes) -> bytes:
+    del header[FIRST]
+    return joined(header, data)
+
+
+def with_outer(**changes: object):
+    def edit(header: dict[str, dict[str, str]], data: bytes) -> bytes:
+        outer = json.loads(header["__metadata__"]["secateur"])
+        header["__metadata__"]["secateur"] = json.dumps(outer | changes)
+        return joined(header, data)
+
+    return edit
+
+
+HOSTILE = {
+    "empty": (lambda header, data: b"", r"a safetensors file, got 0 bytes"),
+    "header size": (lambda header, data: b"\xff" * 8 + data, r"a header inside of the file, got one of \d{20} bytes"),
+    "long header": (
+        lambda header, data: joined(b" " * (2**21 + 8), data),
+        r"a header of at most 2097152 bytes, got 2097160",
+    ),
+    "no JSON": (lambda header, data: joined(b"{nothing}", data), r"a JSON header, got .*"),
+    "control characters": (
+        lambda header, data: joined({"\x1b[2J\n": 1}, b""),
+        r"dtype, shape and data_offsets, got .*",
+    ),
+    "no UTF-8": (lambda header, data: joined(b'{"\xff":1}', data), r"a JSON header, got .*"),
+    "an array": (lambda header, data: joined(b"[]", data), r"a JSON object as header, got array"),
+    "deep": (lambda header, data: joined(b'{"a":' + b"[" * 10**6, data), r"a header of three levels, got a deeper one"),
+    "metadata": (lambda header, data: joined(b'{"__metadata__":{"a":1}}', b""), r"metadata of strings, got number"),
+    "cut off": (lambda header, data: joined(header, data[:-4]), r"\d+ bytes inside of the file, got \d+ that are left"),
+    "longer": (lambda header, data: joined(header, data + b"0000"), r"a file of \d+ bytes, as .*, got \d+"),
+    "outside": (
+        edited(data_offsets=[2**62, 2**62 + 156]),
+        r"data at byte \d+, behind those of the tensor before, got byte \d+",
+    ),
+    "beyond 63 bits": (edited(data_offsets=[0, 2**64 - 1]), r"whole numbers from 0 to 2\^63 - 1, got 18446744\d+"),
+    "negative": (edited(data_offsets=[-156, 0]), r"whole numbers from 0 to 2\^63 - 1, got -156"),
+    "backwards": (edited(data_offsets=[156, 0]), r"156 bytes, as .*, got data_offsets 156 to 0"),
+    "overlap": (edited(data_offsets=[4, 160]), r"data at byte \d+, behind those of the tensor before, got byte \d+"),
+    "hole": (without, r"data at byte \d+, behind those of the tensor before, got byte \d+"),
+    "size": (edited(shape=[38]), r"152 bytes, as its dtype and shape say, got data_offsets \d+ to \d+"),
+    "overflow": (edited(shape=[2**62, 4]), r"a shape of fewer than 2\^63 bytes, got more"),
+    "overflow and zero": (edited(shape=[2**62, 4, 0]), r"a shape of fewer than 2\^63 bytes, got more"),
+    "rank": (edited(shape=[1] * 8 + [39]), r"a shape of at most 8 sizes, got another"),
+    "dtype": (edited(dtype="F128"), r"a dtype such as F32, got another"),
+    "dtype of another type": (edited(dtype=[]), r"a dtype such as F32, got another"),
+    "unaligned": (
+        lambda header, data: joined({k: v for k, v in header.items() if k != "__metadata__"}, data, pad=7),
+        r"data aligned to 4 bytes, got byte \d+",
+    ),
+    "another program's": (
+        lambda header, data: joined({k: v for k, v in header.items() if k != "__metadata__"}, data),
+        r"a secateur model file, got a safetensors file that secateur did not write",
+    ),
+    "kind": (with_outer(kind="statistics"), r"a secateur model file, got a file of another kind"),
+    "newer": (with_outer(format=2), r"a secateur model file of format 1 or older, got format 2"),
+    "no format": (with_outer(format="1"), r"a secateur model file, got one whose header is damaged"),
+    "fields": (
+        with_outer(fields='{"sizes": {}}'),
+        r"a secateur model file, got one whose header does not match its checksum",
+    ),
+    "no fields": (with_outer(fields=None), r"a secateur model file, got one whose header does not match its checksum"),
+    "other tensors": (
+        edited(shape=[39, 1]),
+        r"a secateur model file, got one whose header does not match its checksum",
+    ),
+    "data": (
+        lambda header, data: joined(header, data[:-1] + bytes([data[-1] ^ 1])),
+        r"a secateur model file, got one whose data do not match their checksum",
+    ),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["mapped", "streamed"])
+@pytest.mark.parametrize("damage", HOSTILE)
+def test_a_hostile_file_is_one_clear_error(program, tmp_path, damage, stream):
+    model = vit()
+    sc.save(model, tmp_path / "dense")
+    damaged, expected = HOSTILE[damage]
+    (tmp_path / "model").write_bytes(damaged(*parts(tmp_path / "dense")))
+    seen = buffers(model, images(2), tmp_path / "buffers")
+    files = sorted(tmp_path.iterdir())
+    words = tmp_path / "model", seen, tmp_path / "out", *(["--stream"] if stream else [])
+    text = refused(program, *words)
+    assert re.fullmatch(rf"model: (\S+: )?expected {expected}", text)
+    assert sorted(tmp_path.iterdir()) == files
+    if damage == "data":
+        run(program, *words, "--no-verify")
+        assert not filecmp.cmp(tmp_path / "model", tmp_path / "out", shallow=False)
+
+
+def test_what_does_not_fit_is_refused(program, tmp_path):
+    model = vit()
+    sc.save(model, tmp_path / "dense")
+    sc.save(vit(qk_norm=True), tmp_path / "normed")
+    seen = buffers(model, images(3), tmp_path / "buffers")
+    tensors = load_file(seen)
+    for name, others in {
+        "missing": {k: v for k, v in tensors.items() if not k.startswith("blocks.1")},
+        "queries": {k: v for k, v in tensors.items() if k != "blocks.1.k"},
+        "heads": {k: v[:, :, :2].contiguous() for k, v in tensors.items()},
+        "images": tensors | {"blocks.0.k": tensors["blocks.0.k"][:2].contiguous()},
+        "nan": tensors | {"blocks.1.q": tensors["blocks.1.q"].index_fill(1, torch.tensor(4), torch.nan)},
+        "integers": tensors | {"blocks.0.q": torch.zeros(3, 17, 3, 13, dtype=torch.int32)},
+    }.items():
+        save_file(others, tmp_path / name)
+    files = sorted(tmp_path.iterdir())
+    for model_name, buffer_name, words, expected in (
+        ("dense", "missing", (), "blocks.1: expected queries and keys of every block that has attention, got none"),
+        ("dense", "queries", (), "blocks.1: expected queries and keys of every block that has attention, got none"),
+        ("dense", "heads", (), r"blocks\.0\.qk q: expected .*3.*13.*, got \(2, 17, 2, 13\)"),
+        ("dense", "images", (), r"blocks\.0\.qk k: expected .*, got .*"),
+        ("dense", "nan", (), r"blocks\.1\.qk q: expected finite values, got nan at \(image 0, token 4, .*\)"),
+        ("dense", "integers", (), r"integers: blocks\.0\.q: expected F64, F32, F16 or BF16, got I32"),
+        ("dense", "buffers", ("--qk", 1), "ratios: expected fractions from 0 to below 1, got 1.000000"),
+        ("dense", "buffers", ("--qk", "nan"), "ratios: expected fractions from 0 to below 1, got -?nan"),
+        ("dense", "buffers", ("--qk", "half"), "--qk: expected a number, got 'half'"),
+        ("dense", "buffers", ("--gamma",), "--gamma: expected a value, got none"),
+        ("dense", "buffers", ("--gamma", 0), "--gamma: expected 1 to 1000000, got 0"),
+        ("dense", "buffers", ("--all",), "arguments: expected --qk, .*, got --all"),
+        ("dense", "buffers", ("more",), "arguments: expected MODEL BUFFERS OUT, got 4 files"),
+        (
+            "normed",
+            "buffers",
+            (),
+            r"normed: expected nothing but linear layers at blocks\.0\.qk, got blocks\.0\.attn\.q_norm\.\w+",
+        ),
+        ("nothing", "buffers", (), r"\S+nothing: expected a file that can be read, got No such file or directory"),
+        (".", "buffers", (), r".*: expected a regular file, got another"),
+    ):
+        text = refused(program, tmp_path / model_name, tmp_path / buffer_name, tmp_path / "out", *words)
+        assert re.fullmatch(expected, text), text
+    text = refused(program, tmp_path / "dense", seen, tmp_path / "no" / "out")
+    assert text == f"{tmp_path}/no/out: expected a folder that can be written to, got No such file or directory"
+    assert sorted(tmp_path.iterdir()) == files
+    # Without queries and keys to cut, norms over them are not in the way.
+    run(program, tmp_path / "normed", seen, tmp_path / "out", "--qk", 0, "--ffn", 0.5)
+    assert sc.load(tmp_path / "out").blocks[1].mlp.fc1.out_features == 78
