@@ -152,7 +152,7 @@ class Plan:
         if not path.is_file():
             raise InvalidArgument(f"path: expected a secateur plan, got {path}, which is no file")
         try:
-            outer = json.loads(path.read_bytes())
+            outer = container.read_json(path)
             if not isinstance(outer, dict) or outer.get("secateur") != "plan":
                 raise ValueError("another kind of file")
             if outer["format"] > _FORMAT:
@@ -178,7 +178,7 @@ class Plan:
             raise
         except UnicodeDecodeError as error:
             raise InvalidArgument(f"{path.name}: expected a secateur plan, got a file that is no text") from error
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise InvalidArgument(f"{path.name}: expected a secateur plan, got {error}") from error
 
     def __str__(self) -> str:
