@@ -2,6 +2,7 @@
 #   make demo        the main job on real images, in minutes     make lint        ruff, clang-format, mypy
 #   make test        C++ tests (where GoogleTest is) and pytest  make sanitize    C++ tests under asan and ubsan
 #   make bench       the benchmarks (C++ ones: Google Benchmark) make instructions  kernels under callgrind
+#   make faults      50 kills at random points, and more   make fuzz-python  atheris on the readers, SECONDS each
 #   make clean       all that the above made
 # PYTHON=python3.12 chooses the interpreter of .venv; VENV= another place for it.
 
@@ -21,7 +22,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake python/bindings
 PYTHON_FILES := python tests benchmarks
 CPP_FILES = $(shell find csrc python/bindings tests/cpp examples -name '*.cc' -o -name '*.h' -o -name '*.c' -o -name '*.inc')
 
-.PHONY: demo test test-cpp test-python lint sanitize bench instructions build-bench clean
+.PHONY: demo test test-cpp test-python faults fuzz-python lint sanitize bench instructions build-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -32,6 +33,18 @@ test: test-cpp test-python
 # Two processes of two threads each: every test says how many threads it has, and most keep one busy at best.
 test-python: $(VENV)/.installed-test
 	$(WITH_PATH) $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What takes minutes: runs killed at 52 random points, more ranks, more rounds.
+faults: $(VENV)/.installed-test
+	$(WITH_PATH) $(BIN)/python -m pytest -m faults tests/python
+
+# atheris has wheels for some interpreters only, so it is no dependency of the tests.
+SECONDS ?= 600
+fuzz-python: $(VENV)/.installed-test
+	$(PIP) install "atheris>=2.3"
+	for kind in header statistics plan ratios; do \
+	  $(BIN)/python tests/fuzz/fuzz_readers.py $$kind tests/fuzz/seeds/$$kind -max_total_time=$(SECONDS) -rss_limit_mb=2048 || exit 1; \
+	done
 
 # GoogleTest is the one thing that pip cannot bring; without it the C++ code is tested through Python alone.
 test-cpp: $(VENV)/.installed-test

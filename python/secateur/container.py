@@ -214,7 +214,9 @@ def read(path: str | Path, kind: str, *, verify: bool = True) -> tuple[dict[str,
 
 def _outer(text: str, expected: str, kind: str) -> dict[str, Any]:
     try:
-        outer = parse(text) if text.isascii() else None
+        if not text.isascii():
+            raise ValueError("text that secateur does not write")
+        outer: dict[str, Any] = parse(text)
         found, version, checked = outer["kind"], outer["format"], (outer["fields"], outer["table_sha256"])
         well_formed = isinstance(version, int) and all(isinstance(value, str) and value.isascii() for value in checked)
     except (ValueError, KeyError, TypeError):

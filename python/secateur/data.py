@@ -169,7 +169,8 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
         self._in_step = in_step
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.unreadable = left_out = []
+        left_out: list[str] = []
+        self.unreadable = left_out
         for images, targets, unreadable in self._batches:
             for text in unreadable:
                 if len(left_out) == self._max_unreadable:

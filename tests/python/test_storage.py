@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -32,9 +32,9 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 
 def fill(path: Path) -> None:
     """Leave no byte."""
-    with pytest.raises(OSError, match="No space"), path.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
 
 
 def images() -> list[object]:
