@@ -2,7 +2,7 @@
 #   make demo        the main job on real images, in minutes     make lint        ruff, clang-format, mypy
 #   make test        C++ tests (where GoogleTest is) and pytest  make sanitize    C++ tests under asan and ubsan
 #   make bench       the benchmarks (C++ ones: Google Benchmark) make instructions  kernels under callgrind
-#   make faults      50 kills at random points, and more   make fuzz-python  atheris on the readers, SECONDS each
+#   make faults      what takes minutes: 52 kills ...      make fuzz-python SECONDS=600  atheris on every reader
 #   make clean       all that the above made
 # PYTHON=python3.12 chooses the interpreter of .venv; VENV= another place for it.
 
@@ -39,11 +39,12 @@ faults: $(VENV)/.installed-test
 	$(WITH_PATH) $(BIN)/python -m pytest -m faults tests/python
 
 # atheris has wheels for some interpreters only, so it is no dependency of the tests.
-SECONDS ?= 600
+SECONDS ?= 60
 fuzz-python: $(VENV)/.installed-test
 	$(PIP) install "atheris>=2.3"
-	for kind in header statistics plan ratios; do \
-	  $(BIN)/python tests/fuzz/fuzz_readers.py $$kind tests/fuzz/seeds/$$kind -max_total_time=$(SECONDS) -rss_limit_mb=2048 || exit 1; \
+	for kind in header statistics plan ratios table checkpoint search; do \
+	  $(BIN)/python tests/fuzz/fuzz_readers.py $$kind $(wildcard tests/fuzz/corpus/$$kind) -max_total_time=$(SECONDS) \
+	    -artifact_prefix=tests/fuzz/ || exit 1; \
 	done
 
 # GoogleTest is the one thing that pip cannot bring; without it the C++ code is tested through Python alone.

@@ -162,6 +162,9 @@ class Plan:
             fields = outer["plan"]
             if outer["sha256"] != hashlib.sha256(_canonical(fields).encode()).hexdigest():
                 raise ValueError("one that does not match its checksum")
+            for name, kind in (("method", str), ("options", dict), ("keep", dict), ("eps", dict)):
+                if not isinstance(fields.get(name, {}), kind):
+                    raise TypeError(f"{name} of type {type(fields.get(name)).__name__}")
             return cls(
                 method=fields["method"],
                 options=fields["options"],

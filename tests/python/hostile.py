@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from secateur import container, latency
 from torch import nn
 
-__all__ = ["KINDS", "fields_of", "peak", "read", "sealed", "seeds", "watched"]
+__all__ = ["KINDS", "STATISTICS", "fields_of", "peak", "read", "sealed", "seeds", "watched"]
 
 _MODEL = quiet()
 _IMAGES = [images.clamp(-1, 1) for images, _ in batches(2)]
-_STATISTICS = sc.calibrate(_MODEL, _IMAGES)
+STATISTICS = sc.calibrate(_MODEL, _IMAGES)
 
 
 def _model(path: Path) -> None:
@@ -38,7 +38,7 @@ def _plan(path: Path) -> None:
 
 
 def _ratios(path: Path) -> None:
-    sc.plan(_MODEL, _STATISTICS, ratios=path)
+    sc.plan(_MODEL, STATISTICS, ratios=path)
 
 
 def _table(path: Path) -> None:
@@ -51,7 +51,7 @@ def _checkpoint(path: Path) -> None:
 
 def _search(path: Path, rounds: int = 1) -> None:
     sc.search(
-        _MODEL, _STATISTICS, objective=sc.MemoryConstrained(1), loader=batches(2), rounds=rounds, step=0.5, resume=path
+        _MODEL, STATISTICS, objective=sc.MemoryConstrained(1), loader=batches(2), rounds=rounds, step=0.5, resume=path
     )
 
 
@@ -72,9 +72,9 @@ def seeds(folder: Path) -> dict[str, bytes]:
     path = folder / "seed"
     sc.save(quiet(), path)
     found = {"header": path.read_bytes()}
-    _STATISTICS.save(path)
+    STATISTICS.save(path)
     found["statistics"] = path.read_bytes()
-    sc.plan(_MODEL, _STATISTICS, ratios={"qk": 0.5, "ffn": 0.5}).save(path)
+    sc.plan(_MODEL, STATISTICS, ratios={"qk": 0.5, "ffn": 0.5}).save(path)
     found["plan"] = path.read_bytes()
     names = {f"blocks.{block}.{kind}": 0.5 for block in range(2) for kind in ("qk", "v", "ffn")}
     found["ratios"] = json.dumps({"source": "a test", **names}).encode()

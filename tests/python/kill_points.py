@@ -124,6 +124,7 @@ def main() -> None:
     root, points, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     chance = random.Random(seed)
     torch.set_num_threads(1)
+    loader("digits", quiet(num_classes=10))  # scikit-learn is slow to import
     found = {}
     for name, (job, same, kind) in JOBS.items():
         expected = root / f"{name}.whole"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import secateur as sc
 import torch
-from hostile import KINDS, fields_of, peak, read, sealed, seeds, watched
+from hostile import KINDS, STATISTICS, fields_of, peak, read, sealed, seeds, watched
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 MORE = 64 << 20
 BINARY = ("header", "statistics", "checkpoint", "search")
 QUICK = settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -31,14 +31,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return seeds(tmp_path_factory.mktemp("seeds"))
 
 
-def refused(kind: str, path: Path, text: str | None = "", times: int = 1) -> None:
-    """Read it ``times``: what is said holds ``text``; None where it may be taken. Memory, files and code are watched."""
+def refused(kind: str, path: Path, text: str | None) -> None:
+    """Read it: what is said holds ``text``; None where it may be taken. Memory, files and code are watched."""
     size = path.stat().st_size
-    with watched(path.parent) as seen, peak() as used:
-        for _ in range(times):
-            said = read(kind, path)
+    with peak() as used, watched(path.parent) as seen:
+        said = read(kind, path)
     assert not seen
-    assert used() <= times * size + MORE, f"{used():,} bytes for a file of {size:,}: {said}"
+    assert used() <= size + MORE, f"{used():,} bytes for a file of {size:,}: {said}"
     assert text is None or (said is not None and text in said), said
 
 
@@ -122,7 +121,7 @@ def raw(path: Path, header: bytes, data: bytes = b"", size: int | None = None) -
     path.write_bytes(struct.pack("<Q", len(header) if size is None else size) + header + data)
 
 
-@pytest.mark.parametrize("kind", BINARY)
+@pytest.mark.parametrize("kind", ["header", "statistics", "checkpoint"])  # a search of two rounds holds no tensors
 def test_headers_that_lie(files: dict[str, bytes], kind: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
     length = int.from_bytes(files[kind][:8], "little")
@@ -177,9 +176,8 @@ def test_large_json_files_are_not_read(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(1 << 40)
     for kind in ("plan", "ratios", "table"):
-        refused(kind, path, "got one of 1,099,511,627,776 bytes, more than 10,485,760", times=0)
         with peak() as used:
-            assert "1,099,511,627,776 bytes" in str(read(kind, path))
+            assert "got one of 1,099,511,627,776 bytes, more than 10,485,760" in str(read(kind, path))
         assert used() <= MORE
 
 
@@ -190,7 +188,7 @@ def test_models_that_would_be_too_large(files: dict[str, bytes], tmp_path: Path)
     for arguments, text in (
         ({"depth": 10**6}, "expected a depth of at most 512, got 1000000"),
         ({"depth": 10**30}, "expected a depth of at most 512"),
-        ({"depth": 500}, "where it builds"),
+        ({"depth": 60}, "where it builds"),
         ({"embed_dim": 10**6, "num_heads": 10**3}, "expected a model of at most 2,097,152 units"),
         ({"mlp_ratio": 1e9}, "expected a model of at most 2,097,152 units"),
         ({"img_size": [10**6, 10**6], "patch_size": 1}, "where it builds"),
@@ -215,11 +213,7 @@ def test_a_zip_is_not_opened(tmp_path: Path) -> None:
 
 
 def test_headers_that_could_not_be_read_are_not_written(tmp_path: Path) -> None:
-    stats = sc.Statistics.load  # the reader that would refuse it
     many = {f"even/{number}/images": torch.ones(1).numpy() for number in range(20_000)}
-    from hostile import _STATISTICS
-
     with pytest.raises(sc.InvalidArgument, match="expected at most 16,384 tensors"):
-        sc.Statistics(_STATISTICS.settings, many).save(tmp_path / "file")
+        sc.Statistics(STATISTICS.settings, many).save(tmp_path / "file")
     assert not list(tmp_path.iterdir())
-    assert callable(stats)
