@@ -15,7 +15,6 @@ import torch
 from finetuning import batches, quiet
 from safetensors.torch import save_file
 from secateur import container, latency
-from torch import nn
 
 __all__ = ["KINDS", "STATISTICS", "fields_of", "peak", "read", "sealed", "seeds", "watched"]
 
@@ -141,9 +140,9 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
         return
     if event.startswith(_FORBIDDEN):
         _seen.append(f"{event} {args}")
-    if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
-        if not str(args[0]).startswith(str(_allowed)):
-            _seen.append(f"{event} {args}")
+    writing = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+    if writing and not str(args[0]).startswith(str(_allowed)):
+        _seen.append(f"{event} {args}")
 
 
 @contextmanager
@@ -172,5 +171,3 @@ def peak() -> Iterator[Callable[[], int]]:
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM from here on
     before = of("VmRSS")
     yield lambda: of("VmHWM") - before
-
-

@@ -26,3 +26,21 @@ def test_runs_killed_at_random_points_are_resumed(tmp_path: Path, points: int) -
     if points > 2:
         assert all(found[name]["left_a_file"] > 0 for name in ("calibrate", "finetune", "search", "save"))
     sys.stdout.write(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("rounds", [60, pytest.param(10_000, marks=pytest.mark.faults)])
+def test_nothing_grows_with_rounds_of_work(tmp_path: Path, rounds: int) -> None:
+    """Calibrate, plan, prune, save, load: no memory, file, thread or object is left of a round."""
+    command = [sys.executable, str(Path(__file__).with_name("rounds_of_work.py")), str(tmp_path), str(rounds)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=7200)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    early, late = found["early"], found["late"]
+    assert late["files"] == early["files"]
+    assert late["threads"] == early["threads"]
+    # A model of one round has some 700 objects and 100 kB of weights; caches fill in the first rounds.
+    assert late["objects"] <= early["objects"] + 500, found
+    assert late["memory"] <= early["memory"] + (8 << 20), found
+    assert {item.name for item in tmp_path.iterdir()} <= {"stats", "plan.json", "plan.weights.safetensors", "model"}
+    sys.stdout.write(done.stdout)

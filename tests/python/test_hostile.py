@@ -1,4 +1,4 @@
-"""Hostile files: only secateur's own errors come out, memory stays bounded, nothing runs and nothing else is written."""
+"""Hostile files: secateur's own errors alone come out, memory stays bounded, nothing runs, nothing else is written."""
 
 from __future__ import annotations
 
