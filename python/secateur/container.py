@@ -90,15 +90,22 @@ def parse(text: str) -> Any:
     Raises:
         ValueError: it is no JSON, nested too deeply, or would take more memory than any header of secateur's.
     """
-    # An empty list takes 64 bytes, an entry of one 8, a number 28, a string 49, a dict 64 and 100 for each entry.
-    values = 72 * text.count("[") + 64 * text.count("{") + 36 * text.count(",") + 100 * text.count(":")
-    values += 26 * text.count('"')
-    if values > _MAX_VALUES:
-        raise ValueError(f"JSON of about {values:,} bytes in memory, more than {_MAX_VALUES:,}")
+    if len(text) > _MAX_TEXT or _memory(text) > _MAX_VALUES:
+        raise ValueError(
+            f"JSON of {len(text):,} characters and about {_memory(text):,} bytes in memory, "
+            f"more than {_MAX_TEXT:,} or {_MAX_VALUES:,}"
+        )
     try:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("JSON that is nested too deeply") from error
+
+
+def _memory(text: str) -> int:
+    """About what the values of a JSON text take besides its characters, from above."""
+    # An empty list takes 64 bytes, an entry of one 8, a number 28, a string 49, a dict 64 and 100 for each entry.
+    of = {"[": 72, "{": 64, ",": 36, ":": 100, '"': 26}
+    return sum(size * text.count(character) for character, size in of.items())
 
 
 def _header_size(path: Path) -> int:
@@ -157,10 +164,12 @@ def write(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mappi
         fields = json.dumps(header, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidArgument(f"header: expected JSON values, got {error}") from error
-    if len(flat) > _MAX_TENSORS or sum(map(len, flat)) + 128 * len(flat) + 2 * len(fields) > _MAX_HEADER:
+    # Quotes are escaped twice on the way, and every tensor has a line of its own.
+    size = sum(map(len, flat)) + 128 * len(flat) + len(fields) + 3 * fields.count('"')
+    if len(flat) > _MAX_TENSORS or size > _MAX_HEADER or _memory(fields) > _MAX_VALUES:
         raise InvalidArgument(
             f"header: expected at most {_MAX_TENSORS:,} tensors and {_MAX_HEADER:,} bytes, got {len(flat):,} tensors "
-            f"and {len(fields):,} bytes besides their names"
+            f"and {size:,} bytes"
         )
     outer = {
         "format": _FORMAT,

@@ -128,17 +128,22 @@ class Plan:
         checksum; it is written first.
 
         Raises:
-            InvalidArgument: the folder does not exist.
+            InvalidArgument: the folder does not exist, or the plan has more than some million indices.
         """
         path = Path(path)
         values = self.to_dict()
         if self.weights:
             values["weights_sha256"] = _digest(self.weights)
-            container.write(_weights_path(path), _WEIGHTS, {}, self.weights)
         fields = _canonical(values)
+        try:
+            values = container.parse(fields)
+        except ValueError as error:  # what `load` would refuse
+            raise InvalidArgument(f"plan: expected one that a file can hold, got {error}") from error
+        if self.weights:
+            container.write(_weights_path(path), _WEIGHTS, {}, self.weights)
         outer = {"secateur": "plan", "format": _FORMAT, "sha256": hashlib.sha256(fields.encode()).hexdigest()}
         with container.replacing(path) as temporary:
-            temporary.write_text(_canonical({**outer, "plan": json.loads(fields)}) + "\n")
+            temporary.write_text(_canonical({**outer, "plan": values}) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -6,12 +6,15 @@ import copy
 import json
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import secateur as sc
 import torch
+from finetuning import quiet
 from hostile import KINDS, STATISTICS, fields_of, peak, read, sealed, seeds, watched
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -216,4 +219,8 @@ def test_headers_that_could_not_be_read_are_not_written(tmp_path: Path) -> None:
     many = {f"even/{number}/images": torch.ones(1).numpy() for number in range(20_000)}
     with pytest.raises(sc.InvalidArgument, match="expected at most 16,384 tensors"):
         sc.Statistics(STATISTICS.settings, many).save(tmp_path / "file")
+    plan = sc.plan(quiet(), STATISTICS, ratios={"ffn": 0.5}, method="refit")
+    keep = {"blocks.0.ffn": np.arange(2_000_000)[None]}
+    with pytest.raises(sc.InvalidArgument, match=r"^plan: expected one that a file can hold, got JSON of 14,"):
+        replace(plan, keep=keep).save(tmp_path / "file")
     assert not list(tmp_path.iterdir())
