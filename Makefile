@@ -2,7 +2,9 @@
 #   make demo        the main job on real images, in minutes     make lint        ruff, clang-format, mypy
 #   make test        C++ tests (where GoogleTest is) and pytest  make sanitize    C++ tests under asan and ubsan
 #   make bench       the benchmarks (C++ ones: Google Benchmark) make instructions  kernels under callgrind
-#   make fuzz        libFuzzer on what reads strangers' bytes (clang), FUZZ_SECONDS=600 each
+#   make fuzz        libFuzzer (clang) and
+#   make fuzz-python atheris, on what reads strangers' bytes, FUZZ_SECONDS=600 each
+#   make faults      the tests that take minutes: runs killed at random points, rounds without end
 #   make clean       all that the above made
 # PYTHON=python3.12 chooses the interpreter of .venv; VENV= another place for it. CUDA=ON|OFF|AUTO: does the extension
 # hold the CUDA kernels (AUTO: where nvcc is); by default only where a GPU is, for they take a minute to compile.
@@ -26,7 +28,7 @@ CPP_FILES = $(shell find csrc python/bindings tests/cpp tests/fuzz examples -nam
 
 FUZZ_SECONDS ?= 600
 
-.PHONY: demo test test-cpp test-python lint sanitize fuzz bench instructions build-bench clean
+.PHONY: demo test test-cpp test-python faults fuzz fuzz-python lint sanitize bench instructions build-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -37,6 +39,18 @@ test: test-cpp test-python
 # Two processes of two threads each: every test says how many threads it has, and most keep one busy at best.
 test-python: $(VENV)/.installed-test
 	$(WITH_PATH) $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What takes minutes: runs killed at 52 random points, more ranks, more rounds.
+faults: $(VENV)/.installed-test
+	$(WITH_PATH) $(BIN)/python -m pytest -m faults tests/python
+
+# atheris has wheels for some interpreters only, so it is no dependency of the tests.
+fuzz-python: $(VENV)/.installed-test
+	$(PIP) install "atheris>=2.3"
+	for kind in header statistics plan ratios table checkpoint search; do \
+	  $(BIN)/python tests/fuzz/fuzz_readers.py $$kind $(wildcard tests/fuzz/corpus/$$kind) -max_total_time=$(FUZZ_SECONDS) \
+	    -artifact_prefix=tests/fuzz/ || exit 1; \
+	done
 
 # GoogleTest is the one thing that pip cannot bring; without it the C++ code is tested through Python alone.
 test-cpp: $(VENV)/.installed-test

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import check
+from . import check, container
 from .anatomy import Anatomy, Group
 from .cost import Cost, Size, Sizes
 from .errors import InvalidArgument, Unsupported
@@ -640,17 +640,16 @@ def _fractions_from_file(anatomy: Anatomy, source: str | Path) -> dict[str, floa
     """
     shipped = resources.files(__package__) / "configs" / f"{source}.json"
     if isinstance(source, str) and source in shipped_configurations():
-        text = shipped.read_text()
+        values = json.loads(shipped.read_text())
     else:
         path = Path(source)
         if not path.is_file():
             names = ", ".join(shipped_configurations())
             raise InvalidArgument(f"ratios: expected a dict, one of {names}, or a file, got {str(source)!r}")
-        text = path.read_text()
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise InvalidArgument(f"ratios: expected JSON in {source}, got {error}") from error
+        try:
+            values = container.read_json(path)
+        except ValueError as error:
+            raise InvalidArgument(f"ratios: expected JSON in {source}, got {error}") from error
     if not isinstance(values, dict):
         raise InvalidArgument(f"ratios: expected a JSON object in {source}, got {type(values).__name__}")
     values.pop("source", None)

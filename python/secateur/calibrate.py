@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,11 +15,12 @@ from torch.utils.hooks import RemovableHandle
 
 from . import check, core, reach
 from .anatomy import Anatomy, AttentionSite, FfnSite, NormSite
-from .data import data_config, images_in, model_input, split_batch
-from .errors import InvalidArgument, NumericalError
+from .data import ImageLoader, data_config, images_in, model_input, split_batch
+from .errors import InvalidArgument, NumericalError, Unsupported
 from .families import family_of
 from .identity import Fingerprint
 from .progress import progress
+from .ranks import Ranks, joined
 from .sensitivity import DISTURBED_IMAGES, measure
 from .sensitivity import head_gradients as gradients_of_heads
 from .statistics import FOLDS, SAMPLED_IMAGES, Collect, Float, Settings, Statistics
@@ -43,11 +44,19 @@ def calibrate(
     Query/key importance is SNP's (Shim et al., SNP, ECCV 2024, arXiv:2404.11630): per image, how much each neuron's
     rank-one map agrees with the leading ``gamma`` singular directions of the head's attention scores.
 
+    Under torchrun, or in any initialised process group, all ranks must call this with the same arguments and the same
+    weights, each on a device of its own. Each runs its share of the images; all return the sums over all of them, up to
+    the order of addition (1e-12) those of one process with the same loader. The ranks go on batch by batch together.
+    What is raised on one ends the run on all; so does a rank that dies, or says nothing for an hour (for the seconds
+    in SECATEUR_RANK_TIMEOUT). The first rank alone reads and writes ``resume``, and shows progress.
+
     Args:
         model: a supported timm model, on any device. On a CUDA device the statistics are computed there: by the core
             where it was built with CUDA (``core.runtime.has_cuda()``), or by torch in float64, which is slower.
         loader: batches of images (B, C, H, W), normalised as the model's data configuration says, or sequences whose
-            first item they are. It is read once, front to back.
+            first item they are. It is read once, front to back. On several ranks one of `data.loader` is shared out
+            among them batch by batch; any other must give each rank images of its own, and counts as if the ranks' next
+            batches always followed one another.
         max_images: stop after exactly this many images; None for all.
         collect: "scores" for query/key importance only, "all" for the second moments of queries, keys, values,
             projection inputs, FFN hidden units and the residual stream as well.
@@ -60,7 +69,9 @@ def calibrate(
         resume: a statistics file. If it exists, its images are skipped in the loader, which must give the same images
             in the same order, and the sums go on from there. The result is written to it; so is what was collected
             when the loader fails, an image holds NaN or Inf, or the run is interrupted between two batches.
-        checkpoint_every: also write ``resume`` after every so many batches.
+            On several ranks the loader must be of `data.loader`, then their number may change; what was collected is
+            written unless a rank died or is interrupted.
+        checkpoint_every: also write ``resume`` after every so many batches (of each rank).
 
     Returns:
         Sums in two folds, even and odd images.
@@ -68,10 +79,66 @@ def calibrate(
     Raises:
         InvalidArgument: an argument out of range, batches that are no images of the model's size, a ``resume`` file
             of another model or settings, or one of more images than are asked for.
-        Unsupported: the model is of no supported family.
+        Unsupported: the model is of no supported family; on several ranks a stream, or ``resume`` with a loader that
+            is not of `data.loader`.
         NumericalError: NaN or Inf in an image or a layer; the text names layer and place.
+        Error: another rank raised something that is not of secateur, died or hangs.
+        OSError: ``resume`` cannot be written.
     """
-    anatomy = family_of(model).inspect(model)
+    with joined() as ranks:
+        with ranks.together():
+            family = family_of(model)
+            anatomy = family.inspect(model)
+            _check(loader, max_images, collect, gamma, token_fraction, resume, checkpoint_every)
+            path = None if resume is None else check.writable("resume", resume)
+            settings = Settings(
+                fingerprint=Fingerprint.of(model, anatomy),
+                gamma=gamma,
+                collect=collect,
+                token_fraction=token_fraction,
+                dtype="",
+                data=_data_configuration(model),
+            )
+            collector = _Collector(anatomy, settings)
+            if ranks.size > 1 and path is not None and not isinstance(loader, ImageLoader):
+                # Which images the others would have had cannot be told from it.
+                raise Unsupported(
+                    f"resume: expected a loader of data.loader on several ranks, got {type(loader).__name__}"
+                )
+        _agree(ranks, settings)
+        ranks.agree(
+            max_images=max_images,
+            resume=path is not None,
+            checkpoint_every=checkpoint_every,
+            sensitivity=sensitivity,
+            head_gradients=head_gradients,
+        )
+        further: list[_Measurement] = []
+        if sensitivity:
+            further.append(("divergence", lambda first, *share: measure(model, family, anatomy, first, *share)))
+        if head_gradients:
+            further.append(("gradient", lambda first, *share: gradients_of_heads(model, anatomy, first, *share)))
+        return _run(
+            model,
+            loader,
+            collector,
+            max_images=max_images,
+            further=further,
+            path=path,
+            every=checkpoint_every,
+            ranks=ranks,
+        )
+
+
+def _check(
+    loader: object,
+    max_images: int | None,
+    collect: str,
+    gamma: int,
+    token_fraction: float,
+    resume: object,
+    checkpoint_every: int | None,
+) -> None:
     check.integer("max_images", max_images, optional=True)
     check.integer("gamma", gamma)
     check.integer("checkpoint_every", checkpoint_every, optional=True)
@@ -82,23 +149,14 @@ def calibrate(
         raise InvalidArgument("checkpoint_every: expected resume= to name the file to write, got none")
     if not isinstance(loader, Iterable):
         raise InvalidArgument(f"loader: expected batches of images, got {type(loader).__name__}")
-    path = None if resume is None else check.writable("resume", resume)
-    settings = Settings(
-        fingerprint=Fingerprint.of(model, anatomy),
-        gamma=gamma,
-        collect=collect,
-        token_fraction=token_fraction,
-        dtype="",
-        data=_data_configuration(model),
-    )
-    collector = _Collector(anatomy, settings)
-    further: list[_Measurement] = []
-    if sensitivity:
-        family = family_of(model)
-        further.append(("divergence", lambda first: measure(model, family, anatomy, first)))
-    if head_gradients:
-        further.append(("gradient", lambda first: gradients_of_heads(model, anatomy, first)))
-    return _run(model, loader, collector, max_images=max_images, further=further, path=path, every=checkpoint_every)
+
+
+def _agree(ranks: Ranks, settings: Settings) -> None:
+    """Refuse ranks that calibrate different models, or in different ways."""
+    first, *others = (Settings.from_dict(fields) for fields in ranks.gather(settings.to_dict()))
+    for rank, other in enumerate(others, 1):
+        first.fingerprint.require(other.fingerprint, f"rank {rank}: model", strict=True)
+    ranks.agree(**{name: value for name, value in settings.to_dict().items() if name != "fingerprint"})
 
 
 def calibrate_block(
@@ -113,8 +171,10 @@ def calibrate_block(
     return _run(model, loader, _Collector(anatomy, settings, only=block, norms=block is None), max_images=max_images)
 
 
-# What a measurement on the first images is called, and how it is taken.
-_Measurement = tuple[str, Callable[[list[torch.Tensor]], dict[str, Float]]]
+# What takes a measurement: the first images, a rank and the number of ranks; and what the measurement is called.
+_Take = Callable[[list[torch.Tensor], int, int], dict[str, Float]]
+_Measurement = tuple[str, _Take]
+_ALONE = Ranks()
 
 
 class _EnoughError(Exception):
@@ -130,76 +190,138 @@ def _run(
     further: Sequence[_Measurement] = (),
     path: Path | None = None,
     every: int | None = None,
+    ranks: Ranks = _ALONE,
 ) -> Statistics:
-    settings = collector.settings
-    if path is not None and path.is_file():
-        collector.restore(Statistics.load(path))
-    if max_images is not None and collector.images > max_images:
-        raise InvalidArgument(f"resume: expected a file of at most {max_images} images, got {collector.images}")
-    skip = collector.images
-    first: list[torch.Tensor] = []
+    total = images_in(loader, max_images)
+    with ranks.together():
+        if ranks.size > 1 and isinstance(loader, ImageLoader):
+            loader = loader.sharded(ranks.rank, ranks.size, whole_batches=True)
+        if ranks.rank == 0 and path is not None and path.is_file():
+            collector.restore(Statistics.load(path))
+        if max_images is not None and collector.images > max_images:
+            raise InvalidArgument(f"resume: expected a file of at most {max_images} images, got {collector.images}")
+    collector.follow(ranks)
+    seen = collector.images
+    end = 0
+    first: dict[int, torch.Tensor] = {}
     missing = [take for what, take in further if not any(name.endswith(what) for name in collector.sensitivity)]
     with (
         _evaluating(model),
-        _kept(collector, path),
+        _kept(collector, path, ranks),
         core.torch_threads(),
         torch.inference_mode(),
     ):
-        with collector.observing(model), progress(images_in(loader, max_images), "calibrate") as advance:
-            for index, images in enumerate(_batches(loader, max_images)):
-                advance(len(images))
-                images = model_input(model, images)
-                if missing and sum(map(len, first)) < DISTURBED_IMAGES:
-                    first.append(images[: DISTURBED_IMAGES - sum(map(len, first))].detach().clone())
+        shown = progress(total, "calibrate", silent=ranks.rank > 0)
+        with collector.observing(model), shown as advance:
+            for index, (start, images, stop) in enumerate(_batches(model, loader, max_images, seen, ranks)):
+                advance(stop - end)
+                end = stop
+                if missing and start < DISTURBED_IMAGES and len(images) > 0:
+                    first[start] = images[: DISTURBED_IMAGES - start].detach().clone()
                 if index == 0:
-                    _warn_unless_normalised(images, settings.data)
-                images, skip = images[skip:], max(0, skip - len(images))
-                if len(images) == 0:
+                    with ranks.together():  # a warning may be an error
+                        if ranks.rank == 0:
+                            _warn_unless_normalised(images, collector.settings.data)
+                if end <= seen:
                     continue
-                _refuse_non_finite(images, collector.images)
-                with collector.batch(len(images)), suppress(_EnoughError):
-                    model(images)
+                skip = min(len(images), max(0, seen - start))
+                with ranks.together(), collector.batch(start + skip, end), suppress(_EnoughError):
+                    if skip < len(images):
+                        model(images[skip:])
                 if every and path is not None and (index + 1) % every == 0:
-                    collector.statistics().save(path)
-        if first and not skip:
-            for take in missing:
-                collector.sensitivity |= take(first)
-    if skip:
-        raise InvalidArgument(f"resume: expected a loader of at least {collector.images} images, got {skip} fewer")
+                    _save(collector.statistics(ranks), path, ranks)
+        if missing and end >= seen:
+            _measure(model, collector, missing, first, ranks)
+    if end < seen:
+        raise InvalidArgument(f"resume: expected a loader of at least {seen} images, got {seen - end} fewer")
     if collector.images == 0:
         raise InvalidArgument("loader: expected at least one image, got none")
-    return collector.statistics()
+    statistics = collector.statistics(ranks)
+    if path is not None and (collector.images > seen or collector.sensitivity):
+        _save(statistics, path, ranks)
+    return statistics
+
+
+def _measure(
+    model: nn.Module,
+    collector: _Collector,
+    missing: Sequence[_Take],
+    first: Mapping[int, torch.Tensor],
+    ranks: Ranks,
+) -> None:
+    """Take the measurements on the first images; all ranks have these, and a share of the work."""
+    parts = ranks.gather({start: images.cpu() for start, images in first.items()}) if ranks.size > 1 else [first]
+    found = dict(sorted(item for part in parts for item in part.items()))
+    if not found:
+        return
+    with ranks.together():
+        batches = [model_input(model, images) for images in found.values()]
+        shares = [take(batches, ranks.rank, ranks.size) for take in missing]
+    for share in ranks.gather({name: sums for part in shares for name, sums in part.items()}):
+        for name, sums in share.items():
+            collector.sensitivity[name] = collector.sensitivity.get(name, 0) + sums
 
 
 @contextmanager
-def _kept(collector: _Collector, path: Path | None) -> Iterator[None]:
-    """Write what was collected when the block ends, well or not, as long as every layer has seen the same images."""
+def _kept(collector: _Collector, path: Path | None, ranks: Ranks) -> Iterator[None]:
+    """Write what was collected when the block fails, as long as every layer of every rank has seen its images."""
     before = collector.images
     try:
         yield
-    finally:
-        if path is not None and collector.whole and (collector.images > before or collector.sensitivity):
-            collector.statistics().save(path)
+    except BaseException as error:
+        # Of several ranks only what all of them raise leaves them at one place.
+        if path is None or (ranks.size > 1 and (ranks.lost or not isinstance(error, Exception))):
+            raise
+        if all(ranks.gather(collector.whole)) and (collector.images > before or collector.sensitivity):
+            _save(collector.statistics(ranks), path, ranks)
+        raise
 
 
-def _refuse_non_finite(images: torch.Tensor, seen: int) -> None:
+def _save(statistics: Statistics, path: Path, ranks: Ranks) -> None:
+    with ranks.together():
+        if ranks.rank == 0:
+            statistics.save(path)
+
+
+def _refuse_non_finite(images: torch.Tensor, start: int) -> None:
     finite = images.isfinite().flatten(1).all(1)
     if not bool(finite.all()):
         first = int((~finite).nonzero()[0, 0])
         value = images[first][~images[first].isfinite()][0].item()
-        raise NumericalError(f"patch_embed: expected finite values, got {value} in image {seen + first}")
+        raise NumericalError(f"patch_embed: expected finite values, got {value} in image {start + first}")
 
 
-def _batches(loader: Iterable[Any], max_images: int | None) -> Iterator[torch.Tensor]:
-    """Batches of images, exactly ``max_images`` in all; the loader is not asked for a batch more than that needs."""
-    left = max_images
-    for batch in loader:
-        images = split_batch(batch)[0][:left]
-        yield images
-        if left is not None:
-            left -= len(images)
-            if left == 0:
-                return
+def _batches(
+    model: nn.Module, loader: Iterable[Any], max_images: int | None, seen: int, ranks: Ranks
+) -> Iterator[tuple[int, torch.Tensor, int]]:
+    """This rank's batches as the model takes them, with the number of their first image and of the round's images.
+
+    In each round every rank has a batch, or has come to its end; the images are numbered as if the batches of a round
+    followed one another. Exactly ``max_images`` in all, and no round is begun behind them. The first ``seen`` images
+    may hold anything.
+    """
+    source = iter(loader)
+    start = 0
+    while max_images is None or start < max_images:
+        with ranks.together(2 * ranks.size) as told:
+            batch = next(source, None)
+            images = torch.empty(0) if batch is None else split_batch(batch, empty=ranks.size > 1)[0]
+            if len(images) > 0:
+                images = model_input(model, images)
+            told[ranks.rank] = len(images)
+            told[ranks.size + ranks.rank] = batch is not None
+        if not any(told[ranks.size :]):
+            return
+        own = start + int(sum(told[: ranks.rank]))
+        start += int(sum(told[: ranks.size]))
+        if max_images is not None:
+            start = min(start, max_images)
+            images = images[: max(0, max_images - own)]
+        with ranks.together():
+            skip = max(0, seen - own)
+            if skip < len(images):
+                _refuse_non_finite(images[skip:], own + skip)
+        yield own, images, start
 
 
 def _data_configuration(model: nn.Module) -> dict[str, Any]:
@@ -247,6 +369,9 @@ class _Accumulator(Protocol):
     def load_state(self, state: Any) -> None: ...
 
 
+_SAMPLES = ("query_gram", "key_gram")
+
+
 class _Collector:
     """Two accumulators, one a fold, for everything that is observed."""
 
@@ -271,7 +396,7 @@ class _Collector:
         self._scorers: dict[str, tuple[core.AttentionScorer, ...]] = {}
         self._moments: dict[str, tuple[core.MomentAccumulator, ...]] = {}
         self._queries: dict[str, torch.Tensor] = {}
-        self._samples: dict[str, list[Float]] = {}
+        self._samples: dict[str, dict[int, Float]] = {}  # by the number of the first image
         self.sensitivity: dict[str, Float] = {}
         for site in self._attention:
             self._scorers[site.qk] = tuple(
@@ -296,23 +421,51 @@ class _Collector:
                 yield f"{fold}/{name}", accumulator
 
     @contextmanager
-    def batch(self, images: int) -> Iterator[None]:
-        """One forward pass. If it fails halfway, some layers have seen images that others have not."""
+    def batch(self, start: int, end: int) -> Iterator[None]:
+        """One forward pass of images from number ``start`` on; ``end`` have been seen when all ranks are through.
+
+        If it fails halfway, some layers have seen images that others have not.
+        """
         self.whole = False
+        self.images = start
         yield
-        self.images += images
+        self.images = end
         self.whole = True
 
-    def statistics(self) -> Statistics:
+    def statistics(self, ranks: Ranks = _ALONE) -> Statistics:
+        """What all ranks have seen; all must ask."""
         tensors = {
             f"{name}/{what}": array
             for name, accumulator in self._accumulators()
             for what, array in accumulator.state().items()
         }
-        tensors |= {name: np.concatenate(parts) for name, parts in self._samples.items()}
+        tensors |= self._sampled()
+        ranks.add(torch.from_numpy(array) for array in tensors.values())
         tensors |= {f"sensitivity/{name}": sums for name, sums in self.sensitivity.items()}
-        settings = Settings(**{**vars(self.settings), "dtype": self._dtype})
+        dtypes = sorted({dtype for dtype in ranks.gather(self._dtype) if dtype})
+        if len(dtypes) > 1:
+            raise InvalidArgument(f"model: expected queries and keys of one type on all ranks, got {dtypes}")
+        settings = Settings(**{**vars(self.settings), "dtype": "".join(dtypes)})
         return Statistics(settings, tensors)
+
+    def _sampled(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The Grams of the first images at their places; zeros where another rank has them."""
+        if not self._all:
+            return {}
+        found = {}
+        for site in self._attention:
+            shape = (min(self.images, SAMPLED_IMAGES), site.heads, site.qk_dim * (site.qk_dim + 1) // 2)
+            for what in _SAMPLES:
+                grams = np.zeros(shape, np.float32)
+                for start, part in self._samples.get(f"sample/{site.qk}/{what}", {}).items():
+                    grams[start : start + len(part)] = part
+                found[f"sample/{site.qk}/{what}"] = grams
+        return found
+
+    def follow(self, ranks: Ranks) -> None:
+        """Go on from where the first rank is: its sums stay its own."""
+        if ranks.size > 1:
+            self.images, self._dtype, self.sensitivity = ranks.gather((self.images, self._dtype, self.sensitivity))[0]
 
     def restore(self, statistics: Statistics) -> None:
         settings = statistics.settings
@@ -328,7 +481,7 @@ class _Collector:
         for name, array in statistics.tensors.items():
             kind, _, rest = name.partition("/")
             if kind == "sample":
-                self._samples[name] = [array]
+                self._samples[name] = {0: array}
             elif kind == "sensitivity":
                 self.sensitivity[rest] = array
         self.images, self._dtype = statistics.images, settings.dtype
@@ -410,11 +563,11 @@ class _Collector:
         Packed, in float32: they only measure errors.
         """
         q, k = reach.at_hand(q), reach.at_hand(k).double()
-        for what, x in (("query_gram", q.double()), ("key_gram", k - k.mean(1, keepdim=True))):
+        for what, x in zip(_SAMPLES, (q.double(), k - k.mean(1, keepdim=True)), strict=True):
             grams = torch.einsum("bnhi,bnhj->bhij", x, x)
             rows, columns = np.triu_indices(site.qk_dim)
             packed = grams[..., rows, columns].to(torch.float32).cpu().numpy()
-            self._samples.setdefault(f"sample/{site.qk}/{what}", []).append(packed)
+            self._samples.setdefault(f"sample/{site.qk}/{what}", {})[self.images] = packed
 
     def _add(self, name: str, x: torch.Tensor, norm: reach.RowNorm = "none") -> None:
         """Add the chosen tokens of (B, N, d) to the fold of their image.

@@ -66,7 +66,7 @@ def number(argument: str, value: object, *, low: float = 0.0, high: float = math
 
 
 def writable(argument: str, path: object) -> Path:
-    """Return the path of a file that can be there: its folder exists, and it is no folder itself.
+    """Return the path of a file that can be there: its folder exists and takes files, and it is no folder itself.
 
     Raises:
         InvalidArgument: it is something else.
@@ -76,6 +76,8 @@ def writable(argument: str, path: object) -> Path:
     found = Path(path)
     if not found.parent.is_dir() or found.is_dir():
         raise InvalidArgument(f"{argument}: expected a file in an existing folder, got {found}")
+    if not os.access(found.parent, os.W_OK):
+        raise InvalidArgument(f"{argument}: expected a folder that can be written, got {found.parent}")
     return found
 
 

@@ -19,6 +19,8 @@ from .modules import PrunedAttention
 # Where weights came from: a pruned model must never be taken for its dense source.
 _WEIGHT_SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "custom_load")
 _LINEAR = (nn.Linear, nn.Conv2d)
+# Even without weights a block takes memory.
+_MAX_DEPTH = 512
 # Rates that matter in training alone may be changed by hand.
 _FREE = (nn.Dropout, timm.layers.DropPath, timm.layers.PatchDropout)
 
@@ -91,12 +93,11 @@ def load(path: str | Path, *, verify: bool = True) -> nn.Module:
     header, tensors = container.read(path, "model", verify=verify)
     expected = f"{Path(path).name}: expected a model that timm {timm.__version__} can build"
     try:
-        model = _skeleton(header)
-        frozen, config = set(header["frozen"]), header["pretrained_cfg"]
-    except KeyError as error:
-        raise InvalidArgument(f"{expected}, got a header without {error}") from error
+        with container.understood(expected):
+            model = _skeleton(header)
+            frozen, config, handmade = set(header["frozen"]), header["pretrained_cfg"], header["handmade"]
     except InvalidArgument as error:
-        raise InvalidArgument(f"{expected}, got {error}") from error
+        raise InvalidArgument(f"{expected}, got {str(error).removeprefix(f'{expected}, got ')}") from error
     built = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(built.keys() | tensors.keys()):
         found = tuple(tensors[name].shape) if name in tensors else None
@@ -108,7 +109,7 @@ def load(path: str | Path, *, verify: bool = True) -> nn.Module:
     if config is not None:
         restored: Any = _tuples(config)
         model.pretrained_cfg = model.default_cfg = restored
-    if header["handmade"]:
+    if handmade:
         factory: Any = (header["architecture"], header["arguments"])
         model.secateur_factory = factory
     return model.eval()
@@ -129,6 +130,9 @@ def _skeleton(header: Mapping[str, Any]) -> nn.Module:
     """The model of a header, without weights."""
     family = family_named(header["family"])
     arguments = {name: _tuples(value) for name, value in header["arguments"].items()}
+    depth = arguments.get("depth", 1)
+    if isinstance(depth, (int, float)) and depth > _MAX_DEPTH:
+        raise InvalidArgument(f"arguments: expected a depth of at most {_MAX_DEPTH}, got {depth}")
     try:
         model = family.build(header["architecture"], arguments, torch.device("meta"))
         surgery.shape(model, family, header["sizes"], header.get("layouts", {}))

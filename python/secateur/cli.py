@@ -33,7 +33,7 @@ from .evaluate import evaluate as evaluate_
 from .evaluate import place_for
 from .finetune import finetune as finetune_
 from .objectives import AccuracyCritical, LatencySensitive, MemoryConstrained
-from .ranks import first
+from .ranks import first, joined
 from .rounds import check_figure
 from .search import search as search_
 from .timing import measure_latency
@@ -137,6 +137,12 @@ MaxImages = Annotated[
 ]
 Workers = Annotated[
     int, typer.Option("--workers", min=0, help="Processes that decode while the model computes.", rich_help_panel=_DATA)
+]
+Unreadable = Annotated[
+    int,
+    typer.Option(
+        "--max-unreadable", min=0, help="Leave out so many images that cannot be decoded.", rich_help_panel=_DATA
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0)]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of torch.", callback=_use_threads)]
@@ -323,6 +329,7 @@ def calibrate(
     batch_size: BatchSize = 64,
     max_images: MaxImages = 1024,
     workers: Workers = 0,
+    max_unreadable: Unreadable = 0,
     collect: Annotated[str, typer.Option(help='"scores", or "all" for moments too.')] = "all",
     gamma: Annotated[int, typer.Option(min=1, help="Leading singular directions that count.")] = 8,
     token_fraction: Annotated[float, typer.Option(help="Share of the tokens that feed the moments.")] = 1.0,
@@ -340,9 +347,9 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Collect a model's statistics over images; labels are not used. Reads the training split unless told."""
-    with _output(as_json) as output:
+    with _output(as_json) as output, joined() as ranks:
         net = _model(model, checkpoint, pretrained, num_classes, model_kwargs)
-        net.to(place_for(net, device))
+        net.to(place_for(net, ranks.device(device)))
         split = split or default_split(data, train=True)
         # Folders are sorted by class: the first images would be of a few classes only.
         shuffle = not data.startswith("hfids:")
@@ -355,6 +362,7 @@ def calibrate(
             max_images=max_images,
             shuffle=shuffle,
             seed=seed,
+            max_unreadable=max_unreadable,
         )
         kind: Collect = collect  # type: ignore[assignment]  # the function checks it
         stats = calibrate_(
@@ -369,8 +377,11 @@ def calibrate(
             resume=resume,
             checkpoint_every=checkpoint_every,
         )
-        stats.save(out)
-        output.show(f"{stats.images:,} images of {images.description} -> {out}", images=stats.images, file=str(out))
+        with ranks.together():
+            if ranks.rank == 0:
+                stats.save(out)
+                text = f"{stats.images:,} images of {images.description} -> {out}"
+                output.show(text, images=stats.images, file=str(out))
 
 
 @app.command()
@@ -600,6 +611,7 @@ def evaluate(
     batch_size: BatchSize = 64,
     max_images: MaxImages = None,
     workers: Workers = 0,
+    max_unreadable: Unreadable = 0,
     device: Device = None,
     seed: Seed = 0,
     _threads: Threads = None,
@@ -618,6 +630,7 @@ def evaluate(
             max_images=max_images,
             shuffle=shuffle,
             seed=seed,
+            max_unreadable=max_unreadable,
         )
         found = evaluate_(net, images, device=device)
         output.show(str(found), **asdict(found))

@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .check import writable
-from .errors import InvalidArgument
+from .errors import Error, InvalidArgument
 
 _KEY = "secateur"
 _FORMAT = 1
 _PIECE = 32768  # elements: torch copies fewer on one thread
+# What a file may cost besides its own size: no file of secateur's comes near, and a hostile one must not go further.
+_MAX_TEXT = 10 << 20  # bytes of a JSON file
+_MAX_HEADER = 1 << 23  # bytes of a safetensors header, which safetensors itself would take a hundred million of
+_MAX_TENSORS = 1 << 14
+_MAX_VALUES = 44 << 20  # bytes of what JSON becomes in Python
 
 
 @contextmanager
@@ -30,12 +36,83 @@ def replacing(path: Path) -> Iterator[Path]:
     writable("path", path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the process's own; safetensors would have it that nobody else may read
         yield temporary
+        temporary.chmod(stat.S_IMODE(mode))
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except SafetensorError as error:  # a full disk, a folder that cannot be written
+        raise OSError(f"{path}: expected to be written, got {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only folder refuses this as well
+            temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds, in memory of at most its size and 64 MiB.
+
+    Raises:
+        ValueError: it is no JSON, or too large or nested too deeply to be a file of secateur's; or no UTF-8 text.
+    """
+    size = path.stat().st_size
+    if size > _MAX_TEXT:
+        raise ValueError(f"one of {size:,} bytes, more than {_MAX_TEXT:,}")
+    data = path.read_bytes()
+    # One wide character makes all of a string wide. secateur's own files are ASCII.
+    if len(data) > _MAX_TEXT // 10 and not data.isascii():
+        raise ValueError(f"one of {size:,} bytes with characters beyond ASCII")
+    return parse(data.decode())
+
+
+@contextmanager
+def understood(expected: str) -> Iterator[None]:
+    """Refuse a file whose checksums are right and whose fields are not what secateur writes.
+
+    Raises:
+        InvalidArgument: the block met something that is not there, or of another type, shape or range.
+    """
+    try:
+        yield
+    except Error:
+        raise
+    except KeyError as error:
+        raise InvalidArgument(f"{expected}, got one without {error}") from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InvalidArgument(f"{expected}, got one whose fields cannot be understood ({reason})") from error
+
+
+def parse(text: str) -> Any:
+    """Return the values of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, nested too deeply, or would take more memory than any header of secateur's.
+    """
+    if len(text) > _MAX_TEXT or _memory(text) > _MAX_VALUES:
+        raise ValueError(
+            f"JSON of {len(text):,} characters and about {_memory(text):,} bytes in memory, "
+            f"more than {_MAX_TEXT:,} or {_MAX_VALUES:,}"
+        )
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("JSON that is nested too deeply") from error
+
+
+def _memory(text: str) -> int:
+    """About what the values of a JSON text take besides its characters, from above."""
+    # An empty list takes 64 bytes, an entry of one 8, a number 28, a string 49, a dict 64 and 100 for each entry.
+    of = {"[": 72, "{": 64, ",": 36, ":": 100, '"': 26}
+    return sum(size * text.count(character) for character, size in of.items())
+
+
+def _header_size(path: Path) -> int:
+    """The bytes of a safetensors file's header, as it says itself; none where the file is shorter."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    return size if size <= path.stat().st_size else 0
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -87,6 +164,13 @@ def write(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mappi
         fields = json.dumps(header, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidArgument(f"header: expected JSON values, got {error}") from error
+    # Quotes are escaped twice on the way, and every tensor has a line of its own.
+    size = sum(map(len, flat)) + 128 * len(flat) + len(fields) + 3 * fields.count('"')
+    if len(flat) > _MAX_TENSORS or size > _MAX_HEADER or _memory(fields) > _MAX_VALUES:
+        raise InvalidArgument(
+            f"header: expected at most {_MAX_TENSORS:,} tensors and {_MAX_HEADER:,} bytes, got {len(flat):,} tensors "
+            f"and {size:,} bytes"
+        )
     outer = {
         "format": _FORMAT,
         "kind": kind,
@@ -114,11 +198,15 @@ def read(path: str | Path, kind: str, *, verify: bool = True) -> tuple[dict[str,
     if not path.is_file():
         raise InvalidArgument(f"path: expected a secateur {kind} file, got {path}, which is no file")
     try:
+        if _header_size(path) > _MAX_HEADER:
+            raise InvalidArgument(f"{expected}, got one whose header is longer than {_MAX_HEADER:,} bytes")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if _KEY not in metadata:
                 raise InvalidArgument(f"{expected}, got a safetensors file that secateur did not write")
             outer = _outer(metadata[_KEY], expected, kind)
+            if len(file.keys()) > _MAX_TENSORS:
+                raise InvalidArgument(f"{expected}, got one of more than {_MAX_TENSORS:,} tensors")
             # Copies: safetensors may map the file, and a mapped tensor changes when the file does.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError) as error:
@@ -128,15 +216,22 @@ def read(path: str | Path, kind: str, *, verify: bool = True) -> tuple[dict[str,
         raise InvalidArgument(f"{expected}, got one whose header does not match its checksum")
     if verify and outer["data_sha256"] != _data(tensors):
         raise InvalidArgument(f"{expected}, got one whose data do not match their checksum")
-    fields: dict[str, Any] = json.loads(outer["fields"])
+    try:
+        fields = parse(outer["fields"])
+    except ValueError as error:
+        raise InvalidArgument(f"{expected}, got {error}") from error
+    if not isinstance(fields, dict):
+        raise InvalidArgument(f"{expected}, got one whose header is damaged")
     return fields, tensors
 
 
 def _outer(text: str, expected: str, kind: str) -> dict[str, Any]:
     try:
-        outer = json.loads(text)
+        if not text.isascii():
+            raise ValueError("text that secateur does not write")
+        outer: dict[str, Any] = parse(text)
         found, version, checked = outer["kind"], outer["format"], (outer["fields"], outer["table_sha256"])
-        well_formed = isinstance(version, int) and all(isinstance(value, str) for value in checked)
+        well_formed = isinstance(version, int) and all(isinstance(value, str) and value.isascii() for value in checked)
     except (ValueError, KeyError, TypeError):
         well_formed = False
     if not well_formed:

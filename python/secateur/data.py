@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import random
 import tarfile
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -75,16 +76,16 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     return config
 
 
-def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
+def split_batch(batch: Any, *, empty: bool = False) -> tuple[Tensor, Tensor | None]:
     """Split what a loader yields, ``images`` or ``(images, targets, ...)``, into images (B, C, H, W) and targets.
 
     Raises:
-        InvalidArgument: the batch is something else, or holds no image.
+        InvalidArgument: the batch is something else, or holds no image (which ``empty`` allows).
     """
     items = list(batch) if isinstance(batch, (tuple, list)) else [batch]
     images = items[0] if items else None
     targets = items[1] if len(items) > 1 else None
-    if not isinstance(images, torch.Tensor) or images.ndim != 4 or len(images) == 0:
+    if not isinstance(images, torch.Tensor) or images.ndim != 4 or (len(images) == 0 and not empty):
         got = f"a tensor of shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise InvalidArgument(f"loader: expected batches of images (B, C, H, W) or (images, targets), got {got}")
     if targets is not None and (not isinstance(targets, torch.Tensor) or len(targets) != len(images)):
@@ -146,20 +147,40 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
     """Batches of (images (B, C, H, W) float32, targets (B,) int64) in an order fixed by seed and epoch.
 
     Iterating again repeats the same batches until `set_epoch` says otherwise. ``images`` is the number of images in
-    one pass (None for a streamed data set of unknown length), ``description`` names the source.
+    one pass (None for a streamed data set of unknown length), ``description`` names the source. ``unreadable`` names
+    the images that the last pass left out, and why; ``images`` counts them.
     """
 
-    def __init__(self, batches: _Batches | _Stream, images: int | None, batch_size: int, description: str) -> None:
+    def __init__(
+        self,
+        batches: _Batches | _Stream,
+        images: int | None,
+        batch_size: int,
+        description: str,
+        max_unreadable: int = 0,
+        in_step: bool = False,
+    ) -> None:
         self._batches = batches
         self.images = images
         self.batch_size = batch_size
         self.description = description
+        self.unreadable: list[str] = []
+        self._max_unreadable = max_unreadable
+        self._in_step = in_step
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self._batches:
-            if isinstance(batch, InvalidArgument):
-                raise batch
-            yield batch
+        left_out: list[str] = []
+        self.unreadable = left_out
+        for images, targets, unreadable in self._batches:
+            for text in unreadable:
+                if len(left_out) == self._max_unreadable:
+                    expected = f"at most {len(left_out)} unreadable images" if left_out else "a readable image"
+                    raise InvalidArgument(f"source: expected {expected}, got {text}")
+                left_out.append(text)
+                warnings.warn(f"left out an image that cannot be read: {text}", stacklevel=2)
+            # The ranks of a job count batches.
+            if len(images) > 0 or self._in_step:
+                yield images, targets
 
     def __len__(self) -> int:
         """Return the number of batches in one pass."""
@@ -174,11 +195,15 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
         """Choose the order and augmentation of the next passes; the very next pass leaves out ``start`` batches."""
         self._batches.set_epoch(epoch, start)
 
-    def sharded(self, rank: int, ranks: int) -> ImageLoader:
+    def sharded(self, rank: int, ranks: int, *, whole_batches: bool = False) -> ImageLoader:
         """Return a loader of one rank's share; the batches of all ranks together are those of ``ranks * batch_size``.
 
         Each pass gives every image to exactly one rank, as evenly as the last batch allows, except that a last batch
         of fewer images than ranks is left out. ``images`` is the number of this rank. ``finetune`` does this itself.
+
+        With ``whole_batches`` a rank has every ``ranks``-th of this loader's own batches from number ``rank`` on, and
+        nothing is left out: what is computed of a batch is the same on any number of ranks; a batch of unreadable
+        images alone is empty, not left out. ``calibrate`` does this. ``max_unreadable`` counts for each rank.
 
         Raises:
             InvalidArgument: ``rank`` is not below ``ranks``.
@@ -189,8 +214,10 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
             raise InvalidArgument(f"rank: expected less than the {ranks} ranks, got {rank}")
         if isinstance(self._batches, _Stream):
             raise Unsupported(f"loader: expected a data set that can be shared out, got the stream {self.description}")
-        batches = self._batches.sharded(rank, ranks)
-        return ImageLoader(batches, batches.images, self.batch_size, self.description)
+        batches = self._batches.sharded(rank, ranks, whole_batches)
+        return ImageLoader(
+            batches, batches.images, self.batch_size, self.description, self._max_unreadable, whole_batches
+        )
 
 
 def loader(
@@ -204,6 +231,7 @@ def loader(
     workers: int = 0,
     train: bool = False,
     seed: int = 0,
+    max_unreadable: int = 0,
     **transform: Any,
 ) -> ImageLoader:
     """Read images the way the model expects them.
@@ -224,6 +252,9 @@ def loader(
             depend on it.
         train: use timm's random training transforms (which differ by epoch) in place of the evaluation transforms.
         seed: of order and augmentation.
+        max_unreadable: leave out as many images that cannot be read or decoded in a pass, with a warning each, before
+            that is an error; ``ImageLoader.unreadable`` names them. A batch is smaller by those it lacks. Not for
+            ``hfids:``.
         **transform: further arguments of `timm.data.create_transform`, such as ``scale``, ``hflip``, ``auto_augment``
             or ``crop_pct``.
 
@@ -236,6 +267,7 @@ def loader(
     max_images = check.integer("max_images", max_images, optional=True)
     workers = check.integer("workers", workers, 0)
     seed = check.integer("seed", seed, 0)
+    max_unreadable = check.integer("max_unreadable", max_unreadable, 0)
     config = data_config(model)
     channels = config["input_size"][0]
     if channels not in (1, 3):
@@ -252,6 +284,8 @@ def loader(
         description = f"{name} ({split})"
         found = _hub(prefix, dataset, str(split), mode, seed, shuffle, max_images)
         if prefix == "hfids":
+            if max_unreadable:
+                raise InvalidArgument(f"max_unreadable: expected 0 for a streamed data set, got {max_unreadable}")
             found.transform = _ByPosition(prepare, seed if train else None)
             return _streamed(found, batch_size, max_images, workers, description)
         reader = found.reader
@@ -263,7 +297,7 @@ def loader(
 
     dataset_ = _Images(reader, prepare, mode, seed if train else None)
     order = _Order(len(reader), batch_size, max_images, seed if shuffle else None)
-    return ImageLoader(_Batches(dataset_, order, workers), order.images, batch_size, description)
+    return ImageLoader(_Batches(dataset_, order, workers), order.images, batch_size, description, max_unreadable)
 
 
 def default_split(source: str | os.PathLike[str], *, train: bool) -> str | None:
@@ -393,7 +427,10 @@ def _hub(prefix: str, name: str, split: str, mode: str, seed: int, shuffle: bool
 
 
 class _Order:
-    """Batches of (epoch, image index), a function of seed and epoch; of ``ranks`` equal shares the one of ``rank``."""
+    """Batches of (epoch, image index), a function of seed and epoch; of ``ranks`` shares the one of ``rank``.
+
+    A share is a part of every batch of ``ranks * batch_size``, or every ``ranks``-th batch.
+    """
 
     def __init__(
         self,
@@ -403,6 +440,7 @@ class _Order:
         seed: int | None,
         rank: int = 0,
         ranks: int = 1,
+        whole_batches: bool = False,
     ) -> None:
         self._images = available if max_images is None else min(max_images, available)
         self._available = available
@@ -410,6 +448,7 @@ class _Order:
         self._seed = seed
         self._rank = rank
         self._ranks = ranks
+        self._whole_batches = whole_batches
         self.epoch = 0
         self.start = 0
 
@@ -421,12 +460,18 @@ class _Order:
             if self.epoch > 0:
                 indices = indices[_permutation(self._images, self._seed, self.epoch)]
         first, self.start = self.start, 0
+        if self._whole_batches:
+            for batch in indices.split(self._batch_size)[self._rank :: self._ranks][first:]:
+                yield [(self.epoch, index) for index in batch.tolist()]
+            return
         together = self._batch_size * self._ranks
         for batch in range(first, len(self)):
             shared = indices[batch * together : (batch + 1) * together]
             yield [(self.epoch, index) for index in shared[self._rank :: self._ranks].tolist()]
 
     def __len__(self) -> int:
+        if self._whole_batches:
+            return len(range(self._rank, -(-self._images // self._batch_size), self._ranks))
         whole, rest = divmod(self._images, self._batch_size * self._ranks)
         # No rank can train on an empty batch.
         return whole + (rest >= self._ranks)
@@ -434,13 +479,17 @@ class _Order:
     @property
     def images(self) -> int:
         """Of this rank, in one pass."""
+        if self._whole_batches:
+            last = -(-self._images // self._batch_size) - 1
+            missing = (last + 1) * self._batch_size - self._images if last % self._ranks == self._rank else 0
+            return len(self) * self._batch_size - missing
         whole, rest = divmod(self._images, self._batch_size * self._ranks)
         last = -(-(rest - self._rank) // self._ranks) if rest >= self._ranks else 0
         return whole * self._batch_size + last
 
-    def sharded(self, rank: int, ranks: int) -> _Order:
+    def sharded(self, rank: int, ranks: int, whole_batches: bool) -> _Order:
         """Return the share of a rank, at the same epoch."""
-        order = _Order(self._available, self._batch_size, self._images, self._seed, rank, ranks)
+        order = _Order(self._available, self._batch_size, self._images, self._seed, rank, ranks, whole_batches)
         order.epoch = self.epoch
         return order
 
@@ -453,7 +502,7 @@ def _mix(*entropy: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-class _Images(Dataset["tuple[Tensor, int] | InvalidArgument"]):
+class _Images(Dataset["tuple[Tensor, int] | str"]):
     """Decoded, transformed images by (epoch, index)."""
 
     def __init__(
@@ -464,14 +513,16 @@ class _Images(Dataset["tuple[Tensor, int] | InvalidArgument"]):
         self._mode = mode
         self._seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | InvalidArgument:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
+        """Return the image and its class; of one that cannot be read its name and why."""
         epoch, index = key
         try:
             image, target = self._open(index)
-        except OSError as error:
+        except Exception as error:  # Pillow's decoders raise what they like
             # timm would put the next image in its place, which counts that one twice. Returned, not raised: a worker
             # process wraps what it raises in its own traceback.
-            return InvalidArgument(f"source: expected a readable image, got {self._name(index)!r} ({error})")
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return f"{self._name(index)!r} ({reason})"
         if self._seed is None:
             return self._transform(image), target
         with _seeded(_mix(self._seed, epoch, index)):
@@ -502,9 +553,14 @@ def _seeded(seed: int) -> Generator[None, None, None]:
         yield
 
 
-def _collate(samples: Sequence[tuple[Tensor, int] | InvalidArgument]) -> Any:
-    broken = next((sample for sample in samples if isinstance(sample, InvalidArgument)), None)
-    return broken if broken is not None else tuple(default_collate(list(samples)))
+def _collate(samples: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
+    """Return images and targets, and what is said of samples that are none."""
+    readable = [sample for sample in samples if not isinstance(sample, str)]
+    unreadable = [sample for sample in samples if isinstance(sample, str)]
+    if not readable:
+        return torch.empty(0, 0, 0, 0), torch.empty(0, dtype=torch.int64), unreadable
+    images, targets = default_collate(readable)
+    return images, targets, unreadable
 
 
 class _Batches:
@@ -537,8 +593,8 @@ class _Batches:
     def images(self) -> int:
         return self._order.images
 
-    def sharded(self, rank: int, ranks: int) -> _Batches:
-        return _Batches(self._dataset, self._order.sharded(rank, ranks), self._workers)
+    def sharded(self, rank: int, ranks: int, whole_batches: bool) -> _Batches:
+        return _Batches(self._dataset, self._order.sharded(rank, ranks, whole_batches), self._workers)
 
 
 class _ByPosition:
@@ -593,10 +649,10 @@ class _Stream:
             collate_fn=_collate,
             generator=torch.Generator(),
         )
-        for position, (images, targets) in enumerate(batches):
+        for position, (images, targets, unreadable) in enumerate(batches):
             count = len(images) if left is None else min(len(images), left)
             if position >= skip:
-                yield images[:count], targets[:count]
+                yield images[:count], targets[:count], unreadable
             if left is not None:
                 left -= count
                 if left <= 0:

@@ -85,7 +85,15 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Fingerprint:
-        """Back from JSON values."""
+        """Back from JSON values.
+
+        Raises:
+            KeyError: one is missing.
+            TypeError: one is of another type.
+        """
+        for name, kind in (("architecture", str), ("arguments", dict), ("sizes", dict), ("digests", dict)):
+            if not isinstance(fields[name], kind):
+                raise TypeError(f"{name} of type {type(fields[name]).__name__} in the fingerprint")
         return cls(fields["architecture"], fields["arguments"], fields["sizes"], fields["digests"])
 
 

@@ -235,7 +235,7 @@ class LatencyTable:
         if not path.is_file():
             raise InvalidArgument(f"path: expected a secateur latency table, got {path}, which is no file")
         try:
-            outer = json.loads(path.read_bytes())
+            outer = container.read_json(path)
             if not isinstance(outer, dict) or outer.get("secateur") != "latency table":
                 raise ValueError("another kind of file")
             if outer["format"] > _FORMAT:
@@ -259,7 +259,7 @@ class LatencyTable:
             raise InvalidArgument(
                 f"{path.name}: expected a secateur latency table, got a file that is no text"
             ) from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise InvalidArgument(f"{path.name}: expected a secateur latency table, got {error}") from error
 
     def __str__(self) -> str:

@@ -128,17 +128,22 @@ class Plan:
         checksum; it is written first.
 
         Raises:
-            InvalidArgument: the folder does not exist.
+            InvalidArgument: the folder does not exist, or the plan has more than some million indices.
         """
         path = Path(path)
         values = self.to_dict()
         if self.weights:
             values["weights_sha256"] = _digest(self.weights)
-            container.write(_weights_path(path), _WEIGHTS, {}, self.weights)
         fields = _canonical(values)
+        try:
+            values = container.parse(fields)
+        except ValueError as error:  # what `load` would refuse
+            raise InvalidArgument(f"plan: expected one that a file can hold, got {error}") from error
+        if self.weights:
+            container.write(_weights_path(path), _WEIGHTS, {}, self.weights)
         outer = {"secateur": "plan", "format": _FORMAT, "sha256": hashlib.sha256(fields.encode()).hexdigest()}
         with container.replacing(path) as temporary:
-            temporary.write_text(_canonical({**outer, "plan": json.loads(fields)}) + "\n")
+            temporary.write_text(_canonical({**outer, "plan": values}) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -152,7 +157,7 @@ class Plan:
         if not path.is_file():
             raise InvalidArgument(f"path: expected a secateur plan, got {path}, which is no file")
         try:
-            outer = json.loads(path.read_bytes())
+            outer = container.read_json(path)
             if not isinstance(outer, dict) or outer.get("secateur") != "plan":
                 raise ValueError("another kind of file")
             if outer["format"] > _FORMAT:
@@ -162,6 +167,9 @@ class Plan:
             fields = outer["plan"]
             if outer["sha256"] != hashlib.sha256(_canonical(fields).encode()).hexdigest():
                 raise ValueError("one that does not match its checksum")
+            for name, kind in (("method", str), ("options", dict), ("keep", dict), ("eps", dict)):
+                if not isinstance(fields.get(name, {}), kind):
+                    raise TypeError(f"{name} of type {type(fields.get(name)).__name__}")
             return cls(
                 method=fields["method"],
                 options=fields["options"],
@@ -178,7 +186,7 @@ class Plan:
             raise
         except UnicodeDecodeError as error:
             raise InvalidArgument(f"{path.name}: expected a secateur plan, got a file that is no text") from error
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise InvalidArgument(f"{path.name}: expected a secateur plan, got {error}") from error
 
     def __str__(self) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from . import check
 from .errors import Error, InvalidArgument, NumericalError, Unsupported
 
 if TYPE_CHECKING:
@@ -22,16 +23,21 @@ __all__ = ["Ranks", "first", "joined"]
 
 # A rank that dies is noticed at once, by its closed connection; this is for one that hangs. It is long because the
 # others wait through the validation of the first.
-_PATIENCE = timedelta(hours=1)
+_PATIENCE = 3600.0
+_PATIENCE_VARIABLE = "SECATEUR_RANK_TIMEOUT"
 _meetings = count()
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Ranks:
-    """The ranks of a job, or of a process on its own (``size`` 1), where nothing is sent."""
+    """The ranks of a job, or of a process on its own (``size`` 1), where nothing is sent.
+
+    ``lost`` says that a rank did not answer: nothing more can be done together.
+    """
 
     def __init__(self, group: distributed.ProcessGroup | None = None) -> None:
         self._group = group
+        self.lost = False
         self.rank = 0 if group is None else distributed.get_rank(group)
         self.size = 1 if group is None else distributed.get_world_size(group)
 
@@ -43,6 +49,7 @@ class Ranks:
 
         Raises:
             Error: the block raised on another rank; the text names it. Of the other's class where it is one of ours.
+                Or a rank died, or said nothing for too long.
         """
         totals = [0.0] * numbers
         failure: Exception | None = None
@@ -55,7 +62,8 @@ class Ranks:
         if self._group is None:
             return
         said = torch.tensor([float(failure is not None), *totals], dtype=torch.float64)
-        distributed.all_reduce(said, group=self._group)
+        with self._answering():
+            distributed.all_reduce(said, group=self._group)
         failed, *sums = said.tolist()
         if failed:
             texts = self.gather(None if failure is None else (type(failure).__name__, str(failure)))
@@ -71,8 +79,26 @@ class Ranks:
         if self._group is None:
             return [value]
         found: list[Any] = [None] * self.size
-        distributed.all_gather_object(found, value, group=self._group)
+        with self._answering():
+            distributed.all_gather_object(found, value, group=self._group)
         return found
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors on the CPU by their sums over ranks, in their own types; every rank gives as many."""
+        if self._group is not None:
+            with self._answering():
+                for tensor in tensors:
+                    distributed.all_reduce(tensor, group=self._group)
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # what gloo raises when a connection is closed, or nothing comes over it
+            self.lost = True
+            raise Error(
+                f"ranks: expected all {self.size} to answer within {_patience():g} s, got one that died or hangs"
+            ) from error
 
     def agree(self, **values: Any) -> None:
         """Refuse values that are not the same on every rank.
@@ -113,22 +139,24 @@ class Ranks:
 def joined() -> Iterator[Ranks]:
     """Meet the other ranks: those of the process group there is, or else of torchrun's environment, or none.
 
-    A process group made here is destroyed at the end, the caller's is left.
+    A process group made here is destroyed at the end, the caller's is left. A rank may say nothing for an hour, or for
+    the seconds in the environment variable SECATEUR_RANK_TIMEOUT.
     """
     launched = all(name in os.environ for name in _ENVIRONMENT) and int(os.environ["WORLD_SIZE"]) > 1
     ours = distributed.is_available() and launched and not distributed.is_initialized()
     if ours:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        store, rank, size = _store()
+        store, rank, size = _store(_patience())
         # A second group must not find the addresses of the first.
         store = distributed.PrefixStore(f"secateur/{next(_meetings)}", store)
-        distributed.init_process_group(backend, timeout=_PATIENCE, store=store, rank=rank, world_size=size)
+        patience = timedelta(seconds=_patience())
+        distributed.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=size)
     try:
         if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
             yield Ranks()
             return
         # Numbers and errors go over a group of the CPU's, whatever the gradients go over.
-        group: Any = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        group: Any = distributed.new_group(backend="gloo", timeout=timedelta(seconds=_patience()))
         try:
             yield Ranks(group)
         finally:
@@ -138,10 +166,19 @@ def joined() -> Iterator[Ranks]:
             distributed.destroy_process_group()
 
 
+def _patience() -> float:
+    """Return the seconds that a rank may say nothing."""
+    text = os.environ.get(_PATIENCE_VARIABLE, str(_PATIENCE))
+    try:
+        return check.number(_PATIENCE_VARIABLE, float(text), open_low=True)
+    except ValueError as error:
+        raise InvalidArgument(f"{_PATIENCE_VARIABLE}: expected seconds, more than 0, got {text!r}") from error
+
+
 @cache
-def _store() -> tuple[Any, int, int]:
+def _store(patience: float) -> tuple[Any, int, int]:
     """Return where the ranks meet, which stays: a rank may come back while another has not yet left."""
-    found: tuple[Any, int, int] = next(distributed.rendezvous("env://", timeout=_PATIENCE))
+    found: tuple[Any, int, int] = next(distributed.rendezvous("env://", timeout=timedelta(seconds=patience)))
     return found
 
 

@@ -79,6 +79,17 @@ def read(
         InvalidArgument: the file is damaged, or of another run, model, teacher or loader.
     """
     header, tensors = container.read(path, _KIND)
+    with container.understood("resume: expected a checkpoint of this run"):
+        return _matched(header, tensors, model, origin, settings)
+
+
+def _matched(
+    header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    origin: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     for name, value in settings.items():
         if header["settings"].get(name) != value:
             raise InvalidArgument(

@@ -297,6 +297,12 @@ class _File:
             InvalidArgument: the file is damaged, or another search's.
         """
         header, tensors = container.read(self.path, _KIND)
+        with container.understood("resume: expected the file of this search"):
+            return self._matched(dense, header, tensors)
+
+    def _matched(
+        self, dense: nn.Module, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> tuple[list[Round], dict[int, nn.Module]]:
         # As JSON gives them back.
         mine = json.loads(json.dumps({"settings": self.settings, "origin": self.origin}))
         for what in ("settings", "origin"):

@@ -37,7 +37,9 @@ class _Trial(NamedTuple):
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, family: Family, anatomy: Anatomy, batches: Sequence[Tensor]) -> dict[str, Float]:
+def measure(
+    model: nn.Module, family: Family, anatomy: Anatomy, batches: Sequence[Tensor], rank: int = 0, ranks: int = 1
+) -> dict[str, Float]:
     """Disturb or remove one part after the other and compare the outputs; the model is in evaluation mode.
 
     A group's part of the model (queries; what proj or fc2 writes; what every norm reads) gets a tenth of its own values
@@ -50,12 +52,16 @@ def measure(model: nn.Module, family: Family, anatomy: Anatomy, batches: Sequenc
         family: of the model.
         anatomy: its description.
         batches: images (B, C, H, W), as the model takes them.
+        rank: of several processes that share out the parts of the model, each with all images.
+        ranks: how many they are.
 
     Returns:
         By "group/what" a sum over images, and their number: "divergence" of each group, per share of variance (of a
-        layer: when it is removed); and "mean_kept", the same of a layer that its mean replaces.
+        layer: when it is removed); and "mean_kept", the same of a layer that its mean replaces. Of this rank's parts.
     """
-    trials = _trials(anatomy)
+    trials = _trials(anatomy)[rank::ranks]
+    if not trials:
+        return {}
     generators = {trial.name: torch.Generator().manual_seed(0) for trial in trials}
     totals = dict.fromkeys(generators, 0.0)
     blocks = family.blocks(model)
@@ -74,12 +80,15 @@ def measure(model: nn.Module, family: Family, anatomy: Anatomy, batches: Sequenc
             totals[trial.name] += _divergence(model, wanted, _output(found)) / trial.share**2
     for site in anatomy.attention:
         # What is lost with a head is a share of what the projection writes, as with values.
-        totals[f"{site.heads_group}/divergence"] = totals[f"{site.v}/divergence"]
+        if f"{site.v}/divergence" in totals:
+            totals[f"{site.heads_group}/divergence"] = totals[f"{site.v}/divergence"]
     images = float(sum(map(len, chunks)))
     return {name: np.array([total, images]) for name, total in totals.items()}
 
 
-def head_gradients(model: nn.Module, anatomy: Anatomy, batches: Sequence[Tensor]) -> dict[str, Float]:
+def head_gradients(
+    model: nn.Module, anatomy: Anatomy, batches: Sequence[Tensor], rank: int = 0, ranks: int = 1
+) -> dict[str, Float]:
     """Importance of heads by Michel et al. (2019, arXiv:1905.10650), E |Att_h · ∂L/∂Att_h|.
 
     L is the cross-entropy of the model's own answer, half the squared features where there is no classifier. The model
@@ -89,15 +98,16 @@ def head_gradients(model: nn.Module, anatomy: Anatomy, batches: Sequence[Tensor]
         model: on any device.
         anatomy: its description.
         batches: images (B, C, H, W), as the model takes them.
+        rank: of several processes that share out these images.
+        ranks: how many they are.
 
     Returns:
-        "group/gradient" of each group of heads: sums over images and, last, their number, (heads + 1,).
+        "group/gradient" of each group of heads: sums over this rank's images and, last, their number, (heads + 1,).
     """
     sums = {f"{site.heads_group}/gradient": np.zeros(site.heads + 1) for site in anatomy.attention}
-    for batch in batches:
-        for images in batch.split(_GRADIENT_CHUNK):
-            for name, found in _of_single_images(model, anatomy, images).items():
-                sums[name] += np.append(found, len(images))
+    for images in [chunk for batch in batches for chunk in batch.split(_GRADIENT_CHUNK)][rank::ranks]:
+        for name, found in _of_single_images(model, anatomy, images).items():
+            sums[name] += np.append(found, len(images))
     return sums
 
 

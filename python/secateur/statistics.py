@@ -274,11 +274,14 @@ class Statistics:
             InvalidArgument: not such a file, or a damaged one.
         """
         fields, tensors = container.read(path, "statistics")
-        try:
-            settings = Settings.from_dict(fields)
-        except (KeyError, TypeError) as error:
-            raise InvalidArgument(f"path: expected a secateur statistics file, got one without {error}") from error
-        return cls(settings, {name: tensor.numpy() for name, tensor in tensors.items()})
+        with container.understood("path: expected a secateur statistics file"):
+            counts = [name for name in tensors if name.startswith("even/") and name.endswith("/images")]
+            if not counts or not all(name.count("/") == 2 for name in tensors):
+                raise ValueError("expected sums by fold, group and name, got others")
+            found = cls(Settings.from_dict(fields), {name: tensor.numpy() for name, tensor in tensors.items()})
+            if found.images < 1:
+                raise ValueError("expected at least one image, got none")
+            return found
 
     def _rows(self, group: str, fold: str | None) -> int:
         rows = int(self._sum(group, "rows", fold)[0])

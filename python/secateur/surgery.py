@@ -110,6 +110,10 @@ def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool =
     )
 
 
+# Of all groups: what a file says a model has is counted out before its weights are looked at. ViT-22B has 1.8 million.
+_MAX_UNITS = 1 << 21
+
+
 def shape(
     model: nn.Module, family: Family, sizes: Mapping[str, int], layouts: Mapping[str, str] = MappingProxyType({})
 ) -> None:
@@ -128,6 +132,8 @@ def shape(
     """
     anatomy = family.inspect(model)
     keep: dict[str, Indices] = {}
+    if sum(group.heads * group.size for group in anatomy.groups) > _MAX_UNITS:
+        raise InvalidArgument(f"arguments: expected a model of at most {_MAX_UNITS:,} units in all, got more")
     for name, size in sizes.items():
         group = anatomy.group(name)
         if not group.least <= size <= group.size:

@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import core, generators, resumption
+from . import container, core, generators, resumption
 from .data import model_input, split_batch
 from .errors import InvalidArgument, NumericalError
 from .evaluate import check_targets, evaluate, full_precision
@@ -313,19 +313,20 @@ class Run:
     def load(self, path: Path) -> int:
         """Take up a checkpoint and return its step; nothing is changed unless all of it fits."""
         found, position, rest = resumption.read(path, self._model, self._origin, asdict(self._settings))
-        try:
-            self._optimizer.load_state_dict(rest["optimizer"])
-        except ValueError as error:  # raised before anything is loaded
-            raise InvalidArgument(
-                f"resume: expected a checkpoint of the parameters that require a gradient, got others ({error})"
-            ) from error
-        _overwrite(resumption.state(self._model), found)
-        if self._average is not None:
-            _overwrite(resumption.state(self._average.module), rest["average"])
-        if self._scaler.is_enabled():
-            self._scaler.load_state_dict(rest["scaler"])
-        self.at = _Progress(**position)
-        self._generators = rest["generators"][self._ranks.rank]
+        with container.understood("resume: expected a checkpoint of this run"):
+            at, drawn = _Progress(**position), rest["generators"][self._ranks.rank]
+            try:
+                self._optimizer.load_state_dict(rest["optimizer"])
+            except ValueError as error:  # raised before anything is loaded
+                raise InvalidArgument(
+                    f"resume: expected a checkpoint of the parameters that require a gradient, got others ({error})"
+                ) from error
+            _overwrite(resumption.state(self._model), found)
+            if self._average is not None:
+                _overwrite(resumption.state(self._average.module), rest["average"])
+            if self._scaler.is_enabled():
+                self._scaler.load_state_dict(rest["scaler"])
+            self.at, self._generators = at, drawn
         return self.at.step
 
 

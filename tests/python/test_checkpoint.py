@@ -345,6 +345,13 @@ def test_a_failed_save_leaves_the_old_file(pruned, tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.safetensors"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="modes")
+def test_files_have_the_mode_of_any_other(pruned, tmp_path):
+    sc.save(pruned, tmp_path / "m.safetensors")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_the_header_is_readable_by_anyone(pruned, tmp_path):
     path = tmp_path / "m.safetensors"
     sc.save(pruned, path)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -621,6 +622,116 @@ def test_python_threads_share_an_object():
     assert accumulator.rows == 4 * rounds
     assert (accumulator.sum() == 4 * rounds).all()
     assert (accumulator.second_moment() == 4 * rounds).all()
+
+
+def in_threads(*works):
+    """Run functions side by side; what the first of them raised is raised."""
+    failures = []
+
+    def caught(work):
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=caught, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    if failures:
+        raise failures[0]
+
+
+def queries_and_keys_of(seed):
+    x = np.random.default_rng(seed).normal(size=(2, 2, 19, 3, 13))
+    return x.astype(np.float32)
+
+
+@pytest.mark.parametrize("team", ["own", "openmp"])
+def test_scorers_of_their_own_work_side_by_side(team):
+    """The same bits as one after the other, while all share the core's threads."""
+    before = core.runtime.team(), core.runtime.threads()
+    core.runtime.set_team(team)
+    core.runtime.set_threads(2)
+
+    def work(seed, found):
+        scorer, accumulator = core.AttentionScorer(3, 13, gamma=4), core.MomentAccumulator(13)
+        for step in range(10):
+            q, k = queries_and_keys_of(100 * seed + step)
+            scorer.update(q, k)
+            accumulator.update(q)
+        found[seed] = scorer.scores(), accumulator.second_moment()
+
+    try:
+        alone, together = {}, {}
+        for seed in range(4):
+            work(seed, alone)
+        in_threads(*(partial(work, seed, together) for seed in range(4)))
+    finally:
+        core.runtime.set_team(before[0])
+        core.runtime.set_threads(before[1])
+    for seed in range(4):
+        for mine, theirs in zip(alone[seed], together[seed], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_shared_scorer_takes_turns():
+    """All updates, merges and reads of four threads: the sums of one after the other, up to their order."""
+    expected, shared, other = (core.AttentionScorer(3, 13, gamma=4, moments=True) for _ in range(3))
+    for seed in range(40):
+        expected.update(*queries_and_keys_of(seed))
+
+    def work(first):
+        for seed in range(first, 40, 4):
+            shared.update(*queries_and_keys_of(seed))
+            # A state is of one moment: never between an image's count and its scores.
+            state = shared.state()
+            assert state["images"][0] % 2 == 0
+            if seed % 8 == 0:
+                other.merge(shared)
+
+    in_threads(*(partial(work, first) for first in range(4)))
+    mine, theirs = shared.state(), expected.state()
+    assert mine["images"][0] == 80
+    for name, array in theirs.items():
+        np.testing.assert_allclose(mine[name], array, rtol=1e-12, atol=1e-12 * np.abs(array).max(), err_msg=name)
+
+
+def overlapping(work):
+    """How often a thread of Python ran while another was in the core."""
+    ticks, stop = [0], threading.Event()
+
+    def tick():
+        while not stop.wait(0.001):
+            ticks[0] += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        before = ticks[0]
+        work()
+        return ticks[0] - before
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_the_gil_is_released_by_what_takes_long():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20000, 300)).astype(np.float32)
+    q, k = rng.normal(size=(2, 48, 197, 4, 64)).astype(np.float32)
+    weights, root = rng.normal(size=(2, 400, 400))
+    inverse = root @ root.T / 400 + np.eye(400)
+    works = {
+        "AttentionScorer.update": lambda: core.AttentionScorer(4, 64, gamma=8).update(q, k),
+        "MomentAccumulator.update": lambda: core.MomentAccumulator(300).update(x),
+        "eliminate": lambda: core.eliminate(inverse, weights, 300),
+    }
+    for name, work in works.items():
+        # A kernel that holds the GIL lets nobody tick, however often it is called.
+        assert max(overlapping(work) for _ in range(3)) >= 3, name
 
 
 def test_the_gil_is_released():

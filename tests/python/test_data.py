@@ -291,6 +291,41 @@ def test_a_broken_image_is_named_and_not_replaced_by_its_neighbour(folder: Path,
         list(loader(folder, small_vit(), batch_size=4, workers=workers))
 
 
+def breaking(folder: Path) -> list[str]:
+    """Break three images of 13, each in another way: no image, cut short, a lie about its size."""
+    (folder / "apple" / "003.png").write_bytes(b"no image at all")
+    whole = (folder / "banana" / "001.png").read_bytes()
+    (folder / "banana" / "001.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "banana" / "002.png").write_bytes(whole[:16] + b"\x7f\xff\xff\xff" + whole[20:])
+    return [str(Path(*parts)) for parts in (("apple", "003.png"), ("banana", "001.png"), ("banana", "002.png"))]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("batch_size", [1, 4, 13])
+def test_images_that_cannot_be_read_are_left_out_to_a_limit(folder: Path, workers: int, batch_size: int) -> None:
+    names = breaking(folder)
+    source = loader(folder, small_vit(), batch_size=batch_size, workers=workers, max_unreadable=3)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="^left out an image that cannot be read: ") as caught:
+            found = numbers(source)
+        assert found == [number for number in range(13) if number not in (3, 6, 7)]
+        assert [text.split("'")[1] for text in source.unreadable] == names
+        assert [str(one.message).split("'")[1] for one in caught] == names
+    limited = loader(folder, small_vit(), batch_size=batch_size, workers=workers, max_unreadable=2)
+    text = rf"^source: expected at most 2 unreadable images, got '{names[2]}' \([^\n]+\)$"
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(InvalidArgument, match=text):
+        list(limited)
+    assert len(limited.unreadable) == 2
+
+
+def test_ranks_stay_in_step_where_a_whole_batch_is_left_out(folder: Path) -> None:
+    breaking(folder)
+    source = loader(folder, small_vit(), batch_size=2, max_unreadable=3)
+    with pytest.warns(UserWarning, match="left out"):
+        shares = [list(source.sharded(rank, 2, whole_batches=True)) for rank in range(2)]
+    assert [[len(images) for images, _ in share] for share in shares] == [[2, 2, 2, 1], [1, 0, 2]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -300,6 +335,7 @@ def test_a_broken_image_is_named_and_not_replaced_by_its_neighbour(folder: Path,
         ({"seed": -1}, "seed: expected an integer of at least 0, got -1"),
         ({"batch_size": 1.5}, "batch_size: expected an integer of at least 1, got 1.5"),
         ({"batch_size": "3"}, "batch_size: expected an integer of at least 1, got '3'"),
+        ({"max_unreadable": -1}, "max_unreadable: expected an integer of at least 0, got -1"),
         ({"workers": True}, "workers: expected an integer of at least 0, got True"),
     ],
 )

@@ -56,6 +56,15 @@ def test_every_argument_is_documented(function):
         assert re.search(rf"^\s+\**{name}:", documented, re.MULTILINE), f"{function.__name__} does not describe {name}"
 
 
+def test_every_promise_names_a_test_that_is_there():
+    text = (ROOT / "docs/guarantees.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 20
+    for file, test in named:
+        source = (ROOT / "tests/python" / file).read_text()
+        assert f"def {test or 'test_'}" in source, f"{file} has no {test}"
+
+
 def test_the_links_lead_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from finetuning import quiet, tiny
+from launch import on_ranks
 from safetensors.torch import load_file
 from secateur.data import ImageLoader, _Stream, loader
 from secateur.errors import InvalidArgument, Unsupported
@@ -39,36 +38,6 @@ def keep(model, result, name="end"):
     with open(f"{OUT}/{name}{RANK}.json", "w") as file:
         json.dump([result.history, result.resumed], file)
 """
-
-
-def start(body: str, folder: Path, rank: int, port: int, ranks: int = 2) -> subprocess.Popen[str]:
-    """Start one rank: the environment is torchrun's, without the agent that would end the others for us."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    command = [sys.executable, "-W", "error", "-c", HEAD + body, str(folder)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def on_two_ranks(body: str, folder: Path, timeout: float = 300) -> list[tuple[int, str]]:
-    """Run a script on both ranks; return their exit codes and what they wrote on stderr."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = [start(body, folder, rank, port) for rank in range(2)]
-    try:
-        texts = [each.communicate(timeout=timeout)[1] for each in running]
-    finally:
-        for each in running:
-            each.kill()
-            each.wait()
-    return [(each.returncode, text) for each, text in zip(running, texts, strict=True)]
 
 
 def kept(folder: Path, name: str = "end") -> tuple[list[dict[str, Tensor]], list[object]]:
@@ -107,7 +76,7 @@ distributed.destroy_process_group()
 
 
 def test_two_ranks_are_one_with_twice_the_batch(tmp_path: Path) -> None:
-    for code, text in on_two_ranks(EQUAL, tmp_path):
+    for code, text in on_ranks(HEAD + EQUAL, tmp_path):
         assert code == 0, text
     model = quiet(num_classes=10)
 
@@ -176,7 +145,7 @@ assert not [name for name in os.listdir(OUT) if name.startswith(".")]
 
 
 def test_a_run_of_two_ranks_resumes_to_the_bit(tmp_path: Path) -> None:
-    for code, text in on_two_ranks(RESUMED, tmp_path):
+    for code, text in on_ranks(HEAD + RESUMED, tmp_path):
         assert code == 0, text
     whole, whole_results = kept(tmp_path, "whole")
     resumed, results = kept(tmp_path, "resumed")
@@ -255,7 +224,7 @@ FAILURES = [
 
 
 def test_what_fails_on_one_rank_ends_the_run_on_both(tmp_path: Path) -> None:
-    done = on_two_ranks(FAILING, tmp_path)
+    done = on_ranks(HEAD + FAILING, tmp_path)
     assert [code for code, _ in done] == [0, 0], done
     for rank, (_, text) in enumerate(done):
         lines = text.splitlines()
@@ -276,7 +245,7 @@ finetune(quiet(), Dying(batches()))
 
 
 def test_a_rank_that_is_killed_does_not_leave_the_other_waiting(tmp_path: Path) -> None:
-    (code, text), (killed, _) = on_two_ranks(DYING, tmp_path)  # gloo itself waits for half an hour
+    (code, text), (killed, _) = on_ranks(HEAD + DYING, tmp_path)  # gloo itself waits for half an hour
     assert killed == -signal.SIGKILL
     assert code == 1, text
     assert "RuntimeError" in text or "DistBackendError" in text, text

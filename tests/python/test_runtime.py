@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import secateur as sc
 import torch
+from finetuning import batches, quiet
 
 runtime = sc.core.runtime
 
@@ -107,6 +108,32 @@ def test_a_forked_child_works_on_threads_of_its_own(three_threads):
         child.kill()
     for left, right in zip(expected, results, strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+def calibrated():
+    return sc.calibrate(quiet(), [images.clamp(-1, 1) for images, _ in batches(2)]).tensors
+
+
+def _calibrated_in_a_child(queue):
+    queue.put(calibrated())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="fork")
+def test_a_forked_child_calibrates(three_threads):
+    """After the parent has: torch's OpenMP threads do not live on in it. torch needs one thread there, as anywhere."""
+    context = multiprocessing.get_context("fork")
+    torch.set_num_threads(1)
+    queue = context.Queue()
+    expected = calibrated()
+    child = context.Process(target=_calibrated_in_a_child, args=(queue,), daemon=True)
+    child.start()
+    try:
+        found = queue.get(timeout=60)
+    finally:
+        child.join(10)
+        child.kill()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(array, found[name])
 
 
 def test_the_core_alone_has_no_openmp_to_work_on():

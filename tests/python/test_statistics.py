@@ -45,6 +45,43 @@ def test_shards_merge_to_the_whole(digits_model, digits_images, parts):
     assert_close(whole, merged)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_shards_of_whole_batches_merge_to_the_whole_in_float32(digits_model, digits_images, parts):
+    """Cut where a batch ends, at multiples of twice the stride: phases of tokens and Grams of images included."""
+    torch.set_num_threads(1)
+    batches = digits_images[:56].split(4)
+    options = {"token_fraction": 0.5, "gamma": 3}
+    whole = sc.calibrate(digits_model, batches, **options)
+    cuts = [14 * i // parts for i in range(parts + 1)]
+    shards = [sc.calibrate(digits_model, batches[a:b], **options) for a, b in pairwise(cuts)]
+    assert len({shard.images for shard in shards}) <= 2
+    merged = sc.Statistics.merge(shards)
+    assert merged.images_by_fold == (28, 28)
+    assert_close(whole, merged)
+    for mine, theirs in zip(whole.image_grams("blocks.1.qk"), merged.image_grams("blocks.1.qk"), strict=True):
+        assert np.array_equal(mine, theirs)
+
+
+def test_merge_keeps_the_grams_of_the_first_images(digits_model, digits_images):
+    """In the order of the parts, 64 at most."""
+    parts = [sc.calibrate(digits_model, [digits_images[a:b]]) for a, b in ((0, 40), (0, 30), (30, 64))]
+    queries = [part.image_grams("blocks.0.qk")[0] for part in parts]
+    merged = sc.Statistics.merge(parts)
+    assert merged.images == 104
+    assert np.array_equal(merged.image_grams("blocks.0.qk")[0], np.concatenate([queries[0], queries[1][:24]]))
+
+
+def test_sensitivities_are_added_by_images(digits_model, digits_images):
+    """Each is a mean over the images it was measured on."""
+    first, second = (
+        sc.calibrate(digits_model, [digits_images[a:b]], sensitivity=True, head_gradients=True)
+        for a, b in ((0, 8), (8, 32))
+    )
+    merged = sc.Statistics.merge([first, second])
+    for found in (lambda s: s.sensitivity("blocks.1.ffn"), lambda s: s.head_importance("blocks.1.heads")):
+        np.testing.assert_allclose(found(merged), (8 * found(first) + 24 * found(second)) / 32, rtol=1e-12)
+
+
 def test_merge_refuses_what_does_not_add(digits_model, digits_images, stats):
     with pytest.raises(sc.InvalidArgument, match="parts: expected at least one Statistics, got none"):
         sc.Statistics.merge([])

@@ -1,0 +1,46 @@
+"""Runs killed by the system at random points end, started again, as runs that were not."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("kill_points.py")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="fork and kill -9")
+@pytest.mark.parametrize("points", [2, pytest.param(13, marks=pytest.mark.faults)])
+def test_runs_killed_at_random_points_are_resumed(tmp_path: Path, points: int) -> None:
+    """So many kills of each of calibrate, finetune, search and save; of the last, 52."""
+    seed = random.randrange(2**32)
+    command = [sys.executable, str(SCRIPT), str(tmp_path), str(points), str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+    found = json.loads(done.stdout)
+    assert [found[name]["killed"] for name in ("calibrate", "finetune", "search", "save")] == [points] * 4
+    if points > 2:
+        assert all(found[name]["left_a_file"] > 0 for name in ("calibrate", "finetune", "search", "save"))
+    sys.stdout.write(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("rounds", [60, pytest.param(10_000, marks=pytest.mark.faults)])
+def test_nothing_grows_with_rounds_of_work(tmp_path: Path, rounds: int) -> None:
+    """Calibrate, plan, prune, save, load: no memory, file, thread or object is left of a round."""
+    command = [sys.executable, str(Path(__file__).with_name("rounds_of_work.py")), str(tmp_path), str(rounds)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=7200)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    early, late = found["early"], found["late"]
+    assert late["files"] == early["files"]
+    assert late["threads"] == early["threads"]
+    # A model of one round has some 700 objects and 100 kB of weights; caches fill in the first rounds.
+    assert late["objects"] <= early["objects"] + 500, found
+    assert late["memory"] <= early["memory"] + (8 << 20), found
+    assert {item.name for item in tmp_path.iterdir()} <= {"stats", "plan.json", "plan.weights.safetensors", "model"}
+    sys.stdout.write(done.stdout)
