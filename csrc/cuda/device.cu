@@ -50,7 +50,8 @@ void check(cudaError_t status, const char* call) {
   int device = 0;
   cudaGetDevice(&device);
   const std::string where = "cuda:" + std::to_string(device);
-  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction ||
+      status == cudaErrorUnsupportedPtxVersion) {
     fail<Unsupported>(where, "a device that this build has code for",
                       "compute capability " + capability(device));
   }

@@ -175,6 +175,8 @@ def calibrate_block(
 _Take = Callable[[list[torch.Tensor], int, int], dict[str, Float]]
 _Measurement = tuple[str, _Take]
 _ALONE = Ranks()
+# No batch, not even None.
+_END = object()
 
 
 class _EnoughError(Exception):
@@ -304,12 +306,12 @@ def _batches(
     start = 0
     while max_images is None or start < max_images:
         with ranks.together(2 * ranks.size) as told:
-            batch = next(source, None)
-            images = torch.empty(0) if batch is None else split_batch(batch, empty=ranks.size > 1)[0]
+            batch = next(source, _END)
+            images = torch.empty(0) if batch is _END else split_batch(batch, empty=ranks.size > 1)[0]
             if len(images) > 0:
                 images = model_input(model, images)
             told[ranks.rank] = len(images)
-            told[ranks.size + ranks.rank] = batch is not None
+            told[ranks.size + ranks.rank] = batch is not _END
         if not any(told[ranks.size :]):
             return
         own = start + int(sum(told[: ranks.rank]))
@@ -334,7 +336,7 @@ def _data_configuration(model: nn.Module) -> dict[str, Any]:
 
 def _warn_unless_normalised(images: torch.Tensor, data: Any) -> None:
     """Pixels in [0, 1] become (x − mean) / std: say so when these cannot have. NaN and Inf are the layers' to name."""
-    if not data or not bool(images.isfinite().all()):
+    if not data or len(images) == 0 or not bool(images.isfinite().all()):
         return
     mean, std = np.asarray(data["mean"]), np.asarray(data["std"])
     low, high = float(((0 - mean) / std).min()), float(((1 - mean) / std).max())

@@ -819,5 +819,5 @@ def demo(
     from .demo import demo as demo_
 
     with _output(as_json) as output:
-        found = demo_(out, **({"steps": 20, "finetune_steps": 4, "max_images": 192, "repeats": 3} if quick else {}))
+        found = demo_(out, **({"steps": 60, "finetune_steps": 6, "max_images": 192, "repeats": 3} if quick else {}))
         output.show(found.table(), **found.to_dict())

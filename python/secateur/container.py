@@ -164,8 +164,8 @@ def write(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mappi
         fields = json.dumps(header, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidArgument(f"header: expected JSON values, got {error}") from error
-    # Quotes are escaped twice on the way, and every tensor has a line of its own.
-    size = sum(map(len, flat)) + 128 * len(flat) + len(fields) + 3 * fields.count('"')
+    # Quotes and backslashes are escaped twice on the way, and every tensor has a line of its own.
+    size = sum(map(len, flat)) + 128 * len(flat) + len(fields) + 3 * (fields.count('"') + fields.count("\\"))
     if len(flat) > _MAX_TENSORS or size > _MAX_HEADER or _memory(fields) > _MAX_VALUES:
         raise InvalidArgument(
             f"header: expected at most {_MAX_TENSORS:,} tensors and {_MAX_HEADER:,} bytes, got {len(flat):,} tensors "

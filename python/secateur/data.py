@@ -165,7 +165,7 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
         self.batch_size = batch_size
         self.description = description
         self.unreadable: list[str] = []
-        self._max_unreadable = max_unreadable
+        self.max_unreadable = max_unreadable
         self._in_step = in_step
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -173,7 +173,7 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
         self.unreadable = left_out
         for images, targets, unreadable in self._batches:
             for text in unreadable:
-                if len(left_out) == self._max_unreadable:
+                if len(left_out) == self.max_unreadable:
                     expected = f"at most {len(left_out)} unreadable images" if left_out else "a readable image"
                     raise InvalidArgument(f"source: expected {expected}, got {text}")
                 left_out.append(text)
@@ -216,7 +216,7 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
             raise Unsupported(f"loader: expected a data set that can be shared out, got the stream {self.description}")
         batches = self._batches.sharded(rank, ranks, whole_batches)
         return ImageLoader(
-            batches, batches.images, self.batch_size, self.description, self._max_unreadable, whole_batches
+            batches, batches.images, self.batch_size, self.description, self.max_unreadable, whole_batches
         )
 
 

@@ -148,6 +148,9 @@ def finetune(
                 raise Unsupported(f"device: expected cpu or cuda on several ranks, got {place}")
             if teacher is not None:
                 place_for(teacher, argument="teacher")
+            if isinstance(loader, ImageLoader) and loader.max_unreadable:
+                # Steps, resumed passes and ranks count batches; one that is left out would shift them.
+                raise InvalidArgument(f"loader: expected one with max_unreadable=0, got {loader.max_unreadable}")
             if ranks.size > 1 and isinstance(loader, ImageLoader):
                 loader = loader.sharded(ranks.rank, ranks.size)
             total = _total_steps(loader, epochs, steps)

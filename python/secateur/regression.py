@@ -18,8 +18,8 @@ RIDGES = tuple(10.0**exponent for exponent in range(-10, 1))
 RANK_TOLERANCE = 1e-11
 # Errors over more outputs than this are estimated from so many random combinations of them.
 SKETCH = 64
-# Errors that differ by less of themselves are the same.
-_EQUAL = 1e-6
+# Errors that differ by less of themselves are the same: at the least ridges of singular Grams rounding is above 1e-6.
+_EQUAL = 1e-5
 # With so many regressors every ridge is tried.
 _SMALL = 256
 

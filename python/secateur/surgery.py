@@ -132,8 +132,9 @@ def shape(
     """
     anatomy = family.inspect(model)
     keep: dict[str, Indices] = {}
-    if sum(group.heads * group.size for group in anatomy.groups) > _MAX_UNITS:
-        raise InvalidArgument(f"arguments: expected a model of at most {_MAX_UNITS:,} units in all, got more")
+    units = sum(group.heads * group.size for group in anatomy.groups)
+    if units > _MAX_UNITS:
+        raise InvalidArgument(f"arguments: expected a model of at most {_MAX_UNITS:,} units in all, got {units:,}")
     for name, size in sizes.items():
         group = anatomy.group(name)
         if not group.least <= size <= group.size:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "Settings"]
 
+# The end of a pass; None would be a batch, and a wrong one.
+_END = object()
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -159,8 +162,8 @@ class Run:
         """Return the next batch, None at the end of the pass; what is wrong with it is found before the ranks wait."""
         found: _Batch | None = None
         with self._ranks.together(2) as totals:
-            batch = next(batches, None)
-            if batch is not None:
+            batch = next(batches, _END)
+            if batch is not _END:
                 found = self._prepare(batch)
                 totals[:] = [1.0, float(len(found.images))]
         if 0 < totals[0] < self._ranks.size:

@@ -300,6 +300,8 @@ def test_wrong_arguments(digits_model, digits_images, arguments, text):
         sc.calibrate(digits_model, [])
     with pytest.raises(sc.InvalidArgument, match="loader: expected batches of images, got int"):
         sc.calibrate(digits_model, 5)
+    with pytest.raises(sc.InvalidArgument, match="loader: expected batches of images .*, got NoneType"):
+        sc.calibrate(digits_model, [digits_images, None, digits_images])
     with pytest.raises(sc.InvalidArgument, match=r"loader: expected images \(B, 3, 32, 32\), got \(2, 3, 20, 20\)"):
         sc.calibrate(digits_model, [torch.zeros(2, 3, 20, 20)])
 

@@ -33,8 +33,8 @@ def test_quick_demo_does_the_whole_job(
     assert found["macs"][1] == anatomy.macs
     assert 0.47 < found["macs"][1] / found["macs"][0] <= 0.5
     assert found["finetune_steps"] <= found["steps"] / 5
-    # Twenty steps are few, but more than chance; what counts is that the file holds what was measured.
-    assert found["trained"]["top1"] > 15
+    # Sixty steps are few, but well above chance; what counts is that the file holds what was measured.
+    assert found["trained"]["top1"] > 25
     assert found["reloaded"] == found["finetuned"][1]
     assert found["reloaded"]["images"] == 192
     assert found["benchmark"]["batch_size"] == 32

@@ -434,3 +434,16 @@ def test_subnormal_gradients_cost_nothing_and_nothing_else_changes() -> None:
 def _subnormals() -> float:
     """Share of a tensor's elements, many enough for all threads, that arithmetic leaves in the subnormal range."""
     return float((torch.full((1 << 17,), 1e-39) * 1.0 != 0).double().mean())
+
+
+def test_batches_that_may_be_left_out_are_refused() -> None:
+    model = quiet(num_classes=10)
+    images = loader("digits", model, batch_size=4, max_images=8, max_unreadable=2)
+    with pytest.raises(InvalidArgument, match="^loader: expected one with max_unreadable=0, got 2"):
+        finetune(model, images)
+
+
+def test_none_is_no_end_of_a_pass() -> None:
+    first, second = batches(2)
+    with pytest.raises(InvalidArgument, match="^loader: expected batches of images"):
+        finetune(quiet(), [first, None, second], steps=2)

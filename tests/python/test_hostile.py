@@ -19,6 +19,7 @@ from hostile import KINDS, STATISTICS, fields_of, peak, read, sealed, seeds, wat
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
+from secateur import container
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 
@@ -223,4 +224,11 @@ def test_headers_that_could_not_be_read_are_not_written(tmp_path: Path) -> None:
     keep = {"blocks.0.ffn": np.arange(2_000_000)[None]}
     with pytest.raises(sc.InvalidArgument, match=r"^plan: expected one that a file can hold, got JSON of 14,"):
         replace(plan, keep=keep).save(tmp_path / "file")
+    # Every wide character is a backslash, which a text within a text within a text holds four times.
+    labels, path = {"labels": "\u5bb6" * 930_000}, tmp_path / "wide"
+    container.write(path, "statistics", labels, {})
+    assert container.read(path, "statistics")[0] == labels
+    path.unlink()
+    with pytest.raises(sc.InvalidArgument, match="^header: expected at most"):
+        container.write(path, "statistics", {"labels": "\u5bb6" * 940_000}, {})
     assert not list(tmp_path.iterdir())
