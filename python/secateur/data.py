@@ -254,7 +254,7 @@ def loader(
         seed: of order and augmentation.
         max_unreadable: leave out as many images that cannot be read or decoded in a pass, with a warning each, before
             that is an error; ``ImageLoader.unreadable`` names them. A batch is smaller by those it lacks. Not for
-            ``hfids:``.
+            ``hfids:``, nor for `finetune`, whose steps count batches.
         **transform: further arguments of `timm.data.create_transform`, such as ``scale``, ``hflip``, ``auto_augment``
             or ``crop_pct``.
 
