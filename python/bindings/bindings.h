@@ -13,5 +13,6 @@ void register_select(pybind11::module_& module);
 void register_eliminate(pybind11::module_& module);
 void register_compact(pybind11::module_& module);
 void register_runtime(pybind11::module_& module);
+void register_unpack(pybind11::module_& module);
 
 }  // namespace secateur::python

@@ -12,5 +12,6 @@ PYBIND11_MODULE(_core, module) {
   register_select(module);
   register_eliminate(module);
   register_compact(module);
+  register_unpack(module);
   register_runtime(module);
 }

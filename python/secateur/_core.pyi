@@ -264,6 +264,20 @@ def select(scores: _Array, keep: int) -> npt.NDArray[np.int64]:
         NumericalError: a NaN.
     """
 
+def unpack(packed: _Array, out: _Array, divisor: float = 1.0) -> None:
+    """Writes packed symmetric matrices, as the states of scorers and accumulators hold them, in full.
+
+    Args:
+        packed: float64 (..., n(n+1)/2), upper triangles row by row; contiguous.
+        out: float64 (..., n, n) of the same leading sizes; contiguous, writable, other memory.
+        divisor: above 0; every element is divided by it.
+
+    Raises:
+        InvalidArgument: not an array, another shape, dtype or stride, read-only memory, or a divisor
+            that is not above 0; nothing is written then.
+        Unsupported: not on the CPU.
+    """
+
 def eliminate(inverse: _Array, weights: _Array, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Removes inputs of a linear layer one at a time, always the one that costs least.
 

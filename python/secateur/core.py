@@ -14,6 +14,7 @@ from ._core import (
     eliminate,
     runtime,
     select,
+    unpack,
     value_similarity,
     value_similarity_from_moment,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "select",
     "subnormals_flushed",
     "torch_threads",
+    "unpack",
     "value_similarity",
     "value_similarity_from_moment",
 ]

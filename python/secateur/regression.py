@@ -10,7 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["RIDGES", "SKETCH", "Moment", "choose_ridge", "inverse", "ridged_inverse", "sketch", "solve", "square_root"]
+__all__ = [
+    "RIDGES",
+    "SKETCH",
+    "Moment",
+    "cholesky",
+    "choose_ridge",
+    "inverse",
+    "ridged_inverse",
+    "sketch",
+    "solve",
+    "square_root",
+]
 
 # Shares of the mean diagonal. Below the least, float64 solves of Grams of float32 activations hold no more digits.
 RIDGES = tuple(10.0**exponent for exponent in range(-10, 1))
@@ -22,6 +33,8 @@ SKETCH = 64
 _EQUAL = 1e-5
 # With so many regressors every ridge is tried.
 _SMALL = 256
+# Columns of a Cholesky factor that are found at a time.
+_PANEL = 128
 
 
 class Moment(NamedTuple):
@@ -48,10 +61,12 @@ def choose_ridge(folds: Sequence[Moment], near: float = RIDGES[6]) -> float:
     if len(folds) != 2 or any(not bool(fold.xx.diagonal().sum() > 0) for fold in folds):
         return RIDGES[0]
     first, second = (Moment(fold.xx, sketch(fold.xy)) for fold in folds)
+    # For the factors: new memory for each of many large ones takes as long as they do.
+    room = torch.zeros_like(first.xx)
 
     @cache
     def at(index: int) -> tuple[float, float]:
-        found = [_error(*pair, RIDGES[index]) for pair in ((first, second), (second, first))]
+        found = [_error(*pair, RIDGES[index], room) for pair in ((first, second), (second, first))]
         return sum(error for error, _ in found), sum(slope for _, slope in found)
 
     def error(index: int) -> float:
@@ -80,25 +95,23 @@ def choose_ridge(folds: Sequence[Moment], near: float = RIDGES[6]) -> float:
     return RIDGES[best]
 
 
-def _error(fit: Moment, held_out: Moment, ridge: float) -> tuple[float, float]:
+def _error(fit: Moment, held_out: Moment, ridge: float, room: Tensor | None = None) -> tuple[float, float]:
     """Error of the solution from one fold on the other, and its derivative by ln ridge.
 
     In shares of what there is to predict, without the part that no weights change. Infinite, and falling, for a ridge
     that is lost in the moments' rounding.
     """
-    added = ridge * fit.xx.diagonal().mean()
-    gram = fit.xx.clone()
-    gram.diagonal().add_(added)
-    factor, info = torch.linalg.cholesky_ex(gram)
-    if int(info) != 0:
+    added = ridge * float(fit.xx.diagonal().mean())
+    factor = cholesky(fit.xx, added, room)
+    if factor is None:
         return math.inf, -math.inf
-    weights = torch.cholesky_solve(fit.xy, factor)
+    weights = _solve_factored(factor, fit.xy)
     # Symmetric: from the left, wide products take half the time of tall ones.
     seen = (weights.mT @ held_out.xx).mT
     scale = held_out.xy.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
     error = ((weights * seen).sum() - 2 * (weights * held_out.xy).sum()) / scale
     # d weights / d added = −(xx + added · I)⁻¹ weights.
-    slope = -2 * added * (torch.cholesky_solve(weights, factor) * (seen - held_out.xy)).sum() / scale
+    slope = -2 * added * (_solve_factored(factor, weights) * (seen - held_out.xy)).sum() / scale
     return float(error), float(slope)
 
 
@@ -118,9 +131,8 @@ def solve(moment: Moment, ridge: float) -> Tensor:
     alive = diagonal > RANK_TOLERANCE * diagonal.max()
     weights = torch.zeros_like(moment.xy)
     if bool(alive.any()):
-        gram = moment.xx.clone() if bool(alive.all()) else moment.xx[alive][:, alive]
-        gram.diagonal().add_(ridge * diagonal.mean())
-        weights[alive] = _solve_positive(gram, moment.xy[alive])
+        gram = moment.xx if bool(alive.all()) else moment.xx[alive][:, alive]
+        weights[alive] = _solve_positive(gram, ridge * float(diagonal.mean()), moment.xy[alive])
     return weights
 
 
@@ -135,12 +147,10 @@ def ridged_inverse(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
     if not mean > 0:
         return torch.eye(len(matrix), dtype=matrix.dtype), 0.0
     while True:
-        gram = matrix.clone()
-        gram.diagonal().add_(ridge * mean)
-        factor, info = torch.linalg.cholesky_ex(gram)
-        if int(info) == 0:
+        factor = cholesky(matrix, ridge * mean)
+        if factor is not None:
             # One triangle is computed and copied to the other: symmetric to the bit.
-            return torch.cholesky_inverse(factor), ridge * mean
+            return torch.cholesky_inverse(factor.mT, upper=True), ridge * mean
         ridge *= 10
 
 
@@ -152,10 +162,46 @@ def square_root(matrix: Tensor) -> Tensor:
     return root
 
 
-def _solve_positive(gram: Tensor, right: Tensor) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(gram)
-    if int(info) == 0:
-        found: Tensor = torch.cholesky_solve(right, factor)
-    else:
-        found = torch.linalg.pinv(gram, rtol=RANK_TOLERANCE, hermitian=True) @ right
+def cholesky(matrix: Tensor, added: float = 0.0, out: Tensor | None = None) -> Tensor | None:
+    """The factor L (n, n) of matrix + added · I = L Lᵀ, row-major with zeros above; None where there is none.
+
+    By panels: torch's function takes three times as long for a large matrix, most of it for zeros that it writes column
+    by column.
+
+    Args:
+        matrix: symmetric (n, n), of which the lower triangle is read.
+        added: to the diagonal.
+        out: where the factor is written to, with zeros above the diagonal.
+    """
+    size = len(matrix)
+    factor = matrix.new_zeros(size, size) if out is None else out
+    for begin in range(0, size, _PANEL):
+        end = min(begin + _PANEL, size)
+        panel = factor[begin:, begin:end].copy_(matrix[begin:, begin:end])
+        panel.diagonal().add_(added)
+        if begin > 0:
+            panel.addmm_(factor[begin:, :begin], factor[begin:end, :begin].mT, alpha=-1)
+        top, below = panel[: end - begin], panel[end - begin :]
+        found, info = torch.linalg.cholesky_ex(top)
+        if int(info) != 0:
+            return None
+        top.copy_(found)
+        if len(below) > 0:
+            below.copy_(torch.linalg.solve_triangular(found, below.mT, upper=False).mT)
+    return factor
+
+
+def _solve_factored(factor: Tensor, right: Tensor) -> Tensor:
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    found: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return found
+
+
+def _solve_positive(gram: Tensor, added: float, right: Tensor) -> Tensor:
+    factor = cholesky(gram, added)
+    if factor is not None:
+        return _solve_factored(factor, right)
+    ridged = gram.clone()
+    ridged.diagonal().add_(added)
+    found: Tensor = torch.linalg.pinv(ridged, rtol=RANK_TOLERANCE, hermitian=True) @ right
     return found

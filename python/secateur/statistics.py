@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from . import container
+from . import container, core
 from .errors import InvalidArgument
 from .identity import Fingerprint
 
@@ -19,7 +19,6 @@ Float = npt.NDArray[np.float64]
 Collect = Literal["scores", "all"]
 FOLDS = ("even", "odd")
 SAMPLED_IMAGES = 64
-_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,7 @@ class Statistics:
             InvalidArgument: not collected.
         """
         rows, mean = self._rows(group, fold), self.mean(group, fold)
-        second = unpack(self._sum(group, "second_moment", fold), out)
-        second /= rows
+        second = unpack(self._sum(group, "second_moment", fold), out, rows)
         return Moments(rows, mean, second)
 
     def mean(self, group: str, fold: str | None = None) -> Float:
@@ -309,24 +307,11 @@ class Statistics:
         )
 
 
-def unpack(packed: Float, out: Float | None = None) -> Float:
+def unpack(packed: Float, out: Float | None = None, divisor: float = 1.0) -> Float:
     """Full symmetric matrices (..., d, d) of packed upper triangles (..., d(d+1)/2), in ``out`` if there is one."""
     size = int((np.sqrt(8 * packed.shape[-1] + 1) - 1) / 2)
     full = np.empty((*packed.shape[:-1], size, size)) if out is None else out
-    start = 0
-    # Row by row: index arrays of all elements take longer than the copies.
-    for row in range(size):
-        full[..., row, row:] = packed[..., start : start + size - row]
-        start += size - row
-    # The other triangle in blocks that a cache holds: columns of large matrices are slow to write.
-    for i in range(0, size, _BLOCK):
-        rows = slice(i, i + _BLOCK)
-        corner = full[..., rows, rows]
-        upper = np.triu(corner)
-        corner[...] = upper + np.triu(upper, 1).swapaxes(-1, -2)
-        for j in range(i + _BLOCK, size, _BLOCK):
-            columns = slice(j, j + _BLOCK)
-            full[..., columns, rows] = full[..., rows, columns].swapaxes(-1, -2)
+    core.unpack(np.ascontiguousarray(packed), full, divisor)
     return full
 
 

@@ -399,6 +399,21 @@ def test_compact_refuses_before_anything_moves(keep, text):
     np.testing.assert_array_equal(array.ravel(), range(6))
 
 
+def test_unpack():
+    packed = np.random.default_rng(0).normal(size=(3, 2, 65 * 66 // 2))
+    full = np.full((3, 2, 65, 65), np.nan)
+    core.unpack(packed, full, 7)
+    np.testing.assert_array_equal(full, unpack(packed / 7, 65))
+    found = torch.zeros(2, 2, dtype=torch.float64)
+    core.unpack(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), found)
+    assert found.tolist() == [[1, 2], [2, 3]]
+    full.flags.writeable = False
+    with pytest.raises(errors.InvalidArgument, match="out: expected writable memory, got a read-only array"):
+        core.unpack(packed, full)
+    with pytest.raises(errors.InvalidArgument, match="divisor: expected a finite number above 0, got 0"):
+        core.unpack(packed, full.copy(), 0)
+
+
 def test_compact_refuses_read_only_and_shared_memory():
     array = np.arange(6.0)
     array.flags.writeable = False

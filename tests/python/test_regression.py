@@ -7,7 +7,7 @@ import pytest
 import secateur as sc
 import torch
 from secateur import regression
-from secateur.regression import RIDGES, Moment, choose_ridge, inverse, solve, square_root
+from secateur.regression import RIDGES, Moment, cholesky, choose_ridge, inverse, solve, square_root
 
 
 def rows(count, size, outputs, noise, seed, rank=None):
@@ -86,6 +86,24 @@ def test_without_two_folds_the_least_ridge():
     x, y = rows(9, 5, 2, 0.1, 0)
     assert choose_ridge([]) == RIDGES[0]
     assert choose_ridge([moment(x, y), moment(np.zeros_like(x), y)]) == RIDGES[0]
+
+
+@pytest.mark.parametrize("size", [1, 7, 127, 128, 129, 300])
+def test_cholesky_by_panels(size):
+    """L Lᵀ is the matrix with the ridge; a matrix that is not positive, be it in its last row, has no factor."""
+    x = np.random.default_rng(size).normal(size=(size + 5, size))
+    matrix = torch.from_numpy(x.T @ x)
+    room = torch.zeros_like(matrix)
+    dented = matrix.clone()
+    dented[-1, -1] = -1
+    assert cholesky(dented, 0.25, room) is None
+    assert cholesky(matrix, 0.25, room) is room
+    # It reads one triangle alone.
+    for factor in (room, cholesky(matrix.tril(), 0.25)):
+        np.testing.assert_array_equal(factor.numpy(), np.tril(factor.numpy()))
+        wanted = x.T @ x + 0.25 * np.eye(size)
+        np.testing.assert_allclose((factor @ factor.mT).numpy(), wanted, rtol=0, atol=1e-13 * np.abs(wanted).max())
+    np.testing.assert_array_equal(matrix.numpy(), x.T @ x)
 
 
 @pytest.mark.parametrize("ridge", [RIDGES[0], 1e-3, 1.0])

@@ -9,4 +9,5 @@
 #include <secateur/runtime.h>
 #include <secateur/select.h>
 #include <secateur/tensor.h>
+#include <secateur/unpack.h>
 #include <secateur/value_similarity.h>

@@ -30,7 +30,7 @@ from ..project import (
     value_bases,
     value_errors,
 )
-from ..regression import Moment, choose_ridge, sketch, solve
+from ..regression import Moment, cholesky, choose_ridge, sketch, solve
 from ..statistics import Float, Statistics
 from .refit import HEAD_SCORES, Moments, Refit
 
@@ -167,29 +167,26 @@ class Projection(Refit):
         rank = count - 1 if stream.centred else count
         basis = residual_basis([found.second for found in moments.values()])[:, :rank]
         channels = stock_basis(count) if stream.centred else torch.eye(count, dtype=torch.float64)
-        write = torch.zeros(size, size, dtype=torch.float64)
-        write[:count] = channels @ (basis - basis.mean(0) if stream.centred else basis).mT
+        write = channels @ (basis - basis.mean(0) if stream.centred else basis).mT
         for module, scale in stream.writers.items():
             self._turn_writer(draft, module, scale, write)
         for token in stream.tokens:
-            draft.set("", draft.weight("", token) @ write.mT, token)
+            draft.set("", _padded(draft.weight("", token) @ write.mT, -1, size), token)
         near = self._last_ridge
         for norm, readers in stream.readers.items():
             if norm not in moments:
                 continue
             matrix, offset, near = _readout(moments[norm], basis, count, near)
-            read = torch.zeros(size, size, dtype=torch.float64)
-            read[:, :count] = matrix @ channels.mT
-            self._turn_readers(draft, norm, readers, read, offset)
+            self._turn_readers(draft, norm, readers, matrix @ channels.mT, offset)
             eps[norm] = float(getattr(self._model.get_submodule(norm), "eps")) * size / count  # noqa: B009
         return _leading(1, count)
 
     def _turn_writer(self, draft: Draft, module: str, scale: str | None, write: Tensor) -> None:
         factor = draft.scale(scale)
         weight, bias = draft.weight(module), draft.bias(module)
-        scaled = factor[:, None] * weight.flatten(1) if isinstance(factor, Tensor) else weight.flatten(1)
-        draft.set(module, (write @ scaled).reshape(weight.shape))
-        draft.set(module, write @ (factor * bias), "bias")
+        scaled = write * factor
+        draft.set(module, _padded(scaled @ weight.flatten(1), 0, len(weight)).reshape(weight.shape))
+        draft.set(module, _padded(scaled @ bias, 0, len(bias)), "bias")
         if scale is not None:
             draft.set(scale, torch.ones_like(draft.weight(scale, "gamma")), "gamma")
 
@@ -203,7 +200,7 @@ class Projection(Refit):
         for reader in readers:
             matrix = draft.weight(reader)
             draft.set(reader, draft.bias(reader) + matrix @ (bias + weight * offset), "bias")
-            draft.set(reader, (matrix * weight) @ read)
+            draft.set(reader, _padded(matrix @ (weight[:, None] * read), 1, size))
         if gain is not None:
             draft.set(norm, torch.ones_like(weight))
         if shift is not None:
@@ -239,10 +236,8 @@ def _unexplained(covariance: Tensor) -> Tensor:
     # Sums of float32 activations: what lies below 1e-7 of the largest is rounding, of either sign.
     ridge = 1e-7 * float(covariance.diagonal().max()) + 1e-30
     while True:
-        ridged = covariance.clone()
-        ridged.diagonal().add_(ridge)
-        factor, info = torch.linalg.cholesky_ex(ridged)
-        if int(info) == 0:
+        factor = cholesky(covariance, ridge)
+        if factor is not None:
             break
         ridge *= 10
     columns = factor.square().sum(0)
@@ -263,6 +258,15 @@ def _blocks(matrix: Tensor, staying: Tensor, heads: int) -> Tensor:
     found = matrix.new_zeros(heads, parts.shape[1], parts.shape[3])
     for index, head in enumerate(staying.tolist()):
         found[head] = parts[index, :, head]
+    return found
+
+
+def _padded(kept: Tensor, axis: int, size: int) -> Tensor:
+    """With zeros behind along an axis, where channels leave."""
+    shape = list(kept.shape)
+    shape[axis] = size
+    found = kept.new_zeros(shape)
+    found.narrow(axis, 0, kept.shape[axis]).copy_(kept)
     return found
 
 

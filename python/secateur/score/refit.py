@@ -33,7 +33,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {"selection": ("greedy", "snp", "energy
 
 
 # Most inputs whose ridge is sought before it is known which stay.
-_FIRST = 1024
+_FIRST = 512
 
 
 def prepare(model: nn.Module, anatomy: Anatomy, statistics: Statistics, options: Mapping[str, str]) -> Refit:
@@ -323,7 +323,8 @@ class Refit:
         # The sketch of the outputs before the products, not after.
         few = torch.zeros(weight.shape[1], min(len(weight), SKETCH), dtype=weight.dtype)
         few[cut] = sketch(weight[:, cut].mT)
-        folds = [Moment(fold[kept[:, None], kept], (few.mT @ fold)[:, kept].mT) for fold in moments.folds]
+        rows = (fold[kept] for fold in moments.folds)
+        folds = [Moment(part[:, kept], part @ few) for part in rows]
         self._last_ridge = choose_ridge(folds, self._ridges.get(module, self._last_ridge))
         self._ridges[module] = self._last_ridge
         return self._last_ridge
