@@ -8,7 +8,8 @@ run: kill it at any time. A row of time is the median of paired runs against the
 
 targets  Target(latency=0.5), DeiT-Small, every batch size: what the plan's rounds came to, and measured apart from them
 macs     (t_dense / t_pruned) / (MACs_dense / MACs_pruned): DeiT-Small at macs=0.28, DeiT-Base at 0.36 and 0.20;
-         cut are query/key, value and FFN, these with width and heads, or FFN, width and heads of which none is thinner
+         cut are query/key, value and FFN, these with width and heads, FFN, width and heads of which none is thinner, or
+         these and whole layers
 random   predicted against measured: 20 plans of DeiT-Small with random sizes, each block its own
 budgets  MACs of the plan ÷ target, DeiT-Tiny, -Small and -Base; nothing is timed
 planning seconds that DeiT-Base takes to plan, statistics given
@@ -186,7 +187,7 @@ def targets_table(run: Run) -> None:
 
 def macs_table(run: Run) -> None:
     models = ("small", 0.28), ("base", 0.36), ("base", 0.2)
-    cuts = INNER, (*INNER, "width", "heads"), ("ffn", "width", "heads")
+    cuts = INNER, (*INNER, "width", "heads"), ("ffn", "width", "heads"), ("ffn", "width", "heads", "block")
     for (name, budget), groups in itertools.product(models, cuts):
         for batch in run.options.batches:
             if name not in run.options.models:
@@ -195,7 +196,9 @@ def macs_table(run: Run) -> None:
             def measure(
                 name: str = name, budget: float = budget, groups: tuple[str, ...] = groups, batch: int = batch
             ) -> Row:
-                plan = sc.plan(run.model(name), run.stats(name), target=sc.Target(macs=budget), groups=groups)
+                # Nothing but their measured loss tells whole layers apart.
+                stats = run.stats(name, sensitivity="block" in groups)
+                plan = sc.plan(run.model(name), stats, target=sc.Target(macs=budget), groups=groups)
                 return paired(run, name, plan, batch)
 
             key = {"table": "macs", "model": name, "target": f"macs {budget:g}", "groups": "+".join(groups)}
