@@ -148,9 +148,7 @@ def finetune(
                 raise Unsupported(f"device: expected cpu or cuda on several ranks, got {place}")
             if teacher is not None:
                 place_for(teacher, argument="teacher")
-            if isinstance(loader, ImageLoader) and loader.max_unreadable:
-                # Steps, resumed passes and ranks count batches; one that is left out would shift them.
-                raise InvalidArgument(f"loader: expected one with max_unreadable=0, got {loader.max_unreadable}")
+            refuse_gaps(loader)
             if ranks.size > 1 and isinstance(loader, ImageLoader):
                 loader = loader.sharded(ranks.rank, ranks.size)
             total = _total_steps(loader, epochs, steps)
@@ -206,6 +204,16 @@ def finetune(
             finally:
                 optimizer.zero_grad()
         return FinetuneResult(run.at.step, run.at.history, resumed)
+
+
+def refuse_gaps(loader: object, argument: str = "loader") -> None:
+    """Refuse batches that may be left out: steps, resumed passes and ranks count them.
+
+    Raises:
+        InvalidArgument: a loader of `data.loader` with ``max_unreadable``.
+    """
+    if isinstance(loader, ImageLoader) and loader.max_unreadable:
+        raise InvalidArgument(f"{argument}: expected one with max_unreadable=0, got {loader.max_unreadable}")
 
 
 def _half(amp: object, model: nn.Module, place: torch.device) -> str | None:
