@@ -1,6 +1,7 @@
 # Each target is the only command needed on a fresh machine with Python >= 3.10 and a C++17 compiler.
 #   make demo        the main job on real images, in minutes     make lint        ruff, clang-format, mypy
-#   make test        C++ tests (where GoogleTest is) and pytest  make sanitize    C++ tests under asan and ubsan
+#   make test        C++ tests (where GoogleTest is) and pytest  make sanitize    C++ tests under asan and ubsan, and
+#   make sanitize-python  those of Python on the core; make sanitize-threads: C++ tests under ThreadSanitizer
 #   make bench       the benchmarks (C++ ones: Google Benchmark) make instructions  kernels under callgrind
 #   make fuzz        libFuzzer (clang) and
 #   make fuzz-python atheris, on what reads strangers' bytes, FUZZ_SECONDS=600 each
@@ -28,7 +29,7 @@ CPP_FILES = $(shell find csrc python/bindings tests/cpp tests/fuzz examples -nam
 
 FUZZ_SECONDS ?= 600
 
-.PHONY: demo test test-cpp test-python faults fuzz fuzz-python lint sanitize bench instructions build-bench clean
+.PHONY: demo test test-cpp test-python faults fuzz fuzz-python lint sanitize sanitize-python sanitize-threads bench instructions build-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -62,8 +63,26 @@ test-cpp: $(VENV)/.installed-test
 	  cat $(VENV)/cmake-dev.log; exit 1; \
 	fi
 
+# The extension of the same objects is for sanitize-python.
 sanitize: $(VENV)/.installed-test
-	$(WITH_PATH) && cmake --preset asan && cmake --build --preset asan --parallel $(JOBS) && ctest --preset asan --parallel $(JOBS)
+	$(WITH_PATH) && cmake --preset asan -DSECATEUR_BUILD_PYTHON=ON "-DPython_EXECUTABLE=$(abspath $(BIN)/python)" \
+	  "-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)" && \
+	  cmake --build --preset asan --parallel $(JOBS) && ctest --preset asan --parallel $(JOBS)
+
+# What calls the core; what -k leaves out trains a model first. The interpreter is not instrumented: the sanitizers'
+# library has to be there before it, with libstdc++ for what is thrown, and what it never frees is not ours. Reports go
+# to the descriptor of stderr, which pytest is not to keep.
+CORE_TESTS := $(addprefix tests/python/test_,core.py core_properties.py eliminate.py runtime.py scores.py)
+sanitize-python: sanitize
+	core="$$(echo $(abspath build/asan/python/bindings)/_core*.so)" && \
+	export SECATEUR_CORE="$$core" PYTHONPATH="$(abspath tests/sanitize)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" && \
+	$(BIN)/python -c 'import os; from secateur import _core; assert _core.__file__ == os.environ["SECATEUR_CORE"], _core' && \
+	$(BIN)/python -m pytest -q --capture=sys -k "not trained and not one_shot" $(CORE_TESTS)
+
+sanitize-threads: $(VENV)/.installed-test
+	$(WITH_PATH) && cmake --preset tsan && cmake --build --preset tsan --parallel $(JOBS) && ctest --preset tsan --parallel $(JOBS)
 
 # What is found new stays in build/fuzz/corpus, for the next run; a crash is a file build/fuzz/crash-*, and belongs into
 # tests/fuzz/seeds. No allocation is to be larger than 64 MiB.

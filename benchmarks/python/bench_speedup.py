@@ -10,7 +10,9 @@ targets  Target(latency=0.5), DeiT-Small, every batch size: what the plan's roun
 macs     (t_dense / t_pruned) / (MACs_dense / MACs_pruned): DeiT-Small at macs=0.28, DeiT-Base at 0.36 and 0.20;
          cut are query/key, value and FFN, these with width and heads, FFN, width and heads of which none is thinner, or
          these and whole layers
-random   predicted against measured: 20 plans of DeiT-Small with random sizes, each block its own
+random   predicted against measured: 20 plans of DeiT-Small with random sizes, each block its own. At batch 16 glibc
+         gives the activations' memory back after some forward passes and not after others, which moves a time by a
+         tenth: with MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ at 4000000000 it keeps it
 budgets  MACs of the plan ÷ target, DeiT-Tiny, -Small and -Base; nothing is timed
 planning seconds that DeiT-Base takes to plan, statistics given
 """
@@ -409,7 +411,8 @@ def plot_errors(run: Run, save: Callable[[Any, str], None]) -> None:
     from matplotlib import pyplot
 
     model, anatomy, stats = run.model("small"), run.anatomy("small"), run.stats("small", sensitivity=True)
-    prepared = method_named("project").prepare(model, anatomy, stats, {})
+    method = method_named("project")
+    prepared = method.prepare(model, anatomy, stats, {name: values[0] for name, values in method.OPTIONS.items()})
     figure, panels = pyplot.subplots(1, len(INNER), figsize=(12, 3.5), layout="constrained", sharey=True)
     for panel, kind in zip(panels, INNER, strict=True):
         groups = [group for group in anatomy.groups if group.kind == kind]
