@@ -29,7 +29,7 @@ CPP_FILES = $(shell find csrc python/bindings tests/cpp tests/fuzz examples -nam
 
 FUZZ_SECONDS ?= 600
 
-.PHONY: demo test test-cpp test-python faults fuzz fuzz-python lint sanitize sanitize-python sanitize-threads bench instructions build-bench clean
+.PHONY: demo test test-cpp test-python faults fuzz fuzz-python lint sanitize sanitize-python sanitize-threads build-asan bench instructions build-bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -49,7 +49,7 @@ faults: $(VENV)/.installed-test
 fuzz-python: $(VENV)/.installed-test
 	$(PIP) install "atheris>=2.3"
 	for kind in header statistics plan ratios table checkpoint search; do \
-	  $(BIN)/python tests/fuzz/fuzz_readers.py $$kind $(wildcard tests/fuzz/corpus/$$kind) -max_total_time=$(FUZZ_SECONDS) \
+	  $(BIN)/python tests/fuzz/fuzz_readers.py $$kind $$(ls -d tests/fuzz/corpus/$$kind 2>/dev/null) -max_total_time=$(FUZZ_SECONDS) \
 	    -artifact_prefix=tests/fuzz/ || exit 1; \
 	done
 
@@ -63,17 +63,18 @@ test-cpp: $(VENV)/.installed-test
 	  cat $(VENV)/cmake-dev.log; exit 1; \
 	fi
 
-# The extension of the same objects is for sanitize-python.
-sanitize: $(VENV)/.installed-test
+build-asan: $(VENV)/.installed-test
 	$(WITH_PATH) && cmake --preset asan -DSECATEUR_BUILD_PYTHON=ON "-DPython_EXECUTABLE=$(abspath $(BIN)/python)" \
-	  "-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)" && \
-	  cmake --build --preset asan --parallel $(JOBS) && ctest --preset asan --parallel $(JOBS)
+	  "-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)" && cmake --build --preset asan --parallel $(JOBS)
+
+sanitize: build-asan
+	$(WITH_PATH) && ctest --preset asan --parallel $(JOBS)
 
 # What calls the core; what -k leaves out trains a model first. The interpreter is not instrumented: the sanitizers'
 # library has to be there before it, with libstdc++ for what is thrown, and what it never frees is not ours. Reports go
 # to the descriptor of stderr, which pytest is not to keep.
 CORE_TESTS := $(addprefix tests/python/test_,core.py core_properties.py eliminate.py runtime.py scores.py)
-sanitize-python: sanitize
+sanitize-python: build-asan
 	core="$$(echo $(abspath build/asan/python/bindings)/_core*.so)" && \
 	export SECATEUR_CORE="$$core" PYTHONPATH="$(abspath tests/sanitize)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \

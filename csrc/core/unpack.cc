@@ -1,6 +1,5 @@
 #include <secateur/unpack.h>
 
-#include <algorithm>
 #include <cmath>
 #include <string>
 
@@ -9,33 +8,6 @@
 #include "parallel.h"
 
 namespace secateur {
-namespace {
-
-// Rows of a task, and the side of the tiles that are written to both triangles: one of them fits
-// into the first-level cache, where the columns of a whole matrix would not.
-constexpr std::size_t kTile = 64;
-
-/// Rows [begin, begin + kTile) from the diagonal on, and the columns below them.
-void unpack_rows(const double* packed, std::size_t n, std::size_t begin, double divisor,
-                 double* out) {
-  const std::size_t end = std::min(n, begin + kTile);
-  double tile[kTile][kTile];
-  for (std::size_t first = begin; first < n; first += kTile) {
-    const std::size_t last = std::min(n, first + kTile);
-    for (std::size_t i = begin; i < end; ++i) {
-      const double* row = packed + packed_row(i, n);
-      for (std::size_t j = std::max(i, first); j < last; ++j) {
-        tile[j - first][i - begin] = out[i * n + j] = row[j] / divisor;
-      }
-    }
-    for (std::size_t j = first; j < last; ++j) {
-      std::copy_n(tile[j - first], std::min(j, end) - begin, out + j * n + begin);
-    }
-  }
-}
-
-}  // namespace
-
 void unpack(const TensorView& packed, const MutableTensorView& out, double divisor) {
   check_view(packed, "packed");
   check_view(out, "out");
@@ -74,11 +46,11 @@ void unpack(const TensorView& packed, const MutableTensorView& out, double divis
   const auto* from = static_cast<const double*>(packed.data);
   auto* to = static_cast<double*>(out.data);
   const auto side = static_cast<std::size_t>(n);
-  const std::size_t strips = (side + kTile - 1) / kTile;
+  const std::size_t strips = (side + kUnpackTile - 1) / kUnpackTile;
   const auto matrices = static_cast<std::size_t>(packed.numel() / size);
   parallel_for(matrices * strips, parallel_slots(), [&](std::size_t task, std::size_t) {
     const std::size_t matrix = task / strips;
-    unpack_rows(from + matrix * packed_size(side), side, task % strips * kTile, divisor,
+    unpack_rows(from + matrix * packed_size(side), side, task % strips * kUnpackTile, divisor,
                 to + matrix * side * side);
   });
 }

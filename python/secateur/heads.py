@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .regression import RANK_TOLERANCE, inverse
+from .regression import RANK_TOLERANCE, inverse, ridged_cholesky
 
 __all__ = ["eliminate_heads", "head_errors"]
 
@@ -57,13 +57,7 @@ def head_errors(weight: Tensor, covariance: Tensor, order: Tensor) -> Tensor:
     if not bool(total > 0):
         return weight.new_zeros(len(order) + 1)
     # One factorisation serves every number of heads: its leading part is that of the leading channels.
-    ridge = RANK_TOLERANCE
-    while True:
-        diagonal = ridge * ordered.diagonal().mean() * torch.eye(len(ordered), dtype=ordered.dtype)
-        factor, info = torch.linalg.cholesky_ex(ordered + diagonal)
-        if int(info) == 0:
-            break
-        ridge *= 10
+    factor, _ = ridged_cholesky(ordered, RANK_TOLERANCE * float(ordered.diagonal().mean()))
     explained = torch.linalg.solve_triangular(factor, target, upper=False).square().sum(1)
     held = torch.cat([explained.new_zeros(1), explained.unflatten(0, (len(order), size)).sum(1).cumsum(0)])
     lost: Tensor = (1 - held / total).clamp(0, 1)

@@ -17,6 +17,7 @@ __all__ = [
     "cholesky",
     "choose_ridge",
     "inverse",
+    "ridged_cholesky",
     "ridged_inverse",
     "sketch",
     "solve",
@@ -146,12 +147,9 @@ def ridged_inverse(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
     mean = float(matrix.diagonal().mean())
     if not mean > 0:
         return torch.eye(len(matrix), dtype=matrix.dtype), 0.0
-    while True:
-        factor = cholesky(matrix, ridge * mean)
-        if factor is not None:
-            # One triangle is computed and copied to the other: symmetric to the bit.
-            return torch.cholesky_inverse(factor.mT, upper=True), ridge * mean
-        ridge *= 10
+    factor, added = ridged_cholesky(matrix, ridge * mean)
+    # One triangle is computed and copied to the other: symmetric to the bit.
+    return torch.cholesky_inverse(factor.mT, upper=True), added
 
 
 def square_root(matrix: Tensor) -> Tensor:
@@ -189,6 +187,15 @@ def cholesky(matrix: Tensor, added: float = 0.0, out: Tensor | None = None) -> T
         if len(below) > 0:
             below.copy_(torch.linalg.solve_triangular(found, below.mT, upper=False).mT)
     return factor
+
+
+def ridged_cholesky(matrix: Tensor, added: float) -> tuple[Tensor, float]:
+    """The factor of matrix + added · I, and what was added: raised tenfold until there is one."""
+    while True:
+        factor = cholesky(matrix, added)
+        if factor is not None:
+            return factor, added
+        added *= 10
 
 
 def _solve_factored(factor: Tensor, right: Tensor) -> Tensor:

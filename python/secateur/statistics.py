@@ -128,8 +128,8 @@ class Statistics:
     def moments(self, group: str, fold: str | None = None, out: Float | None = None) -> Moments:
         """Moments of values ("blocks.0.v"), FFN hidden units, a projection's input, or a norm's ("blocks.0.norm1").
 
-        A norm's input x counts as x̂ = x √D / ‖x‖, centred first for LayerNorm. ``out``, (d, d), is where the second
-        moment is written to: new memory for each of many large ones takes as long as what is done with them.
+        A norm's input x counts as x̂ = x √D / ‖x‖, centred first for LayerNorm. ``out``, contiguous float64 (d, d), is
+        where the second moment is written to: new memory for many large ones takes as long as what is done with them.
 
         Raises:
             InvalidArgument: not collected.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import secateur as sc
 import torch
+from secateur.score import refit
 from secateur.statistics import unpack
 
 
@@ -130,6 +131,18 @@ def test_a_fold_without_images_is_refused(digits_model, digits_images):
         one.importance("blocks.0.qk", "odd")
     with pytest.raises(sc.InvalidArgument, match="group: expected images of 'blocks.9.qk'"):
         one.importance("blocks.9.qk")
+
+
+def test_a_damaged_fold_is_no_empty_one(digits_model, digits_images):
+    """Without a fold the least ridge is taken: that is for the fold that has no images, and no other."""
+    one = sc.calibrate(digits_model, [digits_images[:1]])
+    assert list(refit.Moments(one, "blocks.0.ffn").folds) == []
+    two = sc.calibrate(digits_model, [digits_images[:2]])
+    assert len(list(refit.Moments(two, "blocks.0.ffn").folds)) == 2
+    name = "odd/blocks.0.ffn/second_moment"
+    two.tensors[name] = two.tensors[name].astype(np.float32)
+    with pytest.raises(sc.InvalidArgument, match="packed: expected float64, got float32"):
+        list(refit.Moments(two, "blocks.0.ffn").folds)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 31, 64, 65, 150])

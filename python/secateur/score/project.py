@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from ..anatomy import Anatomy, AttentionSite, Group, Indices, Stream
 from ..draft import Draft
@@ -30,7 +31,7 @@ from ..project import (
     value_bases,
     value_errors,
 )
-from ..regression import Moment, cholesky, choose_ridge, sketch, solve
+from ..regression import Moment, choose_ridge, ridged_cholesky, sketch, solve
 from ..statistics import Float, Statistics
 from .refit import HEAD_SCORES, Moments, Refit
 
@@ -171,7 +172,7 @@ class Projection(Refit):
         for module, scale in stream.writers.items():
             self._turn_writer(draft, module, scale, write)
         for token in stream.tokens:
-            draft.set("", _padded(draft.weight("", token) @ write.mT, -1, size), token)
+            draft.set("", F.pad(draft.weight("", token) @ write.mT, [0, size - count]), token)
         near = self._last_ridge
         for norm, readers in stream.readers.items():
             if norm not in moments:
@@ -185,8 +186,9 @@ class Projection(Refit):
         factor = draft.scale(scale)
         weight, bias = draft.weight(module), draft.bias(module)
         scaled = write * factor
-        draft.set(module, _padded(scaled @ weight.flatten(1), 0, len(weight)).reshape(weight.shape))
-        draft.set(module, _padded(scaled @ bias, 0, len(bias)), "bias")
+        leaving = len(weight) - len(write)
+        draft.set(module, F.pad(scaled @ weight.flatten(1), [0, 0, 0, leaving]).reshape(weight.shape))
+        draft.set(module, F.pad(scaled @ bias, [0, leaving]), "bias")
         if scale is not None:
             draft.set(scale, torch.ones_like(draft.weight(scale, "gamma")), "gamma")
 
@@ -200,7 +202,7 @@ class Projection(Refit):
         for reader in readers:
             matrix = draft.weight(reader)
             draft.set(reader, draft.bias(reader) + matrix @ (bias + weight * offset), "bias")
-            draft.set(reader, _padded(matrix @ (weight[:, None] * read), 1, size))
+            draft.set(reader, F.pad(matrix @ (weight[:, None] * read), [0, size - read.shape[1]]))
         if gain is not None:
             draft.set(norm, torch.ones_like(weight))
         if shift is not None:
@@ -234,12 +236,7 @@ def _unexplained(covariance: Tensor) -> Tensor:
     With C = L Lᵀ, what is left of C after regression on the first r is the product of L's trailing block with itself.
     """
     # Sums of float32 activations: what lies below 1e-7 of the largest is rounding, of either sign.
-    ridge = 1e-7 * float(covariance.diagonal().max()) + 1e-30
-    while True:
-        factor = cholesky(covariance, ridge)
-        if factor is not None:
-            break
-        ridge *= 10
+    factor, _ = ridged_cholesky(covariance, 1e-7 * float(covariance.diagonal().max()) + 1e-30)
     columns = factor.square().sum(0)
     return torch.cat([columns.flip(0).cumsum(0).flip(0), columns.new_zeros(1)])
 
@@ -258,15 +255,6 @@ def _blocks(matrix: Tensor, staying: Tensor, heads: int) -> Tensor:
     found = matrix.new_zeros(heads, parts.shape[1], parts.shape[3])
     for index, head in enumerate(staying.tolist()):
         found[head] = parts[index, :, head]
-    return found
-
-
-def _padded(kept: Tensor, axis: int, size: int) -> Tensor:
-    """With zeros behind along an axis, where channels leave."""
-    shape = list(kept.shape)
-    shape[axis] = size
-    found = kept.new_zeros(shape)
-    found.narrow(axis, 0, kept.shape[axis]).copy_(kept)
     return found
 
 

@@ -69,14 +69,16 @@ class Moments:
     @property
     def folds(self) -> Iterator[Tensor]:
         """Covariances of the folds, in turn and in the same memory; of none where one is empty."""
-        out = None
         try:
             for fold in FOLDS:
-                found = self._statistics.moments(self._name, fold, out)
-                out = found.second
-                yield _centred(found)
+                self._statistics.mean(self._name, fold)
         except InvalidArgument:
             return
+        out = None
+        for fold in FOLDS:
+            found = self._statistics.moments(self._name, fold, out)
+            out = found.second
+            yield _centred(found)
 
 
 def _centred(moments: Sums) -> Tensor:
