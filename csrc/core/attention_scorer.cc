@@ -8,9 +8,11 @@
 #include "../cuda/backend.h"
 #include "buffer.h"
 #include "check.h"
+#include "device_state.h"
 #include "head_scorer.h"
 #include "packed.h"
 #include "parallel.h"
+#include "turns.h"
 
 namespace secateur {
 namespace {
@@ -105,6 +107,23 @@ AttentionScorer::AttentionScorer(std::int64_t heads, std::int64_t head_dim, std:
   }
 }
 
+AttentionScorer::AttentionScorer(const AttentionScorer& other)
+    : heads_(other.heads_),
+      head_dim_(other.head_dim_),
+      gamma_(other.gamma_),
+      moments_(other.moments_),
+      name_(other.name_),
+      state_(other.state()) {}
+
+AttentionScorer& AttentionScorer::operator=(const AttentionScorer& other) {
+  if (this != &other) *this = AttentionScorer(other);
+  return *this;
+}
+
+AttentionScorer::AttentionScorer(AttentionScorer&&) noexcept = default;
+AttentionScorer& AttentionScorer::operator=(AttentionScorer&&) noexcept = default;
+AttentionScorer::~AttentionScorer() = default;
+
 std::string AttentionScorer::label(const char* argument) const {
   return secateur::label(name_, argument);
 }
@@ -144,8 +163,101 @@ void AttentionScorer::check_values(const TensorView& x, const char* argument) co
 }
 
 void AttentionScorer::update(const TensorView& q, const TensorView& k) {
-  check_batch(q, k);
-  if (q.device.type == DeviceType::cuda) return update_on_device(q, k);
+  update_in_turn({this}, q, k);
+}
+
+void AttentionScorer::update_in_turn(const std::vector<AttentionScorer*>& scorers,
+                                     const TensorView& q, const TensorView& k, bool wait) {
+  check_turns(scorers, "scorers");
+  const AttentionScorer& first = *scorers[0];
+  for (const AttentionScorer* scorer : scorers) first.check_same(*scorer, "scorers");
+  first.check_batch(q, k);
+  const auto turns = static_cast<std::int64_t>(scorers.size());
+  if (q.device.type != DeviceType::cuda) {
+    for (std::int64_t turn = 0; turn < std::min(turns, q.shape[0]); ++turn) {
+      scorers[static_cast<std::size_t>(turn)]->update_on_host(every(q, turn, turns),
+                                                              every(k, turn, turns));
+    }
+    return;
+  }
+  if (first.head_dim_ > cuda::max_head_dim()) {
+    fail<Unsupported>(first.label("head_dim"),
+                      "at most " + std::to_string(cuda::max_head_dim()) + " on CUDA",
+                      std::to_string(first.head_dim_));
+  }
+  std::vector<cuda::Sums*> sums;
+  for (AttentionScorer* scorer : scorers) {
+    if (wait) scorer->wait();  // or faults of before would be taken for this batch's
+    if (scorer->device_ && !scorer->device_->is_on(q.device)) scorer->go_home();
+    if (!scorer->device_) {
+      scorer->device_ = std::make_unique<DeviceState>(q.device, scorer->results());
+    }
+    sums.push_back(&scorer->device_->sums());
+  }
+  cuda::score(q, k, first.gamma_, first.moments_, kMaxMomentMagnitude, sums);
+  bool sound = true;
+  for (std::int64_t turn = 0; turn < turns; ++turn) {
+    AttentionScorer& scorer = *scorers[static_cast<std::size_t>(turn)];
+    AttentionScorerState& state = scorer.state_;
+    const std::int64_t images = (q.shape[0] - turn + turns - 1) / turns;
+    scorer.device_->enqueued({state.images, state.tokens});
+    state.images += images;
+    state.tokens += images * q.shape[1];
+    if (wait) sound = scorer.is_sound() && sound;
+  }
+  if (sound) return;
+  first.check_values(q, "q");
+  first.check_values(k, "k");
+  fail<NumericalError>(first.label("q"), "finite values", "one that was not when it was read");
+}
+
+bool AttentionScorer::is_sound() const {
+  const auto before = device_ ? device_->wait() : std::nullopt;
+  if (!before) return true;
+  bring_home();
+  device_.reset();
+  state_.images = before->first;
+  state_.tokens = before->second;
+  return false;
+}
+
+void AttentionScorer::wait() const {
+  if (is_sound()) return;
+  fail<NumericalError>(label("q"), "finite values",
+                       "one that is not, in a batch that was not waited for");
+}
+
+void AttentionScorer::bring_home() const {
+  std::vector<double> values(
+      static_cast<std::size_t>(heads_) *
+      HeadScorer::result_size(static_cast<std::size_t>(head_dim_), moments_));
+  if (!device_ || !device_->bring_home(values)) return;
+  for_results(state_, heads_, static_cast<std::size_t>(head_dim_), moments_,
+              [&](std::size_t at, double& sum) { sum = values[at]; });
+}
+
+void AttentionScorer::go_home() {
+  state();
+  device_.reset();
+}
+
+const AttentionScorerState& AttentionScorer::state() const {
+  wait();
+  bring_home();
+  return state_;
+}
+
+std::vector<double> AttentionScorer::results() const {
+  std::vector<double> values(
+      static_cast<std::size_t>(heads_) *
+      HeadScorer::result_size(static_cast<std::size_t>(head_dim_), moments_));
+  for_results(state_, heads_, static_cast<std::size_t>(head_dim_), moments_,
+              [&](std::size_t at, double& sum) { values[at] = sum; });
+  return values;
+}
+
+void AttentionScorer::update_on_host(const TensorView& q, const TensorView& k) {
+  go_home();
   const auto gamma = static_cast<std::size_t>(gamma_);
   const auto make = [&] { return std::make_unique<HeadScorer>(q, k, gamma, moments_); };
   const auto explain = [&] {
@@ -198,6 +310,7 @@ void AttentionScorer::update_grams(const TensorView& query_gram, const TensorVie
                          "one that does not");
   };
   const std::int64_t images = query_gram.shape[0];
+  go_home();
   AttentionScorerState next = state_;
   add_images(next, static_cast<std::size_t>(images), heads_, head_dim_, moments_, make, explain);
   next.images += images;
@@ -205,32 +318,10 @@ void AttentionScorer::update_grams(const TensorView& query_gram, const TensorVie
   state_ = std::move(next);
 }
 
-void AttentionScorer::update_on_device(const TensorView& q, const TensorView& k) {
-  if (head_dim_ > cuda::max_head_dim()) {
-    fail<Unsupported>(label("head_dim"),
-                      "at most " + std::to_string(cuda::max_head_dim()) + " on CUDA",
-                      std::to_string(head_dim_));
-  }
-  const auto dim = static_cast<std::size_t>(head_dim_);
-  const std::size_t item = HeadScorer::result_size(dim, moments_);
-  AttentionScorerState next = state_;
-  std::vector<double> sums(static_cast<std::size_t>(heads_) * item);
-  for_results(next, heads_, dim, moments_, [&](std::size_t at, double& sum) { sums[at] = sum; });
-  if (!cuda::score(q, k, gamma_, moments_, kMaxMomentMagnitude, sums)) {
-    check_values(q, "q");
-    check_values(k, "k");
-    fail<NumericalError>(label("q"), "finite values", "one that was not when it was read");
-  }
-  for_results(next, heads_, dim, moments_, [&](std::size_t at, double& sum) { sum = sums[at]; });
-  next.images += q.shape[0];
-  next.tokens += q.shape[0] * q.shape[1];
-  state_ = std::move(next);
-}
-
-void AttentionScorer::merge(const AttentionScorer& other) {
+void AttentionScorer::check_same(const AttentionScorer& other, const char* argument) const {
   const auto same = [&](std::int64_t mine, std::int64_t theirs, const char* what) {
     if (mine != theirs) {
-      fail<InvalidArgument>(label("other"), std::string(what) + " " + std::to_string(mine),
+      fail<InvalidArgument>(label(argument), std::string(what) + " " + std::to_string(mine),
                             std::to_string(theirs));
     }
   };
@@ -238,10 +329,16 @@ void AttentionScorer::merge(const AttentionScorer& other) {
   same(head_dim_, other.head_dim_, "head_dim");
   same(gamma_, other.gamma_, "gamma");
   if (moments_ != other.moments_) {
-    fail<InvalidArgument>(label("other"),
+    fail<InvalidArgument>(label(argument),
                           moments_ ? "a scorer with moments" : "a scorer without moments",
                           moments_ ? "one without" : "one with");
   }
+}
+
+void AttentionScorer::merge(const AttentionScorer& other) {
+  check_same(other, "other");
+  other.state();
+  go_home();
   add(state_.score_sum, other.state_.score_sum);
   add(state_.query_gram, other.state_.query_gram);
   add(state_.key_gram, other.state_.key_gram);
@@ -251,8 +348,9 @@ void AttentionScorer::merge(const AttentionScorer& other) {
 }
 
 std::vector<double> AttentionScorer::scores() const {
+  wait();
   if (state_.images == 0) fail<InvalidArgument>(label("scores"), "at least one image", "none");
-  std::vector<double> mean = state_.score_sum;
+  std::vector<double> mean = state().score_sum;
   for (double& value : mean) value /= static_cast<double>(state_.images);
   return mean;
 }
@@ -269,11 +367,11 @@ std::vector<double> AttentionScorer::full(const std::vector<double>& packed,
 }
 
 std::vector<double> AttentionScorer::query_gram() const {
-  return full(state_.query_gram, "query_gram");
+  return full(state().query_gram, "query_gram");
 }
-std::vector<double> AttentionScorer::key_gram() const { return full(state_.key_gram, "key_gram"); }
+std::vector<double> AttentionScorer::key_gram() const { return full(state().key_gram, "key_gram"); }
 std::vector<double> AttentionScorer::score_gram() const {
-  return full(state_.score_gram, "score_gram");
+  return full(state().score_gram, "score_gram");
 }
 
 void AttentionScorer::load_state(AttentionScorerState state) {
@@ -283,6 +381,7 @@ void AttentionScorer::load_state(AttentionScorerState state) {
   check_sums(state.query_gram, state_.query_gram.size(), label("query_gram"));
   check_sums(state.key_gram, state_.key_gram.size(), label("key_gram"));
   check_sums(state.score_gram, state_.score_gram.size(), label("score_gram"));
+  device_.reset();
   state_ = std::move(state);
 }
 

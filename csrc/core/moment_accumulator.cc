@@ -10,8 +10,10 @@
 #include "../cuda/backend.h"
 #include "buffer.h"
 #include "check.h"
+#include "device_state.h"
 #include "packed.h"
 #include "parallel.h"
+#include "turns.h"
 
 namespace secateur {
 namespace {
@@ -240,12 +242,20 @@ bool take_norms(bool center, Rows& rows) {
   return finite;
 }
 
-/// Offsets of the tokens n ≡ phase + b (mod stride) of image b, for all images.
+/// Of the tokens n ≡ phase + b (mod stride), those of image b that count: the first, and how many.
+std::int64_t first_token(std::int64_t stride, std::int64_t phase, std::int64_t b) {
+  return (phase % stride + b % stride) % stride;
+}
+std::int64_t token_count(std::int64_t tokens, std::int64_t stride, std::int64_t first) {
+  return first < tokens ? (tokens - first - 1) / stride + 1 : 0;
+}
+
+/// Their offsets, for all images.
 std::vector<std::int64_t> token_offsets(const TensorView& x, std::int64_t stride,
                                         std::int64_t phase) {
   std::vector<std::int64_t> result;
   for (std::int64_t b = 0; b < x.shape[0]; ++b) {
-    for (std::int64_t n = (phase % stride + b % stride) % stride; n < x.shape[1]; n += stride) {
+    for (std::int64_t n = first_token(stride, phase, b); n < x.shape[1]; n += stride) {
       result.push_back(b * x.strides[0] + n * x.strides[1]);
     }
   }
@@ -264,6 +274,18 @@ MomentAccumulator::MomentAccumulator(std::int64_t dim, std::string name)
   state_.second_moment.assign(packed_size(d), 0.0);
 }
 
+MomentAccumulator::MomentAccumulator(const MomentAccumulator& other)
+    : dim_(other.dim_), name_(other.name_), state_(other.state()) {}
+
+MomentAccumulator& MomentAccumulator::operator=(const MomentAccumulator& other) {
+  if (this != &other) *this = MomentAccumulator(other);
+  return *this;
+}
+
+MomentAccumulator::MomentAccumulator(MomentAccumulator&&) noexcept = default;
+MomentAccumulator& MomentAccumulator::operator=(MomentAccumulator&&) noexcept = default;
+MomentAccumulator::~MomentAccumulator() = default;
+
 std::string MomentAccumulator::label(const char* argument) const {
   return secateur::label(name_, argument);
 }
@@ -275,25 +297,63 @@ void MomentAccumulator::check_magnitudes(const TensorView& x) const {
   }
 }
 
-void MomentAccumulator::update(const TensorView& x, const RowOptions& options) {
-  const auto [norm, stride, phase] = options;
+bool MomentAccumulator::check_batch(const TensorView& x, const RowOptions& options) const {
   const bool on_cuda = check_device_view(x, label("x"));
   if (x.rank() < 1 || x.shape[x.rank() - 1] != dim_) {
     fail<InvalidArgument>(label("x"), "shape (..., " + std::to_string(dim_) + ")",
                           to_string(x.shape));
   }
-  check_range(stride, 1, kMaxStride, label("stride"));
-  check_at_least(phase, 0, label("phase"));
-  if (stride > 1 && x.rank() != 3) {
+  check_range(options.stride, 1, kMaxStride, label("stride"));
+  check_at_least(options.phase, 0, label("phase"));
+  if (options.stride > 1 && x.rank() != 3) {
     fail<InvalidArgument>(label("x"), "shape (images, tokens, dim) with a stride",
                           to_string(x.shape));
   }
-  if (x.numel() == 0) return;
+  return on_cuda;
+}
 
+void MomentAccumulator::update(const TensorView& x, const RowOptions& options) {
+  if (check_batch(x, options)) {
+    update_on_device({this}, x, {options}, true);
+  } else {
+    update_on_host(x, options);
+  }
+}
+
+void MomentAccumulator::update_in_turn(const std::vector<MomentAccumulator*>& accumulators,
+                                       const TensorView& x, const std::vector<RowOptions>& options,
+                                       bool wait) {
+  check_turns(accumulators, "accumulators");
+  const MomentAccumulator& first = *accumulators[0];
+  if (options.size() != accumulators.size()) {
+    fail<InvalidArgument>(first.label("options"), std::to_string(accumulators.size()),
+                          std::to_string(options.size()));
+  }
+  bool on_cuda = false;
+  for (std::size_t turn = 0; turn < accumulators.size(); ++turn) {
+    on_cuda = accumulators[turn]->check_batch(x, options[turn]);
+    if (options[turn].norm != options[0].norm || options[turn].stride != options[0].stride) {
+      fail<InvalidArgument>(first.label("options"), "one norm and stride for all", "several");
+    }
+  }
+  if (x.rank() != 3) {
+    fail<InvalidArgument>(first.label("x"), "shape (images, tokens, dim)", to_string(x.shape));
+  }
+  if (on_cuda) return update_on_device(accumulators, x, options, wait);
+  const auto turns = static_cast<std::int64_t>(accumulators.size());
+  for (std::int64_t turn = 0; turn < std::min(turns, x.shape[0]); ++turn) {
+    const auto t = static_cast<std::size_t>(turn);
+    accumulators[t]->update_on_host(every(x, turn, turns), options[t]);
+  }
+}
+
+void MomentAccumulator::update_on_host(const TensorView& x, const RowOptions& options) {
+  const auto [norm, stride, phase] = options;
+  if (x.numel() == 0) return;
+  go_home();
   Rows rows{x, stride > 1 ? token_offsets(x, stride, phase) : offsets(x, x.rank() - 1), {}, {}};
   const std::size_t count = rows.size();
   if (count == 0) return;
-  if (on_cuda) return update_on_device(x, options, rows.offsets);
   const bool one = count <= kChunkRows;  // then packing looks for what must not be there
   double peak = 0;
   if (norm != RowNorm::none) {
@@ -313,32 +373,83 @@ void MomentAccumulator::update(const TensorView& x, const RowOptions& options) {
   add_rows(chunk, count, one, state_);
 }
 
-void MomentAccumulator::update_on_device(const TensorView& x, const RowOptions& options,
-                                         const std::vector<std::int64_t>& offsets) {
+void MomentAccumulator::update_on_device(const std::vector<MomentAccumulator*>& accumulators,
+                                         const TensorView& x,
+                                         const std::vector<RowOptions>& options, bool wait) {
+  if (x.numel() == 0) return;
+  const auto turns = static_cast<std::int64_t>(accumulators.size());
   cuda::MomentRows rows;
-  rows.data = x.data;
-  rows.dtype = x.dtype;
-  rows.device = x.device;
-  rows.stride = x.strides[x.rank() - 1];
-  rows.dim = static_cast<std::size_t>(dim_);
-  rows.normalise = options.norm != RowNorm::none;
-  rows.center = options.norm == RowNorm::layer;
-  rows.offsets = &offsets;
-  std::vector<double> sum(state_.sum.size()), second_moment(state_.second_moment.size());
-  double peak = std::numeric_limits<double>::infinity();
-  bool done = false;
-  if (x.dtype != DType::f64) {
-    peak = cuda::moments(rows, false, sum, second_moment);
-    done = fits_f32(peak);
+  rows.x = x;
+  rows.normalise = options[0].norm != RowNorm::none;
+  rows.center = options[0].norm == RowNorm::layer;
+  rows.stride = options[0].stride;
+  std::vector<cuda::Sums*> sums;
+  for (std::size_t turn = 0; turn < accumulators.size(); ++turn) {
+    MomentAccumulator& accumulator = *accumulators[turn];
+    rows.phases.push_back(options[turn].phase);
+    if (wait) accumulator.wait();  // or faults of before would be taken for this batch's
+    if (accumulator.device_ && !accumulator.device_->is_on(x.device)) accumulator.go_home();
+    if (!accumulator.device_) {
+      std::vector<double> values = accumulator.state_.sum;
+      const std::vector<double>& second = accumulator.state_.second_moment;
+      values.insert(values.end(), second.begin(), second.end());
+      accumulator.device_ = std::make_unique<DeviceState>(x.device, values);
+    }
+    sums.push_back(&accumulator.device_->sums());
   }
-  if (!done) peak = cuda::moments(rows, true, sum, second_moment);
-  if (!(peak <= kMaxMagnitude)) {
-    check_magnitudes(x);
-    fail<NumericalError>(label("x"), "magnitudes up to 1e120", number(peak));
+  cuda::moments(rows, kMaxMagnitude, sums);
+  bool sound = true;
+  for (std::int64_t turn = 0; turn < turns; ++turn) {
+    MomentAccumulator& accumulator = *accumulators[static_cast<std::size_t>(turn)];
+    accumulator.device_->enqueued({accumulator.state_.rows, 0});
+    if (turns == 1 && rows.stride == 1) {
+      accumulator.state_.rows += x.numel() / x.shape[x.rank() - 1];
+    } else {
+      for (std::int64_t b = turn; b < x.shape[0]; b += turns) {
+        accumulator.state_.rows += token_count(
+            x.shape[1], rows.stride, first_token(rows.stride, options[static_cast<std::size_t>(turn)].phase, b / turns));
+      }
+    }
+    if (wait) sound = accumulator.is_sound() && sound;
   }
-  add(state_.sum, sum);
-  add(state_.second_moment, second_moment);
-  state_.rows += static_cast<std::int64_t>(offsets.size());
+  if (sound) return;
+  accumulators[0]->check_magnitudes(x);
+  fail<NumericalError>(accumulators[0]->label("x"), "finite values",
+                       "one that was not when it was read");
+}
+
+bool MomentAccumulator::is_sound() const {
+  const auto before = device_ ? device_->wait() : std::nullopt;
+  if (!before) return true;
+  bring_home();
+  device_.reset();
+  state_.rows = before->first;
+  return false;
+}
+
+void MomentAccumulator::wait() const {
+  if (is_sound()) return;
+  fail<NumericalError>(label("x"), "finite magnitudes up to 1e120",
+                       "one that is not, in a batch that was not waited for");
+}
+
+void MomentAccumulator::bring_home() const {
+  std::vector<double> values(state_.sum.size() + state_.second_moment.size());
+  if (!device_ || !device_->bring_home(values)) return;
+  const auto second = values.begin() + static_cast<std::ptrdiff_t>(dim_);
+  std::copy(values.begin(), second, state_.sum.begin());
+  std::copy(second, values.end(), state_.second_moment.begin());
+}
+
+void MomentAccumulator::go_home() {
+  state();
+  device_.reset();
+}
+
+const MomentAccumulatorState& MomentAccumulator::state() const {
+  wait();
+  bring_home();
+  return state_;
 }
 
 void MomentAccumulator::merge(const MomentAccumulator& other) {
@@ -346,6 +457,8 @@ void MomentAccumulator::merge(const MomentAccumulator& other) {
     fail<InvalidArgument>(label("other"), "dim " + std::to_string(dim_),
                           std::to_string(other.dim_));
   }
+  other.state();
+  go_home();
   add(state_.sum, other.state_.sum);
   add(state_.second_moment, other.state_.second_moment);
   state_.rows += other.state_.rows;
@@ -354,7 +467,7 @@ void MomentAccumulator::merge(const MomentAccumulator& other) {
 std::vector<double> MomentAccumulator::second_moment() const {
   const auto d = static_cast<std::size_t>(dim_);
   std::vector<double> result(d * d);
-  unpack(state_.second_moment.data(), d, result.data());
+  unpack(state().second_moment.data(), d, result.data());
   return result;
 }
 
@@ -362,6 +475,7 @@ void MomentAccumulator::load_state(MomentAccumulatorState state) {
   check_at_least(state.rows, 0, label("rows"));
   check_sums(state.sum, state_.sum.size(), label("sum"));
   check_sums(state.second_moment, state_.second_moment.size(), label("second_moment"));
+  device_.reset();
   state_ = std::move(state);
 }
 

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -23,11 +24,35 @@ void check_memory(const TensorGeometry& view, const void* data, const std::strin
 /// What the largest head is that score() takes.
 std::int64_t max_head_dim();
 
-/// Adds, image after image, every head's result to sums (heads, HeadScorer::result_size). False,
-/// and sums unspecified, when a value is not finite, or with moments beyond `max_magnitude`.
-/// Waits for the stream.
-bool score(const TensorView& q, const TensorView& k, std::int64_t gamma, bool moments,
-           double max_magnitude, std::vector<double>& sums);
+/// An accumulator's sums on a device: what is added to them there, and nobody waits for.
+class Sums {
+ public:
+  Sums() = default;
+  Sums(const Sums&) = delete;
+  Sums& operator=(const Sums&) = delete;
+  virtual ~Sums() = default;
+
+  virtual const Device& device() const = 0;
+  /// Updates enqueued so far; the first is number 0.
+  virtual std::int64_t updates() const = 0;
+  /// Waits for all of them. Returns the number of the first that was refused, whose part and that of
+  /// all behind it is not in the sums, or -1.
+  virtual std::int64_t wait() = 0;
+  /// Waits, and copies the sums to the host.
+  virtual void download(std::vector<double>& values) = 0;
+};
+
+/// How many sums may take turns.
+constexpr std::size_t kMaxTurns = 8;
+
+/// Sums that begin with these, on the device's memory.
+std::unique_ptr<Sums> make_sums(const Device& device, const std::vector<double>& values);
+
+/// Adds, image after image, every head's result to sums (heads, HeadScorer::result_size), image i
+/// to those of number i modulo their number. Refuses what holds a value that is not finite, or with
+/// moments is beyond `max_magnitude`. Does not wait.
+void score(const TensorView& q, const TensorView& k, std::int64_t gamma, bool moments,
+           double max_magnitude, const std::vector<Sums*>& sums);
 
 /// The first element, row-major, that is not finite, or the largest magnitude.
 struct Scan {
@@ -37,22 +62,21 @@ struct Scan {
 /// Waits for the stream.
 Scan scan(const TensorView& view);
 
-/// Rows of `dim` elements, `stride` apart, that begin at these offsets (in elements).
+/// Which rows of x (..., dim) count, for each of the sums in turn.
 struct MomentRows {
-  const void* data = nullptr;
-  DType dtype = DType::f32;
-  Device device{};
-  std::int64_t stride = 1;
-  std::size_t dim = 0;
+  TensorView x;
   bool normalise = false;  ///< to √dim over the row's norm
   bool center = false;     ///< and before that less its mean
-  const std::vector<std::int64_t>* offsets = nullptr;
+  /// Above 1, or with several sums, x is (images, tokens, dim), and image b belongs to sums
+  /// b mod S. Of sums s, image number j (b = s + jS) gives the tokens n ≡ phases[s] + j (mod stride).
+  std::int64_t stride = 1;
+  std::vector<std::int64_t> phases;  ///< one for each of the sums
 };
-/// Σ x and Σ x xᵀ (packed) over the rows; at most 4,096 rows are in memory at a time. Products in
-/// float64, or in float32 over 32 rows and then added up in float64. Returns the largest
-/// magnitude of what was multiplied, or Inf when not all of it is finite. Waits for the stream.
-double moments(const MomentRows& rows, bool in_float64, std::vector<double>& sum,
-               std::vector<double>& second_moment);
+
+/// Adds Σ x (dim values) and behind it Σ x xᵀ (packed) over the rows to each of the sums. Products
+/// of float64 in float64, of all else in float32 over at most 4,096 rows, or where float32 cannot
+/// hold them in float64. Refuses what is not finite or larger than `max_magnitude`. Does not wait.
+void moments(const MomentRows& rows, double max_magnitude, const std::vector<Sums*>& sums);
 
 /// Moves the kept slices; `to` has the result's shape and strides. Does not wait.
 void compact(const MutableTensorView& tensor, const MutableTensorView& to, std::size_t axis,

@@ -100,8 +100,20 @@ SECATEUR_DEVICE inline double small_to_double(uint32_t bits, int mantissa_bits, 
   return (bits >> 15 & 1u) != 0 ? -out.value : out.value;
 }
 
+#if defined(__CUDA_ARCH__)
+// Here nothing is flushed, and conversions are instructions.
+__device__ inline double to_double(Half x) {
+  double value;
+  asm("cvt.f64.f16 %0, %1;" : "=d"(value) : "h"(x.bits));
+  return value;
+}
+__device__ inline double to_double(BFloat x) {
+  return static_cast<double>(__uint_as_float(static_cast<unsigned>(x.bits) << 16));
+}
+#else
 SECATEUR_DEVICE inline double to_double(Half x) { return small_to_double(x.bits, 10, 5); }
 SECATEUR_DEVICE inline double to_double(BFloat x) { return small_to_double(x.bits, 7, 8); }
+#endif
 
 SECATEUR_DEVICE inline int smaller(int a, int b) { return a < b ? a : b; }
 SECATEUR_DEVICE inline int larger(int a, int b) { return a > b ? a : b; }

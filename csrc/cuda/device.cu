@@ -20,6 +20,19 @@ std::string capability(int device) {
   return std::to_string(major) + "." + std::to_string(minor);
 }
 
+/// Throws where memory was not to be had, with the numbers.
+void check_allocation(cudaError_t status, std::size_t bytes, const Device& device) {
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    std::size_t available = 0, total = 0;
+    cudaMemGetInfo(&available, &total);
+    fail<Error>(
+        "memory", std::to_string(bytes) + " bytes on cuda:" + std::to_string(device.index),
+        "none (" + std::to_string(available) + " of " + std::to_string(total) + " bytes are free)");
+  }
+  check(status, "cudaMalloc");
+}
+
 /// Of one's own, so that nothing of the program's is tuned; nullptr where the device has none.
 cudaMemPool_t pool_of(const Device& device) {
   static std::mutex mutex;
@@ -69,17 +82,9 @@ DeviceGuard::~DeviceGuard() { cudaSetDevice(before_); }
 Scratch::Scratch(std::size_t bytes, const Device& device) : stream_(stream_of(device)) {
   const cudaMemPool_t pool = pool_of(device);
   pooled_ = pool != nullptr;
-  const cudaError_t status = pooled_ ? cudaMallocFromPoolAsync(&memory_, bytes, pool, stream_)
-                                     : cudaMalloc(&memory_, bytes);
-  if (status == cudaErrorMemoryAllocation) {
-    cudaGetLastError();
-    std::size_t available = 0, total = 0;
-    cudaMemGetInfo(&available, &total);
-    fail<Error>(
-        "memory", std::to_string(bytes) + " bytes on cuda:" + std::to_string(device.index),
-        "none (" + std::to_string(available) + " of " + std::to_string(total) + " bytes are free)");
-  }
-  check(status, "cudaMallocFromPoolAsync");
+  check_allocation(pooled_ ? cudaMallocFromPoolAsync(&memory_, bytes, pool, stream_)
+                           : cudaMalloc(&memory_, bytes),
+                   bytes, device);
 }
 
 Scratch::~Scratch() {
@@ -117,6 +122,77 @@ void download(void* to, const void* from, std::size_t bytes, const Device& devic
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_of(device)),
         "cudaMemcpyAsync");
   check(cudaStreamSynchronize(stream_of(device)), "cudaStreamSynchronize");
+}
+
+DeviceSums::DeviceSums(const Device& device, const std::vector<double>& values)
+    : device_(device), size_(values.size()), stream_(stream_of(device)) {
+  const DeviceGuard guard(device);
+  const std::size_t bytes = size_ * sizeof(double);
+  try {
+    check_allocation(cudaMalloc(&values_, bytes), bytes, device);
+    check_allocation(cudaMalloc(&first_refused_, sizeof(*first_refused_)), sizeof(*first_refused_),
+                     device);
+    check(cudaHostAlloc(reinterpret_cast<void**>(&told_), sizeof(*told_), cudaHostAllocMapped),
+          "cudaHostAlloc");
+    *told_ = 0;
+    check(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+    check(cudaMemsetAsync(first_refused_, 0xff, sizeof(*first_refused_), stream_),
+          "cudaMemsetAsync");
+    upload(values_, values.data(), bytes, device);
+    check(cudaEventRecord(done_, stream_), "cudaEventRecord");
+  } catch (...) {
+    release();
+    throw;
+  }
+}
+
+DeviceSums::~DeviceSums() {
+  int before = 0;
+  cudaGetDevice(&before);
+  cudaSetDevice(device_.index);
+  release();
+  cudaSetDevice(before);
+}
+
+void DeviceSums::release() {
+  // Whoever destroys sums does not ask whether the device, or the process, is at its end.
+  if (done_ != nullptr) cudaEventSynchronize(done_);
+  cudaFree(values_);
+  cudaFree(first_refused_);
+  cudaFreeHost(told_);
+  if (done_ != nullptr) cudaEventDestroy(done_);
+  cudaGetLastError();
+}
+
+DeviceSums::Gate DeviceSums::begin(cudaStream_t stream) {
+  if (stream != stream_) check(cudaStreamWaitEvent(stream, done_), "cudaStreamWaitEvent");
+  stream_ = stream;
+  return {first_refused_, told_, static_cast<unsigned long long>(updates_)};
+}
+
+void DeviceSums::end() {
+  check(cudaEventRecord(done_, stream_), "cudaEventRecord");
+  ++updates_;
+}
+
+std::int64_t DeviceSums::wait() {
+  const DeviceGuard guard(device_);
+  check(cudaEventSynchronize(done_), "cudaEventSynchronize");
+  if (*static_cast<volatile int*>(told_) == 0) return -1;
+  unsigned long long first = 0;
+  check(cudaMemcpy(&first, first_refused_, sizeof(first), cudaMemcpyDeviceToHost), "cudaMemcpy");
+  return static_cast<std::int64_t>(first);
+}
+
+void DeviceSums::download(std::vector<double>& values) {
+  const DeviceGuard guard(device_);
+  check(cudaEventSynchronize(done_), "cudaEventSynchronize");
+  check(cudaMemcpy(values.data(), values_, size_ * sizeof(double), cudaMemcpyDeviceToHost),
+        "cudaMemcpy");
+}
+
+std::unique_ptr<Sums> make_sums(const Device& device, const std::vector<double>& values) {
+  return std::make_unique<DeviceSums>(device, values);
 }
 
 bool built() { return true; }

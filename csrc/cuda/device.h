@@ -6,8 +6,11 @@
 #include <secateur/tensor.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
+#include <vector>
 
+#include "backend.h"
 #include "index.h"
 
 namespace secateur::cuda {
@@ -55,6 +58,50 @@ class Scratch {
 int attribute(cudaDeviceAttr which, const Device& device);
 
 Layout layout_of(const TensorGeometry& view);
+
+/// Sums in device memory. An update's kernels are between begin() and end(), and add to values()
+/// only what accepted() says.
+class DeviceSums final : public Sums {
+ public:
+  DeviceSums(const Device& device, const std::vector<double>& values);
+  ~DeviceSums() override;
+
+  const Device& device() const override { return device_; }
+  std::int64_t updates() const override { return updates_; }
+  std::int64_t wait() override;
+  void download(std::vector<double>& values) override;
+
+  double* values() const { return values_; }
+  std::size_t size() const { return size_; }
+  /// What kernels of the update take along.
+  struct Gate {
+    unsigned long long* first_refused;  ///< of device memory
+    int* told;                          ///< of the host's
+    unsigned long long update;
+
+    /// Is nothing refused so far? The same for all threads of a kernel that refuse() is not in.
+    __device__ bool open() const { return *first_refused > update; }
+    __device__ void refuse() const {
+      atomicMin(first_refused, update);
+      *static_cast<volatile int*>(told) = 1;
+    }
+  };
+  /// Has `stream` wait for what other streams add to the sums.
+  Gate begin(cudaStream_t stream);
+  void end();
+
+ private:
+  void release();
+
+  Device device_;
+  std::size_t size_;
+  double* values_ = nullptr;
+  unsigned long long* first_refused_ = nullptr;
+  int* told_ = nullptr;
+  cudaEvent_t done_ = nullptr;
+  cudaStream_t stream_ = nullptr;
+  std::int64_t updates_ = 0;
+};
 
 /// Copies between memory of the host and of the device on the stream.
 void upload(void* to, const void* from, std::size_t bytes, const Device& device);

@@ -20,15 +20,19 @@ void check_memory(const TensorGeometry& view, const void*, const std::string& ar
 
 std::int64_t max_head_dim() { return 0; }
 
-bool score(const TensorView& q, const TensorView&, std::int64_t, bool, double,
-           std::vector<double>&) {
+std::unique_ptr<Sums> make_sums(const Device& device, const std::vector<double>&) {
+  refuse("tensor", device);
+}
+
+void score(const TensorView& q, const TensorView&, std::int64_t, bool, double,
+           const std::vector<Sums*>&) {
   refuse("q", q.device);
 }
 
 Scan scan(const TensorView& view) { refuse("tensor", view.device); }
 
-double moments(const MomentRows& rows, bool, std::vector<double>&, std::vector<double>&) {
-  refuse("x", rows.device);
+void moments(const MomentRows& rows, double, const std::vector<Sums*>&) {
+  refuse("x", rows.x.device);
 }
 
 void compact(const MutableTensorView& tensor, const MutableTensorView&, std::size_t,

@@ -2,56 +2,91 @@
 
 #include "backend.h"
 #include "device.h"
-#include "score_head.h"
+#include "score_small_head.h"
 
 namespace secateur::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kFoldThreads = 64;  // few elements, and many images: over as many processors as there are
 // Results of that many bytes wait at most until they are added up in the order of the images.
 constexpr std::int64_t kPendingBytes = std::int64_t{64} << 20;
 // Workspaces outside of shared memory: so many bytes at most for all blocks.
 constexpr std::int64_t kWorkspaceBytes = std::int64_t{128} << 20;
 
+// Sums that images go to in turn.
+struct Turns {
+  int count;
+  DeviceSums::Gate gates[kMaxTurns];
+  double* sums[kMaxTurns];
+};
+
 struct Heads {
   HeadInput first;  ///< head 0 of image 0
   std::int64_t query_image, query_head, key_image, key_head;
   std::int64_t heads, count;  ///< per image; of all images together
+  std::int64_t begin;         ///< images before the first
   double max_magnitude;
   double* work;  ///< a workspace for each block, or null for shared memory
   std::int64_t work_size;
   double* results;  ///< (count, result_size)
-  int* fault;
+  Turns turns;
+
+  template <typename Source>
+  __device__ HeadInput input(std::int64_t head) const {
+    const std::int64_t image = head / heads, h = head % heads;
+    HeadInput result = first;
+    result.query = static_cast<const Source*>(first.query) + image * query_image + h * query_head;
+    result.key = static_cast<const Source*>(first.key) + image * key_image + h * key_head;
+    return result;
+  }
+  __device__ double* result(std::int64_t head) const {
+    return results + head * result_size(first.dim, first.moments);
+  }
+  __device__ void refuse(std::int64_t head) const {
+    turns.gates[(begin + head / heads) % turns.count].refuse();
+  }
 };
 
 template <typename Source>
-__global__ void __launch_bounds__(kThreads) score_kernel(Heads all) {
+__global__ void __launch_bounds__(kThreads) score_kernel(const __grid_constant__ Heads all) {
   extern __shared__ double shared[];
   const Block block(static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
   double* work = all.work == nullptr ? shared : all.work + blockIdx.x * all.work_size;
-  const std::int64_t size = result_size(all.first.dim, all.first.moments);
   for (std::int64_t head = blockIdx.x; head < all.count; head += gridDim.x) {
-    const std::int64_t image = head / all.heads, h = head % all.heads;
-    HeadInput input = all.first;
-    input.query =
-        static_cast<const Source*>(input.query) + image * all.query_image + h * all.query_head;
-    input.key = static_cast<const Source*>(input.key) + image * all.key_image + h * all.key_head;
+    const HeadInput input = all.input<Source>(head);
     const HeadFault fault =
-        HeadScore<Source>(block, input, work).run(all.max_magnitude, all.results + head * size);
-    if (fault != kSound && threadIdx.x == 0) atomicMax(all.fault, static_cast<int>(fault));
+        HeadScore<Source>(block, input, work).run(all.max_magnitude, all.result(head));
+    if (fault != kSound && threadIdx.x == 0) all.refuse(head);
   }
 }
 
-// One thread an element: image after image, whatever the blocks before did first.
-__global__ void fold_kernel(const double* results, std::int64_t images, std::int64_t size,
-                            double* sums) {
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < size;
-       i += step) {
-    double sum = sums[i];
-    for (std::int64_t image = 0; image < images; ++image) sum += results[image * size + i];
-    sums[i] = sum;
+template <typename Source>
+__global__ void __launch_bounds__(kTeam, 4) score_small_kernel(const __grid_constant__ Heads all) {
+  extern __shared__ double shared[];
+  const Team team(static_cast<int>(threadIdx.x));
+  const std::int64_t head = blockIdx.x;
+  const HeadInput input = all.input<Source>(head);
+  SmallHeadScore<Source> score(team, input, shared);
+  const HeadFault fault = score.run(all.max_magnitude, all.result(head));
+  if (fault != kSound && threadIdx.x == 0) all.refuse(head);
+}
+
+// One thread an element of one of the sums: image after image, whatever the blocks before did
+// first.
+__global__ void fold_kernel(const double* results, std::int64_t begin, std::int64_t images,
+                            std::int64_t size, const __grid_constant__ Turns turns) {
+  const int turn = static_cast<int>(blockIdx.y);
+  if (!turns.gates[turn].open()) return;
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= size) return;
+  const std::int64_t first = (turn + turns.count - begin % turns.count) % turns.count;
+  double sum = turns.sums[turn][i];
+#pragma unroll 8
+  for (std::int64_t image = first; image < images; image += turns.count) {
+    sum += results[image * size + i];
   }
+  turns.sums[turn][i] = sum;
 }
 
 /// How many blocks are worth launching, with how much shared memory.
@@ -87,12 +122,79 @@ Launch launch_of(const Device& device, std::int64_t work_size, std::int64_t head
   return launch;
 }
 
+/// Is there a kernel for small heads, and do these suit it?
 template <typename Source>
-bool score_as(const TensorView& q, const TensorView& k, std::int64_t gamma, bool moments,
-              double max_magnitude, std::vector<double>& sums) {
+bool small(const HeadInput& input, const Device& device) {
+  if (input.dim > kSmallHead || input.limit > kSmallLimit) return false;
+  constexpr int kBytes = kSmallWork * static_cast<int>(sizeof(double));
+  if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 8 ||
+      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) < kBytes) {
+    return false;
+  }
+  check(cudaFuncSetAttribute(score_small_kernel<Source>,
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+        "cudaFuncSetAttribute");
+  return true;
+}
+
+template <typename Source>
+void score_as(const TensorView& q, const TensorView& k, Heads all,
+              const std::vector<Sums*>& sums) {
   const DeviceGuard guard(q.device);
   const cudaStream_t stream = stream_of(q.device);
   const std::int64_t images = q.shape[0];
+  // Of an image; the folding kernel does not care where in it a head begins.
+  const std::int64_t size = all.heads * result_size(all.first.dim, all.first.moments);
+  const std::int64_t chunk = std::clamp<std::int64_t>(
+      kPendingBytes / (size * static_cast<std::int64_t>(sizeof(double))), 1, images);
+  const bool by_team = small<Source>(all.first, q.device);
+  Launch launch;
+  if (!by_team) {
+    all.work_size = workspace_size(all.first.dim, all.first.limit);
+    launch = launch_of<Source>(q.device, all.work_size, chunk * all.heads);
+  }
+  const std::size_t work_bytes =
+      by_team || launch.shared_bytes > 0
+          ? 0
+          : static_cast<std::size_t>(launch.blocks * all.work_size) * sizeof(double);
+  const Scratch results(static_cast<std::size_t>(chunk * size) * sizeof(double), q.device);
+  const Scratch work(std::max<std::size_t>(work_bytes, 1), q.device);
+  all.results = results.as<double>();
+  all.work = work_bytes > 0 ? work.as<double>() : nullptr;
+  all.turns.count = static_cast<int>(sums.size());
+  for (int turn = 0; turn < all.turns.count; ++turn) {
+    auto* device_sums = static_cast<DeviceSums*>(sums[static_cast<std::size_t>(turn)]);
+    all.turns.gates[turn] = device_sums->begin(stream);
+    all.turns.sums[turn] = device_sums->values();
+  }
+  const dim3 fold_blocks(static_cast<unsigned>((size + kFoldThreads - 1) / kFoldThreads),
+                         static_cast<unsigned>(all.turns.count));
+  for (all.begin = 0; all.begin < images; all.begin += chunk) {
+    const std::int64_t count = std::min(chunk, images - all.begin);
+    all.first.query = static_cast<const Source*>(q.data) + all.begin * all.query_image;
+    all.first.key = static_cast<const Source*>(k.data) + all.begin * all.key_image;
+    all.count = count * all.heads;
+    if (by_team) {
+      score_small_kernel<Source>
+          <<<static_cast<unsigned>(all.count), kTeam, kSmallWork * sizeof(double), stream>>>(all);
+    } else {
+      const auto blocks = static_cast<unsigned>(std::min(launch.blocks, all.count));
+      score_kernel<Source><<<blocks, kThreads, launch.shared_bytes, stream>>>(all);
+    }
+    check(cudaGetLastError(), "score_kernel");
+    fold_kernel<<<fold_blocks, kFoldThreads, 0, stream>>>(all.results, all.begin, count, size,
+                                                          all.turns);
+    check(cudaGetLastError(), "fold_kernel");
+  }
+  for (Sums* one : sums) static_cast<DeviceSums*>(one)->end();
+}
+
+}  // namespace
+
+std::int64_t max_head_dim() { return kMaxHeadDim; }
+
+void score(const TensorView& q, const TensorView& k, std::int64_t gamma, bool moments,
+           double max_magnitude, const std::vector<Sums*>& sums) {
   Heads all{};
   all.first.dim = static_cast<int>(q.shape[3]);
   all.first.tokens = q.shape[1];
@@ -108,57 +210,7 @@ bool score_as(const TensorView& q, const TensorView& k, std::int64_t gamma, bool
   all.key_head = k.strides[2];
   all.heads = q.shape[2];
   all.max_magnitude = max_magnitude;
-  all.work_size = workspace_size(all.first.dim, all.first.limit);
-
-  // Of an image; the folding kernel does not care where in it a head begins.
-  const auto size = static_cast<std::int64_t>(sums.size());
-  const std::int64_t chunk = std::clamp<std::int64_t>(
-      kPendingBytes / (size * static_cast<std::int64_t>(sizeof(double))), 1, images);
-  const Launch launch = launch_of<Source>(q.device, all.work_size, chunk * all.heads);
-  const std::size_t work_bytes =
-      launch.shared_bytes > 0
-          ? 0
-          : static_cast<std::size_t>(launch.blocks * all.work_size) * sizeof(double);
-  const Scratch results(static_cast<std::size_t>(chunk * size) * sizeof(double), q.device);
-  const Scratch device_sums(sums.size() * sizeof(double), q.device);
-  const Scratch fault(sizeof(int), q.device);
-  const Scratch work(std::max<std::size_t>(work_bytes, 1), q.device);
-  all.results = results.as<double>();
-  all.fault = fault.as<int>();
-  all.work = work_bytes > 0 ? work.as<double>() : nullptr;
-  check(cudaMemsetAsync(all.fault, 0, sizeof(int), stream), "cudaMemsetAsync");
-  upload(device_sums.as<double>(), sums.data(), sums.size() * sizeof(double), q.device);
-
-  const auto fold_blocks = static_cast<unsigned>(
-      std::min<std::int64_t>((size + kThreads - 1) / kThreads, std::int64_t{1} << 20));
-  for (std::int64_t begin = 0; begin < images; begin += chunk) {
-    const std::int64_t count = std::min(chunk, images - begin);
-    all.first.query = static_cast<const Source*>(q.data) + begin * all.query_image;
-    all.first.key = static_cast<const Source*>(k.data) + begin * all.key_image;
-    all.count = count * all.heads;
-    const auto blocks = static_cast<unsigned>(std::min(launch.blocks, all.count));
-    score_kernel<Source><<<blocks, kThreads, launch.shared_bytes, stream>>>(all);
-    check(cudaGetLastError(), "score_kernel");
-    fold_kernel<<<fold_blocks, kThreads, 0, stream>>>(all.results, count, size,
-                                                      device_sums.as<double>());
-    check(cudaGetLastError(), "fold_kernel");
-  }
-  int found = 0;
-  check(cudaMemcpyAsync(&found, all.fault, sizeof(int), cudaMemcpyDeviceToHost, stream),
-        "cudaMemcpyAsync");
-  download(sums.data(), device_sums.as<double>(), sums.size() * sizeof(double), q.device);
-  return found == kSound;
-}
-
-}  // namespace
-
-std::int64_t max_head_dim() { return kMaxHeadDim; }
-
-bool score(const TensorView& q, const TensorView& k, std::int64_t gamma, bool moments,
-           double max_magnitude, std::vector<double>& sums) {
-  return with_source(q.dtype, [&](auto source) {
-    return score_as<decltype(source)>(q, k, gamma, moments, max_magnitude, sums);
-  });
+  with_source(q.dtype, [&](auto source) { score_as<decltype(source)>(q, k, all, sums); });
 }
 
 }  // namespace secateur::cuda

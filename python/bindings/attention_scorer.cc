@@ -1,3 +1,4 @@
+#include <pybind11/stl.h>
 #include <secateur/attention_scorer.h>
 
 #include "array.h"
@@ -135,6 +136,40 @@ Raises:
     Unsupported: on a device that this build does not compute on.
     NumericalError: a NaN or Inf (named by its place); with moments, a magnitude above 1e60.
         The object is then as it was before the call.
+)")
+      .def_static(
+          "update_in_turn",
+          [](const std::vector<Scorer*>& scorers, py::handle q, py::handle k, bool wait) {
+            const bool named = !scorers.empty() && scorers[0] != nullptr;
+            const Array queries(q, named ? label(*scorers[0], "q") : "q");
+            const Array keys(k, named ? label(*scorers[0], "k") : "k");
+            Scorer::run_all(scorers, [&](const std::vector<AttentionScorer*>& objects) {
+              AttentionScorer::update_in_turn(objects, queries.view(), keys.view(), wait);
+            });
+          },
+          py::arg("scorers"), py::arg("q"), py::arg("k"), py::kw_only(), py::arg("wait") = true,
+          R"(Adds image i of a batch to scorer i mod n; on a CUDA device in one pass over all of them.
+
+Args:
+    scorers: 1 to 8 different ones, of the same heads, head_dim, gamma and moments.
+    q: queries, as update() takes them.
+    k: keys.
+    wait: False, on a CUDA device: return when the work is enqueued. What update() would raise for
+        values is then raised by wait(), or by whatever asks for the sums: the scorer is then as it
+        was before the first batch of its that held such values.
+
+Raises:
+    InvalidArgument: no scorers, too many, the same one twice, or of different sizes; and as
+        update() raises it.
+    Unsupported: as update().
+    NumericalError: as update(); scorers whose own images are sound may have them.
+)")
+      .def(
+          "wait", [](Scorer& self) { self.run([](const AttentionScorer& s) { s.wait(); }); },
+          R"(Waits for what update_in_turn() has enqueued.
+
+Raises:
+    NumericalError: a value that was not finite (or, with moments, too large).
 )")
       .def(
           "update_grams",

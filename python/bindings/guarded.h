@@ -3,8 +3,11 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <functional>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 namespace secateur::python {
 
@@ -35,6 +38,23 @@ class Guarded {
     const pybind11::gil_scoped_release release;
     const std::scoped_lock lock(mutex_, other.mutex_);
     function(object_, other.object_);
+  }
+
+  /// function(pointers to all objects). Locks are taken in one order, whatever that of the objects.
+  template <typename Function>
+  static void run_all(const std::vector<Guarded*>& all, Function&& function) {
+    const pybind11::gil_scoped_release release;
+    std::vector<Guarded*> order;
+    std::vector<T*> objects;
+    for (Guarded* one : all) {
+      objects.push_back(one == nullptr ? nullptr : &one->object_);
+      if (one != nullptr) order.push_back(one);
+    }
+    std::sort(order.begin(), order.end(), std::less<>());
+    order.erase(std::unique(order.begin(), order.end()), order.end());
+    std::vector<std::unique_lock<std::mutex>> locks;
+    for (Guarded* one : order) locks.emplace_back(one->mutex_);
+    function(objects);
   }
 
  private:

@@ -1,3 +1,4 @@
+#include <pybind11/stl.h>
 #include <secateur/moment_accumulator.h>
 
 #include "array.h"
@@ -98,6 +99,44 @@ Raises:
     Unsupported: on a device that this build does not compute on.
     NumericalError: a NaN or Inf (named by its place), or a magnitude above 1e120.
         The object is then as it was before the call.
+)")
+      .def_static(
+          "update_in_turn",
+          [](const std::vector<Accumulator*>& accumulators, py::handle x, const std::string& norm,
+             std::int64_t stride, const std::vector<std::int64_t>& phases, bool wait) {
+            const bool named = !accumulators.empty() && accumulators[0] != nullptr;
+            const RowNorm kind = row_norm(norm);
+            std::vector<RowOptions> options;
+            for (const std::int64_t phase : phases) options.push_back({kind, stride, phase});
+            const Array rows(x, named ? label(*accumulators[0], "x") : "x");
+            Accumulator::run_all(accumulators, [&](const std::vector<MomentAccumulator*>& objects) {
+              MomentAccumulator::update_in_turn(objects, rows.view(), options, wait);
+            });
+          },
+          py::arg("accumulators"), py::arg("x"), py::kw_only(), py::arg("norm") = "none",
+          py::arg("stride") = 1, py::arg("phases"), py::arg("wait") = true,
+          R"(Adds image i of a batch to accumulator i mod n; on a CUDA device in one pass over all of them.
+
+Args:
+    accumulators: 1 to 8 different ones of the same dim.
+    x: (images, tokens, dim), as update() takes it.
+    norm: as in update().
+    stride: as in update().
+    phases: of each accumulator, counted over its own images.
+    wait: as in AttentionScorer.update_in_turn.
+
+Raises:
+    InvalidArgument: no accumulators, too many, the same one twice, or of different sizes; and as
+        update() raises it.
+    Unsupported: as update().
+    NumericalError: as update(); accumulators whose own images are sound may have them.
+)")
+      .def(
+          "wait", [](Accumulator& self) { self.run([](const MomentAccumulator& m) { m.wait(); }); },
+          R"(Waits for what update_in_turn() has enqueued.
+
+Raises:
+    NumericalError: a value that was not finite or too large.
 )")
       .def(
           "merge",

@@ -66,6 +66,32 @@ class AttentionScorer:
                 The object is then as it was before the call.
         """
 
+    @staticmethod
+    def update_in_turn(scorers: Sequence[AttentionScorer], q: _Array, k: _Array, *, wait: bool = True) -> None:
+        """Adds image i of a batch to scorer i mod n; on a CUDA device in one pass over all of them.
+
+        Args:
+            scorers: 1 to 8 different ones, of the same heads, head_dim, gamma and moments.
+            q: queries, as update() takes them.
+            k: keys.
+            wait: False, on a CUDA device: return when the work is enqueued. What update() would raise
+                for values is then raised by wait(), or by whatever asks for the sums: the scorer is then
+                as it was before the first batch of its that held such values.
+
+        Raises:
+            InvalidArgument: no scorers, too many, the same one twice, or of different sizes; and as
+                update() raises it.
+            Unsupported: as update().
+            NumericalError: as update(); scorers whose own images are sound may have them.
+        """
+
+    def wait(self) -> None:
+        """Waits for what update_in_turn() has enqueued.
+
+        Raises:
+            NumericalError: a value that was not finite (or, with moments, too large).
+        """
+
     def update_grams(self, query_gram: _Array, key_gram: _Array, key_mean: _Array, tokens: int) -> None:
         """Adds a batch of images by its Gram matrices, without the GIL.
 
@@ -183,6 +209,40 @@ class MomentAccumulator:
             Unsupported: on a device that this build does not compute on.
             NumericalError: a NaN or Inf (named by its place), or a magnitude above 1e120.
                 The object is then as it was before the call.
+        """
+
+    @staticmethod
+    def update_in_turn(
+        accumulators: Sequence[MomentAccumulator],
+        x: _Array,
+        *,
+        norm: Literal["none", "rms", "layer"] = "none",
+        stride: int = 1,
+        phases: Sequence[int],
+        wait: bool = True,
+    ) -> None:
+        """Adds image i of a batch to accumulator i mod n; on a CUDA device in one pass over all of them.
+
+        Args:
+            accumulators: 1 to 8 different ones of the same dim.
+            x: (images, tokens, dim), as update() takes it.
+            norm: as in update().
+            stride: as in update().
+            phases: of each accumulator, counted over its own images.
+            wait: as in AttentionScorer.update_in_turn.
+
+        Raises:
+            InvalidArgument: no accumulators, too many, the same one twice, or of different sizes; and as
+                update() raises it.
+            Unsupported: as update().
+            NumericalError: as update(); accumulators whose own images are sound may have them.
+        """
+
+    def wait(self) -> None:
+        """Waits for what update_in_turn() has enqueued.
+
+        Raises:
+            NumericalError: a value that was not finite or too large.
         """
 
     def merge(self, other: MomentAccumulator) -> None:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -227,9 +227,9 @@ def _run(
                 if end <= seen:
                     continue
                 skip = min(len(images), max(0, seen - start))
-                with ranks.together(), collector.batch(start + skip, end), suppress(_EnoughError):
+                with ranks.together(), collector.batch(start + skip, end):
                     if skip < len(images):
-                        model(images[skip:])
+                        _forward(model, collector, images[skip:])
                 if every and path is not None and (index + 1) % every == 0:
                     _save(collector.statistics(ranks), path, ranks)
         if missing and end >= seen:
@@ -242,6 +242,18 @@ def _run(
     if path is not None and (collector.images > seen or collector.sensitivity):
         _save(statistics, path, ranks)
     return statistics
+
+
+def _forward(model: nn.Module, collector: _Collector, images: torch.Tensor) -> None:
+    with suppress(_EnoughError):
+        model(images)
+    try:
+        collector.wait()
+    except NumericalError:
+        # A device was not waited for: once more, to learn which value of which layer it is.
+        with collector.waiting(), suppress(_EnoughError):
+            model(images)
+        raise
 
 
 def _measure(
@@ -366,12 +378,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 class _Accumulator(Protocol):
     """What the core's accumulators have in common."""
 
+    def wait(self) -> None: ...
+
     def state(self) -> dict[str, np.ndarray[Any, Any]]: ...
 
     def load_state(self, state: Any) -> None: ...
 
 
 _SAMPLES = ("query_gram", "key_gram")
+_T = TypeVar("_T")
 
 
 class _Collector:
@@ -398,7 +413,8 @@ class _Collector:
         self._scorers: dict[str, tuple[core.AttentionScorer, ...]] = {}
         self._moments: dict[str, tuple[core.MomentAccumulator, ...]] = {}
         self._queries: dict[str, torch.Tensor] = {}
-        self._samples: dict[str, dict[int, Float]] = {}  # by the number of the first image
+        self._samples: dict[str, dict[int, torch.Tensor]] = {}  # by the number of the first image
+        self._wait = False  # for the device, layer after layer
         self.sensitivity: dict[str, Float] = {}
         for site in self._attention:
             self._scorers[site.qk] = tuple(
@@ -434,6 +450,24 @@ class _Collector:
         self.images = end
         self.whole = True
 
+    def wait(self) -> None:
+        """Wait for what a device has been given to do.
+
+        Raises:
+            NumericalError: a value that was not finite.
+        """
+        for _, accumulator in self._accumulators():
+            accumulator.wait()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait for every layer, so that errors come from where they are."""
+        self._wait = True
+        try:
+            yield
+        finally:
+            self._wait = False
+
     def statistics(self, ranks: Ranks = _ALONE) -> Statistics:
         """What all ranks have seen; all must ask."""
         tensors = {
@@ -460,7 +494,7 @@ class _Collector:
             for what in _SAMPLES:
                 grams = np.zeros(shape, np.float32)
                 for start, part in self._samples.get(f"sample/{site.qk}/{what}", {}).items():
-                    grams[start : start + len(part)] = part
+                    grams[start : start + len(part)] = part.cpu()
                 found[f"sample/{site.qk}/{what}"] = grams
         return found
 
@@ -483,7 +517,7 @@ class _Collector:
         for name, array in statistics.tensors.items():
             kind, _, rest = name.partition("/")
             if kind == "sample":
-                self._samples[name] = {0: array}
+                self._samples[name] = {0: torch.from_numpy(array)}
             elif kind == "sensitivity":
                 self.sensitivity[rest] = array
         self.images, self._dtype = statistics.images, settings.dtype
@@ -554,10 +588,12 @@ class _Collector:
         q, k = q.detach(), k.detach()
         if self._all and self.images < SAMPLED_IMAGES:
             self._sample(site, q[: SAMPLED_IMAGES - self.images], k[: SAMPLED_IMAGES - self.images])
-        for fold, scorer in enumerate(self._scorers[site.qk]):
-            start = (fold - self.images) % 2
-            if start < len(q):
-                reach.update_scores(scorer, q[start::2], k[start::2])
+        reach.update_scores(self._in_turn(self._scorers[site.qk]), q, k, wait=self._wait)
+
+    def _in_turn(self, pair: Sequence[_T]) -> list[_T]:
+        """What the next image is added to, then what the one behind it is."""
+        first = self.images % 2
+        return [pair[first], pair[1 - first]]
 
     def _sample(self, site: AttentionSite, q: torch.Tensor, k: torch.Tensor) -> None:
         """Keep the Grams of the first images one by one: what a cut does to an image's own scores needs both at once.
@@ -565,10 +601,10 @@ class _Collector:
         Packed, in float32: they only measure errors.
         """
         q, k = reach.at_hand(q), reach.at_hand(k).double()
+        rows, columns = torch.triu_indices(site.qk_dim, site.qk_dim, device=q.device)
         for what, x in zip(_SAMPLES, (q.double(), k - k.mean(1, keepdim=True)), strict=True):
             grams = torch.einsum("bnhi,bnhj->bhij", x, x)
-            rows, columns = np.triu_indices(site.qk_dim)
-            packed = grams[..., rows, columns].to(torch.float32).cpu().numpy()
+            packed = grams[..., rows, columns].to(torch.float32)
             self._samples.setdefault(f"sample/{site.qk}/{what}", {})[self.images] = packed
 
     def _add(self, name: str, x: torch.Tensor, norm: reach.RowNorm = "none") -> None:
@@ -577,13 +613,10 @@ class _Collector:
         Image g gives every stride-th token from (g // 2) mod stride on, so both folds see all positions, and the
         choice does not depend on how images are split into batches.
         """
-        x = x.detach()
-        for fold, accumulator in enumerate(self._moments[name]):
-            start = (fold - self.images) % 2
-            if start < len(x):
-                stride = min(self._stride, x.shape[1])
-                phase = (self.images + start) // 2
-                reach.update_moments(accumulator, x[start::2], norm=norm, stride=stride, phase=phase)
+        pair = self._in_turn(self._moments[name])
+        stride = min(self._stride, x.shape[1])
+        phases = [(self.images + turn) // 2 for turn in range(len(pair))]
+        reach.update_moments(pair, x.detach(), norm=norm, stride=stride, phases=phases, wait=self._wait)
 
 
 def _enough(_output: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,8 +36,12 @@ class Fingerprint:
         for name in anatomy.members_of:
             if model.get_parameter(name).is_meta:
                 raise InvalidArgument(f"model: expected weights, got none in {name} (device meta)")
-        weights = {name: model.get_parameter(name) for name in anatomy.members_of}
-        return replace(cls.without_weights(anatomy), digests=digests(weights))
+        weights = [{name: model.get_parameter(name)} for name in anatomy.members_of]
+        # Hashing holds no lock, and a large model's takes seconds.
+        with ThreadPoolExecutor() as pool:
+            parts = list(pool.map(digests, weights))
+        found = {name: digest for part in parts for name, digest in part.items()}
+        return replace(cls.without_weights(anatomy), digests=found)
 
     @classmethod
     def without_weights(cls, anatomy: Anatomy) -> Fingerprint:

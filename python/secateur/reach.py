@@ -7,7 +7,7 @@ Tensors on other devices, which may have no float64, are copied to the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -26,11 +26,18 @@ _CHUNK_BYTES = 64 << 20
 _LARGEST_GRAM, _LARGEST_MOMENT = 1e120, 1e240
 
 
-def update_scores(scorer: core.AttentionScorer, q: torch.Tensor, k: torch.Tensor) -> None:
-    """``scorer.update(q, k)`` for (images, tokens, heads, head_dim) on any device."""
-    readable = _core_reads(q, head_dim=scorer.head_dim) and (q.device.type == "cpu" or q.dtype == k.dtype)
-    if readable and _taken(lambda: scorer.update(q, k), q):
+def update_scores(
+    scorers: Sequence[core.AttentionScorer], q: torch.Tensor, k: torch.Tensor, *, wait: bool = True
+) -> None:
+    """``core.AttentionScorer.update_in_turn(scorers, q, k)`` for (images, tokens, heads, head_dim) on any device."""
+    readable = _core_reads(q, head_dim=scorers[0].head_dim) and (q.device.type == "cpu" or q.dtype == k.dtype)
+    if readable and _taken(lambda: core.AttentionScorer.update_in_turn(scorers, q, k, wait=wait), q):
         return
+    for turn, scorer in enumerate(scorers[: len(q)]):
+        _score_elsewhere(scorer, q[turn :: len(scorers)], k[turn :: len(scorers)])
+
+
+def _score_elsewhere(scorer: core.AttentionScorer, q: torch.Tensor, k: torch.Tensor) -> None:
     if not _torch_multiplies(q):
         scorer.update(q.cpu(), k.cpu())
         return
@@ -44,11 +51,28 @@ def update_scores(scorer: core.AttentionScorer, q: torch.Tensor, k: torch.Tensor
 
 
 def update_moments(
-    accumulator: core.MomentAccumulator, x: torch.Tensor, *, norm: RowNorm = "none", stride: int = 1, phase: int = 0
+    accumulators: Sequence[core.MomentAccumulator],
+    x: torch.Tensor,
+    *,
+    norm: RowNorm = "none",
+    stride: int = 1,
+    phases: Sequence[int],
+    wait: bool = True,
 ) -> None:
-    """``accumulator.update(x, ...)`` for (..., dim) on any device."""
-    if _core_reads(x) and _taken(lambda: accumulator.update(x, norm=norm, stride=stride, phase=phase), x):
+    """``core.MomentAccumulator.update_in_turn(accumulators, x, ...)`` for (images, tokens, dim) on any device."""
+
+    def update() -> None:
+        core.MomentAccumulator.update_in_turn(accumulators, x, norm=norm, stride=stride, phases=phases, wait=wait)
+
+    if _core_reads(x) and _taken(update, x):
         return
+    for turn, accumulator in enumerate(accumulators[: len(x)]):
+        _multiply_elsewhere(accumulator, x[turn :: len(accumulators)], norm, stride, phases[turn])
+
+
+def _multiply_elsewhere(
+    accumulator: core.MomentAccumulator, x: torch.Tensor, norm: RowNorm, stride: int, phase: int
+) -> None:
     rows = _rows(x, stride, phase) if _torch_multiplies(x) else None
     if rows is not None:
         dim = rows.shape[1]

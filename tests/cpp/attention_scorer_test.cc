@@ -730,4 +730,50 @@ TEST(AttentionScorer, GramsAreChecked) {
   EXPECT_EQ(scorer.images(), 0);
 }
 
+TEST(AttentionScorerInTurn, ImagesGoToOneAfterTheOther) {
+  const TestTensor q = batch({7, 12, 2, 9}, 201), k = batch({7, 12, 2, 9}, 202);
+  const auto image = [](const TestTensor& x, std::int64_t i) {
+    TensorView view = x;
+    view.data = static_cast<const double*>(view.data) + i * view.strides[0];
+    view.shape[0] = 1;
+    return view;
+  };
+  for (const std::size_t turns : {1, 3, 8}) {
+    std::vector<AttentionScorer> found, expected;
+    for (std::size_t i = 0; i < turns; ++i) found.emplace_back(2, 9, 8, true);
+    expected = found;
+    std::vector<AttentionScorer*> all;
+    for (AttentionScorer& scorer : found) all.push_back(&scorer);
+    for (const bool wait : {true, false}) {
+      AttentionScorer::update_in_turn(all, q, k, wait);
+      for (std::int64_t i = 0; i < 7; ++i) {
+        expected[static_cast<std::size_t>(i) % turns].update(image(q, i), image(k, i));
+      }
+    }
+    for (std::size_t i = 0; i < turns; ++i) {
+      found[i].wait();
+      EXPECT_EQ(found[i].state().images, expected[i].state().images);
+      EXPECT_EQ(found[i].state().tokens, expected[i].state().tokens);
+      EXPECT_EQ(found[i].state().score_sum, expected[i].state().score_sum);
+      EXPECT_EQ(found[i].state().key_gram, expected[i].state().key_gram);
+    }
+  }
+}
+
+TEST(AttentionScorerInTurn, RefusesScorersThatDoNotFit) {
+  const TestTensor q = batch({2, 5, 1, 4}, 203);
+  AttentionScorer scorer(1, 4, 8, false, "attn"), wide(1, 5), moments(1, 4, 8, true);
+  using Scorers = std::vector<AttentionScorer*>;
+  const auto expect = [&](const Scorers& scorers, const std::string& text) {
+    expect_error<InvalidArgument>([&] { AttentionScorer::update_in_turn(scorers, q, q); }, text);
+    EXPECT_EQ(scorer.images(), 0);
+  };
+  expect({}, "scorers: expected 1 to 8, got 0");
+  expect(Scorers(9, &scorer), "scorers: expected 1 to 8, got 9");
+  expect({nullptr}, "scorers: expected objects, got a null pointer");
+  expect({&scorer, &scorer}, "scorers: expected different objects, got the same one twice");
+  expect({&scorer, &wide}, "attn scorers: expected head_dim 4, got 5");
+  expect({&scorer, &moments}, "attn scorers: expected a scorer without moments, got one with");
+}
+
 }  // namespace

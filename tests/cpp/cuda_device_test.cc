@@ -283,6 +283,69 @@ TEST_F(CudaDevice, ScorersNameWhatIsNotFinite) {
   }
 }
 
+TensorView images_of(const TensorView& x, std::int64_t first, std::int64_t step) {
+  TensorView view = x;
+  view.data = static_cast<const char*>(view.data) +
+              first * view.strides[0] * static_cast<std::int64_t>(item_size(view.dtype));
+  view.shape[0] = (x.shape[0] - first + step - 1) / step;
+  view.strides[0] *= step;
+  return view;
+}
+
+TEST_F(CudaDevice, ScorersInTurnAreScorersOfEveryNthImage) {
+  for (const DType dtype : kDTypes) {
+    for (const std::int64_t d : {24, 72}) {
+      for (const std::int64_t turns : {1, 2, 3, 8}) {
+        const TestTensor q = batch({7, 31, 2, d}, 25, dtype), k = batch({7, 31, 2, d}, 26, dtype);
+        const OnDevice device_q(q), device_k(k);
+        std::vector<AttentionScorer> found, expected;
+        std::vector<AttentionScorer*> all;
+        for (std::int64_t i = 0; i < turns; ++i) found.emplace_back(2, d, 8, true);
+        expected = found;
+        for (AttentionScorer& scorer : found) all.push_back(&scorer);
+        AttentionScorer::update_in_turn(all, device_q, device_k, false);
+        AttentionScorer::update_in_turn(all, device_q, device_k, false);
+        for (std::int64_t i = 0; i < turns; ++i) {
+          const auto at = static_cast<std::size_t>(i);
+          for (int round = 0; i < 7 && round < 2; ++round) {
+            expected[at].update(images_of(device_q, i, turns), images_of(device_k, i, turns));
+          }
+          EXPECT_EQ(found[at].images(), expected[at].images());
+          EXPECT_EQ(found[at].state().tokens, expected[at].state().tokens);
+          EXPECT_EQ(found[at].state().score_sum, expected[at].state().score_sum);
+          EXPECT_EQ(found[at].state().score_gram, expected[at].state().score_gram);
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaDevice, ScorersThatNobodyWaitsForKeepWhatWasBeforeAFault) {
+  for (const std::int64_t d : {24, 72}) {
+    const TestTensor q = batch({4, 40, 2, d}, 33, DType::bf16);
+    TestTensor k = batch({4, 40, 2, d}, 34, DType::bf16);
+    const OnDevice device_q(q), good(k);
+    k.set((1 * 40 + 3) * 2 * d + 5, kInf);  // of image 1
+    const OnDevice bad(k);
+    AttentionScorer even(2, d, 8, true, "even"), odd(2, d, 8, true, "odd"), one(2, d, 8, true);
+    for (const OnDevice* keys : {&good, &good, &bad, &good}) {
+      AttentionScorer::update_in_turn({&even, &odd}, device_q, *keys, false);
+    }
+    even.wait();
+    EXPECT_EQ(even.images(), 8);
+    EXPECT_EQ(odd.images(), 8);
+    expect_error<NumericalError>(
+        [&] { odd.wait(); },
+        "odd q: expected finite values, got one that is not, in a batch that was not waited for");
+    EXPECT_EQ(odd.images(), 4);
+    for (int i = 0; i < 2; ++i) one.update(images_of(device_q, 1, 2), images_of(good, 1, 2));
+    EXPECT_EQ(odd.state().score_sum, one.state().score_sum);
+    EXPECT_EQ(odd.state().query_gram, one.state().query_gram);
+    AttentionScorer::update_in_turn({&even, &odd}, device_q, good, false);
+    EXPECT_EQ(odd.state().images, 6);
+  }
+}
+
 /// Rows as RowOptions chooses and normalises them.
 reference::Matrix rows_of(const TestTensor& x, const RowOptions& options) {
   const Dims& shape = x.view().shape;
@@ -418,6 +481,64 @@ TEST_F(CudaDevice, MomentsNameWhatIsNotFinite) {
       EXPECT_EQ(found.rows(), 60);
       EXPECT_EQ(found.state().second_moment, before.second_moment);
       EXPECT_EQ(found.state().sum, before.sum);
+    }
+  }
+}
+
+TEST_F(CudaDevice, MomentsInTurnAreThoseOfEveryNthImage) {
+  for (const DType dtype : kDTypes) {
+    for (const RowNorm norm : {RowNorm::none, RowNorm::layer}) {
+      for (const std::int64_t stride : {1, 4}) {
+        for (const std::int64_t d : {40, 136}) {
+          const TestTensor x = batch({9, 29, d}, 85, dtype, {}, 0.2);
+          const OnDevice device(x);
+          MomentAccumulator even(d), odd(d), one(d), other(d);
+          for (int round = 0; round < 2; ++round) {
+            MomentAccumulator::update_in_turn({&even, &odd}, device,
+                                              {{norm, stride, 3}, {norm, stride, 4}}, false);
+            one.update(images_of(device, 0, 2), {norm, stride, 3});
+            other.update(images_of(device, 1, 2), {norm, stride, 4});
+          }
+          for (const auto& [found, expected] : {std::pair{&even, &one}, std::pair{&odd, &other}}) {
+            ASSERT_EQ(found->rows(), expected->rows());
+            const Values mine = found->second_moment(), theirs = expected->second_moment();
+            const double largest = *std::max_element(theirs.begin(), theirs.end());
+            for (std::size_t i = 0; i < mine.size(); ++i) {
+              ASSERT_NEAR(mine[i], theirs[i], kSingle * largest) << secateur::name(dtype);
+            }
+            for (std::size_t i = 0; i < found->sum().size(); ++i) {
+              ASSERT_NEAR(found->sum()[i], expected->sum()[i], kSingle * largest);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaDevice, MomentsThatNobodyWaitsForKeepWhatWasBeforeAFault) {
+  for (const DType dtype : kDTypes) {
+    for (const RowNorm norm : {RowNorm::none, RowNorm::rms}) {
+      TestTensor x = batch({6, 20, 48}, 87, dtype);
+      const OnDevice good(x);
+      x.set((3 * 20 + 7) * 48 + 2, kNaN);  // of image 3
+      const OnDevice bad(x);
+      MomentAccumulator even(48), odd(48, "odd");
+      const std::vector<RowOptions> options{{norm}, {norm}};
+      for (const OnDevice* batch : {&good, &bad, &good}) {
+        MomentAccumulator::update_in_turn({&even, &odd}, *batch, options, false);
+      }
+      EXPECT_EQ(even.state().rows, 180);
+      expect_error<NumericalError>([&] { odd.wait(); },
+                                   "odd x: expected finite magnitudes up to 1e120, got one that is "
+                                   "not, in a batch that was not waited for");
+      MomentAccumulator one(48);
+      one.update(images_of(good, 1, 2), {norm});
+      EXPECT_EQ(odd.rows(), 60);
+      const double largest = one.second_moment()[0] + 60;
+      for (std::size_t i = 0; i < 48 * 48; ++i) {
+        ASSERT_NEAR(odd.second_moment()[i], one.second_moment()[i], kSingle * largest);
+      }
     }
   }
 }

@@ -1,5 +1,6 @@
 // Device functions of compact and of the moments, run on the host (see cuda_score_head_test.cc).
 #include <algorithm>
+#include <cmath>
 
 #include "../../csrc/cuda/index.h"
 #include "../../csrc/cuda/rows.h"
@@ -92,28 +93,49 @@ TEST(CudaIndex, MovesAreCompacts) {
   }
 }
 
+/// What peak_kernel's warps do, number after number.
+template <typename Source>
+secateur::cuda::RowNorm norm_of(const Source* x, std::int64_t stride, int dim, bool center) {
+  double mean = 0;
+  for (int c = 0; center && c < dim; ++c) mean += secateur::cuda::to_double(x[c * stride]) / dim;
+  const auto squares = [&](double scale) {
+    double sum = 0;
+    for (int c = 0; c < dim; ++c) {
+      const double value = (secateur::cuda::to_double(x[c * stride]) - mean) * scale;
+      sum += value * value;
+    }
+    return sum;
+  };
+  const double scale = secateur::cuda::needs_scale(squares(1)) ? secateur::cuda::kRowScale : 1;
+  return secateur::cuda::row_norm(dim, mean, scale, squares(scale));
+}
+
 template <typename T, typename Source>
-Values moments_by_phases(const TestTensor& x, const secateur::cuda::RowNorms& norms,
-                         const Block& block, double* peak) {
-  const int rows = static_cast<int>(x.view().shape[0]), dim = static_cast<int>(x.view().shape[1]);
-  std::vector<T> packed(static_cast<std::size_t>(rows * dim));
-  Values room(secateur::cuda::kRowParts, kNaN);
-  *peak = 0;
+Values moments_by_phases(const TestTensor& x, secateur::RowNorm kind, const Block& block) {
+  const auto& view = x.view();
+  const int rows = static_cast<int>(view.shape[0]), dim = static_cast<int>(view.shape[1]);
+  // Rows that are not there among those that are.
+  std::vector<std::int64_t> offsets(static_cast<std::size_t>(2 * rows), secateur::cuda::kNoRow);
+  std::vector<secateur::cuda::RowNorm> norms(offsets.size());
+  const auto* data = static_cast<const Source*>(view.data);
   for (int r = 0; r < rows; ++r) {
-    const auto* row = static_cast<const Source*>(x.view().data) + r * x.view().strides[0];
-    *peak = std::max(*peak, secateur::cuda::pack_row<T>(block, row, x.view().strides[1], dim, norms,
-                                                        room.data(), packed.data() + r * dim));
+    const auto at = static_cast<std::size_t>(2 * r + 1);
+    offsets[at] = r * view.strides[0];
+    norms[at] = norm_of(data + offsets[at], view.strides[1], dim, kind == secateur::RowNorm::layer);
   }
+  const secateur::cuda::RowReader<T, Source> reader{
+      data, offsets.data(), view.strides[1],
+      kind == secateur::RowNorm::none ? nullptr : norms.data()};
   constexpr int kSide = secateur::cuda::kSide;
   std::vector<T> strip(2 * secateur::cuda::strip_rows<T>() * kSide);
   Values sums(kSide * kSide, kNaN);
   Values result(static_cast<std::size_t>(dim + dim * (dim + 1) / 2), 0.0);
-  const int squares = (dim + kSide - 1) / kSide;
-  for (int left = 0; left < squares; ++left) {
-    for (int right = left; right < squares; ++right) {
-      secateur::cuda::add_square<T>(block, packed.data(), rows, dim, left, right, strip.data(),
-                                    sums.data(), result.data(), result.data() + dim);
-    }
+  const int side = (dim + kSide - 1) / kSide;
+  for (int i = 0; i < side * (side + 1) / 2; ++i) {
+    int left = 0, right = 0;
+    secateur::cuda::square_of(i, side, &left, &right);
+    secateur::cuda::add_square<T>(block, reader, 2 * rows, dim, left, right, strip.data(),
+                                  sums.data(), result.data(), result.data() + dim);
   }
   return result;
 }
@@ -135,12 +157,8 @@ TEST(CudaRows, MomentsForEverySizeAndNorm) {
         const TestTensor x = features(DType::f64, rows, dim, {{1, 0}, 2, {0}});
         secateur::MomentAccumulator literal(dim);
         literal.update(x, {kind});
-        const secateur::cuda::RowNorms norms{kind != secateur::RowNorm::none,
-                                             kind == secateur::RowNorm::layer};
-        double peak = 0;
-        const Values exact = moments_by_phases<double, double>(x, norms, Block(7), &peak);
-        const Values single = moments_by_phases<float, double>(x, norms, Block(7), &peak);
-        EXPECT_GT(peak, 0);
+        const Values exact = moments_by_phases<double, double>(x, kind, Block(7));
+        const Values single = moments_by_phases<float, double>(x, kind, Block(7));
         Values wanted = literal.state().sum;
         wanted.insert(wanted.end(), literal.state().second_moment.begin(),
                       literal.state().second_moment.end());
@@ -164,45 +182,115 @@ TEST(CudaRows, EveryDType) {
       EXPECT_NEAR(found[state.sum.size() + i], state.second_moment[i], 1e-4);
     }
   };
-  double peak = 0;
-  const secateur::cuda::RowNorms none{false, false};
   const TestTensor single = features(DType::f32, 40, 33), half = features(DType::f16, 40, 33),
                    brain = features(DType::bf16, 40, 33);
-  close(single, moments_by_phases<float, float>(single, none, Block(5), &peak));
-  close(half, moments_by_phases<float, secateur::cuda::Half>(half, none, Block(5), &peak));
-  close(brain, moments_by_phases<float, secateur::cuda::BFloat>(brain, none, Block(5), &peak));
+  const auto none = secateur::RowNorm::none;
+  close(single, moments_by_phases<float, float>(single, none, Block(5)));
+  close(half, moments_by_phases<float, secateur::cuda::Half>(half, none, Block(5)));
+  close(brain, moments_by_phases<float, secateur::cuda::BFloat>(brain, none, Block(5)));
 }
 
 TEST(CudaRows, SameBitsForAnyThreads) {
   const TestTensor x = features(DType::f32, 50, 70);
-  double peak = 0;
-  const Values one = moments_by_phases<float, float>(x, {true, true}, Block(1), &peak);
+  const auto layer = secateur::RowNorm::layer;
+  const Values one = moments_by_phases<float, float>(x, layer, Block(1));
   for (const int threads : {3, 64, 256}) {
     for (const bool backwards : {false, true}) {
-      EXPECT_EQ(one, (moments_by_phases<float, float>(x, {true, true}, Block(threads, backwards),
-                                                      &peak)));
+      EXPECT_EQ(one, (moments_by_phases<float, float>(x, layer, Block(threads, backwards))));
     }
   }
 }
 
-TEST(CudaRows, PeaksAndFaults) {
-  TestTensor x = features(DType::f32, 5, 40);
-  x.set(77, -123);
-  double peak = 0;
-  moments_by_phases<float, float>(x, {false, false}, Block(5), &peak);
-  EXPECT_EQ(peak, 123);
-  for (const double value : {kNaN, kInf, -kInf}) {
-    for (const bool normalise : {false, true}) {
-      x.set(77, value);
-      moments_by_phases<float, float>(x, {normalise, normalise}, Block(5), &peak);
-      EXPECT_EQ(peak, kInf) << value << normalise;
+TEST(CudaRows, NormsThatFloat64CannotHold) {
+  Values row(40, 0.0);
+  const auto norm = [&](bool center) { return norm_of(row.data(), 1, 40, center); };
+  for (const double value : {kNaN, kInf, -kInf, 1e130}) {
+    row[7] = value;
+    EXPECT_FALSE(norm(false).fits) << value;
+    EXPECT_FALSE(norm(true).fits) << value;
+  }
+  row[7] = 1e-200;  // whose square is 0
+  EXPECT_TRUE(norm(false).fits);
+  EXPECT_NEAR(norm(false).factor * 1e-200, std::sqrt(40.0), 1e-12);
+  // A constant row has no direction.
+  row.assign(40, 0.1);
+  EXPECT_TRUE(norm(true).fits);
+  EXPECT_EQ(norm(true).factor, 0);
+}
+
+// Against what backend.h says of MomentRows, for numbers of images, sums and strides.
+TEST(CudaRows, RowsAreThoseOfImagesInTurn) {
+  const TestTensor x(DType::f32, {7, 10, 3}, {{1, 0, 2}, 2, {1}});
+  const auto& view = x.view();
+  for (const std::int64_t turns : {1, 2, 3, 8}) {
+    for (const std::int64_t stride : {1, 3, 4, 50}) {
+      secateur::cuda::RowChoice choice{};
+      choice.rows = layout_of(view);
+      choice.rows.rank = 2;
+      choice.count = 70;
+      choice.in_turn = true;
+      choice.turns = turns;
+      choice.stride = stride;
+      choice.per_image = (10 + stride - 1) / stride;
+      for (std::int64_t s = 0; s < turns; ++s) {
+        const std::int64_t phase = (2 * s + 1) % stride;
+        std::vector<std::int64_t> wanted, found;
+        for (std::int64_t b = s; b < 7; b += turns) {
+          for (std::int64_t n = 0; n < 10; ++n) {
+            if ((n - phase - b / turns) % stride != 0) continue;
+            wanted.push_back(b * view.strides[0] + n * view.strides[1]);
+          }
+        }
+        // Some more rows than any of the sums has.
+        for (std::int64_t r = 0; r < 8 * choice.per_image; ++r) {
+          const std::int64_t offset = secateur::cuda::row_offset(choice, s, phase, r);
+          if (offset != secateur::cuda::kNoRow) found.push_back(offset);
+        }
+        EXPECT_EQ(found, wanted) << turns << " " << stride << " " << s;
+      }
     }
   }
-  // A constant row has no direction.
-  x.fill([](std::int64_t) { return 3; });
-  for (const double sum : moments_by_phases<float, float>(x, {true, true}, Block(5), &peak)) {
-    EXPECT_EQ(sum, 0);
+  secateur::cuda::RowChoice every{};
+  every.rows = layout_of(view);
+  every.rows.rank = 2;
+  every.count = 70;
+  for (std::int64_t r = 0; r < 70; ++r) {
+    EXPECT_EQ(secateur::cuda::row_offset(every, 0, 0, r),
+              r / 10 * view.strides[0] + r % 10 * view.strides[1]);
   }
+  EXPECT_EQ(secateur::cuda::row_offset(every, 0, 0, 70), secateur::cuda::kNoRow);
+}
+
+TEST(CudaRows, SquaresAreTheUpperTriangle) {
+  for (int side = 1; side < 6; ++side) {
+    int index = 0;
+    for (int i = 0; i < side; ++i) {
+      for (int j = i; j < side; ++j, ++index) {
+        int left = -1, right = -1;
+        secateur::cuda::square_of(index, side, &left, &right);
+        EXPECT_EQ(left, i);
+        EXPECT_EQ(right, j);
+      }
+    }
+  }
+  EXPECT_EQ(secateur::cuda::tiles_of(1), 1);
+  EXPECT_EQ(secateur::cuda::tiles_of(128), 1);
+  EXPECT_EQ(secateur::cuda::tiles_of(129), 2);
+}
+
+TEST(CudaRows, SplitsHoldAllRowsAndFillTheDevice) {
+  for (const std::int64_t rows : {1, 128, 129, 4096, 4097, 9001, 25216, 50432, 10000000}) {
+    for (const std::int64_t blocks : {1, 6, 12, 156, 1056}) {
+      const auto splits = secateur::cuda::split_rows(rows, blocks, 132);
+      const std::int64_t held = std::int64_t{splits.rows} * splits.count;
+      EXPECT_EQ(splits.rows % secateur::cuda::kTile, 0);
+      EXPECT_LE(splits.rows, secateur::cuda::kSplitRows);
+      EXPECT_GE(held, rows);
+      EXPECT_LT(held - splits.rows, rows);
+    }
+  }
+  // A calibration batch of DeiT-Small in two sums of six tiles: one wave.
+  EXPECT_EQ(secateur::cuda::split_rows(25216, 12, 132).count, 11);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The scoring kernel's device functions, run on the host: the code that nvcc compiles, with a block
 // of threads that take turns. What this cannot show is how a device runs it.
-#include "../../csrc/cuda/score_head.h"
+#include "../../csrc/cuda/score_small_head.h"
 
 #include <algorithm>
 
@@ -14,6 +14,8 @@ using secateur::cuda::Block;
 using secateur::cuda::HeadFault;
 using secateur::cuda::HeadInput;
 using secateur::cuda::HeadScore;
+using secateur::cuda::SmallHeadScore;
+using secateur::cuda::Team;
 using Values = std::vector<double>;
 
 // What issue and documentation promise.
@@ -21,6 +23,15 @@ constexpr double kBar = 1e-5;
 // What float64 gives where nothing is close to a tie; on bad ground the bar has to do.
 constexpr double kUsual = 1e-9;
 constexpr double kMaxMagnitude = 1e60;
+
+/// Every test with the general kernel alone, and with that for small heads where they are small.
+bool use_small = false;
+class CudaScoreHead : public testing::TestWithParam<const char*> {
+ protected:
+  void SetUp() override { use_small = std::string(GetParam()) == "small"; }
+};
+INSTANTIATE_TEST_SUITE_P(Kernels, CudaScoreHead, testing::Values("general", "small"),
+                         [](const auto& kernel) { return std::string(kernel.param); });
 
 TestTensor head(DType dtype, std::int64_t tokens, std::int64_t dim, std::uint64_t seed,
                 double offset = 0, const Layout& layout = {}) {
@@ -45,8 +56,8 @@ struct Result {
 };
 
 template <typename Source>
-Result run_as(const TestTensor& q, const TestTensor& k, int gamma, bool moments,
-              const Block& block) {
+Result run_as(const TestTensor& q, const TestTensor& k, int gamma, bool moments, const Block& block,
+              bool backwards) {
   const MutableTensorView& query = q.view();
   const MutableTensorView& key = k.view();
   HeadInput input{};
@@ -61,30 +72,38 @@ Result run_as(const TestTensor& q, const TestTensor& k, int gamma, bool moments,
   input.limit =
       static_cast<int>(std::min<std::int64_t>(gamma, std::min(query.shape[0], query.shape[1])));
   input.moments = moments;
-  // A workspace of exactly the size that a device has; NaN shows what nobody wrote.
-  Values work(static_cast<std::size_t>(secateur::cuda::workspace_size(input.dim, input.limit)),
-              kNaN);
   Result result;
   result.values.assign(static_cast<std::size_t>(secateur::cuda::result_size(input.dim, moments)),
                        kNaN);
+  // A workspace of exactly the size that a device has; NaN shows what nobody wrote.
+  if (use_small && input.dim <= secateur::cuda::kSmallHead &&
+      input.limit <= secateur::cuda::kSmallLimit) {
+    Values work(secateur::cuda::kSmallWork, kNaN);
+    const Team team(backwards);
+    SmallHeadScore<Source> score(team, input, work.data());
+    result.fault = score.run(kMaxMagnitude, result.values.data());
+    return result;
+  }
+  Values work(static_cast<std::size_t>(secateur::cuda::workspace_size(input.dim, input.limit)),
+              kNaN);
   result.fault =
       HeadScore<Source>(block, input, work.data()).run(kMaxMagnitude, result.values.data());
   return result;
 }
 
 Result run(const TestTensor& q, const TestTensor& k, int gamma = 8, bool moments = false,
-           const Block& block = Block(5)) {
+           const Block& block = Block(5), bool backwards = false) {
   switch (q.view().dtype) {
     case DType::f16:
-      return run_as<secateur::cuda::Half>(q, k, gamma, moments, block);
+      return run_as<secateur::cuda::Half>(q, k, gamma, moments, block, backwards);
     case DType::bf16:
-      return run_as<secateur::cuda::BFloat>(q, k, gamma, moments, block);
+      return run_as<secateur::cuda::BFloat>(q, k, gamma, moments, block, backwards);
     case DType::f32:
-      return run_as<float>(q, k, gamma, moments, block);
+      return run_as<float>(q, k, gamma, moments, block, backwards);
     case DType::f64:
       break;
   }
-  return run_as<double>(q, k, gamma, moments, block);
+  return run_as<double>(q, k, gamma, moments, block, backwards);
 }
 
 struct Comparison {
@@ -110,7 +129,7 @@ void expect_within(const Comparison& found, double bar, const std::string& what)
   EXPECT_LT(found.error, bar) << what;
 }
 
-TEST(CudaScoreHead, MatchesTheSvdForEverySize) {
+TEST_P(CudaScoreHead, MatchesTheSvdForEverySize) {
   std::vector<std::int64_t> sizes = kSizes;
   sizes.insert(sizes.end(), {2, 5, 96, 128});
   for (const std::int64_t d : sizes) {
@@ -128,7 +147,7 @@ TEST(CudaScoreHead, MatchesTheSvdForEverySize) {
   }
 }
 
-TEST(CudaScoreHead, MatchesTheSvdForEveryDTypeAndLayout) {
+TEST_P(CudaScoreHead, MatchesTheSvdForEveryDTypeAndLayout) {
   const std::vector<Layout> layouts{{}, {{0, 1}, 3, {}}, {{1, 0}, 1, {}}, {{1, 0}, 2, {0, 1}}};
   for (const DType dtype : kDTypes) {
     for (const Layout& layout : layouts) {
@@ -144,7 +163,7 @@ TEST(CudaScoreHead, MatchesTheSvdForEveryDTypeAndLayout) {
 }
 
 // As trained models are: a few directions hold nearly all, and the Grams are singular to rounding.
-TEST(CudaScoreHead, NearlySingularGrams) {
+TEST_P(CudaScoreHead, NearlySingularGrams) {
   for (const DType dtype : kDTypes) {
     for (const std::int64_t d : {8, 33, 64}) {
       TestTensor q = head(dtype, 65, d, 71), k = head(dtype, 65, d, 72);
@@ -170,7 +189,7 @@ TEST(CudaScoreHead, NearlySingularGrams) {
 }
 
 // 16-bit types hold few digits of 1000 + x: what they do hold is what counts.
-TEST(CudaScoreHead, SharedOffsetsDoNotCancel) {
+TEST_P(CudaScoreHead, SharedOffsetsDoNotCancel) {
   for (const DType dtype : kDTypes) {
     for (const std::int64_t d : {3, 16, 33, 64}) {
       const std::string what = std::string(secateur::name(dtype)) + " " + std::to_string(d);
@@ -186,7 +205,7 @@ TEST(CudaScoreHead, SharedOffsetsDoNotCancel) {
 }
 
 // Neurons that are zero, that are the same as another, and that say nothing in the other matrix.
-TEST(CudaScoreHead, ZeroAndDuplicateNeurons) {
+TEST_P(CudaScoreHead, ZeroAndDuplicateNeurons) {
   for (const DType dtype : kDTypes) {
     for (const std::int64_t d : {4, 9, 33}) {
       for (const std::int64_t n : {d - 1, d + 30}) {
@@ -212,7 +231,7 @@ TEST(CudaScoreHead, ZeroAndDuplicateNeurons) {
   }
 }
 
-TEST(CudaScoreHead, NothingScoresNothing) {
+TEST_P(CudaScoreHead, NothingScoresNothing) {
   TestTensor q = head(DType::f32, 9, 5, 1);
   q.fill([](std::int64_t) { return 0; });
   const Result result = run(q, head(DType::f32, 9, 5, 2));
@@ -222,7 +241,7 @@ TEST(CudaScoreHead, NothingScoresNothing) {
 
 // Tied singular values leave the score undefined, but not its sum over the tied ones' span: with
 // orthogonal neurons of one norm the neurons' shares add up to what the leading γ take.
-TEST(CudaScoreHead, TiedSingularValues) {
+TEST_P(CudaScoreHead, TiedSingularValues) {
   for (const std::int64_t d : {2, 8, 31, 64}) {
     TestTensor q(DType::f64, {d, d}), k(DType::f64, {d, d});
     const auto identity = [d](std::int64_t i) { return i / d == i % d ? 1.0 : 0.0; };
@@ -243,19 +262,19 @@ TEST(CudaScoreHead, TiedSingularValues) {
 }
 
 // Every thread count and order gives the same bits: no phase depends on itself.
-TEST(CudaScoreHead, SameBitsForAnyThreads) {
+TEST_P(CudaScoreHead, SameBitsForAnyThreads) {
   for (const std::int64_t d : {5, 16, 33}) {
     const TestTensor q = head(DType::bf16, 50, d, 31), k = head(DType::bf16, 50, d, 32, 3);
     const Values one = run(q, k, 8, true, Block(1)).values;
     for (const int threads : {2, 7, 32, 256}) {
       for (const bool backwards : {false, true}) {
-        EXPECT_EQ(one, run(q, k, 8, true, Block(threads, backwards)).values) << threads;
+        EXPECT_EQ(one, run(q, k, 8, true, Block(threads, backwards), backwards).values) << threads;
       }
     }
   }
 }
 
-TEST(CudaScoreHead, MomentsAreTheGrams) {
+TEST_P(CudaScoreHead, MomentsAreTheGrams) {
   for (const DType dtype : kDTypes) {
     for (const double offset : {0.0, 50.0}) {
       const std::int64_t n = 45, d = 13;
@@ -279,7 +298,7 @@ TEST(CudaScoreHead, MomentsAreTheGrams) {
   }
 }
 
-TEST(CudaScoreHead, ScaleDoesNotMatter) {
+TEST_P(CudaScoreHead, ScaleDoesNotMatter) {
   const Values plain = run(head(DType::f64, 25, 17, 51), head(DType::f64, 25, 17, 52)).values;
   for (const double scale : {0x1p-900, 0x1p-40, 0x1p40, 0x1p900}) {
     TestTensor q = head(DType::f64, 25, 17, 51), k = head(DType::f64, 25, 17, 52);
@@ -291,7 +310,7 @@ TEST(CudaScoreHead, ScaleDoesNotMatter) {
   }
 }
 
-TEST(CudaScoreHead, FaultsAreFound) {
+TEST_P(CudaScoreHead, FaultsAreFound) {
   for (const DType dtype : kDTypes) {
     for (const double value : {kNaN, kInf, -kInf}) {
       for (const bool in_keys : {false, true}) {
@@ -308,7 +327,7 @@ TEST(CudaScoreHead, FaultsAreFound) {
 }
 
 // Every 16-bit pattern, against the definition.
-TEST(CudaScoreHead, ReadsEvery16BitNumber) {
+TEST_P(CudaScoreHead, ReadsEvery16BitNumber) {
   for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
     const auto small = static_cast<std::uint16_t>(bits);
     const char* at = reinterpret_cast<const char*>(&small);

@@ -408,4 +408,51 @@ TEST(MomentAccumulator, RefusalsLeaveNoTrace) {
                                "x: expected magnitudes up to 1e120, got 1e+121");
 }
 
+TEST(MomentAccumulatorInTurn, ImagesGoToOneAfterTheOther) {
+  const TestTensor x = rows({7, 11, 5}, 301, DType::f64);
+  const auto image = [&](std::int64_t i) {
+    TensorView view = x;
+    view.data = static_cast<const double*>(view.data) + i * view.strides[0];
+    view.shape[0] = 1;
+    return view;
+  };
+  for (const std::int64_t stride : {1, 3}) {
+    MomentAccumulator first(5), second(5), expected_first(5), expected_second(5);
+    MomentAccumulator::update_in_turn({&first, &second}, x,
+                                      {{RowNorm::layer, stride, 4}, {RowNorm::layer, stride, 8}});
+    for (std::int64_t i = 0; i < 7; ++i) {
+      // Of images of its own, an accumulator's i / 2-th.
+      auto& one = i % 2 == 0 ? expected_first : expected_second;
+      one.update(image(i), {RowNorm::layer, stride, (i % 2 == 0 ? 4 : 8) + i / 2});
+    }
+    for (const auto& [found, expected] :
+         {std::pair{&first, &expected_first}, std::pair{&second, &expected_second}}) {
+      found->wait();
+      EXPECT_EQ(found->rows(), expected->rows());
+      for (std::size_t e = 0; e < 25; ++e) {
+        EXPECT_NEAR(found->second_moment()[e], expected->second_moment()[e], 1e-12);
+      }
+    }
+  }
+}
+
+TEST(MomentAccumulatorInTurn, RefusesAccumulatorsThatDoNotFit) {
+  const TestTensor x = rows({2, 3, 4}, 302, DType::f64);
+  MomentAccumulator first(4, "fc2"), second(4), wide(5);
+  using All = std::vector<MomentAccumulator*>;
+  using Options = std::vector<secateur::RowOptions>;
+  const auto expect = [&](const All& all, const Options& options, const std::string& text) {
+    expect_error<InvalidArgument>([&] { MomentAccumulator::update_in_turn(all, x, options); },
+                                  text);
+    EXPECT_EQ(first.rows(), 0);
+  };
+  expect({}, {}, "accumulators: expected 1 to 8, got 0");
+  expect({&first, &first}, {{}, {}},
+         "accumulators: expected different objects, got the same one twice");
+  expect({&first, &second}, {{}}, "fc2 options: expected 2, got 1");
+  expect({&first, &wide}, {{}, {}}, "x: expected shape (..., 5), got (2, 3, 4)");
+  expect({&first, &second}, {{RowNorm::none, 1}, {RowNorm::none, 2}},
+         "fc2 options: expected one norm and stride for all, got several");
+}
+
 }  // namespace

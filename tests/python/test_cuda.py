@@ -78,7 +78,7 @@ def test_through_torch_rows_are_the_cores(through_torch, monkeypatch, norm, stri
     x[2, 3] = 7  # a constant row, of which a LayerNorm leaves nothing
     x[4, 1] = 0
     found, expected = core.MomentAccumulator(6), core.MomentAccumulator(6)
-    reach.update_moments(MergeOnly(found), x, norm=norm, stride=stride, phase=phase)
+    reach.update_moments([MergeOnly(found)], x, norm=norm, stride=stride, phases=[phase])
     expected.update(x, norm=norm, stride=stride, phase=phase)
     assert found.rows == expected.rows > 0
     np.testing.assert_allclose(found.sum(), expected.sum(), rtol=0, atol=1e-11)
@@ -91,11 +91,11 @@ def test_through_torch_faults_are_named_as_ever(through_torch):
     bad[1, 2, 0, 3] = float("nan")
     scorer = core.AttentionScorer(2, 5, name="blocks.0.attn")
     with pytest.raises(errors.NumericalError, match=r"^blocks\.0\.attn k: expected finite values, got nan at \("):
-        reach.update_scores(scorer, q, bad)
+        reach.update_scores([scorer], q, bad)
     assert scorer.images == 0
     rows = core.MomentAccumulator(5, name="fc2")
     with pytest.raises(errors.NumericalError, match=r"^fc2 x: expected finite values, got nan"):
-        reach.update_moments(rows, bad)
+        reach.update_moments([rows], bad, phases=[0])
     assert rows.rows == 0
 
 
@@ -116,11 +116,12 @@ def test_through_torch_values_beyond_its_products_are_the_cores(through_torch):
     """Grams of 1e200 do not fit into float64; the core scales first."""
     q, k = (torch.randn(1, 9, 2, 5, dtype=torch.float64) * 1e200 for _ in range(2))
     found, expected = core.AttentionScorer(2, 5), core.AttentionScorer(2, 5)
-    reach.update_scores(found, q, k)
+    reach.update_scores([found], q, k)
     expected.update(q, k)
     np.testing.assert_array_equal(found.scores(), expected.scores())
     with pytest.raises(errors.NumericalError, match=r"^x: expected magnitudes up to 1e120, got 1e\+121$"):
-        reach.update_moments(core.MomentAccumulator(2), torch.tensor([[1.0, 1e121]], dtype=torch.float64))
+        rows = torch.tensor([[1.0, 1e121]], dtype=torch.float64)
+        reach.update_moments([core.MomentAccumulator(2)], rows, phases=[0])
 
 
 def test_what_the_core_reads_by_itself(monkeypatch):
@@ -141,24 +142,16 @@ def test_a_device_that_the_core_refuses_is_torchs(monkeypatch):
     expected = core.AttentionScorer(1, 4)
     expected.update(q, k)
 
-    class Refusing:
-        head_dim = 4
+    def refuse(scorers, q, k, *, wait):
+        raise errors.Unsupported("cuda:0: expected a device that this build has code for")
 
-        def __init__(self):
-            self.scorer = core.AttentionScorer(1, 4)
-
-        def update(self, q, k):
-            raise errors.Unsupported("cuda:0: expected a device that this build has code for")
-
-        def __getattr__(self, name):
-            return getattr(self.scorer, name)
-
-    refusing = Refusing()
+    found = core.AttentionScorer(1, 4)
+    monkeypatch.setattr(core.AttentionScorer, "update_in_turn", staticmethod(refuse))
     with pytest.raises(errors.Unsupported, match=r"^cuda:0: "):
-        reach.update_scores(refusing, q, k)
+        reach.update_scores([found], q, k)
     monkeypatch.setattr(reach, "_torch_multiplies", lambda x: True)
-    reach.update_scores(refusing, q, k)
-    np.testing.assert_allclose(refusing.scores(), expected.scores(), rtol=0, atol=1e-9)
+    reach.update_scores([found], q, k)
+    np.testing.assert_allclose(found.scores(), expected.scores(), rtol=0, atol=1e-9)
 
 
 class Streamed(FakeTensor):

@@ -5,10 +5,13 @@
 #include <secateur/tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 namespace secateur {
+
+class DeviceState;
 
 /// Everything an AttentionScorer has accumulated: sums over images, float64, row-major.
 /// A packed matrix is its upper triangle, row by row: (0,0) (0,1) … (0,d-1) (1,1) ….
@@ -37,12 +40,31 @@ class SECATEUR_API AttentionScorer {
   AttentionScorer(std::int64_t heads, std::int64_t head_dim, std::int64_t gamma = 8,
                   bool moments = false, std::string name = "");
 
+  AttentionScorer(const AttentionScorer& other);
+  AttentionScorer& operator=(const AttentionScorer& other);
+  AttentionScorer(AttentionScorer&&) noexcept;
+  AttentionScorer& operator=(AttentionScorer&&) noexcept;
+  ~AttentionScorer();
+
   /// Adds a batch. q, k: (images, tokens, heads, head_dim), the same shape, any strides and dtype,
   /// on the CPU, or both on one CUDA device where the build has CUDA (see runtime.h) and head_dim
-  /// is at most 128; it is computed there, on q's stream, and waited for. Throws InvalidArgument,
-  /// Unsupported (another device), NumericalError (NaN, Inf; with moments also magnitudes above
-  /// 1e60) or Error (a device that fails); the object is then as it was before the call.
+  /// is at most 128; it is computed there, on q's stream, and waited for. The sums stay on the
+  /// device until somebody asks for them. Throws InvalidArgument, Unsupported (another device),
+  /// NumericalError (NaN, Inf; with moments also magnitudes above 1e60) or Error (a device that
+  /// fails); the object is then as it was before the call.
   void update(const TensorView& q, const TensorView& k);
+
+  /// Adds image i of a batch to scorer i mod n, of n different ones (1 to 8) of the same heads,
+  /// head_dim, gamma and moments: on a device in one pass. Without `wait`, a call for CUDA tensors
+  /// returns when the work is enqueued on q's stream, and values that are not finite (or too
+  /// large) are reported by the scorer's wait(), or by whatever asks for its sums: it is then as it
+  /// was before the first batch of its that held one. Memory must stay as it is until the stream
+  /// has got there. Throws as update(), but scorers whose own images are sound may have them.
+  static void update_in_turn(const std::vector<AttentionScorer*>& scorers, const TensorView& q,
+                             const TensorView& k, bool wait = true);
+
+  /// Waits for what update_in_turn() has enqueued. Throws NumericalError and Error as it would have.
+  void wait() const;
 
   /// Adds a batch by its Gram matrices, for programs that have them already or whose queries and
   /// keys are where the library does not compute.
@@ -65,7 +87,8 @@ class SECATEUR_API AttentionScorer {
   std::vector<double> key_gram() const;
   std::vector<double> score_gram() const;
 
-  const AttentionScorerState& state() const { return state_; }
+  /// Waits as wait() does.
+  const AttentionScorerState& state() const;
   /// Replaces everything accumulated. Throws InvalidArgument for sizes or counts that do not fit
   /// this object and NumericalError for a value that is not finite, before anything is replaced.
   void load_state(AttentionScorerState state);
@@ -75,13 +98,19 @@ class SECATEUR_API AttentionScorer {
   std::int64_t gamma() const { return gamma_; }
   bool moments() const { return moments_; }
   const std::string& name() const { return name_; }
+  /// Those that were enqueued as well.
   std::int64_t images() const { return state_.images; }
 
  private:
   std::string label(const char* argument) const;
   void check_batch(const TensorView& q, const TensorView& k) const;
+  void check_same(const AttentionScorer& other, const char* argument) const;
   void check_values(const TensorView& x, const char* argument) const;
-  void update_on_device(const TensorView& q, const TensorView& k);
+  void update_on_host(const TensorView& q, const TensorView& k);
+  std::vector<double> results() const;
+  bool is_sound() const;
+  void bring_home() const;
+  void go_home();
   std::vector<double> full(const std::vector<double>& packed, const char* what) const;
 
   std::int64_t heads_;
@@ -89,7 +118,9 @@ class SECATEUR_API AttentionScorer {
   std::int64_t gamma_;
   bool moments_;
   std::string name_;
-  AttentionScorerState state_;
+  // Of sums on a device, state_ has the counts, and the values once somebody has asked for them.
+  mutable AttentionScorerState state_;
+  mutable std::unique_ptr<DeviceState> device_;
 };
 
 }  // namespace secateur

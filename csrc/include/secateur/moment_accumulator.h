@@ -5,10 +5,13 @@
 #include <secateur/tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 namespace secateur {
+
+class DeviceState;
 
 /// What a row goes through before it is accumulated, as in a norm without weights and eps: nothing,
 /// x √dim / ‖x‖ (RMSNorm), or that of x less its mean (LayerNorm). A row of norm 0 stays 0.
@@ -42,38 +45,65 @@ class SECATEUR_API MomentAccumulator {
   /// name: put in front of every error of this object. Throws InvalidArgument.
   explicit MomentAccumulator(std::int64_t dim, std::string name = "");
 
+  MomentAccumulator(const MomentAccumulator& other);
+  MomentAccumulator& operator=(const MomentAccumulator& other);
+  MomentAccumulator(MomentAccumulator&&) noexcept;
+  MomentAccumulator& operator=(MomentAccumulator&&) noexcept;
+  ~MomentAccumulator();
+
   /// Adds every row of x: (…, dim), at least one axis, any strides and dtype, on the CPU, or on a
-  /// CUDA device where the build has CUDA (see runtime.h): multiplied there, on x's stream, waited
-  /// for, and added to the sums on the host.
+  /// CUDA device where the build has CUDA (see runtime.h): multiplied there, on x's stream, and
+  /// waited for. The sums stay on the device until somebody asks for them.
   /// Throws InvalidArgument, Unsupported (another device), NumericalError (NaN, Inf, or a
   /// magnitude above 1e120 in the rows) or Error (a device that fails); the object is then as it
   /// was before the call.
   void update(const TensorView& x, const RowOptions& options = {});
 
+  /// Adds image i of x (images, tokens, dim) to accumulator i mod n, of n different ones (1 to 8)
+  /// of the same dim: on a device in one pass. options[s] is that of accumulator s for its own
+  /// images alone; norm and stride are the same for all. `wait` and faults are as in
+  /// AttentionScorer::update_in_turn.
+  static void update_in_turn(const std::vector<MomentAccumulator*>& accumulators,
+                             const TensorView& x, const std::vector<RowOptions>& options,
+                             bool wait = true);
+
+  /// Waits for what update_in_turn() has enqueued. Throws NumericalError and Error as it would have.
+  void wait() const;
+
   /// Adds what another accumulator of the same dim has seen.
   void merge(const MomentAccumulator& other);
 
   /// (dim) and (dim, dim, full symmetric) sums over rows.
-  const std::vector<double>& sum() const { return state_.sum; }
+  const std::vector<double>& sum() const { return state().sum; }
   std::vector<double> second_moment() const;
 
-  const MomentAccumulatorState& state() const { return state_; }
+  /// Waits as wait() does.
+  const MomentAccumulatorState& state() const;
   /// Replaces everything accumulated; checked as in AttentionScorer::load_state.
   void load_state(MomentAccumulatorState state);
 
   std::int64_t dim() const { return dim_; }
   const std::string& name() const { return name_; }
+  /// Those that were enqueued as well.
   std::int64_t rows() const { return state_.rows; }
 
  private:
   std::string label(const char* argument) const;
   void check_magnitudes(const TensorView& x) const;
-  void update_on_device(const TensorView& x, const RowOptions& options,
-                        const std::vector<std::int64_t>& offsets);
+  bool check_batch(const TensorView& x, const RowOptions& options) const;
+  void update_on_host(const TensorView& x, const RowOptions& options);
+  static void update_on_device(const std::vector<MomentAccumulator*>& accumulators,
+                               const TensorView& x, const std::vector<RowOptions>& options,
+                               bool wait);
+  bool is_sound() const;
+  void bring_home() const;
+  void go_home();
 
   std::int64_t dim_;
   std::string name_;
-  MomentAccumulatorState state_;
+  // Of sums on a device, state_ has the counts, and the values once somebody has asked for them.
+  mutable MomentAccumulatorState state_;
+  mutable std::unique_ptr<DeviceState> device_;
 };
 
 }  // namespace secateur
