@@ -14,7 +14,8 @@ allocation  secateur's methods with counts shared out by error against one remov
 sequential  project planned at once against block by block, each behind what is already pruned, at the same counts
 images  how many calibration images, and which share of their tokens, it takes
 tuned   main's models, and 60 % of the parameters, after distilled fine-tuning, next to the dense model and an
-        untrained one of the same sizes, fine-tuned alike
+        untrained one of the same sizes, fine-tuned alike; a table for each device. Several processes, each with methods
+        and --out of its own, can share a GPU and one --tune-passes; --merge puts their rows together
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -43,7 +45,7 @@ from conftest import processor
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from secateur.allocate import kept_count
 from secateur.anatomy import Anatomy
 from timm.models.vision_transformer import VisionTransformer
@@ -59,6 +61,8 @@ MOST = 0.95
 GRID = tuple(itertools.product((0.6, 1.0, 1.5), (0.3, 0.6, 1.0, 1.5), (0.0, 0.15, 0.3)))
 # Decoded test images are kept in memory up to so many bytes, else read again for every model.
 MEMORY = 2**30
+# What tells the rows of fine-tuned models apart.
+TUNED = ("table", "budget", "epochs", "seed", "method", "amp", "device")
 Row = dict[str, Any]
 console = Console(width=150)
 
@@ -77,7 +81,7 @@ def arguments() -> argparse.Namespace:
     add("--test-images", type=int, help="all unless given")
     add("--draws", type=int, default=3, help="of calibration images, disjoint")
     add("--budgets", type=float, nargs="+", default=[0.85, 0.7, 0.5, 0.35, 0.25], help="kept MACs")
-    add("--methods", nargs="+", choices=[*OURS, *peers.PEERS], default=[*OURS, *peers.PEERS])
+    add("--methods", nargs="*", choices=[*OURS, *peers.PEERS], default=[*OURS, *peers.PEERS])
     add("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     counts = [2**k for k in range(6, 13)]
     add("--image-counts", type=int, nargs="+", default=counts, help="calibration images of the table images")
@@ -91,6 +95,9 @@ def arguments() -> argparse.Namespace:
     add("--tune-batch", type=int, default=128)
     add("--tune-lr", type=float, default=5e-4)
     add("--tune-scale", type=float, default=0.7, help="smallest share of an image that a random crop keeps")
+    twins = ("dense", "random")
+    add("--tune-references", nargs="*", choices=twins, default=twins, help="beside the methods: dense, and untrained")
+    add("--tune-passes", type=Path, help="folder that keeps every pass of images for the next model")
     add("--tune-amp", choices=("bfloat16", "float16"), help="mixed precision of fine-tuning; none unless given")
     add("--tune-attention", choices=("fused", "plain"), default="fused", help="plain trains faster on few tokens")
     add("--seeds", type=int, default=3, help="of fine-tuning")
@@ -100,6 +107,7 @@ def arguments() -> argparse.Namespace:
     add("--workers", type=int, default=0, help="processes that decode images")
     add("--show", action="store_true", help="measure nothing: tables and plots of the rows that are in --out")
     add("--fresh", action="store_true", help="forget the rows in --out")
+    add("--merge", type=Path, nargs="+", default=[], help="accuracy.json of others, to take fine-tuned models from")
     add("--again", nargs="+", default=[], metavar="METHOD", help="measure the rows of these methods again")
     add("--out", type=Path, default=Path(__file__).parents[1] / "plots", help="folder of accuracy.json and the plots")
     return parser.parse_args()
@@ -160,14 +168,51 @@ def uniform(anatomy: Anatomy, budget: Budget, method: str = "") -> dict[str, flo
 class Batches(Iterable[Any]):
     """Images of a loader: decoded once where they fit in memory, else with every pass."""
 
-    def __init__(self, loader: sc.data.ImageLoader, shape: Sequence[int]) -> None:
+    def __init__(self, loader: sc.data.ImageLoader, shape: Sequence[int], device: str) -> None:
         assert loader.images is not None
         self.images = loader.images
         small = 4 * self.images * math.prod(shape) <= MEMORY
-        self._batches: Iterable[Any] = list(loader) if small else loader
+        self._batches: Iterable[Any] = loader
+        if small:
+            self._batches = [(images.to(device), targets.to(device)) for images, targets in loader]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._batches)
+
+
+class Passes(Iterable[Any]):
+    """Training batches of a loader, the images of every pass kept in a file: the same for all models of one seed.
+
+    The transforms of an epoch of small images take a core longer than a GPU's steps do.
+    """
+
+    def __init__(self, loader: sc.data.ImageLoader, folder: Path, device: str) -> None:
+        self.loader, self.folder, self.device, self.epoch = loader, folder, device, 0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def file(self) -> Path:
+        """The file of the present pass, written where there is none."""
+        path = self.folder / f"pass-{self.epoch}.safetensors"
+        if not path.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.loader.set_epoch(self.epoch)
+            # What worker processes send stays in shared memory, with a file open for each tensor, until it is copied.
+            parts = [(images.clone(), targets.clone()) for images, targets in self.loader]
+            images, targets = map(torch.cat, zip(*parts, strict=True))
+            temporary = path.with_suffix(f".{os.getpid()}")
+            save_file({"images": images, "targets": targets}, temporary)
+            temporary.replace(path)
+        return path
+
+    def __iter__(self) -> Iterator[Any]:
+        found = load_file(self.file(), device=self.device)
+        batches = (found[name].split(self.loader.batch_size) for name in ("images", "targets"))
+        yield from zip(*batches, strict=True)
 
 
 class Draw:
@@ -192,6 +237,9 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         torch.set_num_threads(options.threads)
+        # What is measured in float32 is to be so on a GPU as well.
+        torch.backends.cudnn.allow_tf32 = False
+        self.device = "cpu" if options.device == "cpu" else torch.cuda.get_device_name(options.device)
         with safe_open(options.checkpoint, "pt") as file:
             self.arguments: dict[str, Any] = json.loads(file.metadata()["model"])
         self.dense = self.build()
@@ -199,8 +247,9 @@ class Run:
         self.dense.to(options.device).eval()
         self.anatomy = sc.inspect(self.dense)
         # Folders are read class by class: some of the images have to be a choice from all of them.
-        test = self.loader("test", max_images=options.test_images, shuffle=True)
-        self.test = Batches(test, self.anatomy.input_size)
+        batch_size = 64 if options.device == "cpu" else 1024
+        test = self.loader("test", max_images=options.test_images, shuffle=True, batch_size=batch_size)
+        self.test = Batches(test, self.anatomy.input_size, options.device)
         self.methods: list[str] = options.methods
         self.settings = {
             "checkpoint": hashlib.sha256(options.checkpoint.read_bytes()).hexdigest()[:16],
@@ -217,7 +266,10 @@ class Run:
         }
         options.out.mkdir(parents=True, exist_ok=True)
         self.path: Path = options.out / "accuracy.json"
-        self.rows: list[Row] = self.read()
+        fresh = options.fresh or not self.path.is_file()
+        self.rows: list[Row] = [] if fresh else self.read(self.path)
+        for path in options.merge:
+            self.merge(path)
         self.checked: set[tuple[Any, ...]] = set()
         self.dense_top1 = self.row({"table": "dense", "method": "dense"}, lambda: self.measured(self.dense))["top1"]
 
@@ -257,20 +309,38 @@ class Run:
         images, labels = (x[HELD_OUT:].split(self.options.calibration_images) for x in self.training_images)
         return [Draw(self.dense, images[i], labels[i]) for i in range(self.options.draws)]
 
-    def read(self) -> list[Row]:
-        if self.options.fresh or not self.path.is_file():
-            return []
-        found = json.loads(self.path.read_text())
+    def passes(self, seed: int) -> Iterable[Any]:
+        """Batches to fine-tune on; which images, and what the transforms make of them, is the seed's choice."""
+        options = self.options
+        drawn = {"seed": seed, "max_images": options.tune_images, "scale": (options.tune_scale, 1.0)}
+        loader = self.loader(
+            "train", train=True, shuffle=True, batch_size=options.tune_batch, color_jitter=None, **drawn
+        )
+        if options.tune_passes is None:
+            return loader
+        source = [str(options.data.resolve()), self.anatomy.input_size, options.mean, options.std, drawn]
+        name = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:16]
+        return Passes(loader, options.tune_passes / f"seed-{seed}-{name}", options.device)
+
+    def merge(self, path: Path) -> None:
+        """Take the fine-tuned models from another run's file that are not among the rows."""
+        known = {tuple(row.get(name) for name in TUNED) for row in self.rows}
+        tuned = [row for row in self.read(path) if row["table"] == "tuned"]
+        self.rows += [row for row in tuned if tuple(row.get(name) for name in TUNED) not in known]
+        self.write()
+
+    def read(self, path: Path) -> list[Row]:
+        found = json.loads(path.read_text())
         for name, value in json.loads(json.dumps(self.settings)).items():
             if found["settings"].get(name) != value:
                 was = found["settings"].get(name)
-                raise SystemExit(f"{self.path} is of {name} = {was}, not {value}: another --out, or --fresh")
+                raise SystemExit(f"{path} is of {name} = {was}, not {value}: another --out, or --fresh")
         return [row for row in found["rows"] if row["method"] not in self.options.again]
 
     def write(self) -> None:
         machine = {
             "processor": processor(),
-            "device": torch.cuda.get_device_name(self.options.device) if self.options.device != "cpu" else "cpu",
+            "device": self.device,
             "threads": self.options.threads,
             "isa": sc.core.runtime.isa(),
             "torch": torch.__version__,
@@ -349,8 +419,10 @@ class Run:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "model.safetensors"
                 sc.save(model, path, factory=(type(self.dense).__name__, self.arguments))
-                again = peers.logits(sc.load(path).to(self.options.device), self.held_out[:16])
-            assert torch.equal(again, answers), f"{method}: another model after save and load"
+                again = peers.logits(sc.load(path), self.held_out[:16])
+            # On a GPU the kernel, and its rounding, may depend on where the weights are.
+            here = answers if self.device == "cpu" else peers.logits(copy.deepcopy(model).cpu(), self.held_out[:16])
+            assert torch.equal(again, here), f"{method}: another model after save and load"
 
     def form(self, outcome: peers.Outcome) -> nn.Module:
         """Of two forms of one pruned model, the one nearer to the dense outputs."""
@@ -609,33 +681,30 @@ def tuned_table(run: Run) -> None:
             return best(run, method, draw, budget)[0]
         return run.form(run.prune(method, draw, uniform(run.anatomy, budget, method)))
 
-    for seed, epochs, budget in itertools.product(range(options.seeds), options.tune_epochs, budgets):
+    # One seed of everything, then what takes the least.
+    cases = sorted(
+        itertools.product(range(options.seeds), options.tune_epochs), key=lambda case: (case[0] > 0, case[1], case[0])
+    )
+    for (seed, epochs), budget in itertools.product(cases, budgets):
         # Of the parameters each keeps the sizes it chose itself: an untrained model of the same is no one model.
-        untrained = () if budget.quantity == "params" else ("random",)
-        for method in ("dense", *untrained, *run.methods):
+        references = [each for each in options.tune_references if (each, budget.quantity) != ("random", "params")]
+        for method in (*references, *run.methods):
 
             def measure(method: str = method, budget: Budget = budget, seed: int = seed, epochs: int = epochs) -> Row:
                 model = pruned(method, budget, seed)
                 before = run.measured(model)["top1"]
-                loader = run.loader(
-                    "train",
-                    train=True,
-                    shuffle=True,
-                    seed=seed,
-                    batch_size=options.tune_batch,
-                    max_images=options.tune_images,
-                    scale=(options.tune_scale, 1.0),
-                    color_jitter=None,
-                )
+                batches = run.passes(seed)
                 tuning = {"epochs": epochs, "lr": options.tune_lr, "amp": options.tune_amp, "seed": seed}
+                start = time.perf_counter()
                 with attention(model, fused=options.tune_attention == "fused"):
-                    sc.finetune(model, loader, teacher=run.dense, **tuning)
-                return {"before": before, **run.measured(model)}
+                    sc.finetune(model, batches, teacher=run.dense, **tuning)
+                took = {"tune_seconds": round(time.perf_counter() - start, 1), "torch": torch.__version__}
+                return {"before": before, **run.measured(model), **took}
 
             # The dense model has no budget: one row serves all.
             where = "macs 1" if method == "dense" else str(budget)
             key = {"table": "tuned", "budget": where, "epochs": epochs, "seed": seed, "method": method}
-            run.row({**key, "amp": options.tune_amp}, measure)
+            run.row({**key, "amp": options.tune_amp, "device": run.device}, measure)
 
 
 @contextmanager
@@ -747,11 +816,16 @@ def show_images(run: Run) -> None:
 
 
 def show_tuned(run: Run) -> None:
-    rows = [row for row in run.rows if row["table"] == "tuned"]
-    if not rows:
-        return
+    """A table for each device, of rows that are all of it."""
+    tuned = [row for row in run.rows if row["table"] == "tuned"]
+    for device in dict.fromkeys(row["device"] for row in tuned):
+        show_tuned_on(run, device, [row for row in tuned if row["device"] == device])
+
+
+def show_tuned_on(run: Run, device: str, rows: Sequence[Row]) -> None:
     columns = sorted({(row["budget"], row["epochs"], row["amp"] or "") for row in rows if row["method"] != "dense"})
-    view = Table(title="top-1 after distilled fine-tuning, and the lead over the dense model fine-tuned alike")
+    title = "top-1 after distilled fine-tuning, and the lead over the dense model fine-tuned alike"
+    view = Table(title=f"{title}; {device}")
     view.add_column("method")
     for budget, epochs, amp in columns:
         passes = f"{epochs} epochs" if epochs > 1 else "1 epoch"
