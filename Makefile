@@ -71,14 +71,17 @@ sanitize: build-asan
 	$(WITH_PATH) && ctest --preset asan --parallel $(JOBS)
 
 # What calls the core; what -k leaves out trains a model first. The interpreter is not instrumented: the sanitizers'
-# library has to be there before it, with libstdc++ for what is thrown, and what it never frees is not ours. Reports go
-# to the descriptor of stderr, which pytest is not to keep.
+# library, that of the compiler which built the extension, has to be there before it, with libstdc++ for what is thrown,
+# and what it never frees is not ours. Reports go to the descriptor of stderr, which pytest is not to keep.
 CORE_TESTS := $(addprefix tests/python/test_,core.py core_properties.py eliminate.py runtime.py scores.py)
 sanitize-python: build-asan
 	core="$$(echo $(abspath build/asan/python/bindings)/_core*.so)" && \
+	compiler="$$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' build/asan/CMakeCache.txt)" && \
+	found() { file="$$("$$compiler" -print-file-name="$$1")" && [ -e "$$file" ] && echo "$$file"; } && \
+	runtime="$$(found "libclang_rt.asan-$$(uname -m).so" || found libclang_rt.asan.so || found libasan.so)" && \
 	export SECATEUR_CORE="$$core" PYTHONPATH="$(abspath tests/sanitize)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" && \
+	  LD_PRELOAD="$$runtime $$(found libstdc++.so)" && \
 	$(BIN)/python -c 'import os; from secateur import _core; assert _core.__file__ == os.environ["SECATEUR_CORE"], _core' && \
 	$(BIN)/python -m pytest -q --capture=sys -k "not trained and not one_shot" $(CORE_TESTS)
 

@@ -25,8 +25,8 @@ Args:
     divisor: above 0; every element is divided by it.
 
 Raises:
-    InvalidArgument: not an array, another shape, dtype or stride, read-only memory, or a divisor
-        that is not above 0; nothing is written then.
+    InvalidArgument: not an array, another shape, dtype or stride, read-only memory, memory that
+        overlaps packed's, or a divisor that is not above 0; nothing is written then.
     Unsupported: not on the CPU.
 )");
 }

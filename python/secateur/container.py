@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -14,19 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .check import writable
-from .errors import Error, InvalidArgument
+from .errors import Error, InvalidArgument, Unsupported
+from .tensor_file import MAX_HEADER, MAX_TENSORS, header_size, memory_of, read_table, read_tensors
 
 _KEY = "secateur"
 _FORMAT = 1
 _PIECE = 32768  # elements: torch copies fewer on one thread
 # What a file may cost besides its own size: no file of secateur's comes near, and a hostile one must not go further.
 _MAX_TEXT = 10 << 20  # bytes of a JSON file
-_MAX_HEADER = 1 << 23  # bytes of a safetensors header, which safetensors itself would take a hundred million of
-_MAX_TENSORS = 1 << 14
 _MAX_VALUES = 44 << 20  # bytes of what JSON becomes in Python
 
 
@@ -90,29 +90,15 @@ def parse(text: str) -> Any:
     Raises:
         ValueError: it is no JSON, nested too deeply, or would take more memory than any header of secateur's.
     """
-    if len(text) > _MAX_TEXT or _memory(text) > _MAX_VALUES:
+    if len(text) > _MAX_TEXT or memory_of(text) > _MAX_VALUES:
         raise ValueError(
-            f"JSON of {len(text):,} characters and about {_memory(text):,} bytes in memory, "
+            f"JSON of {len(text):,} characters and about {memory_of(text):,} bytes in memory, "
             f"more than {_MAX_TEXT:,} or {_MAX_VALUES:,}"
         )
     try:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("JSON that is nested too deeply") from error
-
-
-def _memory(text: str) -> int:
-    """About what the values of a JSON text take besides its characters, from above."""
-    # An empty list takes 64 bytes, an entry of one 8, a number 28, a string 49, a dict 64 and 100 for each entry.
-    of = {"[": 72, "{": 64, ",": 36, ":": 100, '"': 26}
-    return sum(size * text.count(character) for character, size in of.items())
-
-
-def _header_size(path: Path) -> int:
-    """The bytes of a safetensors file's header, as it says itself; none where the file is shorter."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-    return size if size <= path.stat().st_size else 0
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -157,8 +143,11 @@ def write(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mappi
         tensors: name to tensor, on any device, of any strides.
 
     Raises:
-        InvalidArgument: the folder does not exist, or the header holds a value that JSON cannot.
+        InvalidArgument: the folder does not exist, the header holds a value that JSON cannot, or `read` would not read
+            the file.
+        Unsupported: this machine is big-endian.
     """
+    _little_endian(path)
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     try:
         fields = json.dumps(header, sort_keys=True, allow_nan=False)
@@ -166,9 +155,9 @@ def write(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mappi
         raise InvalidArgument(f"header: expected JSON values, got {error}") from error
     # Quotes and backslashes are escaped twice on the way, and every tensor has a line of its own.
     size = sum(map(len, flat)) + 128 * len(flat) + len(fields) + 3 * (fields.count('"') + fields.count("\\"))
-    if len(flat) > _MAX_TENSORS or size > _MAX_HEADER or _memory(fields) > _MAX_VALUES:
+    if len(flat) > MAX_TENSORS or size > MAX_HEADER or memory_of(fields) > _MAX_VALUES:
         raise InvalidArgument(
-            f"header: expected at most {_MAX_TENSORS:,} tensors and {_MAX_HEADER:,} bytes, got {len(flat):,} tensors "
+            f"header: expected at most {MAX_TENSORS:,} tensors and {MAX_HEADER:,} bytes, got {len(flat):,} tensors "
             f"and {size:,} bytes"
         )
     outer = {
@@ -180,6 +169,11 @@ def write(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mappi
     }
     with replacing(Path(path)) as temporary:
         save_file(flat, temporary, metadata={_KEY: json.dumps(outer, sort_keys=True)})
+        with temporary.open("rb") as file:
+            try:
+                read_table(file)
+            except ValueError as error:
+                raise InvalidArgument(f"header: expected one that can be read again, got {error}") from error
 
 
 def read(path: str | Path, kind: str, *, verify: bool = True) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -192,28 +186,31 @@ def read(path: str | Path, kind: str, *, verify: bool = True) -> tuple[dict[str,
 
     Raises:
         InvalidArgument: no such file, truncated or damaged, another program's, another kind, or a newer format.
+        Unsupported: this machine is big-endian.
     """
     path = Path(path)
     expected = f"{path.name}: expected a secateur {kind} file"
     if not path.is_file():
         raise InvalidArgument(f"path: expected a secateur {kind} file, got {path}, which is no file")
+    _little_endian(path)
     try:
-        if _header_size(path) > _MAX_HEADER:
-            raise InvalidArgument(f"{expected}, got one whose header is longer than {_MAX_HEADER:,} bytes")
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        with path.open("rb") as file:
+            if header_size(file) > MAX_HEADER:
+                raise InvalidArgument(f"{expected}, got one whose header is longer than {MAX_HEADER:,} bytes")
+            metadata, entries = read_table(file)
             if _KEY not in metadata:
                 raise InvalidArgument(f"{expected}, got a safetensors file that secateur did not write")
-            outer = _outer(metadata[_KEY], expected, kind)
-            if len(file.keys()) > _MAX_TENSORS:
-                raise InvalidArgument(f"{expected}, got one of more than {_MAX_TENSORS:,} tensors")
-            # Copies: safetensors may map the file, and a mapped tensor changes when the file does.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, RuntimeError) as error:
+            outer = _outer(metadata.pop(_KEY), expected, kind)
+            if len(entries) > MAX_TENSORS:
+                raise InvalidArgument(f"{expected}, got one of more than {MAX_TENSORS:,} tensors")
+            table = {entry.name: (str(entry.dtype), entry.shape) for entry in entries}
+            if outer["table_sha256"] != _table(kind, outer["fields"], table):
+                raise InvalidArgument(f"{expected}, got one whose header does not match its checksum")
+            tensors = read_tensors(file, entries)
+    except Error:
+        raise
+    except (ValueError, OSError, RuntimeError) as error:
         raise InvalidArgument(f"{expected}, got one that is truncated, damaged or no safetensors ({error})") from error
-    table = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
-    if outer["table_sha256"] != _table(kind, outer["fields"], table):
-        raise InvalidArgument(f"{expected}, got one whose header does not match its checksum")
     if verify and outer["data_sha256"] != _data(tensors):
         raise InvalidArgument(f"{expected}, got one whose data do not match their checksum")
     try:
@@ -223,6 +220,12 @@ def read(path: str | Path, kind: str, *, verify: bool = True) -> tuple[dict[str,
     if not isinstance(fields, dict):
         raise InvalidArgument(f"{expected}, got one whose header is damaged")
     return fields, tensors
+
+
+def _little_endian(path: str | Path) -> None:
+    """Refuse a machine on which the bytes of a file, and so its checksums, are not those of memory."""
+    if sys.byteorder != "little":
+        raise Unsupported(f"path: expected a little-endian machine for {Path(path).name}, got a big-endian one")
 
 
 def _outer(text: str, expected: str, kind: str) -> dict[str, Any]:

@@ -40,10 +40,15 @@ class Bytes {
     auto* to = static_cast<std::uint8_t*>(memory);
     const std::uint8_t first = byte();
     // Small whole numbers, or bits as they come, NaN among them.
-    const bool plain = first < 128;
-    for (std::size_t i = 0; i < size; ++i) {
-      to[i] = plain ? static_cast<std::uint8_t>(i % 4 == 3 ? 63 : (first + i * i) % 61) : byte();
+    if (first < 128) {
+      for (std::size_t i = 0; i < size; ++i) {
+        to[i] = static_cast<std::uint8_t>(i % 4 == 3 ? 63 : (first + i * i) % 61);
+      }
+      return;
     }
+    const std::size_t given = std::min(size, static_cast<std::size_t>(end_ - next_));
+    std::fill_n(std::copy_n(next_, given, to), size - given, std::uint8_t{0});
+    next_ += given;
   }
 
  private:

@@ -23,7 +23,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 import hostile
 import torch
 
-READERS = "allocate anatomy checkpoint container identity latency plan resumption search statistics surgery training"
+READERS = (
+    "allocate anatomy checkpoint container identity latency plan resumption search statistics surgery tensor_file "
+    "training"
+)
 MARK = 0xFF
 
 

@@ -119,8 +119,8 @@ def test_through_torch_values_beyond_its_products_are_the_cores(through_torch):
     reach.update_scores([found], q, k)
     expected.update(q, k)
     np.testing.assert_array_equal(found.scores(), expected.scores())
+    rows = torch.tensor([[1.0, 1e121]], dtype=torch.float64)
     with pytest.raises(errors.NumericalError, match=r"^x: expected magnitudes up to 1e120, got 1e\+121$"):
-        rows = torch.tensor([[1.0, 1e121]], dtype=torch.float64)
         reach.update_moments([core.MomentAccumulator(2)], rows, phases=[0])
 
 
