@@ -407,7 +407,8 @@ void MomentAccumulator::update_on_device(const std::vector<MomentAccumulator*>& 
     } else {
       for (std::int64_t b = turn; b < x.shape[0]; b += turns) {
         accumulator.state_.rows += token_count(
-            x.shape[1], rows.stride, first_token(rows.stride, options[static_cast<std::size_t>(turn)].phase, b / turns));
+            x.shape[1], rows.stride,
+            first_token(rows.stride, options[static_cast<std::size_t>(turn)].phase, b / turns));
       }
     }
     if (wait) sound = accumulator.is_sound() && sound;

@@ -35,8 +35,8 @@ class Sums {
   virtual const Device& device() const = 0;
   /// Updates enqueued so far; the first is number 0.
   virtual std::int64_t updates() const = 0;
-  /// Waits for all of them. Returns the number of the first that was refused, whose part and that of
-  /// all behind it is not in the sums, or -1.
+  /// Waits for all of them. Returns the number of the first that was refused, whose part and that
+  /// of all behind it is not in the sums, or -1.
   virtual std::int64_t wait() = 0;
   /// Waits, and copies the sums to the host.
   virtual void download(std::vector<double>& values) = 0;
@@ -68,7 +68,8 @@ struct MomentRows {
   bool normalise = false;  ///< to √dim over the row's norm
   bool center = false;     ///< and before that less its mean
   /// Above 1, or with several sums, x is (images, tokens, dim), and image b belongs to sums
-  /// b mod S. Of sums s, image number j (b = s + jS) gives the tokens n ≡ phases[s] + j (mod stride).
+  /// b mod S. Of sums s, image number j (b = s + jS) gives the tokens n ≡ phases[s] + j (mod
+  /// stride).
   std::int64_t stride = 1;
   std::vector<std::int64_t> phases;  ///< one for each of the sums
 };

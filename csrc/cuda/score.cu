@@ -8,7 +8,8 @@ namespace secateur::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kFoldThreads = 64;  // few elements, and many images: over as many processors as there are
+constexpr int kFoldThreads =
+    64;  // few elements, and many images: over as many processors as there are
 // Results of that many bytes wait at most until they are added up in the order of the images.
 constexpr std::int64_t kPendingBytes = std::int64_t{64} << 20;
 // Workspaces outside of shared memory: so many bytes at most for all blocks.
@@ -138,8 +139,7 @@ bool small(const HeadInput& input, const Device& device) {
 }
 
 template <typename Source>
-void score_as(const TensorView& q, const TensorView& k, Heads all,
-              const std::vector<Sums*>& sums) {
+void score_as(const TensorView& q, const TensorView& k, Heads all, const std::vector<Sums*>& sums) {
   const DeviceGuard guard(q.device);
   const cudaStream_t stream = stream_of(q.device);
   const std::int64_t images = q.shape[0];

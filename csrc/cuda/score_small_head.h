@@ -136,37 +136,27 @@ class SmallHeadScore {
     return largest(top);
   }
 
-  /// A thread's 16 neurons of one token of a piece: queries for the first half of the threads,
-  /// keys for the other.
-  using Pieces = PerThread<Array<Source, 16>>;
-
-  /// Tokens [begin, begin + kPiece); zeros behind the last token and neuron.
-  SECATEUR_DEVICE void read_piece(int64_t begin, Pieces& pieces) const {
+  /// Tokens [begin, begin + kPiece) of queries and keys into the strip, as doubles; zeros behind
+  /// the last token and neuron.
+  SECATEUR_DEVICE void read_piece(int64_t begin, double query_scale, double key_scale) {
     team_.run([&](int t) {
       const bool key = t >= kTeam / 2;
-      const int c0 = t / kPiece % 4 * 16;
-      const int64_t token = begin + t % kPiece;
+      const int r = t % kPiece, c0 = t / kPiece % 4 * 16;
+      const int64_t token = begin + r;
       const int64_t step = key ? in_.key_channel : in_.query_channel;
-      const Source* x =
-          static_cast<const Source*>(key ? in_.key : in_.query) +
-          (token < in_.tokens ? token * (key ? in_.key_token : in_.query_token) : 0) + c0 * step;
-      read_row(x, step, token < in_.tokens ? d_ - c0 : 0, pieces[t].at);
-    });
-  }
-
-  /// Into the strip, as doubles.
-  SECATEUR_DEVICE void write_piece(Pieces& pieces, double query_scale, double key_scale) const {
-    team_.run([&](int t) {
-      const bool key = t >= kTeam / 2;
-      double* to = strip_ + (key ? kPiece * kMatrixLd : 0) + t % kPiece * kMatrixLd +
-                   t / kPiece % 4 * 16;
+      const Source* x = static_cast<const Source*>(key ? in_.key : in_.query) +
+                        (token < in_.tokens ? token * (key ? in_.key_token : in_.query_token) : 0) +
+                        c0 * step;
+      double* to = strip_ + (key ? kPiece * kMatrixLd : 0) + r * kMatrixLd + c0;
       const double scale = key ? key_scale : query_scale;
-      SECATEUR_UNROLL
+      Source values[16];
+      read_row(x, step, token < in_.tokens ? d_ - c0 : 0, values);
       for (int c = 0; c < 16; ++c) {
-        const double value = to_double(pieces[t][c]);
+        const double value = to_double(values[c]);
         to[c] = sizeof(Source) == sizeof(double) ? value * scale : value;
       }
     });
+    team_.sync();
   }
 
   /// `count` elements, and zeros up to 16.
@@ -176,7 +166,7 @@ class SmallHeadScore {
     if (step == 1 && count >= 16 && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
       const uint4* from = reinterpret_cast<const uint4*>(x);
       uint4* to = reinterpret_cast<uint4*>(values);
-SECATEUR_UNROLL
+      SECATEUR_UNROLL
       for (int i = 0; i < static_cast<int>(sizeof(values) / sizeof(uint4)); ++i) to[i] = from[i];
       return;
     }
@@ -218,41 +208,34 @@ SECATEUR_UNROLL
   SECATEUR_DEVICE void multiply_piece(TenTiles& tiles, int k) const {
     const auto mine = [](int t) { return is_outer(t) == kOuter; };
     if (team_.absent(mine)) return;
-    // XᵀX: what are columns on the right are rows on the left.
-    constexpr int kFirst = 2 * (kOuter ? 0 : 1), kSecond = 2 * (kOuter ? 3 : 2);
+    PerThread<Array<FragmentB, 8>> columns;
     PerThread<FragmentA> rows[2];
-    PerThread<FragmentB> columns[2];
-    const auto read = [&](int n, FragmentB& to, int t) {
+    team_.run([&](int t) {
+      if (!mine(t)) return;
       const double* x = strip_ + (t / kWarp / 2) * kPiece * kMatrixLd +
-                        (k + lane_column(t)) * kMatrixLd + lane_row(t) + n * 8;
-      to = {x[0], x[4 * kMatrixLd]};
-    };
-    SECATEUR_UNROLL
-    for (int pair = kFirst; pair < 8; pair += 2) {
-      team_.run([&](int t) {
-        if (!mine(t)) return;
-        SECATEUR_UNROLL
-        for (int n = 0; n < 2; ++n) {
-          read(pair + n, columns[n][t], t);
-          SECATEUR_UNROLL
-          for (int e = 0; e < 2; ++e) {
-            if (pair == kFirst) rows[0][t][n + 2 * e] = columns[n][t][e];
-            if (pair == kSecond) rows[1][t][n + 2 * e] = columns[n][t][e];
-          }
-        }
-      });
+                        (k + lane_column(t)) * kMatrixLd + lane_row(t);
+      SECATEUR_UNROLL
+      for (int n = kOuter ? 0 : 2; n < 8; ++n) {
+        columns[t][n][0] = x[n * 8];
+        columns[t][n][1] = x[4 * kMatrixLd + n * 8];
+      }
       SECATEUR_UNROLL
       for (int half = 0; half < 2; ++half) {
-        if (half == 1 && pair < kSecond) continue;
-        SECATEUR_UNROLL
-        for (int n = 0; n < 2; ++n) {
-          const int tile = half == 0 ? pair - kFirst + n : 8 - kFirst + pair - kSecond + n;
-          team_.multiply_if(
-              mine, [&](int t) -> FragmentA& { return rows[half][t]; },
-              [&](int t) -> FragmentB& { return columns[n][t]; },
-              [&](int t) -> Sums16x8& { return tiles[t][tile]; });
-        }
+        // XᵀX: what are columns on the right are rows on the left.
+        const int n = 2 * tile_row(kOuter, half == 0 ? 0 : 9);
+        rows[half][t][0] = columns[t][n][0];
+        rows[half][t][1] = columns[t][n + 1][0];
+        rows[half][t][2] = columns[t][n][1];
+        rows[half][t][3] = columns[t][n + 1][1];
       }
+    });
+    SECATEUR_UNROLL
+    for (int tile = 0; tile < 10; ++tile) {
+      const int half = tile < (kOuter ? 8 : 6) ? 0 : 1, n = tile_column(kOuter, tile);
+      team_.multiply_if(
+          mine, [&](int t) -> FragmentA& { return rows[half][t]; },
+          [&](int t) -> FragmentB& { return columns[t][n]; },
+          [&](int t) -> Sums16x8& { return tiles[t][tile]; });
     }
   }
 
@@ -262,20 +245,13 @@ SECATEUR_UNROLL
   SECATEUR_DEVICE void grams(double query_scale, double key_scale) {
     TenTiles tiles;
     team_.run([&](int t) {
-SECATEUR_UNROLL
+      SECATEUR_UNROLL
       for (int tile = 0; tile < 10; ++tile) tiles[t][tile] = Sums16x8{};
     });
-    // The next piece is on its way while one is multiplied, where there are registers for it.
-    constexpr bool kAhead = sizeof(Source) < sizeof(double);
-    Pieces pieces;
-    if (kAhead) read_piece(0, pieces);
     for (int64_t begin = 0; begin < in_.tokens; begin += kPiece) {
-      if (!kAhead) read_piece(begin, pieces);
-      write_piece(pieces, query_scale, key_scale);
-      team_.sync();
-      if (kAhead && begin + kPiece < in_.tokens) read_piece(begin + kPiece, pieces);
+      read_piece(begin, query_scale, key_scale);
       if (in_.moments) centre_piece(begin);
-SECATEUR_UNROLL
+      SECATEUR_UNROLL
       for (int k = 0; k < kPiece; k += 8) {
         multiply_piece<true>(tiles, k);
         multiply_piece<false>(tiles, k);
@@ -285,9 +261,9 @@ SECATEUR_UNROLL
     const double count = static_cast<double>(in_.tokens);
     team_.run([&](int t) {
       const bool key = t / kWarp >= 2, outer = is_outer(t);
-SECATEUR_UNROLL
+      SECATEUR_UNROLL
       for (int tile = 0; tile < 10; ++tile) {
-SECATEUR_UNROLL
+        SECATEUR_UNROLL
         for (int e = 0; e < 4; ++e) {
           const int i = tile_row(outer, tile) * 16 + lane_row(t) + e / 2 * 8;
           const int j = tile_column(outer, tile) * 8 + lane_column(t) * 2 + e % 2;
@@ -337,8 +313,9 @@ SECATEUR_UNROLL
     });
   }
 
-  /// As HeadScore::balance; the queries' factors, in products_, are applied by cholesky().
+  /// As HeadScore::balance.
   SECATEUR_DEVICE void balance() {
+    double* query_factors = products_;
     double* key_factors = column_;
     PerThread<int> top;
     team_.run([&](int t) {
@@ -346,8 +323,8 @@ SECATEUR_UNROLL
       const double q = query_at(i, i), k = key_at(i, i);
       top[t] = -100000;
       if (q > 0 && k > 0) {
-        const int shift = (exponent(k) - exponent(q)) / 4;
-        top[t] = larger(exponent(q) + 2 * shift, exponent(k) - 2 * shift);
+        const int shift = (ilogb(k) - ilogb(q)) / 4;
+        top[t] = larger(ilogb(q) + 2 * shift, ilogb(k) - 2 * shift);
       }
     });
     const int all = largest(top);
@@ -355,20 +332,25 @@ SECATEUR_UNROLL
       if (t >= kSmallHead) return;
       const double q = query_at(t, t), k = key_at(t, t);
       const bool counts = q > 0 && k > 0;
-      const int shift = counts ? (exponent(k) - exponent(q)) / 4 : 0;
-      products_[t] = counts ? power_of_two(shift - all / 2) : 0;
-      key_factors[t] = counts ? power_of_two(-shift - all / 2) : 0;
-      norms_[t] = counts ? sqrt(q * products_[t] * products_[t]) *
-                               sqrt(k * key_factors[t] * key_factors[t])
-                         : 0;
+      const int shift = counts ? (ilogb(k) - ilogb(q)) / 4 : 0;
+      query_factors[t] = counts ? ldexp(1.0, shift - all / 2) : 0;
+      key_factors[t] = counts ? ldexp(1.0, -shift - all / 2) : 0;
     });
     team_.sync();
     team_.run([&](int t) {
-      // One factor after the other: their product may not fit.
+      // A thread takes half a row of either triangle; one factor after the other: their product
+      // may not fit.
       const int i = t / 2;
-      for (int j = t % 2; j <= i; j += 2) {
-        key_at(i, j) = key_at(i, j) * key_factors[i] * key_factors[j];
+      for (int j = t % 2; j < kSmallHead; j += 2) {
+        if (j >= i) query_at(i, j) = query_at(i, j) * query_factors[i] * query_factors[j];
+        if (j <= i) key_at(i, j) = key_at(i, j) * key_factors[i] * key_factors[j];
       }
+    });
+    team_.sync();
+    team_.run([&](int t) {
+      if (t >= kSmallHead) return;
+      norms_[t] = sqrt(query_at(t, t)) * sqrt(key_at(t, t));
+      query_at(t, t) *= 1 + kRidge;
     });
     team_.sync();
   }
@@ -382,9 +364,7 @@ SECATEUR_UNROLL
         SECATEUR_UNROLL
         for (int b = 0; b < 8; ++b) {
           const int i = row(t) + 16 * a, j = column(t) + 8 * b;
-          double x = j >= i ? query_at(i, j) * products_[i] * products_[j] : 0;
-          if (i == j) x *= 1 + kRidge;
-          rest[t][a][b] = x;
+          rest[t][a][b] = j >= i ? query_at(i, j) : 0;
         }
       }
     });
@@ -403,8 +383,7 @@ SECATEUR_UNROLL
         });
         team_.sync();
         team_.run([&](int t) {
-          const double pivot = query_at(j, j);
-          const double inverse = pivot > kLeastPivot ? reciprocal(pivot) : 0;
+          const double pivot = query_at(j, j), inverse = pivot > 0 ? 1 / pivot : 0;
           double right[8];
           SECATEUR_UNROLL
           for (int b = 2 * block; b < 8; ++b) {
@@ -425,18 +404,17 @@ SECATEUR_UNROLL
     team_.run([&](int t) {
       if (t >= kSmallHead) return;
       const double pivot = query_at(t, t);
-      beta_[t] = pivot > kLeastPivot ? reciprocal_root(pivot) : 0;
+      beta_[t] = pivot > 0 ? 1 / sqrt(pivot) : 0;
     });
     team_.sync();
     team_.run([&](int t) {
       const int i = t / 2;
-      for (int j = i + (t + i) % 2; j < kSmallHead; j += 2) query_at(i, j) *= beta_[i];
+      for (int j = t % 2; j < kSmallHead; j += 2) {
+        if (j >= i) query_at(i, j) *= beta_[i];
+      }
     });
     team_.sync();
   }
-
-  // Of matrices whose largest elements are about 1.
-  static constexpr double kLeastPivot = 1e-290;
 
   SECATEUR_DEVICE double upper(int i, int j) const { return i <= j ? query_at(i, j) : 0; }
   SECATEUR_DEVICE double keys(int i, int j) const { return i >= j ? key_at(i, j) : key_at(j, i); }
@@ -446,20 +424,20 @@ SECATEUR_UNROLL
   SECATEUR_DEVICE void congruence() {
     PerThread<Array<Sums16x8, 8>> tiles;  // 4 squares of rows by 2 tiles of 8 columns
     team_.run([&](int t) {
-SECATEUR_UNROLL
+      SECATEUR_UNROLL
       for (int i = 0; i < 8; ++i) tiles[t][i] = Sums16x8{};
     });
     PerThread<FragmentA> a;
     PerThread<FragmentB> b[2];
     const auto times = [&](PerThread<Array<Sums16x8, 2>>& sums) {
-SECATEUR_UNROLL
+      SECATEUR_UNROLL
       for (int n = 0; n < 2; ++n) {
         team_.multiply([&](int t) -> FragmentA& { return a[t]; },
                        [&](int t) -> FragmentB& { return b[n][t]; },
                        [&](int t) -> Sums16x8& { return sums[t][n]; });
       }
     };
-SECATEUR_UNROLL
+    SECATEUR_UNROLL
     for (int square = 0; square < 4; ++square) {
       PerThread<Array<Sums16x8, 2>> right;
       team_.run([&](int t) { right[t][0] = right[t][1] = Sums16x8{}; });
@@ -467,9 +445,9 @@ SECATEUR_UNROLL
         team_.run([&](int t) {
           const int first = t / kWarp * 16, g = lane_row(t), c = k + lane_column(t);
           const int i = square * 16 + g;
-SECATEUR_UNROLL
+          SECATEUR_UNROLL
           for (int e = 0; e < 4; ++e) a[t][e] = keys(i + e % 2 * 8, c + e / 2 * 4);
-SECATEUR_UNROLL
+          SECATEUR_UNROLL
           for (int n = 0; n < 2; ++n) {
             b[n][t][0] = upper(first + n * 8 + g, c);
             b[n][t][1] = upper(first + n * 8 + g, c + 4);
@@ -480,9 +458,9 @@ SECATEUR_UNROLL
       team_.sync_warps();
       team_.run([&](int t) {
         double* stage = strip_ + t / kWarp * kPiece * kStageLd;
-SECATEUR_UNROLL
+        SECATEUR_UNROLL
         for (int n = 0; n < 2; ++n) {
-SECATEUR_UNROLL
+          SECATEUR_UNROLL
           for (int e = 0; e < 4; ++e) {
             stage[(lane_row(t) + e / 2 * 8) * kStageLd + n * 8 + lane_column(t) * 2 + e % 2] =
                 right[t][n][e];
@@ -490,25 +468,25 @@ SECATEUR_UNROLL
         }
       });
       team_.sync_warps();
-SECATEUR_UNROLL
+      SECATEUR_UNROLL
       for (int k = 0; k < 16; k += 8) {
         team_.run([&](int t) {
           const double* stage = strip_ + t / kWarp * kPiece * kStageLd +
                                 (k + lane_column(t)) * kStageLd + lane_row(t);
-SECATEUR_UNROLL
+          SECATEUR_UNROLL
           for (int n = 0; n < 2; ++n) {
             b[n][t][0] = stage[n * 8];
             b[n][t][1] = stage[4 * kStageLd + n * 8];
           }
         });
-SECATEUR_UNROLL
+        SECATEUR_UNROLL
         for (int i = 0; i <= square; ++i) {
           team_.run([&](int t) {
             const int r = i * 16 + lane_row(t), c = square * 16 + k + lane_column(t);
-SECATEUR_UNROLL
+            SECATEUR_UNROLL
             for (int e = 0; e < 4; ++e) a[t][e] = upper(r + e % 2 * 8, c + e / 2 * 4);
           });
-SECATEUR_UNROLL
+          SECATEUR_UNROLL
           for (int n = 0; n < 2; ++n) {
             team_.multiply([&](int t) -> FragmentA& { return a[t]; },
                            [&](int t) -> FragmentB& { return b[n][t]; },
@@ -517,13 +495,13 @@ SECATEUR_UNROLL
         }
       }
     }
-SECATEUR_UNROLL
+    SECATEUR_UNROLL
     for (int half = 0; half < 2; ++half) {
       team_.sync();
       team_.run([&](int t) {
-SECATEUR_UNROLL
+        SECATEUR_UNROLL
         for (int i = 0; i < 4; ++i) {
-SECATEUR_UNROLL
+          SECATEUR_UNROLL
           for (int e = 0; e < 4; ++e) {
             strip_[(i / 2 * 16 + lane_row(t) + e / 2 * 8) * kExchangeLd + t / kWarp * 16 +
                    i % 2 * 8 + lane_column(t) * 2 + e % 2] = tiles[t][half * 4 + i][e];
@@ -532,9 +510,9 @@ SECATEUR_UNROLL
       });
       team_.sync();
       team_.run([&](int t) {
-SECATEUR_UNROLL
+        SECATEUR_UNROLL
         for (int a2 = 0; a2 < 2; ++a2) {
-SECATEUR_UNROLL
+          SECATEUR_UNROLL
           for (int b2 = 0; b2 < 8; ++b2) {
             part_[t][2 * half + a2][b2] =
                 strip_[(row(t) + 16 * a2) * kExchangeLd + column(t) + 8 * b2];
@@ -552,35 +530,46 @@ SECATEUR_UNROLL
       if (t < kSmallHead) diagonal_[t] = off_diagonal_[t] = beta_[t] = 0;
     });
     team_.sync();
-    double* squares = parts_;     // of a column, from each warp
-    double* shifts = parts_ + 4;  // vᵀ T v
+    double* tails = parts_;  // of a column, one for each warp
+    double* shifts = parts_ + 4;
     PerThread<double> sum;
     PerThread<Array<double, 4>> rows;
-    publish(0, 0, sum);
-    keep(squares, sum);
     SECATEUR_UNROLL
     for (int block = 0; block < 8; ++block) {
       for (int step = 0; step < 8; ++step) {
         const int k = 8 * block + step;
         if (k >= d_) break;
-        const double* v = column_ + step % 2 * kSmallHead;
+        double* v = column_ + step % 2 * kSmallHead;
+        team_.run([&](int t) {
+          sum[t] = 0;
+          if (column(t) != step) return;
+          SECATEUR_UNROLL
+          for (int a = 0; a < 4; ++a) {
+            const int i = row(t) + 16 * a;
+            const double x = part_[t][a][block];
+            if (i == k) diagonal_[k] = x;
+            v[i] = i > k ? x : 0;
+            if (i > k + 1) sum[t] += x * x;
+          }
+        });
+        team_.template sum<24>(sum);
+        team_.run([&](int t) {
+          if (t % kWarp == step) tails[t / kWarp] = sum[t];
+        });
         team_.sync();
         if (k + 1 >= d_) break;
-        const double square = (squares[0] + squares[1]) + (squares[2] + squares[3]);
-        const double head = v[k + 1];
-        if (square < kTrivial) {
+        const double tail = (tails[0] + tails[1]) + (tails[2] + tails[3]), head = v[k + 1];
+        if (tail < kTrivial) {
           team_.run([&](int t) {
             if (t == 0) off_diagonal_[k] = head;
           });
           team_.sync();
-          publish(block, step + 1, sum);
-          keep(squares, sum);
           continue;
         }
-        const double norm = square * reciprocal_root(square);
+        const double norm = sqrt(head * head + tail);
         const double alpha = head > 0 ? -norm : norm;  // away from cancellation
-        const double first = head - alpha;             // of v, whose other elements are the column's
-        const double beta = reciprocal(square + fabs(head) * norm);
+        const double first = head - alpha;
+        const double beta = 2 / (first * first + tail);
         team_.run([&](int t) {
           if (t == 0) {
             off_diagonal_[k] = alpha;
@@ -591,118 +580,64 @@ SECATEUR_UNROLL
           SECATEUR_UNROLL
           for (int b = block; b < 8; ++b) {
             const int j = column(t) + 8 * b;
-            const double x = j == k + 1 ? 0 : v[j];
+            const double x = j == k + 1 ? first : v[j];
             SECATEUR_UNROLL
             for (int a = 0; a < 4; ++a) y[a] += part_[t][a][b] * x;
           }
-          // What `first` is multiplied by comes last: it is known last.
-          SECATEUR_UNROLL
-          for (int b = block; b < smaller(8, block + 2); ++b) {
-            const double x = column(t) + 8 * b == k + 1 ? first : 0;
-            SECATEUR_UNROLL
-            for (int a = 0; a < 4; ++a) y[a] += part_[t][a][b] * x;
-          }
-          double parts[4];
+          sum[t] = 0;
           SECATEUR_UNROLL
           for (int a = 0; a < 4; ++a) {
             const int i = row(t) + 16 * a;
-            parts[a] = (i == k + 1 ? first : v[i]) * y[a];
+            sum[t] += (i == k + 1 ? first : v[i]) * y[a];
             if (i == k + 1 && column(t) == step) part_[t][a][block] = first;
           }
-          sum[t] = (parts[0] + parts[1]) + (parts[2] + parts[3]);
         });
-        team_.sum_eights(rows);
-        team_.template sum<32>(sum);
+        team_.scatter_sums(rows);
+        team_.template sum<31>(sum);
         team_.run([&](int t) {
-          const int lane = t % kWarp, warp = t / kWarp;
-          if (lane == 0) shifts[warp] = sum[t];
-          SECATEUR_UNROLL
-          for (int a = 0; a < 4; ++a) {
-            const int i = warp * 4 + lane % 4 + 16 * a;
-            if (lane / 4 == a) products_[i] = i > k ? beta * rows[t][a] : 0;
-          }
+          const int i = row(t) + 16 * (column(t) / 2);
+          if (column(t) % 2 == 0) products_[i] = i > k ? beta * rows[t][0] : 0;
+          if (t % kWarp == 0) shifts[t / kWarp] = sum[t];
         });
         team_.sync();
-        const double shift =
-            beta * beta * 0.5 * ((shifts[0] + shifts[1]) + (shifts[2] + shifts[3]));
-        PerThread<Array<double, 4>> left_v, left_w;
+        const double shift = beta * beta / 2 * ((shifts[0] + shifts[1]) + (shifts[2] + shifts[3]));
         team_.run([&](int t) {
+          double left_v[4], left_w[4];
           SECATEUR_UNROLL
           for (int a = 0; a < 4; ++a) {
             const int i = row(t) + 16 * a;
-            left_v[t][a] = i == k + 1 ? first : v[i];
-            left_w[t][a] = products_[i] - shift * left_v[t][a];
+            left_v[a] = i == k + 1 ? first : v[i];
+            left_w[a] = products_[i] - shift * left_v[a];
+          }
+          SECATEUR_UNROLL
+          for (int b = block; b < 8; ++b) {
+            const int j = column(t) + 8 * b;
+            const double right_v = j == k + 1 ? first : v[j];
+            const double right_w = products_[j] - shift * right_v;
+            SECATEUR_UNROLL
+            for (int a = 0; a < 4; ++a) {
+              part_[t][a][b] -= left_v[a] * right_w + left_w[a] * right_v;
+            }
           }
         });
-        const auto reflect = [&](int begin, int end) {
-          team_.run([&](int t) {
-            SECATEUR_UNROLL
-            for (int b = begin; b < end; ++b) {
-              const int j = column(t) + 8 * b;
-              const double right_v = j == k + 1 ? first : v[j];
-              const double right_w = products_[j] - shift * right_v;
-              SECATEUR_UNROLL
-              for (int a = 0; a < 4; ++a) {
-                part_[t][a][b] -= left_v[t][a] * right_w + left_w[t][a] * right_v;
-              }
-            }
-          });
-        };
-        // The next column is on its way while the others are still worked on.
-        reflect(block, smaller(8, block + 2));
-        publish(block, step + 1, sum);
-        reflect(smaller(8, block + 2), 8);
-        keep(squares, sum);
       }
     }
     team_.sync();
   }
 
-  /// Column 8 block + step, step up to 8, as the next reflection's, and its diagonal element. The
-  /// sum of a warp's squares below the diagonal is left in all of its threads.
-  SECATEUR_DEVICE void publish(int block, int step, PerThread<double>& sum) const {
-    const int k = 8 * block + step;
-    double* v = column_ + step % 2 * kSmallHead;
-    team_.run([&](int t) {
-      double square[4] = {};
-      if (column(t) == step % 8 && k < kSmallHead) {
-        SECATEUR_UNROLL
-        for (int a = 0; a < 4; ++a) {
-          const int i = row(t) + 16 * a;
-          const double x = step < 8 ? part_[t][a][block] : part_[t][a][smaller(7, block + 1)];
-          if (i == k) diagonal_[k] = x;
-          v[i] = i > k ? x : 0;
-          square[a] = i > k ? x * x : 0;
-        }
-      }
-      sum[t] = (square[0] + square[1]) + (square[2] + square[3]);
-    });
-    team_.template sum<32>(sum);
-  }
-
-  SECATEUR_DEVICE void keep(double* sums, PerThread<double>& sum) const {
-    team_.run([&](int t) {
-      if (t % kWarp == 0) sums[t / kWarp] = sum[t];
-    });
-  }
-
   /// Eigenvalues of the tridiagonal matrix below x, by the signs of its leading minors. `minors`
-  /// holds pairs of diagonal and squared off-diagonal elements of a matrix of norm at most 1; no
-  /// square is 0, so a minor that is counts once, with whatever sign.
+  /// holds pairs of diagonal and squared off-diagonal elements of a matrix of norm at most 1.
   SECATEUR_DEVICE int below(const double* minors, double x) const {
     double before = 1, now = minors[0] - x;
+    if (now == 0) now = -0x1p-80;
     int count = now < 0;
-    // Whole groups: what is behind the matrix is 1 - x >= 0, apart from it.
-    for (int i = 1; i < d_; i += 4) {
-      SECATEUR_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const double next =
-            (minors[2 * (i + e)] - x) * now - minors[2 * (i + e) - 1] * before;
-        count += (next < 0) != (now < 0);
-        before = now;
-        now = next;
-      }
-      if (fabs(now) < 0x1p-300 && fabs(before) < 0x1p-300) {
+    for (int i = 1; i < d_; ++i) {
+      double next = (minors[2 * i] - x) * now - minors[2 * i - 1] * before;
+      if (next == 0) next = now * -0x1p-80;
+      count += (next < 0) != (now < 0);
+      before = now;
+      now = next;
+      if (i % 4 == 0 && fabs(now) < 0x1p-300 && fabs(before) < 0x1p-300) {
         before *= 0x1p400;
         now *= 0x1p400;
       }
@@ -724,13 +659,13 @@ SECATEUR_UNROLL
     });
     bound_ = largest(reach);
     double* minors = strip_;
-    double* counts = minors + 2 * (kSmallHead + 4);
+    double* counts = strip_ + 2 * kSmallHead;
     const double unit = normalising(bound_) / 2;  // norms in [1/2, 1)
     team_.run([&](int t) {
-      if (t >= kSmallHead + 4) return;
-      const double off = t < d_ ? off_diagonal_[t] * unit : 0;
-      minors[2 * t] = t < d_ ? diagonal_[t] * unit : 2;
-      minors[2 * t + 1] = off * off + 0x1p-200;
+      if (t >= kSmallHead) return;
+      const double off = off_diagonal_[t] * unit;
+      minors[2 * t] = diagonal_[t] * unit;
+      minors[2 * t + 1] = off * off;
     });
     team_.sync();
     const double end = bound_ * unit;
@@ -805,7 +740,7 @@ SECATEUR_UNROLL
   }
 
   SECATEUR_DEVICE double& vector_at(int i, int j) const { return strip_[i * kSmallLimit + j]; }
-  /// Rows of the factors: multipliers, inverse pivots, U's first off-diagonal over its pivots.
+  /// Rows of the factors: multipliers, inverse pivots, first off-diagonal of U.
   SECATEUR_DEVICE double& factor_at(int which, int i, int j) const {
     return strip_[((which + 1) * kSmallHead + i) * kSmallLimit + j];
   }
@@ -817,21 +752,25 @@ SECATEUR_UNROLL
     for (int i = 0; i + 1 < d_; ++i) {
       const double under = off_diagonal_[i], middle = diagonal_[i + 1] - x;
       const double right = off_diagonal_[i + 1];
-      if (fabs(pivot) < least) pivot = pivot < 0 ? -least : least;
-      // Of two rows, the one with the larger first element stays.
-      const bool swap = fabs(pivot) < fabs(under);
-      const double top = swap ? under : pivot, low = swap ? pivot : under;
-      const double inverse = top < 0 ? -reciprocal(-top) : reciprocal(top);
-      const double multiplier = low * inverse, second = swap ? middle : next;
-      exchanged |= static_cast<uint64_t>(swap) << i;
-      factor_at(0, i, t) = multiplier;
-      factor_at(1, i, t) = inverse;
-      factor_at(2, i, t) = second * inverse;
-      pivot = (swap ? next : middle) - multiplier * second;
-      next = swap ? -multiplier * right : right;
+      if (fabs(pivot) >= fabs(under)) {
+        if (fabs(pivot) < least) pivot = least;
+        const double inverse = 1 / pivot, multiplier = under * inverse;
+        factor_at(0, i, t) = multiplier;
+        factor_at(1, i, t) = inverse;
+        factor_at(2, i, t) = next;
+        pivot = middle - multiplier * next;
+        next = right;
+      } else {
+        const double inverse = 1 / under, multiplier = pivot * inverse;
+        exchanged |= uint64_t{1} << i;
+        factor_at(0, i, t) = multiplier;
+        factor_at(1, i, t) = inverse;
+        factor_at(2, i, t) = middle;
+        pivot = next - multiplier * middle;
+        next = -multiplier * right;
+      }
     }
-    if (fabs(pivot) < least) pivot = least;
-    factor_at(1, d_ - 1, t) = 1 / pivot;
+    factor_at(1, d_ - 1, t) = 1 / (fabs(pivot) < least ? least : pivot);
     factor_at(2, d_ - 1, t) = 0;
     return exchanged;
   }
@@ -839,26 +778,22 @@ SECATEUR_UNROLL
   /// x ← (T - λ I)⁻¹ x; the inverse of its norm into scales_. What it grows by is at most
   /// 2^52 over the norm of T, each time.
   SECATEUR_DEVICE void solve(int t, uint64_t exchanged) const {
-    double now = vector_at(0, t), low = d_ > 1 ? vector_at(1, t) : 0;
+    double now = vector_at(0, t);
     for (int i = 0; i + 1 < d_; ++i) {
-      const double multiplier = factor_at(0, i, t), after = vector_at(smaller(i + 2, d_ - 1), t);
+      const double low = vector_at(i + 1, t), multiplier = factor_at(0, i, t);
       const bool swap = (exchanged >> i & 1) != 0;
       vector_at(i, t) = swap ? low : now;
       now = swap ? now - multiplier * low : low - multiplier * now;
-      low = after;
     }
-    vector_at(d_ - 1, t) = now;
     double first = 0, second = 0, square = 0;
-    double value = now;
     for (int i = d_ - 1; i >= 0; --i) {
-      const double above = vector_at(larger(i - 1, 0), t);
-      const double third = (exchanged >> i & 1) != 0 ? off_diagonal_[smaller(i + 1, d_ - 1)] : 0;
-      const double x = (value - third * second) * factor_at(1, i, t) - factor_at(2, i, t) * first;
+      const double third = (exchanged >> i & 1) != 0 ? off_diagonal_[i + 1] : 0;
+      const double value = (i == d_ - 1 ? now : vector_at(i, t)) - third * second;
+      const double x = (value - factor_at(2, i, t) * first) * factor_at(1, i, t);
       vector_at(i, t) = x;
       square += x * x;
       second = first;
       first = x;
-      value = above;
     }
     scales_[t] = square > 0 ? 1 / sqrt(square) : 0;
   }
@@ -870,7 +805,7 @@ SECATEUR_UNROLL
       team_.run([&](int t) {
         product[t] = t < d_ ? vector_at(t, j) * scales_[j] * vector_at(t, p) * scales_[p] : 0;
       });
-      team_.template sum<32>(product);
+      team_.template sum<31>(product);
       team_.run([&](int t) {
         if (t % kWarp == 0) parts_[t / kWarp] = product[t];
       });
@@ -908,20 +843,20 @@ SECATEUR_UNROLL
     PerThread<double> sum;
     team_.run([&](int t) {
       const int j = t / 16;
-SECATEUR_UNROLL
+      SECATEUR_UNROLL
       for (int a = 0; a < 4; ++a) {
         const int i = t % 16 + 16 * a;
         w[t][a] = j < count_ && i < d_ ? vector_at(i, j) * scales_[j] : 0;
       }
     });
     team_.sync();
-SECATEUR_UNROLL
+    SECATEUR_UNROLL
     for (int block = 7; block >= 0; --block) {
       double* room = strip_ + kSmallHead * kSmallLimit + block % 2 * 8 * kMatrixLd;
       if (8 * block >= d_) continue;
       team_.run([&](int t) {
         const int k = 8 * block + column(t);
-SECATEUR_UNROLL
+        SECATEUR_UNROLL
         for (int a = 0; a < 4; ++a) {
           const int i = row(t) + 16 * a;
           room[column(t) * kMatrixLd + i] = i > k ? part_[t][a][block] : 0;
@@ -933,19 +868,20 @@ SECATEUR_UNROLL
         if (beta == 0) continue;  // also of neurons that are not there
         const double* v = room + step * kMatrixLd;
         team_.run([&](int t) {
-          const double* x = v + t % 16;
-          sum[t] = (x[0] * w[t][0] + x[16] * w[t][1]) + (x[32] * w[t][2] + x[48] * w[t][3]);
+          sum[t] = 0;
+          SECATEUR_UNROLL
+          for (int a = 0; a < 4; ++a) sum[t] += v[t % 16 + 16 * a] * w[t][a];
         });
-        team_.template sum<16>(sum);
+        team_.template sum<15>(sum);
         team_.run([&](int t) {
           const double times = beta * sum[t];
-SECATEUR_UNROLL
+          SECATEUR_UNROLL
           for (int a = 0; a < 4; ++a) w[t][a] -= times * v[t % 16 + 16 * a];
         });
       }
     }
     team_.run([&](int t) {
-SECATEUR_UNROLL
+      SECATEUR_UNROLL
       for (int a = 0; a < 4; ++a) vector_at(t % 16 + 16 * a, t / 16) = w[t][a];
     });
     team_.sync();
@@ -966,7 +902,7 @@ SECATEUR_UNROLL
     for (int k = 0; k < kSmallHead; k += 8) {
       team_.run([&](int t) {
         const int i = t / kWarp * 16 + lane_row(t), c = k + lane_column(t);
-SECATEUR_UNROLL
+        SECATEUR_UNROLL
         for (int e = 0; e < 4; ++e) a[t][e] = upper(c + e / 2 * 4, i + e % 2 * 8);
         b[t][0] = vector_at(c, lane_row(t));
         b[t][1] = vector_at(c + 4, lane_row(t));
@@ -974,7 +910,7 @@ SECATEUR_UNROLL
       times(y);
     }
     team_.run([&](int t) {
-SECATEUR_UNROLL
+      SECATEUR_UNROLL
       for (int e = 0; e < 4; ++e) {
         images[(t / kWarp * 16 + lane_row(t) + e / 2 * 8) * kSmallLimit + lane_column(t) * 2 +
                e % 2] = y[t][e];
@@ -984,7 +920,7 @@ SECATEUR_UNROLL
     for (int k = 0; k < kSmallHead; k += 8) {
       team_.run([&](int t) {
         const int i = t / kWarp * 16 + lane_row(t), c = k + lane_column(t);
-SECATEUR_UNROLL
+        SECATEUR_UNROLL
         for (int e = 0; e < 4; ++e) a[t][e] = keys(i + e % 2 * 8, c + e / 2 * 4);
         b[t][0] = images[c * kSmallLimit + lane_row(t)];
         b[t][1] = images[(c + 4) * kSmallLimit + lane_row(t)];
@@ -993,10 +929,10 @@ SECATEUR_UNROLL
     }
     PerThread<double> sums[2];
     team_.run([&](int t) {
-SECATEUR_UNROLL
+      SECATEUR_UNROLL
       for (int half = 0; half < 2; ++half) {
         sums[half][t] = 0;
-SECATEUR_UNROLL
+        SECATEUR_UNROLL
         for (int e = 0; e < 2; ++e) {
           const int j = lane_column(t) * 2 + e;
           if (j < count_) {
@@ -1005,11 +941,11 @@ SECATEUR_UNROLL
         }
       }
     });
-    team_.template sum<4>(sums[0]);
-    team_.template sum<4>(sums[1]);
+    team_.template sum<3>(sums[0]);
+    team_.template sum<3>(sums[1]);
     team_.run([&](int t) {
       if (lane_column(t) != 0) return;
-SECATEUR_UNROLL
+      SECATEUR_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int i = t / kWarp * 16 + lane_row(t) + half * 8;
         if (i < d_) out[i] = norms_[i] > 0 ? sums[half][t] / norms_[i] : 0;
@@ -1020,22 +956,22 @@ SECATEUR_UNROLL
   const Team& team_;
   const HeadInput& in_;
   int d_;
-  int count_ = 0;           ///< eigenvalues that count
-  double bound_ = 0;        ///< of the eigenvalues
-  mutable PerThread<Part> part_;  ///< of T, then of reflections
-  double* matrix_;          ///< Gram of queries, then U, over that of keys
-  double* strip_;           ///< tokens, exchanges, vectors and factors
-  double* mean_;            ///< of keys, over the tokens
-  double* sums_;            ///< of keys less the first tokens' mean
+  int count_ = 0;         ///< eigenvalues that count
+  double bound_ = 0;      ///< of the eigenvalues
+  PerThread<Part> part_;  ///< of T, then of reflections
+  double* matrix_;        ///< Gram of queries, then U, over that of keys
+  double* strip_;         ///< tokens, exchanges, vectors and factors
+  double* mean_;          ///< of keys, over the tokens
+  double* sums_;          ///< of keys less the first tokens' mean
   double* norms_;
   double* diagonal_;
   double* off_diagonal_;
   double* beta_;
   double* products_;
-  double* column_;          ///< two of them
-  double* values_;          ///< (kSmallLimit)
-  double* scales_;          ///< (kSmallLimit)
-  double* parts_;           ///< of the warps
+  double* column_;  ///< two of them
+  double* values_;  ///< (kSmallLimit)
+  double* scales_;  ///< (kSmallLimit)
+  double* parts_;   ///< of the warps
 };
 
 }  // namespace SECATEUR_SIDE

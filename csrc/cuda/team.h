@@ -47,49 +47,6 @@ using FragmentA = Array<double, 4>;
 using FragmentB = Array<double, 2>;
 using Sums16x8 = Array<double, 4>;
 
-/// 1 / x and 1 / √x of positive normal numbers, to rounding.
-SECATEUR_DEVICE inline double reciprocal(double x) {
-#if defined(__CUDA_ARCH__)
-  double y;
-  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(x));
-  const double error = fma(-x, y, 1.0);
-  return fma(y, fma(error, error, error), y);
-#else
-  return 1 / x;
-#endif
-}
-
-SECATEUR_DEVICE inline double reciprocal_root(double x) {
-#if defined(__CUDA_ARCH__)
-  double y;
-  asm("rsqrt.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(x));
-  const double error = fma(-(x * y), y, 1.0);
-  return fma(y * error, fma(error, 0.375, 0.5), y);
-#else
-  return 1 / sqrt(x);
-#endif
-}
-
-/// Exponents of finite numbers, those below the normal range as if they were just there; and powers
-/// of two, as far as there are any.
-SECATEUR_DEVICE inline int exponent(double x) {
-  union {
-    double value;
-    uint64_t bits;
-  } in;
-  in.value = x;
-  return static_cast<int>(in.bits >> 52 & 2047) - 1023;
-}
-
-SECATEUR_DEVICE inline double power_of_two(int e) {
-  union {
-    double value;
-    uint64_t bits;
-  } out;
-  out.bits = static_cast<uint64_t>(larger(-1022, smaller(1023, e)) + 1023) << 52;
-  return out.value;
-}
-
 class Team {
  public:
 #if defined(__CUDACC__)
@@ -144,27 +101,17 @@ class Team {
 #endif
   }
 
-  /// Sums over groups of kLanes lanes in a row (4, 16 or 32), which all get theirs in x.
-  template <int kLanes>
+  /// Sums over the lanes that differ in the bits of kMask alone, each lane's left in x.
+  template <int kMask>
   SECATEUR_DEVICE void sum(PerThread<double>& x) const {
-    static_assert(kLanes == 4 || kLanes == 16 || kLanes == 32, "what is needed");
 #if defined(__CUDA_ARCH__)
     double& mine = x[thread_];
-    if (kLanes == 4) {
-      mine += __shfl_xor_sync(~0u, mine, 1);
-      mine += __shfl_xor_sync(~0u, mine, 2);
-      return;
+    SECATEUR_UNROLL
+    for (int bit = kWarp / 2; bit > 0; bit /= 2) {
+      if ((kMask & bit) != 0) mine += __shfl_xor_sync(~0u, mine, bit);
     }
-    // A product by ones adds four lanes up in the time of one shuffled step.
-    const double quad = add_quads(1, mine);
-    const int lane = thread_ % kWarp;
-    mine = add_quads(kLanes == 32 || lane % 4 / 2 == lane / 16 ? 1 : 0, quad, true);
 #else
-    for (int begin = 0; begin < kTeam; begin += kLanes) {
-      double total = 0;
-      for (int i = 0; i < kLanes; ++i) total += x[begin + i];
-      for (int i = 0; i < kLanes; ++i) x[begin + i] = total;
-    }
+    lanes(x, kMask, [](double a, double b) { return a + b; });
 #endif
   }
 
@@ -173,18 +120,13 @@ class Team {
   SECATEUR_DEVICE void largest(PerThread<T>& x) const {
 #if defined(__CUDA_ARCH__)
     T& mine = x[thread_];
-SECATEUR_UNROLL
+    SECATEUR_UNROLL
     for (int bit = kWarp / 2; bit > 0; bit /= 2) {
       const T other = __shfl_xor_sync(~0u, mine, bit);
       mine = mine > other ? mine : other;
     }
 #else
-    for (int warp = 0; warp < kTeam; warp += kWarp) {
-      for (int i = 1; i < kWarp; ++i) {
-        x[warp] = x[warp + i] > x[warp] ? x[warp + i] : x[warp];
-      }
-      for (int i = 1; i < kWarp; ++i) x[warp + i] = x[warp];
-    }
+    lanes(x, kWarp - 1, [](T a, T b) { return a > b ? a : b; });
 #endif
   }
 
@@ -201,22 +143,23 @@ SECATEUR_UNROLL
 #endif
   }
 
-  /// Sums over 8 lanes in a row of four values each. Lane l is left with those of the l % 4-th
-  /// such lanes of its warp.
-  SECATEUR_DEVICE void sum_eights(PerThread<Array<double, 4>>& x) const {
+  /// Sums over 8 lanes in a row of four values each: lane l's first is then that of value l / 2.
+  SECATEUR_DEVICE void scatter_sums(PerThread<Array<double, 4>>& x) const {
 #if defined(__CUDA_ARCH__)
     Array<double, 4>& y = x[thread_];
-    SECATEUR_UNROLL
-    for (int i = 0; i < 4; ++i) y[i] = add_quads(1, y[i]);
+    const bool upper = (thread_ & 4) != 0, odd = (thread_ & 2) != 0;
+    const double first = __shfl_xor_sync(~0u, upper ? y[0] : y[2], 4);
+    const double second = __shfl_xor_sync(~0u, upper ? y[1] : y[3], 4);
+    const double a = (upper ? y[2] : y[0]) + first, b = (upper ? y[3] : y[1]) + second;
+    const double c = (odd ? b : a) + __shfl_xor_sync(~0u, odd ? a : b, 2);
+    y[0] = c + __shfl_xor_sync(~0u, c, 1);
 #else
-    for (int warp = 0; warp < kTeam; warp += kWarp) {
-      double sums[4][4] = {};
-      for (int lane = 0; lane < kWarp; ++lane) {
-        for (int i = 0; i < 4; ++i) sums[lane / 8][i] += x[warp + lane][i];
+    for (int begin = 0; begin < kTeam; begin += 8) {
+      double sums[4] = {};
+      for (int i = 0; i < 8; ++i) {
+        for (int v = 0; v < 4; ++v) sums[v] += x[begin + i][v];
       }
-      for (int lane = 0; lane < kWarp; ++lane) {
-        for (int i = 0; i < 4; ++i) x[warp + lane][i] = sums[lane % 4][i];
-      }
+      for (int i = 0; i < 8; ++i) x[begin + i][0] = sums[i / 2];
     }
 #endif
   }
@@ -251,18 +194,6 @@ SECATEUR_UNROLL
   }
 
 #if defined(__CUDA_ARCH__)
-  /// By mma.m8n8k4, with `a` at (lane / 4, lane % 4) and x at (lane % 4, lane / 4): the sum of
-  /// columns 2t and 2t + 1 of the product, t = lane % 4; or column 2t alone.
-  __device__ static double add_quads(double a, double x, bool alone = false) {
-    double even = 0, odd = 0;
-#if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
-        : "+d"(even), "+d"(odd)
-        : "d"(a), "d"(x));
-#endif
-    return alone ? even : even + odd;
-  }
-
   __device__ static void multiply_lane(const FragmentA& a, const FragmentB& b, Sums16x8& c) {
 #if __CUDA_ARCH__ >= 900
     asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -270,9 +201,9 @@ SECATEUR_UNROLL
         : "+d"(c.at[0]), "+d"(c.at[1]), "+d"(c.at[2]), "+d"(c.at[3])
         : "d"(a.at[0]), "d"(a.at[1]), "d"(a.at[2]), "d"(a.at[3]), "d"(b.at[0]), "d"(b.at[1]));
 #elif __CUDA_ARCH__ >= 800
-SECATEUR_UNROLL
+    SECATEUR_UNROLL
     for (int k = 0; k < 2; ++k) {
-SECATEUR_UNROLL
+      SECATEUR_UNROLL
       for (int m = 0; m < 2; ++m) {
         asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
             : "+d"(c.at[2 * m]), "+d"(c.at[2 * m + 1])
@@ -287,6 +218,19 @@ SECATEUR_UNROLL
 #if defined(__CUDACC__)
   int thread_;
 #else
+  template <typename T, typename Join>
+  void lanes(PerThread<T>& x, int mask, const Join& join) const {
+    PerThread<T> before = x;
+    for (int t = 0; t < kTeam; ++t) {
+      bool first = true;
+      for (int other = t / kWarp * kWarp; other < t / kWarp * kWarp + kWarp; ++other) {
+        if (((other ^ t) & ~mask) != 0) continue;
+        x[t] = first ? before[other] : join(x[t], before[other]);
+        first = false;
+      }
+    }
+  }
+
   bool backwards_;
 #endif
 };

@@ -333,8 +333,8 @@ def unpack(packed: _Array, out: _Array, divisor: float = 1.0) -> None:
         divisor: above 0; every element is divided by it.
 
     Raises:
-        InvalidArgument: not an array, another shape, dtype or stride, read-only memory, or a divisor
-            that is not above 0; nothing is written then.
+        InvalidArgument: not an array, another shape, dtype or stride, read-only memory, memory that
+            overlaps packed's, or a divisor that is not above 0; nothing is written then.
         Unsupported: not on the CPU.
     """
 

@@ -175,8 +175,8 @@ TEST_F(CudaDevice, ScoresMatchTheSvdOnBadGround) {
             const std::int64_t c = i % d;
             const double base = first[static_cast<std::size_t>(i / d)];
             if (c % 7 == 3) return 0.0;
-            return offset + (c == 5 ? 200 : 1) * (c % 3 == 0 ? base + 1e-3 * random.normal()
-                                                             : random.normal());
+            return offset + (c == 5 ? 200 : 1) *
+                                (c % 3 == 0 ? base + 1e-3 * random.normal() : random.normal());
           });
         };
         fill(q, 0);
@@ -274,7 +274,8 @@ TEST_F(CudaDevice, ScorersNameWhatIsNotFinite) {
           scorer.update(device_q, bad);
           scorer.scores();
         },
-        "blocks.3.attn k: expected finite values, got nan at (image 2, token 7, head 1, channel 5)");
+        "blocks.3.attn k: expected finite values, got nan at (image 2, token 7, head 1, channel "
+        "5)");
     EXPECT_EQ(scorer.images(), 3);
     EXPECT_EQ(scorer.state().score_sum, before.score_sum);
     EXPECT_EQ(scorer.state().key_gram, before.key_gram);
@@ -352,8 +353,8 @@ reference::Matrix rows_of(const TestTensor& x, const RowOptions& options) {
   const std::int64_t dim = shape[shape.size() - 1], rows = x.view().numel() / dim;
   std::vector<std::int64_t> chosen;
   for (std::int64_t r = 0; r < rows; ++r) {
-    const bool counts = options.stride == 1 ||
-                        (r % shape[1] - r / shape[1] - options.phase) % options.stride == 0;
+    const bool counts =
+        options.stride == 1 || (r % shape[1] - r / shape[1] - options.phase) % options.stride == 0;
     if (counts) chosen.push_back(r);
   }
   reference::Matrix result(chosen.size(), static_cast<std::size_t>(dim));

@@ -7,6 +7,7 @@ import ctypes
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -861,3 +862,40 @@ def test_the_stubs_document_what_the_module_does():
     assert checked >= 25
     public = {name for name in vars(core) if not name.startswith("_")}
     assert public == {name for name, _ in documented(stub) if "." not in name and not name.startswith("_")}
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+@pytest.mark.parametrize("wait", [True, False])
+def test_images_go_to_one_after_the_other(turns, wait):
+    q, k = (torch.randn(5, 9, 2, 7) for _ in range(2))
+    found = [core.AttentionScorer(2, 7, moments=True) for _ in range(turns)]
+    rows = [core.MomentAccumulator(7) for _ in range(turns)]
+    core.AttentionScorer.update_in_turn(found, q, k, wait=wait)
+    core.MomentAccumulator.update_in_turn(
+        rows, q[:, :, 0], norm="rms", stride=2, phases=[4 + turn for turn in range(turns)], wait=wait
+    )
+    for turn, (scorer, moments) in enumerate(zip(found, rows, strict=True)):
+        expected, expected_rows = core.AttentionScorer(2, 7, moments=True), core.MomentAccumulator(7)
+        expected.update(q[turn::turns], k[turn::turns])
+        expected_rows.update(q[turn::turns, :, 0], norm="rms", stride=2, phase=4 + turn)
+        scorer.wait()
+        moments.wait()
+        for one, other in ((scorer, expected), (moments, expected_rows)):
+            for name, array in other.state().items():
+                np.testing.assert_array_equal(one.state()[name], array, err_msg=name)
+
+
+def test_updates_in_turn_refuse_what_does_not_fit():
+    scorer, x = core.AttentionScorer(1, 4, name="attn"), torch.randn(2, 3, 1, 4)
+    for scorers, text in (
+        ([], "scorers: expected 1 to 8, got 0"),
+        ([scorer, scorer], "scorers: expected different objects, got the same one twice"),
+        ([scorer, None], "scorers: expected objects, got a null pointer"),
+        ([scorer, core.AttentionScorer(1, 4, 3)], "attn scorers: expected gamma 8, got 3"),
+    ):
+        with pytest.raises(errors.InvalidArgument, match=f"^{re.escape(text)}$"):
+            core.AttentionScorer.update_in_turn(scorers, x, x)
+    rows = core.MomentAccumulator(4, name="fc2")
+    with pytest.raises(errors.InvalidArgument, match=r"^fc2 options: expected 1, got 2$"):
+        core.MomentAccumulator.update_in_turn([rows], x[:, :, 0], phases=[0, 1])
+    assert scorer.images == rows.rows == 0

@@ -8,6 +8,7 @@ import secateur as sc
 import torch
 from models import images, make
 from secateur import core, errors, reach
+from secateur.calibrate import _Collector
 from test_core import FakeTensor
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -154,6 +155,31 @@ def test_a_device_that_the_core_refuses_is_torchs(monkeypatch):
     np.testing.assert_allclose(found.scores(), expected.scores(), rtol=0, atol=1e-9)
 
 
+def test_a_batch_that_nobody_waited_for_runs_again_for_the_error(monkeypatch):
+    """As on a device: what is wrong comes out at the end of the batch, and does not say where it is."""
+    model, left = make("plain"), []
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.bias[3] = float("inf")
+
+    def later(scorers, q, k, *, wait, update=reach.update_scores):
+        try:
+            update(scorers, q, k)
+        except errors.NumericalError as error:
+            if wait:
+                raise
+            left.append(error)
+
+    def wait(self):
+        if left:
+            left.clear()
+            raise errors.NumericalError("q: expected finite values, got one that is not")
+
+    monkeypatch.setattr(reach, "update_scores", later)
+    monkeypatch.setattr(_Collector, "wait", wait)
+    with pytest.raises(errors.NumericalError, match=r"^blocks\.1\.attn q: expected finite values, got inf at \("):
+        sc.calibrate(model, [images(model, 3)], collect="scores")
+
+
 class Streamed(FakeTensor):
     """A CUDA tensor of a framework without torch's interface, which notes what it is asked."""
 
@@ -232,6 +258,15 @@ def test_moments_on_a_device(dtype, norm):
     assert found.rows == expected.rows
     np.testing.assert_allclose(found.sum(), expected.sum(), rtol=1e-5, atol=1e-3)
     np.testing.assert_allclose(found.second_moment(), expected.second_moment(), rtol=1e-5, atol=1e-3)
+
+
+@on_cuda
+def test_what_is_not_finite_is_named_on_a_device():
+    model = make("plain").cuda()
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.bias[3] = float("inf")
+    with pytest.raises(errors.NumericalError, match=r"^blocks\.1\.attn q: expected finite values, got inf at \("):
+        sc.calibrate(model, [images(model, 3).cuda()])
 
 
 @with_kernels

@@ -63,7 +63,8 @@ class SECATEUR_API AttentionScorer {
   static void update_in_turn(const std::vector<AttentionScorer*>& scorers, const TensorView& q,
                              const TensorView& k, bool wait = true);
 
-  /// Waits for what update_in_turn() has enqueued. Throws NumericalError and Error as it would have.
+  /// Waits for what update_in_turn() has enqueued. Throws NumericalError and Error as it would
+  /// have.
   void wait() const;
 
   /// Adds a batch by its Gram matrices, for programs that have them already or whose queries and

@@ -67,7 +67,8 @@ class SECATEUR_API MomentAccumulator {
                              const TensorView& x, const std::vector<RowOptions>& options,
                              bool wait = true);
 
-  /// Waits for what update_in_turn() has enqueued. Throws NumericalError and Error as it would have.
+  /// Waits for what update_in_turn() has enqueued. Throws NumericalError and Error as it would
+  /// have.
   void wait() const;
 
   /// Adds what another accumulator of the same dim has seen.
