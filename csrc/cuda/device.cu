@@ -165,7 +165,8 @@ void DeviceSums::release() {
 }
 
 DeviceSums::Gate DeviceSums::begin(cudaStream_t stream) {
-  if (stream != stream_) check(cudaStreamWaitEvent(stream, done_), "cudaStreamWaitEvent");
+  // Also where it looks like the same one: a handle may be that of a stream that was destroyed.
+  check(cudaStreamWaitEvent(stream, done_), "cudaStreamWaitEvent");
   stream_ = stream;
   return {first_refused_, told_, static_cast<unsigned long long>(updates_)};
 }
