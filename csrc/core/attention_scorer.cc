@@ -203,7 +203,9 @@ void AttentionScorer::update_in_turn(const std::vector<AttentionScorer*>& scorer
     scorer.device_->enqueued({state.images, state.tokens});
     state.images += images;
     state.tokens += images * q.shape[1];
-    if (wait) sound = scorer.is_sound() && sound;
+  }
+  for (const AttentionScorer* scorer : scorers) {
+    if (wait) sound = scorer->is_sound() && sound;
   }
   if (sound) return;
   first.check_values(q, "q");

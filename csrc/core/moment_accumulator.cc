@@ -411,7 +411,9 @@ void MomentAccumulator::update_on_device(const std::vector<MomentAccumulator*>& 
             first_token(rows.stride, options[static_cast<std::size_t>(turn)].phase, b / turns));
       }
     }
-    if (wait) sound = accumulator.is_sound() && sound;
+  }
+  for (const MomentAccumulator* accumulator : accumulators) {
+    if (wait) sound = accumulator->is_sound() && sound;
   }
   if (sound) return;
   accumulators[0]->check_magnitudes(x);

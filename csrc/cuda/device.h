@@ -60,7 +60,7 @@ int attribute(cudaDeviceAttr which, const Device& device);
 Layout layout_of(const TensorGeometry& view);
 
 /// Sums in device memory. An update's kernels are between begin() and end(), and add to values()
-/// only what accepted() says.
+/// only while Gate::open().
 class DeviceSums final : public Sums {
  public:
   DeviceSums(const Device& device, const std::vector<double>& values);

@@ -90,6 +90,14 @@ __global__ void fold_kernel(const double* results, std::int64_t begin, std::int6
   turns.sums[turn][i] = sum;
 }
 
+// Sums of all chunks of a batch, into those that they are for, unless something was refused.
+__global__ void keep_kernel(const double* folded, std::int64_t size,
+                            const __grid_constant__ Turns turns) {
+  const int turn = static_cast<int>(blockIdx.y);
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < size && turns.gates[turn].open()) turns.sums[turn][i] = folded[turn * size + i];
+}
+
 /// How many blocks are worth launching, with how much shared memory.
 struct Launch {
   std::int64_t blocks = 0;
@@ -161,11 +169,24 @@ void score_as(const TensorView& q, const TensorView& k, Heads all, const std::ve
   const Scratch work(std::max<std::size_t>(work_bytes, 1), q.device);
   all.results = results.as<double>();
   all.work = work_bytes > 0 ? work.as<double>() : nullptr;
+  // A value of a later chunk may refuse the batch: until then its sums are kept apart.
+  const bool apart = chunk < images;
+  const Scratch folded(
+      apart ? sums.size() * static_cast<std::size_t>(size) * sizeof(double) : std::size_t{1},
+      q.device);
   all.turns.count = static_cast<int>(sums.size());
   for (int turn = 0; turn < all.turns.count; ++turn) {
     auto* device_sums = static_cast<DeviceSums*>(sums[static_cast<std::size_t>(turn)]);
     all.turns.gates[turn] = device_sums->begin(stream);
     all.turns.sums[turn] = device_sums->values();
+  }
+  Turns adding = all.turns;
+  for (int turn = 0; apart && turn < adding.count; ++turn) {
+    adding.sums[turn] = folded.as<double>() + turn * size;
+    check(cudaMemcpyAsync(adding.sums[turn], all.turns.sums[turn],
+                          static_cast<std::size_t>(size) * sizeof(double), cudaMemcpyDeviceToDevice,
+                          stream),
+          "cudaMemcpyAsync");
   }
   const dim3 fold_blocks(static_cast<unsigned>((size + kFoldThreads - 1) / kFoldThreads),
                          static_cast<unsigned>(all.turns.count));
@@ -183,8 +204,12 @@ void score_as(const TensorView& q, const TensorView& k, Heads all, const std::ve
     }
     check(cudaGetLastError(), "score_kernel");
     fold_kernel<<<fold_blocks, kFoldThreads, 0, stream>>>(all.results, all.begin, count, size,
-                                                          all.turns);
+                                                          adding);
     check(cudaGetLastError(), "fold_kernel");
+  }
+  if (apart) {
+    keep_kernel<<<fold_blocks, kFoldThreads, 0, stream>>>(folded.as<double>(), size, all.turns);
+    check(cudaGetLastError(), "keep_kernel");
   }
   for (Sums* one : sums) static_cast<DeviceSums*>(one)->end();
 }

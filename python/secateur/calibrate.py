@@ -456,8 +456,15 @@ class _Collector:
         Raises:
             NumericalError: a value that was not finite.
         """
+        first: NumericalError | None = None
         for _, accumulator in self._accumulators():
-            accumulator.wait()
+            # All of them: what one is left with would be taken for the next batch's.
+            try:
+                accumulator.wait()
+            except NumericalError as error:
+                first = first or error
+        if first is not None:
+            raise first
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

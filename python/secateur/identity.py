@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from .anatomy import Anatomy
@@ -38,7 +39,10 @@ class Fingerprint:
                 raise InvalidArgument(f"model: expected weights, got none in {name} (device meta)")
         weights = [{name: model.get_parameter(name)} for name in anatomy.members_of]
         # Hashing holds no lock, and a large model's takes seconds.
-        with ThreadPoolExecutor() as pool:
+        for parameter in (next(iter(weight.values())) for weight in weights):
+            if parameter.is_cuda:  # other threads have streams of their own
+                torch.cuda.current_stream(parameter.device).synchronize()
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             parts = list(pool.map(digests, weights))
         found = {name: digest for part in parts for name, digest in part.items()}
         return replace(cls.without_weights(anatomy), digests=found)

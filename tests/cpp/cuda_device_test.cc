@@ -347,6 +347,23 @@ TEST_F(CudaDevice, ScorersThatNobodyWaitsForKeepWhatWasBeforeAFault) {
   }
 }
 
+// With moments a batch of many images is folded part by part: 42 of these make one.
+TEST_F(CudaDevice, ScorersKeepNothingOfABatchWithAFaultBehindItsFirstPart) {
+  const std::int64_t images = 60, heads = 8, d = 128;
+  const TestTensor q = batch({images, 3, heads, d}, 35, DType::f32);
+  TestTensor k = batch({images, 3, heads, d}, 36, DType::f32);
+  const OnDevice device_q(q), good(k);
+  k.set((55 * 3 + 1) * heads * d + 7, kNaN);
+  const OnDevice bad(k);
+  AttentionScorer scorer(heads, d, 8, true), one(heads, d, 8, true);
+  scorer.update(device_q, good);
+  one.update(device_q, good);
+  EXPECT_THROW(scorer.update(device_q, bad), NumericalError);
+  EXPECT_EQ(scorer.images(), images);
+  EXPECT_EQ(scorer.state().score_sum, one.state().score_sum);
+  EXPECT_EQ(scorer.state().key_gram, one.state().key_gram);
+}
+
 /// Rows as RowOptions chooses and normalises them.
 reference::Matrix rows_of(const TestTensor& x, const RowOptions& options) {
   const Dims& shape = x.view().shape;
