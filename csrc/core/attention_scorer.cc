@@ -230,12 +230,10 @@ void AttentionScorer::wait() const {
 }
 
 void AttentionScorer::bring_home() const {
-  std::vector<double> values(
-      static_cast<std::size_t>(heads_) *
-      HeadScorer::result_size(static_cast<std::size_t>(head_dim_), moments_));
-  if (!device_ || !device_->bring_home(values)) return;
+  const auto values = device_ ? device_->bring_home() : std::nullopt;
+  if (!values) return;
   for_results(state_, heads_, static_cast<std::size_t>(head_dim_), moments_,
-              [&](std::size_t at, double& sum) { sum = values[at]; });
+              [&](std::size_t at, double& sum) { sum = (*values)[at]; });
 }
 
 void AttentionScorer::go_home() {
@@ -350,10 +348,10 @@ void AttentionScorer::merge(const AttentionScorer& other) {
 }
 
 std::vector<double> AttentionScorer::scores() const {
-  wait();
-  if (state_.images == 0) fail<InvalidArgument>(label("scores"), "at least one image", "none");
-  std::vector<double> mean = state().score_sum;
-  for (double& value : mean) value /= static_cast<double>(state_.images);
+  const AttentionScorerState& seen = state();
+  if (seen.images == 0) fail<InvalidArgument>(label("scores"), "at least one image", "none");
+  std::vector<double> mean = seen.score_sum;
+  for (double& value : mean) value /= static_cast<double>(seen.images);
   return mean;
 }
 

@@ -3,6 +3,7 @@
 
 #include <secateur/tensor.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -20,7 +21,7 @@ class DeviceState {
   };
 
   DeviceState(const Device& device, const std::vector<double>& values)
-      : sums_(cuda::make_sums(device, values)) {}
+      : sums_(cuda::make_sums(device, values)), size_(values.size()) {}
 
   bool is_on(const Device& device) const { return sums_->device().index == device.index; }
   cuda::Sums& sums() { return *sums_; }
@@ -45,15 +46,18 @@ class DeviceState {
     return result;
   }
 
-  /// Into values, unless the host has them already.
-  bool bring_home(std::vector<double>& values) {
-    if (at_home_) return false;
+  /// The sums, unless the host has them already.
+  std::optional<std::vector<double>> bring_home() {
+    if (at_home_) return std::nullopt;
+    std::vector<double> values(size_);
     sums_->download(values);
-    return at_home_ = true;
+    at_home_ = true;
+    return values;
   }
 
  private:
   std::unique_ptr<cuda::Sums> sums_;
+  std::size_t size_;
   std::vector<Counts> before_;  ///< each update that nobody has waited for
   bool at_home_ = true;
 };

@@ -437,11 +437,11 @@ void MomentAccumulator::wait() const {
 }
 
 void MomentAccumulator::bring_home() const {
-  std::vector<double> values(state_.sum.size() + state_.second_moment.size());
-  if (!device_ || !device_->bring_home(values)) return;
-  const auto second = values.begin() + static_cast<std::ptrdiff_t>(dim_);
-  std::copy(values.begin(), second, state_.sum.begin());
-  std::copy(second, values.end(), state_.second_moment.begin());
+  const auto values = device_ ? device_->bring_home() : std::nullopt;
+  if (!values) return;
+  const auto second = values->begin() + static_cast<std::ptrdiff_t>(dim_);
+  std::copy(values->begin(), second, state_.sum.begin());
+  std::copy(second, values->end(), state_.second_moment.begin());
 }
 
 void MomentAccumulator::go_home() {

@@ -118,5 +118,13 @@ SECATEUR_DEVICE inline double to_double(BFloat x) { return small_to_double(x.bit
 SECATEUR_DEVICE inline int smaller(int a, int b) { return a < b ? a : b; }
 SECATEUR_DEVICE inline int larger(int a, int b) { return a > b ? a : b; }
 
+/// Square `index` of those on and above the diagonal, row by row, `side` of them along it.
+SECATEUR_DEVICE inline void square_of(int index, int side, int* left, int* right) {
+  int i = 0;
+  for (; index >= side - i; ++i) index -= side - i;
+  *left = i;
+  *right = i + index;
+}
+
 }  // namespace SECATEUR_SIDE
 }  // namespace secateur::cuda

@@ -63,14 +63,6 @@ SECATEUR_DEVICE inline int64_t row_offset(const RowChoice& choice, int64_t s, in
 
 SECATEUR_DEVICE inline int tiles_of(int dim) { return (dim + kTile - 1) / kTile; }
 
-/// Square `index` of those on and above the diagonal, row by row, `side` of them along it.
-SECATEUR_DEVICE inline void square_of(int index, int side, int* left, int* right) {
-  int i = 0;
-  for (; index >= side - i; ++i) index -= side - i;
-  *left = i;
-  *right = i + index;
-}
-
 /// Rows that are multiplied by one block of threads: a multiple of kTile.
 struct Splits {
   int rows, count;

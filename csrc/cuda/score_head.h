@@ -63,6 +63,11 @@ SECATEUR_DEVICE constexpr int64_t result_size(int dim, bool moments) {
   return dim + (moments ? 3 * (static_cast<int64_t>(dim) * (dim + 1) / 2) : 0);
 }
 
+/// A power of two that brings a largest magnitude into [1, 2); 1 for zero.
+SECATEUR_DEVICE inline double normalising(double peak) {
+  return peak > 0 ? ldexp(1.0, -larger(ilogb(peak), -1000)) : 1.0;
+}
+
 template <typename Source>
 class HeadScore {
  public:
@@ -134,11 +139,6 @@ class HeadScore {
   SECATEUR_DEVICE double* b() { return b_; }
 
  private:
-  /// A power of two that brings a largest magnitude into [1, 2); 1 for zero.
-  SECATEUR_DEVICE static double normalising(double peak) {
-    return peak > 0 ? ldexp(1.0, -larger(ilogb(peak), -1000)) : 1.0;
-  }
-
   /// The largest magnitude of one head's elements; Inf where one is not finite.
   SECATEUR_DEVICE double peak(const void* source, int64_t token, int64_t channel) {
     const Source* x = static_cast<const Source*>(source);
@@ -190,9 +190,9 @@ class HeadScore {
         });
       }
       block_.each(squares * (squares + 1) / 2, [&](int p) {
-        int left = 0;
-        for (; p >= squares - left; ++left) p -= squares - left;
-        multiply(rows, width, left * kTile, (left + p) * kTile, out);
+        int left = 0, right = 0;
+        square_of(p, squares, &left, &right);
+        multiply(rows, width, left * kTile, right * kTile, out);
       });
     }
     if (!center) return;

@@ -100,11 +100,6 @@ class SmallHeadScore {
   SECATEUR_DEVICE static int lane_row(int t) { return t % kWarp / 4; }
   SECATEUR_DEVICE static int lane_column(int t) { return t % 4; }
 
-  /// A power of two that brings a largest magnitude into [1, 2); 1 for zero.
-  SECATEUR_DEVICE static double normalising(double peak) {
-    return peak > 0 ? ldexp(1.0, -larger(ilogb(peak), -1000)) : 1.0;
-  }
-
   /// The largest of what the threads have; the same for all of them.
   template <typename T>
   SECATEUR_DEVICE T largest(PerThread<T>& x) const {

@@ -117,6 +117,8 @@ def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     threads = min(torch.get_num_threads(), len(names))
     if threads <= 1:
         return {name: digest(tensors[name]) for name in names}
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()  # other threads have streams of their own
     with ThreadPoolExecutor(threads) as pool:
         found = dict(zip(order, pool.map(digest, (tensors[name] for name in order)), strict=True))
     return {name: found[name] for name in names}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from .anatomy import Anatomy
@@ -37,15 +35,8 @@ class Fingerprint:
         for name in anatomy.members_of:
             if model.get_parameter(name).is_meta:
                 raise InvalidArgument(f"model: expected weights, got none in {name} (device meta)")
-        weights = [{name: model.get_parameter(name)} for name in anatomy.members_of]
-        # Hashing holds no lock, and a large model's takes seconds.
-        for parameter in (next(iter(weight.values())) for weight in weights):
-            if parameter.is_cuda:  # other threads have streams of their own
-                torch.cuda.current_stream(parameter.device).synchronize()
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            parts = list(pool.map(digests, weights))
-        found = {name: digest for part in parts for name, digest in part.items()}
-        return replace(cls.without_weights(anatomy), digests=found)
+        weights = {name: model.get_parameter(name) for name in anatomy.members_of}
+        return replace(cls.without_weights(anatomy), digests=digests(weights))
 
     @classmethod
     def without_weights(cls, anatomy: Anatomy) -> Fingerprint:

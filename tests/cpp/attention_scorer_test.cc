@@ -22,19 +22,6 @@ TestTensor batch(const Dims& shape, std::uint64_t seed, DType dtype = DType::f64
   return tensor;
 }
 
-/// One head of one image as the matrix that the library should see.
-reference::Matrix head_of(const TestTensor& x, std::int64_t image, std::int64_t head) {
-  const Dims& shape = x.view().shape;
-  reference::Matrix result(static_cast<std::size_t>(shape[1]), static_cast<std::size_t>(shape[3]));
-  for (std::int64_t n = 0; n < shape[1]; ++n) {
-    for (std::int64_t c = 0; c < shape[3]; ++c) {
-      result(static_cast<std::size_t>(n), static_cast<std::size_t>(c)) =
-          x.get(((image * shape[1] + n) * shape[2] + head) * shape[3] + c);
-    }
-  }
-  return result;
-}
-
 Values scores_of(const TensorView& q, const TensorView& k, std::int64_t gamma = 8) {
   AttentionScorer scorer(q.shape[2], q.shape[3], gamma);
   scorer.update(q, k);

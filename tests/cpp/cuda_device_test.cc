@@ -77,18 +77,6 @@ TestTensor batch(const Dims& shape, std::uint64_t seed, DType dtype, const Layou
   return tensor;
 }
 
-reference::Matrix head_of(const TestTensor& x, std::int64_t image, std::int64_t head) {
-  const Dims& shape = x.view().shape;
-  reference::Matrix result(static_cast<std::size_t>(shape[1]), static_cast<std::size_t>(shape[3]));
-  for (std::int64_t n = 0; n < shape[1]; ++n) {
-    for (std::int64_t c = 0; c < shape[3]; ++c) {
-      result(static_cast<std::size_t>(n), static_cast<std::size_t>(c)) =
-          x.get(((image * shape[1] + n) * shape[2] + head) * shape[3] + c);
-    }
-  }
-  return result;
-}
-
 /// The largest error of the device's scores, images of which the literal is ill-defined left out.
 double score_error(const TestTensor& q, const TestTensor& k, std::int64_t gamma, int* compared) {
   const Dims& shape = q.view().shape;

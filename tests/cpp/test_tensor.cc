@@ -148,4 +148,16 @@ double Random::normal() {
   return std::sqrt(-2 * std::log(uniform())) * std::cos(2 * 3.14159265358979323846 * uniform());
 }
 
+reference::Matrix head_of(const TestTensor& x, std::int64_t image, std::int64_t head) {
+  const Dims& shape = x.view().shape;
+  reference::Matrix result(static_cast<std::size_t>(shape[1]), static_cast<std::size_t>(shape[3]));
+  for (std::int64_t n = 0; n < shape[1]; ++n) {
+    for (std::int64_t c = 0; c < shape[3]; ++c) {
+      result(static_cast<std::size_t>(n), static_cast<std::size_t>(c)) =
+          x.get(((image * shape[1] + n) * shape[2] + head) * shape[3] + c);
+    }
+  }
+  return result;
+}
+
 }  // namespace secateur_test

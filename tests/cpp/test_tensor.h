@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "reference.h"
+
 namespace secateur_test {
 
 using secateur::Dims;
@@ -64,6 +66,9 @@ class TestTensor {
 
 /// Every index of a shape, row-major.
 std::vector<std::vector<std::int64_t>> indices(const Dims& shape);
+
+/// One head of one image of (images, tokens, heads, dim) as the matrix that the library should see.
+reference::Matrix head_of(const TestTensor& x, std::int64_t image, std::int64_t head);
 
 /// Normally distributed, the same on every platform.
 class Random {
