@@ -190,7 +190,9 @@ void AttentionScorer::update_in_turn(const std::vector<AttentionScorer*>& scorer
     if (wait) scorer->wait();  // or faults of before would be taken for this batch's
     if (scorer->device_ && !scorer->device_->is_on(q.device)) scorer->go_home();
     if (!scorer->device_) {
-      scorer->device_ = std::make_unique<DeviceState>(q.device, scorer->results());
+      std::vector<double> values = scorer->results();
+      scorer->device_ = std::make_unique<DeviceState>(
+          q.device, values.size(), DeviceState::Parts{{values.data(), values.size()}});
     }
     sums.push_back(&scorer->device_->sums());
   }
@@ -230,10 +232,13 @@ void AttentionScorer::wait() const {
 }
 
 void AttentionScorer::bring_home() const {
-  const auto values = device_ ? device_->bring_home() : std::nullopt;
-  if (!values) return;
+  if (!device_ || device_->at_home()) return;
+  std::vector<double> values(
+      static_cast<std::size_t>(heads_) *
+      HeadScorer::result_size(static_cast<std::size_t>(head_dim_), moments_));
+  device_->bring_home({{values.data(), values.size()}});
   for_results(state_, heads_, static_cast<std::size_t>(head_dim_), moments_,
-              [&](std::size_t at, double& sum) { sum = (*values)[at]; });
+              [&](std::size_t at, double& sum) { sum = values[at]; });
 }
 
 void AttentionScorer::go_home() {

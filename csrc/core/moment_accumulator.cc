@@ -262,6 +262,12 @@ std::vector<std::int64_t> token_offsets(const TensorView& x, std::int64_t stride
   return result;
 }
 
+/// In the order in which a device has them.
+DeviceState::Parts parts_of(MomentAccumulatorState& state) {
+  return {{state.sum.data(), state.sum.size()},
+          {state.second_moment.data(), state.second_moment.size()}};
+}
+
 bool fits_f32(double peak) { return peak == 0 || (peak > kLowF32 && peak < kHighF32); }
 
 }  // namespace
@@ -269,9 +275,6 @@ bool fits_f32(double peak) { return peak == 0 || (peak > kLowF32 && peak < kHigh
 MomentAccumulator::MomentAccumulator(std::int64_t dim, std::string name)
     : dim_(dim), name_(std::move(name)) {
   check_range(dim, 1, kMaxDim, label("dim"));
-  const auto d = static_cast<std::size_t>(dim);
-  state_.sum.assign(d, 0.0);
-  state_.second_moment.assign(packed_size(d), 0.0);
 }
 
 MomentAccumulator::MomentAccumulator(const MomentAccumulator& other)
@@ -285,6 +288,9 @@ MomentAccumulator& MomentAccumulator::operator=(const MomentAccumulator& other) 
 MomentAccumulator::MomentAccumulator(MomentAccumulator&&) noexcept = default;
 MomentAccumulator& MomentAccumulator::operator=(MomentAccumulator&&) noexcept = default;
 MomentAccumulator::~MomentAccumulator() = default;
+
+std::size_t MomentAccumulator::sum_size() const { return static_cast<std::size_t>(dim_); }
+std::size_t MomentAccumulator::moment_size() const { return packed_size(sum_size()); }
 
 std::string MomentAccumulator::label(const char* argument) const {
   return secateur::label(name_, argument);
@@ -390,10 +396,10 @@ void MomentAccumulator::update_on_device(const std::vector<MomentAccumulator*>& 
     if (wait) accumulator.wait();  // or faults of before would be taken for this batch's
     if (accumulator.device_ && !accumulator.device_->is_on(x.device)) accumulator.go_home();
     if (!accumulator.device_) {
-      std::vector<double> values = accumulator.state_.sum;
-      const std::vector<double>& second = accumulator.state_.second_moment;
-      values.insert(values.end(), second.begin(), second.end());
-      accumulator.device_ = std::make_unique<DeviceState>(x.device, values);
+      MomentAccumulatorState& state = accumulator.state_;
+      accumulator.device_ = std::make_unique<DeviceState>(
+          x.device, accumulator.sum_size() + accumulator.moment_size(),
+          state.sum.empty() ? DeviceState::Parts{} : parts_of(state));
     }
     sums.push_back(&accumulator.device_->sums());
   }
@@ -437,11 +443,14 @@ void MomentAccumulator::wait() const {
 }
 
 void MomentAccumulator::bring_home() const {
-  const auto values = device_ ? device_->bring_home() : std::nullopt;
-  if (!values) return;
-  const auto second = values->begin() + static_cast<std::ptrdiff_t>(dim_);
-  std::copy(values->begin(), second, state_.sum.begin());
-  std::copy(second, values->end(), state_.second_moment.begin());
+  if (state_.sum.empty()) {
+    std::vector<double> sum(sum_size());
+    state_.second_moment.assign(moment_size(), 0.0);
+    state_.sum = std::move(sum);
+  }
+  if (device_ && !device_->at_home()) {
+    device_->bring_home(parts_of(state_));
+  }
 }
 
 void MomentAccumulator::go_home() {
@@ -453,6 +462,19 @@ const MomentAccumulatorState& MomentAccumulator::state() const {
   wait();
   bring_home();
   return state_;
+}
+
+void MomentAccumulator::copy_state(double* sum, double* second_moment) const {
+  wait();
+  if (device_ && !device_->at_home()) {
+    device_->copy({{sum, sum_size()}, {second_moment, moment_size()}});
+  } else if (state_.sum.empty()) {
+    std::fill_n(sum, sum_size(), 0.0);
+    std::fill_n(second_moment, moment_size(), 0.0);
+  } else {
+    std::copy(state_.sum.begin(), state_.sum.end(), sum);
+    std::copy(state_.second_moment.begin(), state_.second_moment.end(), second_moment);
+  }
 }
 
 void MomentAccumulator::merge(const MomentAccumulator& other) {
@@ -476,8 +498,8 @@ std::vector<double> MomentAccumulator::second_moment() const {
 
 void MomentAccumulator::load_state(MomentAccumulatorState state) {
   check_at_least(state.rows, 0, label("rows"));
-  check_sums(state.sum, state_.sum.size(), label("sum"));
-  check_sums(state.second_moment, state_.second_moment.size(), label("second_moment"));
+  check_sums(state.sum, sum_size(), label("sum"));
+  check_sums(state.second_moment, moment_size(), label("second_moment"));
   device_.reset();
   state_ = std::move(state);
 }

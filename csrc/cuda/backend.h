@@ -38,15 +38,17 @@ class Sums {
   /// Waits for all of them. Returns the number of the first that was refused, whose part and that
   /// of all behind it is not in the sums, or -1.
   virtual std::int64_t wait() = 0;
-  /// Waits, and copies the sums to the host.
-  virtual void download(std::vector<double>& values) = 0;
+  /// Replaces `count` of the sums from number `first` on.
+  virtual void upload(std::size_t first, const double* from, std::size_t count) = 0;
+  /// Waits, and copies `count` of the sums from number `first` on to the host.
+  virtual void download(std::size_t first, double* to, std::size_t count) = 0;
 };
 
 /// How many sums may take turns.
 constexpr std::size_t kMaxTurns = 8;
 
-/// Sums that begin with these, on the device's memory.
-std::unique_ptr<Sums> make_sums(const Device& device, const std::vector<double>& values);
+/// As many zeros in the device's memory.
+std::unique_ptr<Sums> make_sums(const Device& device, std::size_t size);
 
 /// Adds, image after image, every head's result to sums (heads, HeadScorer::result_size), image i
 /// to those of number i modulo their number. Refuses what holds a value that is not finite, or with

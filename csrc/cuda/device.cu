@@ -10,8 +10,12 @@
 namespace secateur::cuda {
 namespace {
 
-// What a pool keeps between calls: the scratch memory of a usual one.
-constexpr std::uint64_t kKeptBytes = std::uint64_t{256} << 20;
+// What a pool keeps when the device is waited for: the scratch memory of one call. Sums have a pool
+// of their own, or with theirs that much would be passed, and nothing kept.
+constexpr std::uint64_t kKeptScratch = std::uint64_t{512} << 20;
+constexpr std::uint64_t kKeptSums = 0;
+// Flags that are allocated at a time.
+constexpr int kFlags = 1024;
 
 std::string capability(int device) {
   int major = 0, minor = 0;
@@ -33,11 +37,24 @@ void check_allocation(cudaError_t status, std::size_t bytes, const Device& devic
   check(status, "cudaMalloc");
 }
 
-/// Of one's own, so that nothing of the program's is tuned; nullptr where the device has none.
-cudaMemPool_t pool_of(const Device& device) {
-  static std::mutex mutex;
-  static std::vector<cudaMemPool_t> pools;
-  const std::lock_guard<std::mutex> lock(mutex);
+/// Pools of one's own, so that nothing of the program's is tuned.
+struct Pools {
+  std::mutex mutex{};
+  std::vector<cudaMemPool_t> pools{};  ///< by device
+};
+Pools& scratch_pools() {
+  static Pools pools;
+  return pools;
+}
+Pools& sum_pools() {
+  static Pools pools;
+  return pools;
+}
+
+/// nullptr where the device has none.
+cudaMemPool_t pool_of(Pools& owner, std::uint64_t kept, const Device& device) {
+  const std::lock_guard<std::mutex> lock(owner.mutex);
+  std::vector<cudaMemPool_t>& pools = owner.pools;
   const auto index = static_cast<std::size_t>(device.index);
   if (pools.size() <= index) pools.resize(index + 1, nullptr);
   if (pools[index] != nullptr || attribute(cudaDevAttrMemoryPoolsSupported, device) == 0) {
@@ -49,11 +66,46 @@ cudaMemPool_t pool_of(const Device& device) {
   properties.location.id = device.index;
   cudaMemPool_t pool = nullptr;
   check(cudaMemPoolCreate(&pool, &properties), "cudaMemPoolCreate");
-  std::uint64_t kept = kKeptBytes;
   check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept),
         "cudaMemPoolSetAttribute");
   return pools[index] = pool;
 }
+
+/// Where a device can tell the host that something is wrong. Pinned pages are dear, so flags share
+/// them, and are there until the process ends.
+class Flags {
+ public:
+  static int* take() {
+    const std::lock_guard<std::mutex> lock(mutex());
+    if (spare().empty()) {
+      int* flags = nullptr;
+      check(cudaHostAlloc(reinterpret_cast<void**>(&flags), kFlags * sizeof(int),
+                          cudaHostAllocMapped | cudaHostAllocPortable),
+            "cudaHostAlloc");
+      for (int i = kFlags; i-- > 0;) spare().push_back(flags + i);
+    }
+    int* const flag = spare().back();
+    spare().pop_back();
+    *flag = 0;
+    return flag;
+  }
+
+  static void give_back(int* flag) {
+    const std::lock_guard<std::mutex> lock(mutex());
+    if (flag != nullptr) spare().push_back(flag);
+  }
+
+ private:
+  // Never destroyed: sums may be later than what is.
+  static std::mutex& mutex() {
+    static auto* const mutex = new std::mutex;
+    return *mutex;
+  }
+  static std::vector<int*>& spare() {
+    static auto* const flags = new std::vector<int*>;
+    return *flags;
+  }
+};
 
 }  // namespace
 
@@ -80,7 +132,7 @@ DeviceGuard::DeviceGuard(const Device& device) {
 DeviceGuard::~DeviceGuard() { cudaSetDevice(before_); }
 
 Scratch::Scratch(std::size_t bytes, const Device& device) : stream_(stream_of(device)) {
-  const cudaMemPool_t pool = pool_of(device);
+  const cudaMemPool_t pool = pool_of(scratch_pools(), kKeptScratch, device);
   pooled_ = pool != nullptr;
   check_allocation(pooled_ ? cudaMallocFromPoolAsync(&memory_, bytes, pool, stream_)
                            : cudaMalloc(&memory_, bytes),
@@ -124,21 +176,24 @@ void download(void* to, const void* from, std::size_t bytes, const Device& devic
   check(cudaStreamSynchronize(stream_of(device)), "cudaStreamSynchronize");
 }
 
-DeviceSums::DeviceSums(const Device& device, const std::vector<double>& values)
-    : device_(device), size_(values.size()), stream_(stream_of(device)) {
+DeviceSums::DeviceSums(const Device& device, std::size_t size)
+    : device_(device), size_(size), stream_(stream_of(device)) {
   const DeviceGuard guard(device);
-  const std::size_t bytes = size_ * sizeof(double);
+  const std::size_t bytes = size_ * sizeof(double), all = bytes + sizeof(*first_refused_);
+  const cudaMemPool_t pool = pool_of(sum_pools(), kKeptSums, device);
+  pooled_ = pool != nullptr;
   try {
-    check_allocation(cudaMalloc(&values_, bytes), bytes, device);
-    check_allocation(cudaMalloc(&first_refused_, sizeof(*first_refused_)), sizeof(*first_refused_),
-                     device);
-    check(cudaHostAlloc(reinterpret_cast<void**>(&told_), sizeof(*told_), cudaHostAllocMapped),
-          "cudaHostAlloc");
-    *told_ = 0;
+    void* memory = nullptr;
+    check_allocation(
+        pooled_ ? cudaMallocFromPoolAsync(&memory, all, pool, stream_) : cudaMalloc(&memory, all),
+        all, device);
+    values_ = static_cast<double*>(memory);
+    first_refused_ = reinterpret_cast<unsigned long long*>(values_ + size_);
+    told_ = Flags::take();
     check(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+    check(cudaMemsetAsync(values_, 0, bytes, stream_), "cudaMemsetAsync");
     check(cudaMemsetAsync(first_refused_, 0xff, sizeof(*first_refused_), stream_),
           "cudaMemsetAsync");
-    upload(values_, values.data(), bytes, device);
     check(cudaEventRecord(done_, stream_), "cudaEventRecord");
   } catch (...) {
     release();
@@ -157,9 +212,12 @@ DeviceSums::~DeviceSums() {
 void DeviceSums::release() {
   // Whoever destroys sums does not ask whether the device, or the process, is at its end.
   if (done_ != nullptr) cudaEventSynchronize(done_);
-  cudaFree(values_);
-  cudaFree(first_refused_);
-  cudaFreeHost(told_);
+  if (pooled_ && values_ != nullptr) {
+    cudaFreeAsync(values_, nullptr);  // the stream may be gone; nothing is left to wait for
+  } else {
+    cudaFree(values_);
+  }
+  Flags::give_back(told_);
   if (done_ != nullptr) cudaEventDestroy(done_);
   cudaGetLastError();
 }
@@ -185,15 +243,22 @@ std::int64_t DeviceSums::wait() {
   return static_cast<std::int64_t>(first);
 }
 
-void DeviceSums::download(std::vector<double>& values) {
+void DeviceSums::upload(std::size_t first, const double* from, std::size_t count) {
   const DeviceGuard guard(device_);
   check(cudaEventSynchronize(done_), "cudaEventSynchronize");
-  check(cudaMemcpy(values.data(), values_, size_ * sizeof(double), cudaMemcpyDeviceToHost),
+  check(cudaMemcpy(values_ + first, from, count * sizeof(double), cudaMemcpyHostToDevice),
         "cudaMemcpy");
 }
 
-std::unique_ptr<Sums> make_sums(const Device& device, const std::vector<double>& values) {
-  return std::make_unique<DeviceSums>(device, values);
+void DeviceSums::download(std::size_t first, double* to, std::size_t count) {
+  const DeviceGuard guard(device_);
+  check(cudaEventSynchronize(done_), "cudaEventSynchronize");
+  check(cudaMemcpy(to, values_ + first, count * sizeof(double), cudaMemcpyDeviceToHost),
+        "cudaMemcpy");
+}
+
+std::unique_ptr<Sums> make_sums(const Device& device, std::size_t size) {
+  return std::make_unique<DeviceSums>(device, size);
 }
 
 bool built() { return true; }

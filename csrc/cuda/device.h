@@ -63,13 +63,14 @@ Layout layout_of(const TensorGeometry& view);
 /// only while Gate::open().
 class DeviceSums final : public Sums {
  public:
-  DeviceSums(const Device& device, const std::vector<double>& values);
+  DeviceSums(const Device& device, std::size_t size);
   ~DeviceSums() override;
 
   const Device& device() const override { return device_; }
   std::int64_t updates() const override { return updates_; }
   std::int64_t wait() override;
-  void download(std::vector<double>& values) override;
+  void upload(std::size_t first, const double* from, std::size_t count) override;
+  void download(std::size_t first, double* to, std::size_t count) override;
 
   double* values() const { return values_; }
   std::size_t size() const { return size_; }
@@ -97,7 +98,8 @@ class DeviceSums final : public Sums {
   std::size_t size_;
   double* values_ = nullptr;
   unsigned long long* first_refused_ = nullptr;
-  int* told_ = nullptr;
+  int* told_ = nullptr;  ///< one of the host's flags
+  bool pooled_ = false;
   cudaEvent_t done_ = nullptr;
   cudaStream_t stream_ = nullptr;
   std::int64_t updates_ = 0;

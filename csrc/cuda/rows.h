@@ -36,6 +36,7 @@ constexpr int64_t kNoRow = INT64_MIN;
 struct Verdict {
   unsigned long long peak;  ///< the bits of their largest magnitude: they have its order
   int faulty, fits;         ///< products of float32: some may not hold, the largest do
+  unsigned done;            ///< blocks of threads that have searched for the peak
 };
 
 /// Which rows of x count.
@@ -62,6 +63,21 @@ SECATEUR_DEVICE inline int64_t row_offset(const RowChoice& choice, int64_t s, in
 }
 
 SECATEUR_DEVICE inline int tiles_of(int dim) { return (dim + kTile - 1) / kTile; }
+
+/// Tiles of `tall` tile columns by one that cover those on and above the diagonal.
+SECATEUR_DEVICE inline int tiles_in(int side, int tall) {
+  int count = 0;
+  for (int i = 0; i < side; i += tall) count += side - i;
+  return count;
+}
+
+/// Tile `index` of them, band by band: columns from `band` `tall` on by column `right`.
+SECATEUR_DEVICE inline void tile_of(int index, int side, int tall, int* band, int* right) {
+  int i = 0;
+  for (; index >= side - i * tall; ++i) index -= side - i * tall;
+  *band = i;
+  *right = i * tall + index;
+}
 
 /// Rows that are multiplied by one block of threads: a multiple of kTile.
 struct Splits {

@@ -11,7 +11,7 @@ constexpr int kThreads = 256;
 constexpr int kFoldThreads =
     64;  // few elements, and many images: over as many processors as there are
 // Results of that many bytes wait at most until they are added up in the order of the images.
-constexpr std::int64_t kPendingBytes = std::int64_t{64} << 20;
+constexpr std::int64_t kPendingBytes = std::int64_t{256} << 20;
 // Workspaces outside of shared memory: so many bytes at most for all blocks.
 constexpr std::int64_t kWorkspaceBytes = std::int64_t{128} << 20;
 
@@ -153,8 +153,9 @@ void score_as(const TensorView& q, const TensorView& k, Heads all, const std::ve
   const std::int64_t images = q.shape[0];
   // Of an image; the folding kernel does not care where in it a head begins.
   const std::int64_t size = all.heads * result_size(all.first.dim, all.first.moments);
-  const std::int64_t chunk = std::clamp<std::int64_t>(
+  const std::int64_t most = std::clamp<std::int64_t>(
       kPendingBytes / (size * static_cast<std::int64_t>(sizeof(double))), 1, images);
+  const std::int64_t chunks = (images + most - 1) / most, chunk = (images + chunks - 1) / chunks;
   const bool by_team = small<Source>(all.first, q.device);
   Launch launch;
   if (!by_team) {

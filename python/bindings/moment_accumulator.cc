@@ -27,11 +27,18 @@ py::ssize_t dim(const Accumulator& self) { return self.fixed().dim(); }
 py::ssize_t packed(const Accumulator& self) { return dim(self) * (dim(self) + 1) / 2; }
 
 py::dict get_state(Accumulator& self) {
-  MomentAccumulatorState state = self.run([](const MomentAccumulator& m) { return m.state(); });
+  // Memory of numpy's, which asks for huge pages: large sums take a fraction of the time.
+  py::array_t<double> sum(dim(self)), second_moment(packed(self));
+  double* const sum_data = sum.mutable_data();
+  double* const moment_data = second_moment.mutable_data();
+  const std::int64_t rows = self.run([&](const MomentAccumulator& m) {
+    m.copy_state(sum_data, moment_data);
+    return m.rows();
+  });
   py::dict result;
-  result["rows"] = count_to_numpy(state.rows);
-  result["sum"] = to_numpy(std::move(state.sum), {dim(self)});
-  result["second_moment"] = to_numpy(std::move(state.second_moment), {packed(self)});
+  result["rows"] = count_to_numpy(rows);
+  result["sum"] = std::move(sum);
+  result["second_moment"] = std::move(second_moment);
   return result;
 }
 

@@ -499,8 +499,13 @@ class _Collector:
         for site in self._attention:
             shape = (min(self.images, SAMPLED_IMAGES), site.heads, site.qk_dim * (site.qk_dim + 1) // 2)
             for what in _SAMPLES:
+                parts = self._samples.get(f"sample/{site.qk}/{what}", {})
+                first = parts.get(0)
+                if first is not None and first.is_cuda and len(first) == shape[0]:
+                    found[f"sample/{site.qk}/{what}"] = first.cpu().numpy()  # all came at once: no zeros before
+                    continue
                 grams = np.zeros(shape, np.float32)
-                for start, part in self._samples.get(f"sample/{site.qk}/{what}", {}).items():
+                for start, part in parts.items():
                     grams[start : start + len(part)] = part.cpu()
                 found[f"sample/{site.qk}/{what}"] = grams
         return found

@@ -25,6 +25,7 @@ from .tensor_file import MAX_HEADER, MAX_TENSORS, header_size, memory_of, read_t
 _KEY = "secateur"
 _FORMAT = 1
 _PIECE = 32768  # elements: torch copies fewer on one thread
+_DEVICE_PIECE = 1 << 20  # elements: a copy from a device has to be worth its start
 # What a file may cost besides its own size: no file of secateur's comes near, and a hostile one must not go further.
 _MAX_TEXT = 10 << 20  # bytes of a JSON file
 _MAX_VALUES = 44 << 20  # bytes of what JSON becomes in Python
@@ -126,13 +127,15 @@ def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 def _pieces(data: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensor itself, or in row-major order what is small enough for a copy that nobody notices."""
-    if (data.is_contiguous() and data.device.type == "cpu") or data.numel() <= _PIECE:
+    on_cpu = data.device.type == "cpu"
+    most = _PIECE if on_cpu else _DEVICE_PIECE
+    if (data.is_contiguous() and on_cpu) or data.numel() <= most:
         yield data
-    elif data[0].numel() > _PIECE:
+    elif data[0].numel() > most:
         for part in data:
             yield from _pieces(part)
     else:
-        yield from data.split(_PIECE // data[0].numel())
+        yield from data.split(most // data[0].numel())
 
 
 def write(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -335,13 +335,13 @@ TEST_F(CudaDevice, ScorersThatNobodyWaitsForKeepWhatWasBeforeAFault) {
   }
 }
 
-// With moments a batch of many images is folded part by part: 42 of these make one.
+// With moments a batch of many images is folded part by part: at most 168 of these make one.
 TEST_F(CudaDevice, ScorersKeepNothingOfABatchWithAFaultBehindItsFirstPart) {
-  const std::int64_t images = 60, heads = 8, d = 128;
+  const std::int64_t images = 200, heads = 8, d = 128;
   const TestTensor q = batch({images, 3, heads, d}, 35, DType::f32);
   TestTensor k = batch({images, 3, heads, d}, 36, DType::f32);
   const OnDevice device_q(q), good(k);
-  k.set((55 * 3 + 1) * heads * d + 7, kNaN);
+  k.set((190 * 3 + 1) * heads * d + 7, kNaN);
   const OnDevice bad(k);
   AttentionScorer scorer(heads, d, 8, true), one(heads, d, 8, true);
   scorer.update(device_q, good);
@@ -534,7 +534,11 @@ TEST_F(CudaDevice, MomentsThatNobodyWaitsForKeepWhatWasBeforeAFault) {
       for (const OnDevice* batch : {&good, &bad, &good}) {
         MomentAccumulator::update_in_turn({&even, &odd}, *batch, options, false);
       }
+      std::vector<double> sum(48), second(48 * 49 / 2);
+      even.copy_state(sum.data(), second.data());
       EXPECT_EQ(even.state().rows, 180);
+      EXPECT_EQ(sum, even.state().sum);
+      EXPECT_EQ(second, even.state().second_moment);
       expect_error<NumericalError>([&] { odd.wait(); },
                                    "odd x: expected finite magnitudes up to 1e120, got one that is "
                                    "not, in a batch that was not waited for");

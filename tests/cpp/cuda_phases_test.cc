@@ -278,6 +278,23 @@ TEST(CudaRows, SquaresAreTheUpperTriangle) {
   EXPECT_EQ(secateur::cuda::tiles_of(129), 2);
 }
 
+TEST(CudaRows, TilesCoverTheUpperTriangle) {
+  for (int side = 1; side < 6; ++side) {
+    for (int tall = 1; tall < 3; ++tall) {
+      int index = 0;
+      for (int i = 0; i * tall < side; ++i) {
+        for (int j = i * tall; j < side; ++j, ++index) {
+          int band = -1, right = -1;
+          secateur::cuda::tile_of(index, side, tall, &band, &right);
+          EXPECT_EQ(band, i);
+          EXPECT_EQ(right, j);
+        }
+      }
+      EXPECT_EQ(secateur::cuda::tiles_in(side, tall), index);
+    }
+  }
+}
+
 TEST(CudaRows, SplitsHoldAllRowsAndFillTheDevice) {
   for (const std::int64_t rows : {1, 128, 129, 4096, 4097, 9001, 25216, 50432, 10000000}) {
     for (const std::int64_t blocks : {1, 6, 12, 156, 1056}) {

@@ -343,6 +343,26 @@ TEST(MomentAccumulator, NoRowsAreNoRows) {
   EXPECT_EQ(moments.rows(), 0);
 }
 
+TEST(MomentAccumulator, StateIsCopiedToMemoryOfTheCallers) {
+  MomentAccumulator moments(6);
+  const auto check = [&] {
+    std::vector<double> sum(6 + 1, -7.0), second(21 + 1, -7.0);
+    moments.copy_state(sum.data(), second.data());
+    for (std::vector<double>* values : {&sum, &second}) {
+      EXPECT_EQ(values->back(), -7.0);
+      values->pop_back();
+    }
+    EXPECT_EQ(sum, moments.state().sum);
+    EXPECT_EQ(second, moments.state().second_moment);
+  };
+  check();
+  EXPECT_EQ(moments.state().second_moment, std::vector<double>(21));
+  check();
+  moments.update(rows({5, 6}, 8, DType::f32));
+  check();
+  EXPECT_GT(moments.state().second_moment[0], 0);
+}
+
 TEST(MomentAccumulator, StateRoundTrip) {
   MomentAccumulator first(6), second(6), straight(6);
   first.update(rows({5, 6}, 8, DType::f32));

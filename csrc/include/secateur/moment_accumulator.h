@@ -4,6 +4,7 @@
 #include <secateur/export.h>
 #include <secateur/tensor.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -80,6 +81,9 @@ class SECATEUR_API MomentAccumulator {
 
   /// Waits as wait() does.
   const MomentAccumulatorState& state() const;
+  /// The values of state() to memory of the caller's, `sum` of (dim) and `second_moment` of
+  /// (dim(dim+1)/2): from a device without a copy in between. Waits as wait() does.
+  void copy_state(double* sum, double* second_moment) const;
   /// Replaces everything accumulated; checked as in AttentionScorer::load_state.
   void load_state(MomentAccumulatorState state);
 
@@ -96,13 +100,16 @@ class SECATEUR_API MomentAccumulator {
   static void update_on_device(const std::vector<MomentAccumulator*>& accumulators,
                                const TensorView& x, const std::vector<RowOptions>& options,
                                bool wait);
+  std::size_t sum_size() const;
+  std::size_t moment_size() const;
   bool is_sound() const;
   void bring_home() const;
   void go_home();
 
   std::int64_t dim_;
   std::string name_;
-  // Of sums on a device, state_ has the counts, and the values once somebody has asked for them.
+  // Of sums on a device, state_ has the counts, and the values once somebody has asked for them;
+  // where nobody has, and nothing was added on the host, empty vectors for zeros.
   mutable MomentAccumulatorState state_;
   mutable std::unique_ptr<DeviceState> device_;
 };
