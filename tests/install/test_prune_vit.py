@@ -511,7 +511,7 @@ def test_what_does_not_fit_is_refused(program, tmp_path):
     for model_name, buffer_name, words, expected in (
         ("dense", "missing", (), "blocks.1: expected queries and keys of every block that has attention, got none"),
         ("dense", "queries", (), "blocks.1: expected queries and keys of every block that has attention, got none"),
-        ("dense", "heads", (), r"blocks\.0\.qk q: expected .*3.*13.*, got \(2, 17, 2, 13\)"),
+        ("dense", "heads", (), r"blocks\.0\.qk q: expected .*3.*13.*, got \(3, 17, 2, 13\)"),
         ("dense", "images", (), r"blocks\.0\.qk k: expected .*, got .*"),
         ("dense", "nan", (), r"blocks\.1\.qk q: expected finite values, got nan at \(image 0, token 4, .*\)"),
         ("dense", "integers", (), r"integers: blocks\.0\.q: expected F64, F32, F16 or BF16, got I32"),
