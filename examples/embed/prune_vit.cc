@@ -9,93 +9,14 @@
 // --qk, --v and --ffn are the fractions of query/key neurons, value neurons and FFN channels that
 // leave. --stream is for models larger than memory: it holds a few MiB of the model at a time, and
 // with --v or --ffn what scores them, one layer's weights and their copy in float64.
-#include <secateur/secateur.h>
-
-#include <algorithm>
-#include <cinttypes>
-#include <cstdio>
-#include <cstdlib>
-#include <fstream>
-#include <memory>
 #include <string>
-#include <vector>
 
-#include "container.h"
+#include "prune.h"
 #include "safetensors.h"
 #include "vit.h"
 
 namespace embed {
 namespace {
-
-// What is read and written at a time when a file is streamed.
-constexpr std::uint64_t kPiece = std::uint64_t{8} << 20;
-// Of a row, which is never divided.
-constexpr std::uint64_t kMaxRow = std::uint64_t{32} << 20;
-
-struct Options {
-  std::string model, buffers, out, report;
-  Ratios ratios{0.5, 0, 0};
-  std::int64_t gamma = 8;
-  bool stream = false, verify = true;
-};
-
-double number(const std::string& option, const std::string& text) {
-  char* end = nullptr;
-  const double value = std::strtod(text.c_str(), &end);
-  if (text.empty() || *end != '\0') refuse(option, "a number", "'" + text + "'");
-  return value;
-}
-
-Options parse(const std::vector<std::string>& arguments) {
-  Options options;
-  std::vector<std::string> files;
-  for (std::size_t i = 0; i < arguments.size(); ++i) {
-    const std::string& word = arguments[i];
-    const auto value = [&]() -> const std::string& {
-      if (i + 1 == arguments.size()) refuse(word, "a value", "none");
-      return arguments[++i];
-    };
-    if (word == "--qk") {
-      options.ratios.qk = number(word, value());
-    } else if (word == "--v") {
-      options.ratios.v = number(word, value());
-    } else if (word == "--ffn") {
-      options.ratios.ffn = number(word, value());
-    } else if (word == "--gamma") {
-      const double gamma = number(word, value());
-      if (!(gamma >= 1 && gamma <= 1e6)) refuse(word, "1 to 1000000", arguments[i]);
-      options.gamma = static_cast<std::int64_t>(gamma);
-    } else if (word == "--stream") {
-      options.stream = true;
-    } else if (word == "--no-verify") {
-      options.verify = false;
-    } else if (word == "--report") {
-      options.report = value();
-    } else if (word.rfind("--", 0) == 0) {
-      refuse("arguments", "--qk, --v, --ffn, --gamma, --stream, --no-verify or --report", word);
-    } else {
-      files.push_back(word);
-    }
-  }
-  if (files.size() != 3) {
-    refuse("arguments", "MODEL BUFFERS OUT", std::to_string(files.size()) + " files");
-  }
-  options.model = files[0];
-  options.buffers = files[1];
-  options.out = files[2];
-  return options;
-}
-
-/// Rows of a tensor's first axis, and the bytes of each.
-struct Rows {
-  std::int64_t count;
-  std::uint64_t bytes;
-};
-
-Rows rows_of(const Tensor& tensor) {
-  const std::int64_t count = tensor.shape.empty() ? 1 : tensor.shape[0];
-  return {count, count == 0 ? 0 : tensor.bytes / static_cast<std::uint64_t>(count)};
-}
 
 /// Queries and keys where they are: in the mapped file.
 Observed observed_in(const Mapping& memory, const Table& table, const std::string& file) {
@@ -110,218 +31,22 @@ Observed observed_in(const Mapping& memory, const Table& table, const std::strin
   return observed;
 }
 
-/// The model's tensors in the form in which one of the two ways gives them.
-class Source {
- public:
-  Source() = default;
-  virtual ~Source() = default;
-  Source(const Source&) = delete;
-  Source& operator=(const Source&) = delete;
-
-  virtual secateur::TensorView rows(const std::string& name, const Tensor& tensor,
-                                    std::int64_t first, std::int64_t count) = 0;
-  /// Appends a tensor, or what stays of it.
-  virtual void give(const std::string& name, const Tensor& tensor, const Cut* cut,
-                    Writer& writer) = 0;
-  /// Called last: throws where the data were not those of the checksum.
-  virtual void check(const std::string& data_sum) const = 0;
-};
-
-void check_sum(const Digests& digests, const std::string& expected, const std::string& file) {
-  if (data_sha256(digests) != expected) {
-    refuse(file, "a secateur model file", "one whose data do not match their checksum");
-  }
-}
-
-/// Maps the file and compacts in place, in pages of this process alone.
-class Mapped : public Source {
- public:
-  Mapped(const File& file, const Table& table, bool verify) : file_(file), memory_(file) {
-    if (!verify) return;
-    for (const auto& [name, tensor] : table.tensors) {
-      Sha256 sum;
-      sum.update(memory_.at(tensor), tensor.bytes);
-      digests_[name] = sum.hex();
-    }
-  }
-
-  secateur::TensorView rows(const std::string& name, const Tensor& tensor, std::int64_t first,
-                            std::int64_t count) override {
-    secateur::TensorView all = view(tensor, memory_.at(tensor), name);
-    all.data = memory_.at(tensor) + static_cast<std::uint64_t>(first) * rows_of(tensor).bytes;
-    all.shape[0] = count;
-    return all;
-  }
-
-  void give(const std::string& name, const Tensor& tensor, const Cut* cut,
-            Writer& writer) override {
-    std::uint64_t bytes = tensor.bytes;
-    if (cut != nullptr) {
-      const secateur::MutableTensorView whole = view(tensor, memory_.at(tensor), name);
-      const secateur::MutableTensorView small = secateur::compact(whole, cut->axis, cut->keep);
-      bytes = static_cast<std::uint64_t>(small.numel()) * tensor.type->bytes;
-    }
-    writer.append(memory_.at(tensor), bytes);
-  }
-
-  void check(const std::string& data_sum) const override {
-    check_sum(digests_, data_sum, file_.name());
-  }
-
- private:
-  const File& file_;
-  Mapping memory_;
-  Digests digests_{};
-};
-
-/// Reads a few rows at a time, compacts them and hands them on.
-class Streamed : public Source {
- public:
-  explicit Streamed(const File& file) : file_(file) {}
-
-  secateur::TensorView rows(const std::string& name, const Tensor& tensor, std::int64_t first,
-                            std::int64_t count) override {
-    const std::uint64_t row = rows_of(tensor).bytes;
-    buffer_.resize(static_cast<std::size_t>(row * static_cast<std::uint64_t>(count)));
-    file_.read(tensor.offset + static_cast<std::uint64_t>(first) * row, buffer_.data(),
-               buffer_.size());
-    Tensor part = tensor;
-    part.shape[0] = count;
-    return view(part, buffer_.data(), name);
-  }
-
-  void give(const std::string& name, const Tensor& tensor, const Cut* cut,
-            Writer& writer) override {
-    const Rows rows = rows_of(tensor);
-    Sha256 sum;
-    if (rows.bytes > kMaxRow) {
-      throw secateur::Unsupported(name + ": expected rows of at most " + std::to_string(kMaxRow) +
-                                  " bytes, got " + std::to_string(rows.bytes));
-    }
-    const auto step = static_cast<std::int64_t>(
-        std::max<std::uint64_t>(1, kPiece / std::max<std::uint64_t>(1, rows.bytes)));
-    buffer_.resize(static_cast<std::size_t>(
-        std::min(tensor.bytes, static_cast<std::uint64_t>(step) * rows.bytes)));
-    for (std::int64_t first = 0; first < rows.count && tensor.bytes > 0; first += step) {
-      const std::int64_t count = std::min(step, rows.count - first);
-      const std::size_t bytes = static_cast<std::size_t>(count) * rows.bytes;
-      file_.read(tensor.offset + static_cast<std::uint64_t>(first) * rows.bytes, buffer_.data(),
-                 bytes);
-      sum.update(buffer_.data(), bytes);
-      Tensor part = tensor;
-      if (!part.shape.empty()) part.shape[0] = count;
-      writer.append(buffer_.data(), cut == nullptr ? bytes : compacted(name, part, first, *cut));
-    }
-    digests_[name] = sum.hex();
-  }
-
-  void check(const std::string& data_sum) const override {
-    check_sum(digests_, data_sum, file_.name());
-  }
-
- private:
-  /// Compacts rows from `first` on in the buffer; returns the bytes that stay.
-  std::size_t compacted(const std::string& name, const Tensor& part, std::int64_t first,
-                        const Cut& cut) {
-    std::vector<std::int64_t> keep = cut.keep;
-    if (cut.axis == 0) {
-      const auto begin = std::lower_bound(cut.keep.begin(), cut.keep.end(), first);
-      keep.assign(begin, std::lower_bound(begin, cut.keep.end(), first + part.shape[0]));
-      for (std::int64_t& index : keep) index -= first;
-      if (keep.empty()) return 0;
-    }
-    const secateur::MutableTensorView small =
-        secateur::compact(view(part, buffer_.data(), name), cut.axis, keep);
-    return static_cast<std::size_t>(small.numel()) * part.type->bytes;
-  }
-
-  const File& file_;
-  std::vector<unsigned char> buffer_{};
-  Digests digests_{};
-};
-
-void write_report(const std::string& path, const Choices& choices) {
-  nlohmann::json report;
-  for (const auto& [group, choice] : choices) {
-    report[group] = {{"heads", choice.heads},
-                     {"size", choice.size},
-                     {"scores", choice.scores},
-                     {"kept", choice.kept}};
-  }
-  std::ofstream file(path);
-  file << report.dump() << '\n';
-  if (!file.flush()) refuse_errno(path, "a file that can be written");
-}
-
-/// The most memory that this process held at a time, in MiB; 0 where the system does not say.
-double peak_memory() {
-  std::ifstream status("/proc/self/status");
-  std::string line;
-  while (std::getline(status, line)) {
-    if (line.rfind("VmHWM:", 0) == 0) return std::strtod(line.c_str() + 6, nullptr) / 1024;
-  }
-  return 0;
-}
-
-/// Names out of a file may hold anything: one line of a bearable length, without control
-/// characters.
-std::string printable(std::string text) {
-  constexpr std::size_t kLongest = 1000;
-  if (text.size() > kLongest) text = text.substr(0, kLongest) + "...";
-  for (char& c : text) {
-    if (c < ' ' || c > '~') c = '?';
-  }
-  return text;
-}
-
 void run(const Options& options) {
-  const File model(options.model), buffers(options.buffers);
-  const Table table = read_table(model), seen = read_table(buffers);
-  const Header header = read_header(table, "model", model.name());
-  const std::vector<Block> blocks = read_blocks(header.fields, table.tensors, model.name());
-  std::unique_ptr<Source> source;
-  if (options.stream) {
-    source = std::make_unique<Streamed>(model);
-  } else {
-    source = std::make_unique<Mapped>(model, table, options.verify);
-    if (options.verify) source->check(header.data_sha256);
-  }
-
-  const Mapping activations(buffers);
-  const ReadRows read_rows = [&](const std::string& name, const Tensor& tensor, std::int64_t first,
-                                 std::int64_t count) {
-    return source->rows(name, tensor, first, count);
-  };
-  const Choices choices =
-      choose(blocks, table.tensors, options.ratios, options.gamma,
-             observed_in(activations, seen, buffers.name()), read_rows, model.name());
-  const std::map<std::string, Cut> cuts = cuts_of(blocks, choices, table.tensors);
-
-  Writer writer(options.out, "model", updated(header.fields, blocks, choices),
-                resized(table.tensors, cuts));
-  for (const auto& [name, smaller] : writer.order()) {
-    const auto cut = cuts.find(name);
-    source->give(name, table.tensors.at(name), cut == cuts.end() ? nullptr : &cut->second, writer);
-  }
-  // A stream is only known to be whole at its end; nothing has the name OUT until then.
-  if (options.stream && options.verify) source->check(header.data_sha256);
-  writer.commit();
-
-  for (const auto& [group, choice] : choices) {
-    std::printf("%s: %" PRId64 " of %" PRId64 " kept\n", group.c_str(),
-                static_cast<std::int64_t>(choice.kept.size()) / choice.heads, choice.size);
-  }
-  if (!options.report.empty()) write_report(options.report, choices);
-  std::printf("peak memory: %.1f MiB\n", peak_memory());
+  const File buffers(options.files[1]);
+  const Table seen = read_table(buffers);
+  prune(options, [&](const std::vector<Block>& blocks) {
+    const Mapping memory(buffers);
+    QueryKeyScorer scorer(blocks, options.gamma);
+    scorer.add(observed_in(memory, seen, buffers.name()));
+    return scorer.scores();
+  });
 }
 
 }  // namespace
 }  // namespace embed
 
-int main(int argc, char** argv) try {
-  embed::run(embed::parse({argv + 1, argv + argc}));
-  return 0;
-} catch (const std::exception& error) {
-  std::fprintf(stderr, "prune_vit: %s\n", embed::printable(error.what()).c_str());
-  return 1;
+int main(int argc, char** argv) {
+  return embed::run_program("prune_vit", [&] {
+    embed::run(embed::parse({argv + 1, argv + argc}, {"MODEL", "BUFFERS", "OUT"}));
+  });
 }

@@ -1,6 +1,5 @@
 #include "vit.h"
 
-#include <secateur/attention_scorer.h>
 #include <secateur/error.h>
 #include <secateur/select.h>
 #include <secateur/value_similarity.h>
@@ -81,32 +80,6 @@ Choice chosen(std::int64_t heads, std::int64_t size, double fraction, std::vecto
   return choice;
 }
 
-/// Every second image, from the first or the second on.
-secateur::TensorView every_second(secateur::TensorView x, std::int64_t first) {
-  const std::int64_t step = x.strides[0] * static_cast<std::int64_t>(item_size(x.dtype));
-  x.data = static_cast<const char*>(x.data) + first * step;
-  x.shape[0] = (x.shape[0] - first + 1) / 2;
-  x.strides[0] *= 2;
-  return x;
-}
-
-/// Mean importance over the images. calibrate adds up even and odd images apart, and the sums of
-/// floating point numbers depend on their order.
-std::vector<double> query_key_scores(const Block& block, const Attention& seen,
-                                     std::int64_t gamma) {
-  const std::string name = block.name + ".qk";
-  secateur::AttentionScorer even(block.heads, block.qk, gamma, false, name), odd = even;
-  const std::int64_t images = seen.q.rank() == 4 && seen.k.rank() == 4 ? seen.q.shape[0] : 0;
-  if (images < 2) {
-    even.update(seen.q, seen.k);  // one image, or what is refused
-  } else {
-    even.update(every_second(seen.q, 0), every_second(seen.k, 0));
-    odd.update(every_second(seen.q, 1), every_second(seen.k, 1));
-    even.merge(odd);
-  }
-  return even.scores();
-}
-
 /// The indices of all heads in a matrix's rows, from `offset` on; of all of them without a choice.
 void add_rows(std::vector<std::int64_t>& rows, std::int64_t offset, std::int64_t heads,
               std::int64_t size, const Choice* choice) {
@@ -173,42 +146,80 @@ std::vector<Block> read_blocks(const json& fields, const Tensors& tensors,
   return blocks;
 }
 
-Choices choose(const std::vector<Block>& blocks, const Tensors& tensors, const Ratios& ratios,
-               std::int64_t gamma, const Observed& observed, const ReadRows& read_rows,
-               const std::string& file) {
+void check_ratios(const std::vector<Block>& blocks, const Tensors& tensors, const Ratios& ratios,
+                  const std::string& file) {
   for (const double ratio : {ratios.qk, ratios.v, ratios.ffn}) {
     if (!(ratio >= 0 && ratio < 1)) {
       refuse("ratios", "fractions from 0 to below 1", std::to_string(ratio));
     }
   }
-  Choices choices;
   for (const Block& block : blocks) {
     const std::string attn = block.name + ".attn", mlp = block.name + ".mlp";
+    if (block.heads > 0 && ratios.qk > 0) {
+      refuse_tied(tensors, block.name + ".qk", {attn + ".q_norm", attn + ".k_norm"}, file);
+    }
+    if (block.heads > 0 && ratios.v > 0) {
+      refuse_tied(tensors, block.name + ".v", {attn + ".norm", attn + ".gate"}, file);
+    }
+    if (block.ffn > 0 && ratios.ffn > 0) {
+      refuse_tied(tensors, block.name + ".ffn", {mlp + ".norm", mlp + ".fc1_g", mlp + ".fc1_x"},
+                  file);
+      check_rows(tensors, mlp + ".fc1", block.ffn, file);  // a gated one has twice as many
+    }
+  }
+}
+
+QueryKeyScorer::QueryKeyScorer(const std::vector<Block>& blocks, std::int64_t gamma) {
+  for (const Block& block : blocks) {
+    if (block.heads == 0) continue;
+    const secateur::AttentionScorer none(block.heads, block.qk, gamma, false, block.name + ".qk");
+    layers_.push_back({block.name, none, none});
+  }
+}
+
+void QueryKeyScorer::add(const Observed& batch) {
+  for (Layer& layer : layers_) {
+    const auto seen = batch.find(layer.block);
+    if (seen == batch.end() || seen->second.q.data == nullptr || seen->second.k.data == nullptr) {
+      refuse(layer.block, "queries and keys of every block that has attention", "none");
+    }
+    std::vector<secateur::AttentionScorer*> turns{&layer.even, &layer.odd};
+    if (layer.even.images() > layer.odd.images()) std::swap(turns[0], turns[1]);
+    secateur::AttentionScorer::update_in_turn(turns, seen->second.q, seen->second.k);
+  }
+}
+
+Scores QueryKeyScorer::scores() const {
+  Scores scores;
+  for (const Layer& layer : layers_) {
+    secateur::AttentionScorer all = layer.even;
+    all.merge(layer.odd);
+    scores[layer.even.name()] = all.scores();
+  }
+  return scores;
+}
+
+Choices choose(const std::vector<Block>& blocks, const Tensors& tensors, const Ratios& ratios,
+               const Scores& query_key, const ReadRows& read_rows) {
+  Choices choices;
+  for (const Block& block : blocks) {
     const std::int64_t heads = block.heads;
     if (heads > 0 && ratios.qk > 0) {
       const std::string group = block.name + ".qk";
-      refuse_tied(tensors, group, {attn + ".q_norm", attn + ".k_norm"}, file);
-      const auto seen = observed.find(block.name);
-      if (seen == observed.end() || seen->second.q.data == nullptr ||
-          seen->second.k.data == nullptr) {
-        refuse(block.name, "queries and keys of every block that has attention", "none");
-      }
-      choices[group] =
-          chosen(heads, block.qk, ratios.qk, query_key_scores(block, seen->second, gamma));
+      choices[group] = chosen(heads, block.qk, ratios.qk, query_key.at(group));
     }
     if (heads > 0 && ratios.v > 0) {
-      const std::string group = block.name + ".v", name = attn + ".qkv.weight";
-      refuse_tied(tensors, group, {attn + ".norm", attn + ".gate"}, file);
+      const std::string name = block.name + ".attn.qkv.weight";
       const secateur::TensorView rows =
           read_rows(name, tensors.at(name), 2 * heads * block.qk, heads * block.v);
-      choices[group] = chosen(heads, block.v, ratios.v, secateur::value_similarity(rows));
+      choices[block.name + ".v"] =
+          chosen(heads, block.v, ratios.v, secateur::value_similarity(rows));
     }
     if (block.ffn > 0 && ratios.ffn > 0) {
-      const std::string group = block.name + ".ffn", name = mlp + ".fc1.weight";
-      refuse_tied(tensors, group, {mlp + ".norm", mlp + ".fc1_g", mlp + ".fc1_x"}, file);
-      check_rows(tensors, mlp + ".fc1", block.ffn, file);  // a gated one has twice as many
+      const std::string name = block.name + ".mlp.fc1.weight";
       const secateur::TensorView rows = read_rows(name, tensors.at(name), 0, block.ffn);
-      choices[group] = chosen(1, block.ffn, ratios.ffn, secateur::value_similarity(rows));
+      choices[block.name + ".ffn"] =
+          chosen(1, block.ffn, ratios.ffn, secateur::value_similarity(rows));
     }
   }
   return choices;

@@ -2,6 +2,7 @@
 // then changes in the file. As secateur.plan(method="snp", ratios=...) and secateur.prune.
 #pragma once
 
+#include <secateur/attention_scorer.h>
 #include <secateur/tensor.h>
 
 #include <cstdint>
@@ -35,6 +36,42 @@ struct Ratios {
   double qk = 0, v = 0, ffn = 0;
 };
 
+/// Refuses ratios that are none, and neurons of a kind that is cut where they are tied to something
+/// that this program does not cut. Throws secateur::InvalidArgument or Unsupported.
+void check_ratios(const std::vector<Block>& blocks, const std::map<std::string, Tensor>& tensors,
+                  const Ratios& ratios, const std::string& file);
+
+/// Queries and keys of one layer over images, (images, tokens, heads, head_dim) each, in memory of
+/// whoever ran the model.
+struct Attention {
+  secateur::TensorView q{}, k{};
+};
+/// What an inference stack saw of a batch of images, by block name.
+using Observed = std::map<std::string, Attention>;
+/// Mean importance of query/key neurons, (heads, size), by group: "blocks.3.qk".
+using Scores = std::map<std::string, std::vector<double>>;
+
+/// Scores query/key neurons over batches of images, with the same bits however the images are
+/// divided into batches.
+class QueryKeyScorer {
+ public:
+  QueryKeyScorer(const std::vector<Block>& blocks, std::int64_t gamma);
+
+  /// Adds a batch. Throws secateur::InvalidArgument or NumericalError, and is of no use then.
+  void add(const Observed& batch);
+  Scores scores() const;
+
+ private:
+  // calibrate adds up even and odd images apart, and the sums of floating point numbers depend on
+  // their order.
+  struct Layer {
+    std::string block;
+    secateur::AttentionScorer even, odd;
+  };
+
+  std::vector<Layer> layers_{};
+};
+
 /// What was found for one group of neurons.
 struct Choice {
   std::int64_t heads = 1;
@@ -42,24 +79,16 @@ struct Choice {
   std::vector<double> scores{};      ///< (heads, size)
   std::vector<std::int64_t> kept{};  ///< (heads, kept of each), ascending
 };
-using Choices = std::map<std::string, Choice>;  ///< by group: "blocks.3.qk"
+using Choices = std::map<std::string, Choice>;  ///< by group
 
-/// Queries and keys of one layer over images, (images, tokens, heads, head_dim) each, in memory of
-/// whoever ran the model.
-struct Attention {
-  secateur::TensorView q{}, k{};
-};
-/// What an inference stack saw, by block name.
-using Observed = std::map<std::string, Attention>;
 /// Reads whole rows of a matrix for as long as the next call is not made.
 using ReadRows = std::function<secateur::TensorView(const std::string& name, const Tensor& tensor,
                                                     std::int64_t first, std::int64_t count)>;
 
-/// Scores and selects. Throws secateur::InvalidArgument, or Unsupported where neurons of a kind
-/// that is cut are tied to something that this program does not cut.
+/// Scores values and FFN channels, and selects. What check_ratios() refuses has been refused;
+/// query_key is of all blocks where its neurons are cut. Throws secateur::InvalidArgument.
 Choices choose(const std::vector<Block>& blocks, const std::map<std::string, Tensor>& tensors,
-               const Ratios& ratios, std::int64_t gamma, const Observed& observed,
-               const ReadRows& read_rows, const std::string& file);
+               const Ratios& ratios, const Scores& query_key, const ReadRows& read_rows);
 
 /// What stays of a tensor along an axis.
 struct Cut {

@@ -79,8 +79,11 @@ void prune(const embed::Table& table, const embed::Header& header,
   for (const embed::Ratios& ratios :
        {embed::Ratios{0.5, 0, 0}, embed::Ratios{0, 0.5, 0}, embed::Ratios{0, 0, 0.5}}) {
     try {
-      choices.merge(
-          embed::choose(blocks, table.tensors, ratios, 8, seen.observed, read_rows, "file"));
+      embed::check_ratios(blocks, table.tensors, ratios, "file");
+      embed::QueryKeyScorer scorer(blocks, 8);
+      if (ratios.qk > 0) scorer.add(seen.observed);
+      const embed::Scores scores = ratios.qk > 0 ? scorer.scores() : embed::Scores{};
+      choices.merge(embed::choose(blocks, table.tensors, ratios, scores, read_rows));
     } catch (const secateur::Error&) {
     }
   }

@@ -1,4 +1,4 @@
-"""The program of examples/embed that prunes a ViT from file to file, against secateur's own way there."""
+"""The programs of examples/embed that prune a ViT from file to file, against secateur's own way there."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import shutil
 import struct
 import subprocess
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import secateur as sc
@@ -32,7 +34,7 @@ OPTIONS = [word for name, ratio in RATIOS.items() for word in (f"--{name}", rati
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program, built against the library that this installation brings."""
+    """prune_vit, and what is built beside it, against the library that this installation brings."""
     session = tmp_path_factory.getbasetemp()
     folder = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "prune_vit"
     where = f"-Dsecateur_DIR={core.cmake_dir()}"
@@ -44,11 +46,20 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "prune_vit"
 
 
+@pytest.fixture
+def onnx_program(program: Path) -> Path:
+    """prune_onnx, where CMake finds onnxruntime: CMAKE_PREFIX_PATH may say where."""
+    path = program.with_name("prune_onnx")
+    if not path.exists():
+        pytest.skip("onnxruntime's C++ headers and library were not found")
+    return path
+
+
 def refused(program: Path, *arguments: object) -> str:
     result = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=False)
     assert result.returncode == 1, result.stdout + result.stderr
     assert result.stdout == ""
-    return result.stderr.removeprefix("prune_vit: ").removesuffix("\n")
+    return result.stderr.removeprefix(f"{program.name}: ").removesuffix("\n")
 
 
 # --- Given the same buffers: the bits of Python -----------------------------------------------------------------------
@@ -155,34 +166,177 @@ class WithQueriesAndKeys(nn.Module):
         return logits, found
 
 
+NAMES = [name for index in range(2) for name in (f"blocks.{index}.q", f"blocks.{index}.k")]
+
+
+def exported(model: nn.Module, batch: Tensor, path: Path, *, names: list[str] = NAMES, free: bool = False) -> Path:
+    """The module in ONNX, for batches of that size, or of any."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model,
+            (batch,),
+            dynamo=True,
+            output_names=["logits", *names],
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) if free else None,
+            verbose=False,
+        )
+        program.save(path)
+    return path
+
+
+def same_choices_outside_ties(ours: dict[str, dict], others: dict[str, dict]) -> float:
+    """Scores within 1e-4, and kept sets that differ by neurons as good as the last one kept; the largest difference."""
+    assert ours.keys() == others.keys()
+    largest = 0.0
+    for name in ours:
+        scores, other_scores = (np.reshape(report[name]["scores"], (3, 13)) for report in (ours, others))
+        largest = max(largest, np.abs(scores - other_scores).max())
+        for head in range(3):
+            kept, other = (set(np.reshape(report[name]["kept"], (3, 7))[head]) for report in (ours, others))
+            last = min(scores[head][list(kept)])
+            assert all(abs(scores[head][index] - last) <= 2e-4 for index in kept ^ other), name
+    assert largest <= 1e-4
+    return largest
+
+
 def test_buffers_of_onnxruntime(program, tmp_path):
     """The graph gives queries and keys beside the logits; they differ from torch's by rounding."""
     model, batch = vit(), images(6)
     sc.save(model, tmp_path / "dense")
-    names = [name for index in range(2) for name in (f"blocks.{index}.q", f"blocks.{index}.k")]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exported = torch.onnx.export(
-            WithQueriesAndKeys(model), (batch,), dynamo=True, output_names=["logits", *names], verbose=False
-        )
-        exported.save(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    assert [output.name for output in session.get_outputs()] == ["logits", *names]
-    outputs = session.run(names, {session.get_inputs()[0].name: batch.numpy()})
-    save_file({name: torch.from_numpy(array) for name, array in zip(names, outputs, strict=True)}, tmp_path / "graph")
+    session = onnxruntime.InferenceSession(
+        exported(WithQueriesAndKeys(model), batch, tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    assert [output.name for output in session.get_outputs()] == ["logits", *NAMES]
+    outputs = session.run(NAMES, {session.get_inputs()[0].name: batch.numpy()})
+    save_file({name: torch.from_numpy(array) for name, array in zip(NAMES, outputs, strict=True)}, tmp_path / "graph")
 
     reports = []
     for seen in (buffers(model, batch, tmp_path / "torch"), tmp_path / "graph"):
         run(program, tmp_path / "dense", seen, tmp_path / "out", "--report", tmp_path / "report")
         reports.append(json.loads((tmp_path / "report").read_text()))
-    for name, ours in reports[0].items():
-        scores, others = (np.reshape(report[name]["scores"], (3, 13)) for report in reports)
-        assert 0 < np.abs(scores - others).max() <= 1e-4
-        for head in range(3):
-            kept, other = (set(np.reshape(report[name]["kept"], (3, -1))[head]) for report in reports)
-            last = min(scores[head][list(kept)])
-            assert all(abs(scores[head][index] - last) <= 2e-4 for index in kept ^ other), name
-        assert len(ours["kept"]) == 3 * 7
+    assert same_choices_outside_ties(*reports) > 0
+
+
+@pytest.mark.parametrize("free", [False, True], ids=["batches of 5", "any batch"])
+def test_a_graph_in_onnxruntime(onnx_program, tmp_path, free):
+    """C++ runs the graph: 35 images in 7 calls of 5, or in calls of 16, 16 and 3."""
+    model, batch = vit(), images(35)
+    sc.save(model, tmp_path / "dense")
+    save_file({"images": batch}, tmp_path / "images")
+    graph = exported(WithQueriesAndKeys(model), batch[:5], tmp_path / "model.onnx", free=free)
+    files = [tmp_path / "dense", graph, tmp_path / "images", tmp_path / "out"]
+    output = run(onnx_program, *files, "--report", tmp_path / "report")
+    assert "blocks.1.qk: 7 of 13 kept\n" in output
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # random images are not normalised
+        statistics = sc.calibrate(model, [batch])
+    plan = sc.plan(model, statistics, method="snp", ratios={"qk": 0.5})
+    groups = "blocks.0.qk", "blocks.1.qk"
+    expected = {name: {"scores": statistics.importance(name), "kept": plan.keep[name]} for name in groups}
+    found = json.loads((tmp_path / "report").read_text())
+    same_choices_outside_ties(expected, found)
+
+    # What was kept is what is in the file.
+    loaded = sc.load(tmp_path / "out")
+    for index, block in enumerate(loaded.blocks):
+        rows = model.blocks[index].attn.qkv.weight.unflatten(0, (3, 3, 13))
+        kept = torch.tensor(found[f"blocks.{index}.qk"]["kept"]).view(3, 7)
+        for part in range(2):
+            wanted = torch.stack([rows[part, head, kept[head]] for head in range(3)]).flatten(0, 1)
+            assert torch.equal(block.attn.qkv.weight[21 * part : 21 * (part + 1)], wanted)
+    run(onnx_program, *files, "--ffn", 0.5, "--stream")
+    assert sc.load(tmp_path / "out").blocks[1].mlp.fc1.out_features == 78
+
+
+class Slices(nn.Module):
+    """Queries and keys that are pieces of the images: their bits do not depend on who computes them."""
+
+    def __init__(self, **changes: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.changes = {f"blocks.1.{name}": change for name, change in changes.items()}
+
+    def forward(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        flat = batch.flatten(1)
+        found = {}
+        for i, name in enumerate(NAMES):
+            piece = flat[:, 700 * i : 700 * i + 17 * 3 * 13].unflatten(1, (17, 3, 13))
+            found[name] = self.changes.get(name, torch.clone)(piece)
+        return flat.sum(1), found
+
+
+@pytest.mark.parametrize("size", [1, 3, 11, 33, 0], ids=lambda size: f"batches of {size}" if size else "any batch")
+def test_batches_do_not_change_the_bits(program, onnx_program, tmp_path, size):
+    """Given the same bits, the scores of a graph's outputs are those of buffers, however many images a call has."""
+    batch = images(33)
+    sc.save(vit(), tmp_path / "dense")
+    save_file({"images": batch}, tmp_path / "images")
+    save_file({name: tensor.contiguous() for name, tensor in Slices()(batch)[1].items()}, tmp_path / "buffers")
+    graph = exported(Slices(), batch[: size or 2], tmp_path / "model.onnx", free=size == 0)
+    for name, files in ("buffers", [program, graph.with_name("buffers")]), ("graph", [onnx_program, graph, "images"]):
+        first, *rest = (tmp_path / file for file in files)
+        words = "--v", 0.3, "--report", tmp_path / f"{name}.json"
+        run(first, tmp_path / "dense", *rest, tmp_path / f"{name}.out", *words)
+    assert (tmp_path / "buffers.json").read_bytes() == (tmp_path / "graph.json").read_bytes()
+    assert filecmp.cmp(tmp_path / "buffers.out", tmp_path / "graph.out", shallow=False)
+
+
+def test_graphs_and_images_that_do_not_fit_are_refused(onnx_program, tmp_path):
+    batch = images(6)
+    sc.save(vit(), tmp_path / "dense")
+    sc.save(vit(qk_norm=True), tmp_path / "normed")
+    exported(Slices(), batch[:2], tmp_path / "two.onnx")
+    exported(Slices(), batch[:2], tmp_path / "any.onnx", free=True)
+    exported(Slices(), batch[:2], tmp_path / "other.onnx", names=["blocks.0.q", "blocks.0.k", "blocks.1.q", "k"])
+    exported(Slices(k=Tensor.long), batch[:2], tmp_path / "int.onnx")
+    exported(Slices(q=lambda piece: piece.mT), batch[:2], tmp_path / "turned.onnx")
+    exported(Slices(q=lambda piece: piece[:1]), batch[:2], tmp_path / "first.onnx")
+    exported(Slices(), batch[:2].double(), tmp_path / "images64.onnx")
+    broken = onnx.load(tmp_path / "two.onnx")  # takes any number of images, but works for 2
+    broken.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "images"
+    onnx.save(broken, tmp_path / "broken.onnx")
+    (tmp_path / "none.onnx").write_bytes(b"\x1b[2J\n" * 10)
+    for name, tensors in {
+        "six": {"images": batch},
+        "five": {"images": batch[:5].clone()},
+        "empty": {"images": batch[:0].clone()},
+        "one": {"images": batch[0].clone()},
+        "half": {"images": batch.half()},
+        "sizes": {"images": batch[..., 1:].contiguous()},
+        "nan": {"images": batch.index_fill(0, torch.tensor(3), torch.nan)},
+        "unnamed": {"image": batch},
+    }.items():
+        save_file(tensors, tmp_path / name)
+    files = sorted(tmp_path.iterdir())
+    takes = r"\(any, 3, 32, 32\), as \w+\.onnx takes them"
+    for model_name, graph_name, images_name, expected in (
+        ("dense", "two.onnx", "five", r"five: images: expected a multiple of the 2 that two\.onnx .*, got 5 images"),
+        ("dense", "two.onnx", "empty", rf"empty: images: expected {takes}, got \(0, 3, 32, 32\)"),
+        ("dense", "any.onnx", "empty", rf"empty: images: expected {takes}, got \(0, 3, 32, 32\)"),
+        ("dense", "any.onnx", "one", rf"one: images: expected {takes}, got \(3, 32, 32\)"),
+        ("dense", "any.onnx", "sizes", rf"sizes: images: expected {takes}, got \(6, 3, 32, 31\)"),
+        ("dense", "any.onnx", "half", "half: images: expected F32, got F16"),
+        ("dense", "any.onnx", "unnamed", "unnamed: images: expected a tensor of that name, got none"),
+        ("dense", "any.onnx", "none.onnx", "none.onnx: expected .*, got .*"),
+        ("dense", "any.onnx", "nan", r"blocks\.0\.qk q: expected finite values, got nan at \(image \d, .*\)"),
+        ("dense", "two.onnx", "nan", r"blocks\.0\.qk q: expected finite values, got nan at \(image 0, .*\)"),
+        ("dense", "other.onnx", "six", r"other\.onnx: expected an output blocks\.1\.k, got none of that name"),
+        ("dense", "int.onnx", "six", r"int\.onnx: blocks\.1\.k: expected .*bfloat16, got ONNX's type 7"),
+        ("dense", "turned.onnx", "six", r"blocks\.1\.qk q: expected .*3, 13.*, got \(2, 17, 13, 3\)"),
+        ("dense", "first.onnx", "six", r"first\.onnx: blocks\.1\.q: expected 2 images, as it was .*, got \(1, 17, .*"),
+        ("dense", "broken.onnx", "six", r"broken\.onnx: expected a graph that runs on images \(6, 3, 32, 32\), got .+"),
+        ("dense", "images64.onnx", "six", r"images64\.onnx: batch: expected images of float32, got float64"),
+        ("dense", "none.onnx", "six", r"none\.onnx: expected a graph that onnxruntime loads, got .+"),
+        ("dense", "no.onnx", "six", r"\S+no\.onnx: expected a file that can be read, got No such file or directory"),
+        ("normed", "any.onnx", "six", r"normed: expected nothing but linear layers at blocks\.0\.qk, got .*"),
+        ("five", "any.onnx", "six", "five: expected a secateur model file, got a safetensors file that .*"),
+    ):
+        words = [tmp_path / name for name in (model_name, graph_name, images_name, "out")]
+        text = refused(onnx_program, *words)
+        assert re.fullmatch(expected, text), text
+    assert refused(onnx_program, *words[1:]) == "arguments: expected MODEL GRAPH IMAGES OUT, got 3 files"
+    assert sorted(tmp_path.iterdir()) == files
 
 
 # --- Larger than memory -----------------------------------------------------------------------------------------------
@@ -357,7 +511,7 @@ def test_what_does_not_fit_is_refused(program, tmp_path):
     for model_name, buffer_name, words, expected in (
         ("dense", "missing", (), "blocks.1: expected queries and keys of every block that has attention, got none"),
         ("dense", "queries", (), "blocks.1: expected queries and keys of every block that has attention, got none"),
-        ("dense", "heads", (), r"blocks\.0\.qk q: expected .*3.*13.*, got \(2, 17, 2, 13\)"),
+        ("dense", "heads", (), r"blocks\.0\.qk q: expected .*3.*13.*, got \(3, 17, 2, 13\)"),
         ("dense", "images", (), r"blocks\.0\.qk k: expected .*, got .*"),
         ("dense", "nan", (), r"blocks\.1\.qk q: expected finite values, got nan at \(image 0, token 4, .*\)"),
         ("dense", "integers", (), r"integers: blocks\.0\.q: expected F64, F32, F16 or BF16, got I32"),
