@@ -175,8 +175,14 @@ void AttentionScorer::update_in_turn(const std::vector<AttentionScorer*>& scorer
   const auto turns = static_cast<std::int64_t>(scorers.size());
   if (q.device.type != DeviceType::cuda) {
     for (std::int64_t turn = 0; turn < std::min(turns, q.shape[0]); ++turn) {
-      scorers[static_cast<std::size_t>(turn)]->update_on_host(every(q, turn, turns),
-                                                              every(k, turn, turns));
+      AttentionScorer& scorer = *scorers[static_cast<std::size_t>(turn)];
+      try {
+        scorer.update_on_host(every(q, turn, turns), every(k, turn, turns));
+      } catch (const NumericalError&) {
+        scorer.check_values(q, "q");  // by the image's number in the batch
+        scorer.check_values(k, "k");
+        throw;
+      }
     }
     return;
   }
@@ -197,7 +203,6 @@ void AttentionScorer::update_in_turn(const std::vector<AttentionScorer*>& scorer
     sums.push_back(&scorer->device_->sums());
   }
   cuda::score(q, k, first.gamma_, first.moments_, kMaxMomentMagnitude, sums);
-  bool sound = true;
   for (std::int64_t turn = 0; turn < turns; ++turn) {
     AttentionScorer& scorer = *scorers[static_cast<std::size_t>(turn)];
     AttentionScorerState& state = scorer.state_;
@@ -206,13 +211,14 @@ void AttentionScorer::update_in_turn(const std::vector<AttentionScorer*>& scorer
     state.images += images;
     state.tokens += images * q.shape[1];
   }
+  const AttentionScorer* faulty = nullptr;
   for (const AttentionScorer* scorer : scorers) {
-    if (wait) sound = scorer->is_sound() && sound;
+    if (wait && !scorer->is_sound() && faulty == nullptr) faulty = scorer;
   }
-  if (sound) return;
-  first.check_values(q, "q");
-  first.check_values(k, "k");
-  fail<NumericalError>(first.label("q"), "finite values", "one that was not when it was read");
+  if (faulty == nullptr) return;
+  faulty->check_values(q, "q");
+  faulty->check_values(k, "k");
+  fail<NumericalError>(faulty->label("q"), "finite values", "one that was not when it was read");
 }
 
 bool AttentionScorer::is_sound() const {

@@ -349,7 +349,12 @@ void MomentAccumulator::update_in_turn(const std::vector<MomentAccumulator*>& ac
   const auto turns = static_cast<std::int64_t>(accumulators.size());
   for (std::int64_t turn = 0; turn < std::min(turns, x.shape[0]); ++turn) {
     const auto t = static_cast<std::size_t>(turn);
-    accumulators[t]->update_on_host(every(x, turn, turns), options[t]);
+    try {
+      accumulators[t]->update_on_host(every(x, turn, turns), options[t]);
+    } catch (const NumericalError&) {
+      accumulators[t]->check_magnitudes(x);  // by the image's number in the batch
+      throw;
+    }
   }
 }
 
@@ -404,7 +409,6 @@ void MomentAccumulator::update_on_device(const std::vector<MomentAccumulator*>& 
     sums.push_back(&accumulator.device_->sums());
   }
   cuda::moments(rows, kMaxMagnitude, sums);
-  bool sound = true;
   for (std::int64_t turn = 0; turn < turns; ++turn) {
     MomentAccumulator& accumulator = *accumulators[static_cast<std::size_t>(turn)];
     accumulator.device_->enqueued({accumulator.state_.rows, 0});
@@ -418,13 +422,13 @@ void MomentAccumulator::update_on_device(const std::vector<MomentAccumulator*>& 
       }
     }
   }
+  const MomentAccumulator* faulty = nullptr;
   for (const MomentAccumulator* accumulator : accumulators) {
-    if (wait) sound = accumulator->is_sound() && sound;
+    if (wait && !accumulator->is_sound() && faulty == nullptr) faulty = accumulator;
   }
-  if (sound) return;
-  accumulators[0]->check_magnitudes(x);
-  fail<NumericalError>(accumulators[0]->label("x"), "finite values",
-                       "one that was not when it was read");
+  if (faulty == nullptr) return;
+  faulty->check_magnitudes(x);
+  fail<NumericalError>(faulty->label("x"), "finite values", "one that was not when it was read");
 }
 
 bool MomentAccumulator::is_sound() const {

@@ -747,6 +747,19 @@ TEST(AttentionScorerInTurn, ImagesGoToOneAfterTheOther) {
   }
 }
 
+// The image is that of the batch, not of those of its scorer.
+TEST(AttentionScorerInTurn, NamesTheImageThatIsNotFinite) {
+  const TestTensor q = batch({6, 5, 1, 4}, 204);
+  TestTensor k = batch({6, 5, 1, 4}, 205);
+  k.set((3 * 5 + 2) * 4 + 1, kNaN);
+  AttentionScorer even(1, 4, 8, false, "even"), odd(1, 4, 8, false, "odd");
+  expect_error<NumericalError>(
+      [&] { AttentionScorer::update_in_turn({&even, &odd}, q, k); },
+      "odd k: expected finite values, got nan at (image 3, token 2, head 0, channel 1)");
+  EXPECT_EQ(even.images(), 3);
+  EXPECT_EQ(odd.images(), 0);
+}
+
 TEST(AttentionScorerInTurn, RefusesScorersThatDoNotFit) {
   const TestTensor q = batch({2, 5, 1, 4}, 203);
   AttentionScorer scorer(1, 4, 8, false, "attn"), wide(1, 5), moments(1, 4, 8, true);

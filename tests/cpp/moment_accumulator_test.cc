@@ -456,6 +456,20 @@ TEST(MomentAccumulatorInTurn, ImagesGoToOneAfterTheOther) {
   }
 }
 
+// The image is that of the batch, not of those of its accumulator.
+TEST(MomentAccumulatorInTurn, NamesTheImageThatIsNotFinite) {
+  TestTensor x = rows({6, 5, 4}, 303, DType::f32);
+  x.set((3 * 5 + 2) * 4 + 1, kInf);
+  for (const RowNorm norm : {RowNorm::none, RowNorm::rms}) {
+    MomentAccumulator even(4, "even"), odd(4, "odd");
+    expect_error<NumericalError>(
+        [&] { MomentAccumulator::update_in_turn({&even, &odd}, x, {{norm}, {norm}}); },
+        "odd x: expected finite values, got inf at (3, 2, 1)");
+    EXPECT_EQ(even.rows(), 15);
+    EXPECT_EQ(odd.rows(), 0);
+  }
+}
+
 TEST(MomentAccumulatorInTurn, RefusesAccumulatorsThatDoNotFit) {
   const TestTensor x = rows({2, 3, 4}, 302, DType::f64);
   MomentAccumulator first(4, "fc2"), second(4), wide(5);
