@@ -20,9 +20,7 @@ void check_memory(const TensorGeometry& view, const void*, const std::string& ar
 
 std::int64_t max_head_dim() { return 0; }
 
-std::unique_ptr<Sums> make_sums(const Device& device, std::size_t) {
-  refuse("tensor", device);
-}
+std::unique_ptr<Sums> make_sums(const Device& device, std::size_t) { refuse("tensor", device); }
 
 void score(const TensorView& q, const TensorView&, std::int64_t, bool, double,
            const std::vector<Sums*>&) {

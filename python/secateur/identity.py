@@ -26,8 +26,8 @@ class Fingerprint:
     digests: Mapping[str, str]
 
     @classmethod
-    def of(cls, model: nn.Module, anatomy: Anatomy) -> Fingerprint:
-        """Take the fingerprint of a model.
+    def of(cls, model: nn.Module, anatomy: Anatomy, *, weights: bool = True) -> Fingerprint:
+        """Take the fingerprint of a model; without ``weights`` they are not read, and have no digests.
 
         Raises:
             InvalidArgument: a parameter without values (the meta device).
@@ -35,8 +35,8 @@ class Fingerprint:
         for name in anatomy.members_of:
             if model.get_parameter(name).is_meta:
                 raise InvalidArgument(f"model: expected weights, got none in {name} (device meta)")
-        weights = {name: model.get_parameter(name) for name in anatomy.members_of}
-        return replace(cls.without_weights(anatomy), digests=digests(weights))
+        read = {name: model.get_parameter(name) for name in anatomy.members_of} if weights else {}
+        return replace(cls.without_weights(anatomy), digests=digests(read))
 
     @classmethod
     def without_weights(cls, anatomy: Anatomy) -> Fingerprint:

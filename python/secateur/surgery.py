@@ -76,8 +76,9 @@ def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool =
             values have one size per head, the larger; what is missing is zeros, which the report counts. The query
             weights are multiplied by √(size / dense size), so that timm's 1/√size is the dense model's scale. Plans
             leave out the zeros in their own ``params`` and ``macs``.
-        strict: refuse other weights than the plan was made for; if false, the same dimensions are enough for a plan
-            that only selects.
+        strict: refuse other weights than the plan was made for, by their checksums, for which a GPU's weights are read
+            through the host; if false, the same dimensions are enough for a plan that only selects, and no weight
+            leaves its device.
 
     Raises:
         InvalidArgument: another model than the plan's, or a plan whose indices do not fit; nothing is changed.
@@ -90,7 +91,8 @@ def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool =
         raise InvalidArgument(f"plan: expected a Plan, got {type(plan).__name__}")
     family = family_of(model)
     anatomy = family.inspect(model)
-    plan.fingerprint.require(Fingerprint.of(model, anatomy), "model", strict=strict or bool(plan.weights))
+    strict = strict or bool(plan.weights)
+    plan.fingerprint.require(Fingerprint.of(model, anatomy, weights=strict), "model", strict=strict)
     sizes = plan.check(anatomy)
     if layout == "stock":
         sizes = family.stock_sizes(model, anatomy, sizes)

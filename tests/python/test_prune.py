@@ -17,6 +17,7 @@ import timm
 import torch
 from models import KINDS, images, make
 from safetensors.torch import load_file, save_file
+from secateur import identity
 from secateur.modules import HeadNorm, PrunedAttention
 from test_exactness import plan_of, random_keep, set_fused
 from torch import nn
@@ -50,6 +51,17 @@ def test_parameters_stay_the_same_objects_in_smaller_storages(digits_model):
         assert parameter is before[name]
         assert parameter.is_contiguous()
         assert parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
+
+
+def test_weights_are_read_where_they_are_checked_alone(digits_model, monkeypatch):
+    plan = plan_of(digits_model, random_keep(digits_model, 1, fraction=0.5))
+    read = []
+    digests = identity.digests
+    monkeypatch.setattr(identity, "digests", lambda tensors: read.append(len(tensors)) or digests(tensors))
+    sc.prune(copy.deepcopy(digits_model), plan)
+    assert read.pop() > 0
+    sc.prune(digits_model, plan, strict=False)
+    assert read == [0]
 
 
 def test_a_state_dict_that_is_held_keeps_its_values(digits_model):
