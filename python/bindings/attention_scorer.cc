@@ -140,6 +140,7 @@ Raises:
       .def_static(
           "update_in_turn",
           [](const std::vector<Scorer*>& scorers, py::handle q, py::handle k, bool wait) {
+            const auto held = Scorer::held(scorers);
             const bool named = !scorers.empty() && scorers[0] != nullptr;
             const Array queries(q, named ? label(*scorers[0], "q") : "q");
             const Array keys(k, named ? label(*scorers[0], "k") : "k");

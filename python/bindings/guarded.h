@@ -16,6 +16,10 @@ class Guarded {
  public:
   template <typename... Args>
   explicit Guarded(Args&&... args) : object_(std::forward<Args>(args)...) {}
+  Guarded(const Guarded&) = delete;
+  Guarded(Guarded&&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+  Guarded& operator=(Guarded&&) = delete;
 
   /// What no call changes (dims, name): no lock.
   const T& fixed() const { return object_; }
@@ -40,7 +44,17 @@ class Guarded {
     function(object_, other.object_);
   }
 
-  /// function(pointers to all objects). Locks are taken in one order, whatever that of the objects.
+  /// References for the length of a call: whoever passed a list may empty it meanwhile.
+  static std::vector<pybind11::object> held(const std::vector<Guarded*>& all) {
+    std::vector<pybind11::object> objects;
+    for (Guarded* one : all) {
+      objects.push_back(pybind11::cast(one, pybind11::return_value_policy::reference));
+    }
+    return objects;
+  }
+
+  /// function(pointers to all objects), which are held. Locks are taken in one order, whatever that
+  /// of the objects.
   template <typename Function>
   static void run_all(const std::vector<Guarded*>& all, Function&& function) {
     const pybind11::gil_scoped_release release;

@@ -111,6 +111,7 @@ Raises:
           "update_in_turn",
           [](const std::vector<Accumulator*>& accumulators, py::handle x, const std::string& norm,
              std::int64_t stride, const std::vector<std::int64_t>& phases, bool wait) {
+            const auto held = Accumulator::held(accumulators);
             const bool named = !accumulators.empty() && accumulators[0] != nullptr;
             const RowNorm kind = row_norm(norm);
             std::vector<RowOptions> options;

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -883,6 +884,31 @@ def test_images_go_to_one_after_the_other(turns, wait):
         for one, other in ((scorer, expected), (moments, expected_rows)):
             for name, array in other.state().items():
                 np.testing.assert_array_equal(one.state()[name], array, err_msg=name)
+
+
+class Emptying:
+    """A tensor that empties a list, as another thread might, when it is asked for its memory."""
+
+    def __init__(self, tensor, objects):
+        self.tensor, self.objects = tensor, objects
+
+    def __dlpack__(self, **arguments):
+        watched = [weakref.ref(each) for each in self.objects]
+        self.objects.clear()
+        assert all(each() is not None for each in watched)
+        return self.tensor.__dlpack__(**arguments)
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+
+def test_updates_in_turn_hold_their_objects():
+    x = torch.randn(4, 3, 2, 5)
+    scorers = [core.AttentionScorer(2, 5) for _ in range(2)]
+    core.AttentionScorer.update_in_turn(scorers, Emptying(x, scorers), x)
+    rows = [core.MomentAccumulator(5) for _ in range(2)]
+    core.MomentAccumulator.update_in_turn(rows, Emptying(x[:, :, 0], rows), phases=[0, 0])
+    assert scorers == rows == []
 
 
 def test_updates_in_turn_refuse_what_does_not_fit():
