@@ -15,7 +15,7 @@ using cpu::kRidge;
 using cpu::kTrivial;
 
 constexpr int kMaxHeadDim = 128;
-constexpr int kTile = 4;        ///< a thread multiplies squares of that many columns
+constexpr int kPatch = 4;       ///< a thread multiplies squares of that many columns
 constexpr int kStripRows = 20;  ///< tokens that are read before they are multiplied
 constexpr int kSections = 32;   ///< points at which an eigenvalue's interval is cut at once
 constexpr int kAtOnce = 8;      ///< eigenvalues that are bisected side by side
@@ -41,7 +41,7 @@ enum HeadFault : int { kSound = 0, kNotFinite = 1, kTooLarge = 2 };
 
 SECATEUR_DEVICE constexpr int row_stride(int dim) { return dim | 1; }  // odd: no bank conflicts
 SECATEUR_DEVICE constexpr int strip_stride(int dim) {
-  return (dim + kTile - 1) / kTile * kTile + 1;
+  return (dim + kPatch - 1) / kPatch * kPatch + 1;
 }
 
 /// Doubles of the room that tiles, Sturm counts, factorisations and partial sums take in turn.
@@ -163,7 +163,7 @@ class HeadScore {
   SECATEUR_DEVICE void gram(const void* source, int64_t token, int64_t channel, double scale,
                             bool center, double* out) {
     const Source* x = static_cast<const Source*>(source);
-    const int width = strip_stride(d_), padded = width - 1, squares = padded / kTile;
+    const int width = strip_stride(d_), padded = width - 1, squares = padded / kPatch;
     block_.each(d_ * ld_, [&](int i) { out[i] = 0; });
     block_.each(d_, [&](int c) { mean_[c] = sums_[c] = 0; });
     for (int64_t begin = 0; begin < in_.tokens; begin += kStripRows) {
@@ -192,7 +192,7 @@ class HeadScore {
       block_.each(squares * (squares + 1) / 2, [&](int p) {
         int left = 0, right = 0;
         square_of(p, squares, &left, &right);
-        multiply(rows, width, left * kTile, right * kTile, out);
+        multiply(rows, width, left * kPatch, right * kPatch, out);
       });
     }
     if (!center) return;
@@ -206,15 +206,15 @@ class HeadScore {
 
   /// One square of the product of the strip with itself, as far as it is in the upper triangle.
   SECATEUR_DEVICE void multiply(int rows, int width, int i0, int j0, double* out) const {
-    double sum[kTile][kTile] = {};
+    double sum[kPatch][kPatch] = {};
     for (int r = 0; r < rows; ++r) {
       const double* row = strip_ + r * width;
-      for (int i = 0; i < kTile; ++i) {
-        for (int j = 0; j < kTile; ++j) sum[i][j] += row[i0 + i] * row[j0 + j];
+      for (int i = 0; i < kPatch; ++i) {
+        for (int j = 0; j < kPatch; ++j) sum[i][j] += row[i0 + i] * row[j0 + j];
       }
     }
-    for (int i = 0; i < kTile; ++i) {
-      for (int j = 0; j < kTile; ++j) {
+    for (int i = 0; i < kPatch; ++i) {
+      for (int j = 0; j < kPatch; ++j) {
         const int r = i0 + i, c = j0 + j;
         if (c < d_ && r <= c) out[r * ld_ + c] += sum[i][j];
       }
