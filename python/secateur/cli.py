@@ -517,6 +517,7 @@ def search(
     batch_size: BatchSize = 64,
     max_images: MaxImages = None,
     workers: Workers = 0,
+    max_unreadable: Unreadable = 0,
     max_drop: Annotated[
         float | None, typer.Option(help="Fewest parameters, with at most so many points of accuracy lost.")
     ] = None,
@@ -566,6 +567,7 @@ def search(
 
         shuffle = max_images is not None and not data.startswith("hfids:")
         reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "seed": seed}
+        reading["max_unreadable"] = max_unreadable
         validation = loader(data, net, split=split, max_images=max_images, shuffle=shuffle, **reading)
         training = calibration = None
         if tuning is not None:
@@ -649,6 +651,7 @@ def finetune(
     batch_size: BatchSize = 64,
     max_images: MaxImages = None,
     workers: Workers = 0,
+    max_unreadable: Unreadable = 0,
     augment: Annotated[
         str | None,
         typer.Option(metavar="JSON", help="Arguments of timm's create_transform.", rich_help_panel=_DATA),
@@ -705,11 +708,14 @@ def finetune(
             shuffle=True,
             train=True,
             seed=seed,
+            max_unreadable=max_unreadable,
             **transform,
         )
         validation = None
         if val_data is not None:
-            validation = loader(val_data, net, split=val_split, batch_size=batch_size, workers=workers)
+            validation = loader(
+                val_data, net, split=val_split, batch_size=batch_size, workers=workers, max_unreadable=max_unreadable
+            )
         found = finetune_(
             net,
             images,

@@ -122,6 +122,15 @@ class Ranks:
         """
         return model if self._group is None else DistributedDataParallel(model)
 
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Overwrite gradients by their mean over the ranks, as a backward pass of `parallel` does; none is zero."""
+        if self._group is not None:
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad /= self.size  # first: float16 has no room for the sum
+                distributed.all_reduce(parameter.grad)
+
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors by those of the first rank."""
         if self._group is not None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -257,6 +258,38 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(
     for name in ("calibrate", "finetune"):
         expected = f"secateur: --resume: expected a file in an existing folder, got {nowhere}\n"
         assert failure(run, name, *data, "--out", tmp_path / "out", "--resume", nowhere) == expected
+
+
+def test_images_that_cannot_be_decoded_are_left_out_by_every_command(
+    run: Run, run_json: Callable[..., dict[str, object]], state: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "images"
+    for number in range(12):
+        file = data / str(number % 2) / f"{number:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (250, 9 * number, 10)).save(file)
+    for name in ("0/04.png", "1/05.png"):
+        (data / name).write_bytes(b"no image at all")
+    model, stats, out = [*MODEL, "--checkpoint", state], tmp_path / "s.st", tmp_path / "o.st"
+    source = ["--data", data, "--batch-size", 4]
+    cuts = ["--params", 0.95, "--rounds", 1, "--method", "snp", "--round-to", 1, "--finetune", '{"epochs": 1}']
+    commands = {
+        "calibrate": [*source, "--out", stats],
+        "evaluate": source,
+        "finetune": [*source, "--val-data", data, "--out", out],
+        "search": [*source, "--stats", stats, *cuts, "--out", out],
+    }
+    for name, arguments in commands.items():
+        if name != "search":  # which needs the statistics
+            for limit, text in (([], "a readable image"), (["--max-unreadable", 1], "at most 1 unreadable images")):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    assert f"source: expected {text}, got" in failure(run, name, *model, *arguments, *limit)
+        with pytest.warns(UserWarning, match="left out an image"):
+            found = run_json(name, *model, *arguments, "--max-unreadable", 2)
+        assert found.get("images", 10) == 10
+        if name == "finetune":
+            assert [(entry["images"], entry["unreadable"]) for entry in found["history"]] == [(10, 2)]
 
 
 def test_failures_name_the_option(run: Run, dense: Path, state: Path, tmp_path: Path) -> None:
