@@ -126,9 +126,9 @@ class Ranks:
         """Overwrite gradients by their mean over the ranks, as a backward pass of `parallel` does; none is zero."""
         if self._group is not None:
             for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad /= self.size  # first: float16 has no room for the sum
+                found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                # Row-major, as memory is what is added; divided first, for float16 has no room for the sum.
+                parameter.grad = (found / self.size).contiguous()
                 distributed.all_reduce(parameter.grad)
 
     def share(self, tensors: Iterable[Tensor]) -> None:

@@ -344,7 +344,7 @@ class Run:
         }
         if self._gaps is not None:
             # A resumed pass does not read the batches behind it again, and has its limit still.
-            rest["unreadable"] = self._ranks.gather(self._gaps.unreadable if self.at.batch else [])
+            rest["unreadable"] = self._ranks.gather(self._gaps.unreadable)
         with self._ranks.together():
             if self._ranks.rank == 0:
                 resumption.write(path, self._model, self._origin, asdict(self._settings), asdict(self.at), rest)
