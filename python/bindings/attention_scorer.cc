@@ -157,7 +157,8 @@ Args:
     k: keys.
     wait: False, on a CUDA device: return when the work is enqueued. What update() would raise for
         values is then raised by wait(), or by whatever asks for the sums: the scorer is then as it
-        was before the first batch of its that held such values.
+        was before the first batch of its that held such values. The memory of q and k must stay as
+        it is until their stream has got there.
 
 Raises:
     InvalidArgument: no scorers, too many, the same one twice, or of different sizes; and as
@@ -171,6 +172,7 @@ Raises:
 
 Raises:
     NumericalError: a value that was not finite (or, with moments, too large).
+    Error: the device failed.
 )")
       .def(
           "update_grams",

@@ -131,7 +131,8 @@ Args:
     norm: as in update().
     stride: as in update().
     phases: of each accumulator, counted over its own images.
-    wait: as in AttentionScorer.update_in_turn.
+    wait: as in AttentionScorer.update_in_turn; without it the memory of x must stay as it is until
+        its stream has got there.
 
 Raises:
     InvalidArgument: no accumulators, too many, the same one twice, or of different sizes; and as
@@ -145,6 +146,7 @@ Raises:
 
 Raises:
     NumericalError: a value that was not finite or too large.
+    Error: the device failed.
 )")
       .def(
           "merge",

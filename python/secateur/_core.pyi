@@ -76,7 +76,8 @@ class AttentionScorer:
             k: keys.
             wait: False, on a CUDA device: return when the work is enqueued. What update() would raise
                 for values is then raised by wait(), or by whatever asks for the sums: the scorer is then
-                as it was before the first batch of its that held such values.
+                as it was before the first batch of its that held such values. The memory of q and k must
+                stay as it is until their stream has got there.
 
         Raises:
             InvalidArgument: no scorers, too many, the same one twice, or of different sizes; and as
@@ -90,6 +91,7 @@ class AttentionScorer:
 
         Raises:
             NumericalError: a value that was not finite (or, with moments, too large).
+            Error: the device failed.
         """
 
     def update_grams(self, query_gram: _Array, key_gram: _Array, key_mean: _Array, tokens: int) -> None:
@@ -229,7 +231,8 @@ class MomentAccumulator:
             norm: as in update().
             stride: as in update().
             phases: of each accumulator, counted over its own images.
-            wait: as in AttentionScorer.update_in_turn.
+            wait: as in AttentionScorer.update_in_turn; without it the memory of x must stay as it is
+                until its stream has got there.
 
         Raises:
             InvalidArgument: no accumulators, too many, the same one twice, or of different sizes; and as
@@ -243,6 +246,7 @@ class MomentAccumulator:
 
         Raises:
             NumericalError: a value that was not finite or too large.
+            Error: the device failed.
         """
 
     def merge(self, other: MomentAccumulator) -> None:

@@ -14,8 +14,6 @@ import timm
 import torch
 import typer
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from . import Plan, Statistics, Target, __version__, check, generators
@@ -26,6 +24,7 @@ from . import prune as prune_
 from .bench import bench as bench_
 from .checkpoint import load as load_
 from .checkpoint import save as save_
+from .container import KEY, little_endian
 from .core import cmake_dir
 from .data import default_split, loader
 from .errors import Error, InvalidArgument
@@ -36,6 +35,7 @@ from .objectives import AccuracyCritical, LatencySensitive, MemoryConstrained
 from .ranks import first, joined
 from .rounds import check_figure
 from .search import search as search_
+from .tensor_file import read_table, read_tensors
 from .timing import measure_latency
 
 if TYPE_CHECKING:
@@ -238,11 +238,15 @@ def _model(
 
 
 def _load_state(model: nn.Module, name: str, file: Path, option: str) -> None:
+    with _option(option):
+        little_endian(file)
     try:
-        with safe_open(file, framework="pt") as opened:
-            own = "secateur" in (opened.metadata() or {})
-        state = load_file(file)
-    except (SafetensorError, OSError) as error:
+        with file.open("rb") as opened:
+            # Of any program: metadata are any strings, in a header of at most 8 MiB.
+            metadata, entries = read_table(opened)
+            own = KEY in metadata
+            state = {} if own else read_tensors(opened, entries)
+    except (ValueError, OSError, RuntimeError) as error:
         raise InvalidArgument(f"{option}: expected a .safetensors file, got {str(file)!r} ({error})") from error
     if own:
         raise InvalidArgument(f"{option}: expected a plain state dict with --model, got a file of secateur's own")
@@ -517,6 +521,7 @@ def search(
     batch_size: BatchSize = 64,
     max_images: MaxImages = None,
     workers: Workers = 0,
+    max_unreadable: Unreadable = 0,
     max_drop: Annotated[
         float | None, typer.Option(help="Fewest parameters, with at most so many points of accuracy lost.")
     ] = None,
@@ -566,6 +571,7 @@ def search(
 
         shuffle = max_images is not None and not data.startswith("hfids:")
         reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "seed": seed}
+        reading["max_unreadable"] = max_unreadable
         validation = loader(data, net, split=split, max_images=max_images, shuffle=shuffle, **reading)
         training = calibration = None
         if tuning is not None:
@@ -649,6 +655,7 @@ def finetune(
     batch_size: BatchSize = 64,
     max_images: MaxImages = None,
     workers: Workers = 0,
+    max_unreadable: Unreadable = 0,
     augment: Annotated[
         str | None,
         typer.Option(metavar="JSON", help="Arguments of timm's create_transform.", rich_help_panel=_DATA),
@@ -705,11 +712,14 @@ def finetune(
             shuffle=True,
             train=True,
             seed=seed,
+            max_unreadable=max_unreadable,
             **transform,
         )
         validation = None
         if val_data is not None:
-            validation = loader(val_data, net, split=val_split, batch_size=batch_size, workers=workers)
+            validation = loader(
+                val_data, net, split=val_split, batch_size=batch_size, workers=workers, max_unreadable=max_unreadable
+            )
         found = finetune_(
             net,
             images,

@@ -22,7 +22,7 @@ from .check import writable
 from .errors import Error, InvalidArgument, Unsupported
 from .tensor_file import MAX_HEADER, MAX_TENSORS, header_size, memory_of, read_table, read_tensors
 
-_KEY = "secateur"
+KEY = "secateur"
 _FORMAT = 1
 _PIECE = 32768  # elements: torch copies fewer on one thread
 _DEVICE_PIECE = 1 << 20  # elements: a copy from a device has to be worth its start
@@ -152,7 +152,7 @@ def write(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mappi
             the file.
         Unsupported: this machine is big-endian.
     """
-    _little_endian(path)
+    little_endian(path)
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     try:
         fields = json.dumps(header, sort_keys=True, allow_nan=False)
@@ -173,7 +173,7 @@ def write(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mappi
         "data_sha256": _data(flat),
     }
     with replacing(Path(path)) as temporary:
-        save_file(flat, temporary, metadata={_KEY: json.dumps(outer, sort_keys=True)})
+        save_file(flat, temporary, metadata={KEY: json.dumps(outer, sort_keys=True)})
         with temporary.open("rb") as file:
             try:
                 read_table(file)
@@ -197,15 +197,15 @@ def read(path: str | Path, kind: str, *, verify: bool = True) -> tuple[dict[str,
     expected = f"{path.name}: expected a secateur {kind} file"
     if not path.is_file():
         raise InvalidArgument(f"path: expected a secateur {kind} file, got {path}, which is no file")
-    _little_endian(path)
+    little_endian(path)
     try:
         with path.open("rb") as file:
             if header_size(file) > MAX_HEADER:
                 raise InvalidArgument(f"{expected}, got one whose header is longer than {MAX_HEADER:,} bytes")
             metadata, entries = read_table(file)
-            if _KEY not in metadata:
+            if KEY not in metadata:
                 raise InvalidArgument(f"{expected}, got a safetensors file that secateur did not write")
-            outer = _outer(metadata.pop(_KEY), expected, kind)
+            outer = _outer(metadata.pop(KEY), expected, kind)
             if len(entries) > MAX_TENSORS:
                 raise InvalidArgument(f"{expected}, got one of more than {MAX_TENSORS:,} tensors")
             table = {entry.name: (str(entry.dtype), entry.shape) for entry in entries}
@@ -227,7 +227,7 @@ def read(path: str | Path, kind: str, *, verify: bool = True) -> tuple[dict[str,
     return fields, tensors
 
 
-def _little_endian(path: str | Path) -> None:
+def little_endian(path: str | Path) -> None:
     """Refuse a machine on which the bytes of a file, and so its checksums, are not those of memory."""
     if sys.byteorder != "little":
         raise Unsupported(f"path: expected a little-endian machine for {Path(path).name}, got a big-endian one")

@@ -167,20 +167,33 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
         self.unreadable: list[str] = []
         self.max_unreadable = max_unreadable
         self._in_step = in_step
+        self._before: list[str] = []
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        left_out: list[str] = []
-        self.unreadable = left_out
-        for images, targets, unreadable in self._batches:
-            for text in unreadable:
-                if len(left_out) == self.max_unreadable:
-                    expected = f"at most {len(left_out)} unreadable images" if left_out else "a readable image"
-                    raise InvalidArgument(f"source: expected {expected}, got {text}")
-                left_out.append(text)
-                warnings.warn(f"left out an image that cannot be read: {text}", stacklevel=2)
+        for images, targets in self._every_batch():
             # The ranks of a job count batches.
             if len(images) > 0 or self._in_step:
                 yield images, targets
+
+    def every_batch(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over as many batches as ``len`` says: one of unreadable images alone is empty, not left out.
+
+        For what counts batches, as `finetune` does. An empty batch is images (0, 0, 0, 0) and targets (0,).
+        """
+        yield from self._every_batch()
+
+    def _every_batch(self) -> Iterator[tuple[Tensor, Tensor]]:
+        left_out, self._before = self._before, []
+        self.unreadable = left_out
+        for images, targets, unreadable in self._batches:
+            for text in unreadable:
+                if len(left_out) >= self.max_unreadable:
+                    limit = self.max_unreadable
+                    expected = f"at most {limit} unreadable images" if limit else "a readable image"
+                    raise InvalidArgument(f"source: expected {expected}, got {text}")
+                left_out.append(text)
+                warnings.warn(f"left out an image that cannot be read: {text}", stacklevel=3)
+            yield images, targets
 
     def __len__(self) -> int:
         """Return the number of batches in one pass."""
@@ -191,9 +204,14 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
     def __repr__(self) -> str:
         return f"ImageLoader({self.description}, images={self.images}, batch_size={self.batch_size})"
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the order and augmentation of the next passes; the very next pass leaves out ``start`` batches."""
+    def set_epoch(self, epoch: int, start: int = 0, unreadable: Iterable[str] = ()) -> None:
+        """Choose the order and augmentation of the next passes; the very next pass leaves out ``start`` batches.
+
+        It begins with ``unreadable``, the images that were left out of these batches before, which are counted and
+        named again without a warning.
+        """
         self._batches.set_epoch(epoch, start)
+        self._before = list(unreadable)
 
     def sharded(self, rank: int, ranks: int, *, whole_batches: bool = False) -> ImageLoader:
         """Return a loader of one rank's share; the batches of all ranks together are those of ``ranks * batch_size``.
@@ -254,7 +272,7 @@ def loader(
         seed: of order and augmentation.
         max_unreadable: leave out as many images that cannot be read or decoded in a pass, with a warning each, before
             that is an error; ``ImageLoader.unreadable`` names them. A batch is smaller by those it lacks. Not for
-            ``hfids:``, nor for `finetune`, whose steps count batches.
+            ``hfids:``.
         **transform: further arguments of `timm.data.create_transform`, such as ``scale``, ``hflip``, ``auto_augment``
             or ``crop_pct``.
 

@@ -34,7 +34,9 @@ class FinetuneResult:
 
     ``history`` has one entry for each pass over the loader: ``epoch``, ``step`` (steps done at its end), ``loss``
     (mean over its images, in nats), ``lr`` (of the last step), ``images`` (of all ranks), and with a validation loader
-    ``top1``, ``top5`` (percent) and ``val_loss``. ``resumed`` is the step that a checkpoint brought, 0 without one.
+    ``top1``, ``top5`` (percent) and ``val_loss``. With a loader that may leave out images it has ``unreadable``, how
+    many the pass left out, of all ranks; a pass that the last step ended before its first image has no entry.
+    ``resumed`` is the step that a checkpoint brought, 0 without one.
     """
 
     steps: int
@@ -100,7 +102,9 @@ def finetune(
         loader: batches of images or (images, targets, ...), targets (B,) class indices or (B, classes) probabilities.
             A loader with ``set_epoch`` is told the number of each pass. On several ranks those of `data.loader` are
             shared out among them (`ImageLoader.sharded`); any other must give each rank images of its own, and the same
-            number of batches.
+            number of batches. Images that one of `data.loader` leaves out (``max_unreadable``, in each pass of each
+            rank) make a batch smaller: the gradient is the mean over those that are left, of all ranks. Steps and
+            learning rates stay; a step without any image changes nothing.
         teacher: gives logits of the same shape; the dense model, usually.
         epochs: passes over the loader, which then needs a length. One of ``epochs`` and ``steps``, or none for one.
         steps: optimizer steps, over as many passes as they take.
@@ -133,7 +137,8 @@ def finetune(
         device: where to train; the model's own by default. On several ranks "cuda" is the GPU of LOCAL_RANK.
 
     Raises:
-        InvalidArgument: an argument or a batch is not as described, or the checkpoint is damaged or of another run.
+        InvalidArgument: an argument or a batch is not as described, more images cannot be read than the loader allows,
+            or the checkpoint is damaged or of another run.
         Unsupported: the optimizer's state cannot be saved, or the loader's data not be shared out.
         NumericalError: the loss or the gradient is NaN or infinite (with a GradScaler, the gradient at a scale of 1);
             the weights are those of the last good step.
@@ -148,7 +153,7 @@ def finetune(
                 raise Unsupported(f"device: expected cpu or cuda on several ranks, got {place}")
             if teacher is not None:
                 place_for(teacher, argument="teacher")
-            refuse_gaps(loader)
+            refuse_wrapped(loader)
             if ranks.size > 1 and isinstance(loader, ImageLoader):
                 loader = loader.sharded(ranks.rank, ranks.size)
             total = _total_steps(loader, epochs, steps)
@@ -189,7 +194,13 @@ def finetune(
             # The other ranks' weights are about to be the first one's.
             origin = None if path is None or ranks.rank > 0 else resumption.origin(model, teacher, loader)
         written = path is not None and path.is_file()
-        ranks.agree(model=_layout(model), resume=written, checkpoint_every=checkpoint_every, **asdict(settings))
+        ranks.agree(
+            model=_layout(model),
+            resume=written,
+            checkpoint_every=checkpoint_every,
+            max_unreadable=getattr(loader, "max_unreadable", 0),
+            **asdict(settings),
+        )
 
         with generators.kept(*_cuda_devices()), _heads_apart(model, settings), borrowed(model, place, training=True):
             with ranks.together():
@@ -206,14 +217,18 @@ def finetune(
         return FinetuneResult(run.at.step, run.at.history, resumed)
 
 
-def refuse_gaps(loader: object, argument: str = "loader") -> None:
-    """Refuse batches that may be left out: steps, resumed passes and ranks count them.
+def refuse_wrapped(loader: object, argument: str = "loader") -> None:
+    """Refuse a loader that leaves out images behind another's iteration, which would not show the empty batches.
 
     Raises:
-        InvalidArgument: a loader of `data.loader` with ``max_unreadable``.
+        InvalidArgument: it is not of `data.loader` and has its ``max_unreadable``.
     """
-    if isinstance(loader, ImageLoader) and loader.max_unreadable:
-        raise InvalidArgument(f"{argument}: expected one with max_unreadable=0, got {loader.max_unreadable}")
+    limit = getattr(loader, "max_unreadable", 0)
+    if limit and not isinstance(loader, ImageLoader):
+        raise InvalidArgument(
+            f"{argument}: expected one of data.loader itself with max_unreadable={limit}, "
+            f"got it wrapped in {type(loader).__name__}"
+        )
 
 
 def _half(amp: object, model: nn.Module, place: torch.device) -> str | None:

@@ -122,6 +122,15 @@ class Ranks:
         """
         return model if self._group is None else DistributedDataParallel(model)
 
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Overwrite gradients by their mean over the ranks, as a backward pass of `parallel` does; none is zero."""
+        if self._group is not None:
+            for parameter in parameters:
+                found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                # Row-major, as memory is what is added; divided first, for float16 has no room for the sum.
+                parameter.grad = (found / self.size).contiguous()
+                distributed.all_reduce(parameter.grad)
+
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors by those of the first rank."""
         if self._group is not None:

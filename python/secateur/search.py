@@ -25,7 +25,7 @@ from .errors import InvalidArgument
 from .evaluate import borrowed, evaluate, full_precision
 from .families import family_of
 from .finetune import finetune as finetune_
-from .finetune import refuse_gaps
+from .finetune import refuse_wrapped
 from .identity import Fingerprint
 from .objectives import AccuracyCritical, LatencySensitive, Measures, MemoryConstrained, Objective
 from .plan import Plan, checked_options, plan
@@ -522,7 +522,7 @@ def _check_tuning(how: object, train_loader: object, calibration_loader: object)
     if not isinstance(how, Mapping):
         raise InvalidArgument(f"finetune: expected arguments of finetune or a function, got {how!r}")
     _check_loader("train_loader", train_loader)
-    refuse_gaps(train_loader, "train_loader")
+    refuse_wrapped(train_loader, "train_loader")
     allowed = [name for name in inspect.signature(finetune_).parameters if name not in _NOT_OPTIONS]
     for name in how:
         if name not in allowed:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import container, core, generators, resumption
-from .data import model_input, split_batch
+from .data import ImageLoader, model_input, split_batch
 from .errors import InvalidArgument, NumericalError
 from .evaluate import check_targets, evaluate, full_precision
 from .mixing import Mixing
@@ -71,12 +71,16 @@ class _Progress:
 
 @dataclass
 class _Batch:
-    """Images on their device, and how they were mixed; ``together`` counts those of all ranks."""
+    """Images on their device, and how they were mixed; ``together`` counts those of all ranks.
+
+    ``uneven``: another rank's batch, or this one's, is empty, and not all are.
+    """
 
     images: Tensor
     targets: Tensor | None
     shares: Tensor | None
     together: int = 0
+    uneven: bool = False
 
 
 class Run:
@@ -102,6 +106,9 @@ class Run:
         self._origin = origin
         self._ranks = ranks
         self._generators: Any = None
+        # The loader that may leave out images, and what it had left out of the pass where the checkpoint is.
+        self._gaps: ImageLoader | None = None
+        self._left_out: list[str] = []
         self._mixing = Mixing(settings.mixup, settings.cutmix) if settings.mixup or settings.cutmix else None
         self._average = None if settings.ema is None else _average(model, settings.ema)
         self._scaler = torch.amp.GradScaler(place.type, enabled=settings.amp == "float16")
@@ -120,6 +127,7 @@ class Run:
     ) -> None:
         """Go on from where the run is to its last step, and leave the average in the model where one is taken."""
         at, steps = self.at, self._settings.steps
+        self._gaps = loader if isinstance(loader, ImageLoader) and loader.max_unreadable else None
         with progress(steps, "finetune", unit="steps", silent=self._ranks.rank > 0) as advance:
             advance(at.step)
             begun = at.step
@@ -128,7 +136,7 @@ class Run:
                 while at.step < steps and (batch := self._next(batches)) is not None:
                     with core.subnormals_flushed():
                         loss = self._step(batch)
-                    advance(1, note=f"loss {loss:.4f}")
+                    advance(1, note="" if loss is None else f"loss {loss:.4f}")
                     if path is not None and every is not None and at.step % every == 0 and at.step < steps:
                         self.save(path)
                 self._close_epoch(val_loader)
@@ -143,29 +151,30 @@ class Run:
         _seed_generators(self._settings.seed, at.epoch, self._ranks.rank)
         if hasattr(loader, "set_epoch"):
             # secateur's own loader can leave out what was used without decoding it.
-            if skip and hasattr(loader, "description"):
+            if self._gaps is not None:
+                self._gaps.set_epoch(at.epoch, skip, self._left_out)
+                skip, self._left_out = 0, []
+            elif skip and hasattr(loader, "description"):
                 loader.set_epoch(at.epoch, skip)
                 skip = 0
             else:
                 loader.set_epoch(at.epoch)
-        batches = iter(loader)
+        batches = iter(loader) if self._gaps is None else self._gaps.every_batch()
         for _ in range(skip):
             next(batches, None)
         if self._generators is not None:
             generators.put(self._generators, self._place)
             self._generators = None
         yield from batches
-        if at.batch == 0:
-            raise InvalidArgument("loader: expected at least one batch in every pass, got none")
 
     def _next(self, batches: Iterator[Any]) -> _Batch | None:
         """Return the next batch, None at the end of the pass; what is wrong with it is found before the ranks wait."""
         found: _Batch | None = None
-        with self._ranks.together(2) as totals:
+        with self._ranks.together(3) as totals:
             batch = next(batches, _END)
             if batch is not _END:
                 found = self._prepare(batch)
-                totals[:] = [1.0, float(len(found.images))]
+                totals[:] = [1.0, float(len(found.images)), float(len(found.images) == 0)]
         if 0 < totals[0] < self._ranks.size:
             raise InvalidArgument(
                 f"loader: expected as many batches on every rank, got {self.at.batch} in pass {self.at.epoch} on "
@@ -173,10 +182,13 @@ class Run:
             )
         if found is not None:
             found.together = int(totals[1])
+            found.uneven = 0 < totals[2] < self._ranks.size
         return found
 
     def _prepare(self, batch: Any) -> _Batch:
-        images, targets = split_batch(batch)
+        images, targets = split_batch(batch, empty=self._gaps is not None)
+        if len(images) == 0:
+            return _Batch(images, None, None)
         images = images.to(self._place)
         model_input(self._model, images, self._place)
         if targets is None and self._settings.alpha < 1:
@@ -189,11 +201,17 @@ class Run:
             images, shares = self._mixing.images(images)
         return _Batch(images, None if targets is None else targets.to(self._place), shares)
 
-    def _step(self, batch: _Batch) -> float:
+    def _step(self, batch: _Batch) -> float | None:
+        """Take one step and return its loss; None of a batch without images, which changes nothing."""
         at, settings = self.at, self._settings
         count = len(batch.images)
+        if batch.together == 0:
+            self._schedule.step_update(at.step)
+            at.step += 1
+            at.batch += 1
+            return None
         with self._ranks.together(1) as totals:
-            loss = self._loss(batch)
+            loss = self._loss(batch) if count else torch.zeros((), device=self._place)
             totals[0] = float(loss.detach()) * count
         value = totals[0] / batch.together
         self._finite("loss", value)
@@ -201,7 +219,11 @@ class Run:
             # The gradient will be the mean over ranks, whose batches may differ in size.
             loss = loss * (count * self._ranks.size / batch.together)
         self._optimizer.zero_grad()
-        self._scaler.scale(loss).backward()
+        scaled = self._scaler.scale(loss)
+        if count:
+            scaled.backward()
+        if batch.uneven:
+            self._ranks.average(p for p in self._model.parameters() if p.requires_grad)
         self._scaler.unscale_(self._optimizer)
         limit = float("inf") if settings.clip_grad is None else settings.clip_grad
         norm = nn.utils.clip_grad_norm_([p for p in self._model.parameters() if p.grad is not None], limit)
@@ -233,7 +255,9 @@ class Run:
     def _loss(self, batch: _Batch) -> Tensor:
         settings = self._settings
         with self._precision():
-            output = self._forward(model_input(self._model, batch.images, self._place))
+            # Not all ranks have a forward pass, which DistributedDataParallel would wait for.
+            forward = self._model if batch.uneven else self._forward
+            output = forward(model_input(self._model, batch.images, self._place))
         # Two heads only when `_heads_apart` asked for them.
         heads = output if isinstance(output, tuple) and len(output) == 2 else (output, output)
         student, pupil = (full_precision(head) for head in heads)
@@ -269,6 +293,12 @@ class Run:
 
     def _close_epoch(self, val_loader: Iterable[Any] | None) -> None:
         at = self.at
+        if at.images == 0:
+            # Of a pass that the last step ended, what was trained before counts.
+            if at.step < self._settings.steps or not at.history:
+                raise InvalidArgument("loader: expected at least one image in every pass, got none")
+            at.epoch, at.batch = at.epoch + 1, 0
+            return
         entry: dict[str, float] = {
             "epoch": at.epoch,
             "step": at.step,
@@ -276,14 +306,17 @@ class Run:
             "lr": max(float(group["lr"]) for group in self._optimizer.param_groups),
             "images": at.images,
         }
-        # The first rank's numbers are the sums: the others add zeros.
-        with self._ranks.together(4) as totals:
+        # But for the images left out, the first rank's numbers are the sums: the others add zeros.
+        with self._ranks.together(5) as totals:
+            totals[4] = 0.0 if self._gaps is None else float(len(self._gaps.unreadable))
             if val_loader is not None and self._ranks.rank == 0:
                 with self._averaged():
                     found = evaluate(self._model, val_loader)
-                totals[:] = [1.0, found.top1, found.top5, found.loss]
+                totals[:4] = [1.0, found.top1, found.top5, found.loss]
+        if self._gaps is not None:
+            entry["unreadable"] = int(totals[4])
         if totals[0]:
-            entry |= dict(zip(("top1", "top5", "val_loss"), totals[1:], strict=True))
+            entry |= dict(zip(("top1", "top5", "val_loss"), totals[1:4], strict=True))
         at.history.append(entry)
         at.epoch, at.batch, at.loss, at.images = at.epoch + 1, 0, 0.0, 0
 
@@ -309,6 +342,9 @@ class Run:
             "scaler": self._scaler.state_dict(),
             "average": {} if self._average is None else resumption.state(self._average.module),
         }
+        if self._gaps is not None:
+            # A resumed pass does not read the batches behind it again, and has its limit still.
+            rest["unreadable"] = self._ranks.gather(self._gaps.unreadable)
         with self._ranks.together():
             if self._ranks.rank == 0:
                 resumption.write(path, self._model, self._origin, asdict(self._settings), asdict(self.at), rest)
@@ -318,6 +354,7 @@ class Run:
         found, position, rest = resumption.read(path, self._model, self._origin, asdict(self._settings))
         with container.understood("resume: expected a checkpoint of this run"):
             at, drawn = _Progress(**position), rest["generators"][self._ranks.rank]
+            left_out = [str(text) for text in rest["unreadable"][self._ranks.rank]] if "unreadable" in rest else []
             try:
                 self._optimizer.load_state_dict(rest["optimizer"])
             except ValueError as error:  # raised before anything is loaded
@@ -329,7 +366,7 @@ class Run:
                 _overwrite(resumption.state(self._average.module), rest["average"])
             if self._scaler.is_enabled():
                 self._scaler.load_state_dict(rest["scaler"])
-            self.at, self._generators = at, drawn
+            self.at, self._generators, self._left_out = at, drawn, left_out
         return self.at.step
 
 

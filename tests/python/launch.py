@@ -18,7 +18,7 @@ def start_ranks(script: str, folder: Path, ranks: int = 2, **environment: str) -
         port = free.getsockname()[1]
     shared = {
         **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import gc
 import json
+import struct
 import subprocess
 import sys
+import tracemalloc
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +16,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from secateur.cli import main
+from secateur.cli import _load_state, _model, main
 from secateur.data import loader
 from secateur.evaluate import evaluate
 from torch import nn
@@ -239,6 +243,71 @@ def test_failures_are_one_line(run: Run, dense: Path, state: Path, tmp_path: Pat
     assert not out.exists()
 
 
+def state_of(model: nn.Module, path: Path, metadata: object, padding: int = 0) -> Path:
+    """A state dict as another program may write it: the header's metadata may be anything."""
+    data, entries = b"", {} if metadata is None else {"__metadata__": metadata}
+    for name, tensor in model.state_dict().items():
+        values = tensor.numpy().tobytes()
+        entries[name] = {"dtype": "F32", "shape": [*tensor.shape], "data_offsets": [len(data), len(data) + len(values)]}
+        data += values
+    header = json.dumps(entries, ensure_ascii=False).encode() + b" " * padding
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("metadata", "padding"),
+    [
+        (None, 0),
+        ({}, 5),
+        ({"format": "pt"}, 8),
+        ({"format": "flax", "größe": 'a "quotation", a \\ and \n 家 😀', "": ""}, 0),
+        ({"config": json.dumps({"lr": -1.5e-3, "layers": [1, None, True]}), "notes": "x" * (1 << 20)}, 3),
+    ],
+)
+def test_a_state_dict_from_elsewhere(tmp_path: Path, metadata: dict[str, str] | None, padding: int) -> None:
+    expected = timm.create_model(NAME, num_classes=10, **KWARGS)
+    path = state_of(expected, tmp_path / "state", metadata, padding)
+    assert load_file(path).keys() == expected.state_dict().keys()  # safetensors takes it
+    found = _model(NAME, path, None, 10, json.dumps(KWARGS))
+    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in expected.state_dict().items())
+
+
+def test_a_state_dict_that_is_damaged(run: Run, state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, whole = tmp_path / "state", state.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    long = size + (9 << 20)
+    for damaged, text in (
+        (b"", "where a header and its size are expected"),
+        (whole[:-4], "where the header says"),
+        (struct.pack("<Q", long) + whole[8 : 8 + size] + b" " * (9 << 20) + whole[8 + size :], "a header of"),
+        (whole[:8] + b"[" + whole[9:], "a header that is no JSON object"),
+    ):
+        path.write_bytes(damaged)
+        found = failure(run, "inspect", *MODEL, "--checkpoint", path)
+        assert found.startswith(f"secateur: --checkpoint: expected a .safetensors file, got '{path}' (")
+        assert text in found
+    assert "expected a .safetensors file" in failure(run, "inspect", *MODEL, "--checkpoint", tmp_path)
+    monkeypatch.setattr(sys, "byteorder", "big")
+    assert "expected a little-endian machine" in failure(run, "inspect", *MODEL, "--checkpoint", state)
+
+
+def test_nothing_is_kept_of_a_state_dict(tmp_path: Path) -> None:
+    model = nn.ModuleList([nn.Linear(1, 1) for _ in range(50)])
+    save_file(model.state_dict(), tmp_path / "state")
+    tracemalloc.start()
+    try:
+        held = []
+        for reads in (5, 50):
+            for _ in range(reads):
+                _load_state(model, "model", tmp_path / "state", "--checkpoint")
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert held[1] - held[0] < 50 * 100 * 4
+
+
 def test_files_that_cannot_be_written_are_refused_before_the_work(
     run: Run, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +326,38 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(
     for name in ("calibrate", "finetune"):
         expected = f"secateur: --resume: expected a file in an existing folder, got {nowhere}\n"
         assert failure(run, name, *data, "--out", tmp_path / "out", "--resume", nowhere) == expected
+
+
+def test_images_that_cannot_be_decoded_are_left_out_by_every_command(
+    run: Run, run_json: Callable[..., dict[str, object]], state: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "images"
+    for number in range(12):
+        file = data / str(number % 2) / f"{number:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (250, 9 * number, 10)).save(file)
+    for name in ("0/04.png", "1/05.png"):
+        (data / name).write_bytes(b"no image at all")
+    model, stats, out = [*MODEL, "--checkpoint", state], tmp_path / "s.st", tmp_path / "o.st"
+    source = ["--data", data, "--batch-size", 4]
+    cuts = ["--params", 0.95, "--rounds", 1, "--method", "snp", "--round-to", 1, "--finetune", '{"epochs": 1}']
+    commands = {
+        "calibrate": [*source, "--out", stats],
+        "evaluate": source,
+        "finetune": [*source, "--val-data", data, "--out", out],
+        "search": [*source, "--stats", stats, *cuts, "--out", out],
+    }
+    for name, arguments in commands.items():
+        if name != "search":  # which needs the statistics
+            for limit, text in (([], "a readable image"), (["--max-unreadable", 1], "at most 1 unreadable images")):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    assert f"source: expected {text}, got" in failure(run, name, *model, *arguments, *limit)
+        with pytest.warns(UserWarning, match="left out an image"):
+            found = run_json(name, *model, *arguments, "--max-unreadable", 2)
+        assert found.get("images", 10) == 10
+        if name == "finetune":
+            assert [(entry["images"], entry["unreadable"]) for entry in found["history"]] == [(10, 2)]
 
 
 def test_failures_name_the_option(run: Run, dense: Path, state: Path, tmp_path: Path) -> None:

@@ -311,6 +311,7 @@ def test_images_that_cannot_be_read_are_left_out_to_a_limit(folder: Path, worker
         assert found == [number for number in range(13) if number not in (3, 6, 7)]
         assert [text.split("'")[1] for text in source.unreadable] == names
         assert [str(one.message).split("'")[1] for one in caught] == names
+        assert {one.filename for one in caught} == {__file__}  # whoever reads is told
     limited = loader(folder, small_vit(), batch_size=batch_size, workers=workers, max_unreadable=2)
     text = rf"^source: expected at most 2 unreadable images, got '{names[2]}' \([^\n]+\)$"
     with pytest.warns(UserWarning, match="left out"), pytest.raises(InvalidArgument, match=text):
@@ -324,6 +325,29 @@ def test_ranks_stay_in_step_where_a_whole_batch_is_left_out(folder: Path) -> Non
     with pytest.warns(UserWarning, match="left out"):
         shares = [list(source.sharded(rank, 2, whole_batches=True)) for rank in range(2)]
     assert [[len(images) for images, _ in share] for share in shares] == [[2, 2, 2, 1], [1, 0, 2]]
+
+
+def test_every_batch_counts_the_empty_ones_and_goes_on_from_the_middle(folder: Path) -> None:
+    names = breaking(folder)
+    source = loader(folder, small_vit(), batch_size=2, max_unreadable=3)
+    with pytest.warns(UserWarning, match="left out") as caught:
+        whole = list(source.every_batch())
+    assert {one.filename for one in caught} == {__file__}
+    assert [len(images) for images, _ in whole] == [2, 1, 2, 0, 2, 2, 1]
+    assert len(whole) == len(source)
+    assert whole[3][1].shape == (0,)
+    before = source.unreadable[:1]
+    source.set_epoch(0, 2, before)
+    with pytest.warns(UserWarning, match="left out") as caught:
+        rest = list(source.every_batch())
+    assert [len(images) for images, _ in rest] == [2, 0, 2, 2, 1]
+    assert len(caught) == 2
+    assert [text.split("'")[1] for text in source.unreadable] == names
+    assert len(before) == 1
+    # Of the very next pass alone.
+    with pytest.warns(UserWarning, match="left out"):
+        list(source)
+    assert len(source.unreadable) == 3
 
 
 @pytest.mark.parametrize(
