@@ -155,11 +155,15 @@ void AttentionScorer::check_batch(const TensorView& q, const TensorView& k) cons
   }
 }
 
-void AttentionScorer::check_values(const TensorView& x, const char* argument) const {
-  const double peak = check_finite(x, label(argument), {"image", "token", "head", "channel"});
-  if (moments_ && peak > kMaxMomentMagnitude) {
-    fail<NumericalError>(label(argument), "magnitudes up to 1e60 with moments", number(peak));
-  }
+void AttentionScorer::check_values(const TensorView& q, const TensorView& k) const {
+  const auto check = [&](const TensorView& x, const char* argument) {
+    const double peak = check_finite(x, label(argument), {"image", "token", "head", "channel"});
+    if (moments_ && peak > kMaxMomentMagnitude) {
+      fail<NumericalError>(label(argument), "magnitudes up to 1e60 with moments", number(peak));
+    }
+  };
+  check(q, "q");
+  check(k, "k");
 }
 
 void AttentionScorer::update(const TensorView& q, const TensorView& k) {
@@ -179,8 +183,7 @@ void AttentionScorer::update_in_turn(const std::vector<AttentionScorer*>& scorer
       try {
         scorer.update_on_host(every(q, turn, turns), every(k, turn, turns));
       } catch (const NumericalError&) {
-        scorer.check_values(q, "q");  // by the image's number in the batch
-        scorer.check_values(k, "k");
+        scorer.check_values(q, k);  // by the image's number in the batch
         throw;
       }
     }
@@ -216,8 +219,7 @@ void AttentionScorer::update_in_turn(const std::vector<AttentionScorer*>& scorer
     if (wait && !scorer->is_sound() && faulty == nullptr) faulty = scorer;
   }
   if (faulty == nullptr) return;
-  faulty->check_values(q, "q");
-  faulty->check_values(k, "k");
+  faulty->check_values(q, k);
   fail<NumericalError>(faulty->label("q"), "finite values", "one that was not when it was read");
 }
 
@@ -239,9 +241,7 @@ void AttentionScorer::wait() const {
 
 void AttentionScorer::bring_home() const {
   if (!device_ || device_->at_home()) return;
-  std::vector<double> values(
-      static_cast<std::size_t>(heads_) *
-      HeadScorer::result_size(static_cast<std::size_t>(head_dim_), moments_));
+  std::vector<double> values = results();
   device_->bring_home({{values.data(), values.size()}});
   for_results(state_, heads_, static_cast<std::size_t>(head_dim_), moments_,
               [&](std::size_t at, double& sum) { sum = values[at]; });
@@ -272,8 +272,7 @@ void AttentionScorer::update_on_host(const TensorView& q, const TensorView& k) {
   const auto gamma = static_cast<std::size_t>(gamma_);
   const auto make = [&] { return std::make_unique<HeadScorer>(q, k, gamma, moments_); };
   const auto explain = [&] {
-    check_values(q, "q");
-    check_values(k, "k");
+    check_values(q, k);
     fail<NumericalError>(label("q"), "an eigenvalue iteration that converges", "one that does not");
   };
   AttentionScorerState next = state_;

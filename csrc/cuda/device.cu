@@ -10,10 +10,6 @@
 namespace secateur::cuda {
 namespace {
 
-// What a pool keeps when the device is waited for: the scratch memory of one call. Sums have a pool
-// of their own, or with theirs that much would be passed, and nothing kept.
-constexpr std::uint64_t kKeptScratch = std::uint64_t{512} << 20;
-constexpr std::uint64_t kKeptSums = 0;
 // Flags that are allocated at a time.
 constexpr int kFlags = 1024;
 
@@ -39,22 +35,25 @@ void check_allocation(cudaError_t status, std::size_t bytes, const Device& devic
 
 /// Pools of one's own, so that nothing of the program's is tuned.
 struct Pools {
+  std::uint64_t kept;  ///< bytes, when the device is waited for
   std::mutex mutex{};
-  std::vector<cudaMemPool_t> pools{};  ///< by device
+  std::vector<cudaMemPool_t> by_device{};
 };
+// The scratch memory of one call is kept. Sums have pools of their own, or with theirs that much
+// would be passed, and nothing kept.
 Pools& scratch_pools() {
-  static Pools pools;
+  static Pools pools{std::uint64_t{512} << 20};
   return pools;
 }
 Pools& sum_pools() {
-  static Pools pools;
+  static Pools pools{0};
   return pools;
 }
 
 /// nullptr where the device has none.
-cudaMemPool_t pool_of(Pools& owner, std::uint64_t kept, const Device& device) {
+cudaMemPool_t pool_of(Pools& owner, const Device& device) {
   const std::lock_guard<std::mutex> lock(owner.mutex);
-  std::vector<cudaMemPool_t>& pools = owner.pools;
+  std::vector<cudaMemPool_t>& pools = owner.by_device;
   const auto index = static_cast<std::size_t>(device.index);
   if (pools.size() <= index) pools.resize(index + 1, nullptr);
   if (pools[index] != nullptr || attribute(cudaDevAttrMemoryPoolsSupported, device) == 0) {
@@ -66,7 +65,7 @@ cudaMemPool_t pool_of(Pools& owner, std::uint64_t kept, const Device& device) {
   properties.location.id = device.index;
   cudaMemPool_t pool = nullptr;
   check(cudaMemPoolCreate(&pool, &properties), "cudaMemPoolCreate");
-  check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept),
+  check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &owner.kept),
         "cudaMemPoolSetAttribute");
   return pools[index] = pool;
 }
@@ -132,7 +131,7 @@ DeviceGuard::DeviceGuard(const Device& device) {
 DeviceGuard::~DeviceGuard() { cudaSetDevice(before_); }
 
 Scratch::Scratch(std::size_t bytes, const Device& device) : stream_(stream_of(device)) {
-  const cudaMemPool_t pool = pool_of(scratch_pools(), kKeptScratch, device);
+  const cudaMemPool_t pool = pool_of(scratch_pools(), device);
   pooled_ = pool != nullptr;
   check_allocation(pooled_ ? cudaMallocFromPoolAsync(&memory_, bytes, pool, stream_)
                            : cudaMalloc(&memory_, bytes),
@@ -180,7 +179,7 @@ DeviceSums::DeviceSums(const Device& device, std::size_t size)
     : device_(device), size_(size), stream_(stream_of(device)) {
   const DeviceGuard guard(device);
   const std::size_t bytes = size_ * sizeof(double), all = bytes + sizeof(*first_refused_);
-  const cudaMemPool_t pool = pool_of(sum_pools(), kKeptSums, device);
+  const cudaMemPool_t pool = pool_of(sum_pools(), device);
   pooled_ = pool != nullptr;
   try {
     void* memory = nullptr;

@@ -570,8 +570,12 @@ def search(
             collected = Statistics.load(stats)
 
         shuffle = max_images is not None and not data.startswith("hfids:")
-        reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "seed": seed}
-        reading["max_unreadable"] = max_unreadable
+        reading: dict[str, Any] = {
+            "batch_size": batch_size,
+            "workers": workers,
+            "seed": seed,
+            "max_unreadable": max_unreadable,
+        }
         validation = loader(data, net, split=split, max_images=max_images, shuffle=shuffle, **reading)
         training = calibration = None
         if tuning is not None:

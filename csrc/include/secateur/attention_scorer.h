@@ -106,7 +106,7 @@ class SECATEUR_API AttentionScorer {
   std::string label(const char* argument) const;
   void check_batch(const TensorView& q, const TensorView& k) const;
   void check_same(const AttentionScorer& other, const char* argument) const;
-  void check_values(const TensorView& x, const char* argument) const;
+  void check_values(const TensorView& q, const TensorView& k) const;
   void update_on_host(const TensorView& q, const TensorView& k);
   std::vector<double> results() const;
   bool is_sound() const;
