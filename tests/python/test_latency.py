@@ -767,6 +767,28 @@ def test_a_measured_table_predicts_its_clock(by_weights, kind):
     )
 
 
+@pytest.mark.parametrize(("dtype", "compiled"), [("bfloat16", True), ("float64", False)])
+def test_what_is_measured_is_of_the_type_and_backend_that_were_asked_for(by_weights, monkeypatch, dtype, compiled):
+    counted, seen = timing.in_turn, set()
+
+    def watched(models, inputs, *rest):
+        for model, x in zip(models, inputs, strict=True):
+            seen.add((type(model).__name__ == "OptimizedModule", str(x.dtype)))
+        return counted(models, inputs, *rest)
+
+    monkeypatch.setattr(timing, "in_turn", watched)
+    model = make("plain")
+    table = sc.measure_latency(
+        model, dtype=dtype, compile=compiled, groups=("ffn",), grid={"ffn": [33]}, batch_size=2, repeats=1
+    )
+    assert seen == {(compiled, f"torch.{dtype}")}
+    assert (table.compiled, table.dtype) == (compiled, dtype)
+    anatomy = sc.inspect(model)
+    for sizes in ({}, {"blocks.0.ffn": 33}):
+        assert table.predict(anatomy, sizes) == pytest.approx(anatomy.params_at(sizes), rel=1e-6)
+    assert next(model.parameters()).dtype == torch.float32
+
+
 def test_unlike_blocks_are_measured_apart(by_weights):
     model = small(24, 3, 2)
     sc.prune(model, some_plan(model, {"blocks.1.ffn": 0.5, "blocks.2.qk": 0.25}))
