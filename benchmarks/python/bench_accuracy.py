@@ -26,12 +26,10 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,11 +43,12 @@ from conftest import processor
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from secateur.allocate import kept_count
 from secateur.anatomy import Anatomy
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from tuning import Answers, Passes, attention
 
 OURS = ("project", "refit", "snp")
 INNER = ("qk", "v", "ffn")
@@ -97,10 +96,10 @@ def arguments() -> argparse.Namespace:
     add("--tune-scale", type=float, default=0.7, help="smallest share of an image that a random crop keeps")
     twins = ("dense", "random")
     add("--tune-references", nargs="*", choices=twins, default=twins, help="beside the methods: dense, and untrained")
-    add("--tune-passes", type=Path, help="folder that keeps every pass of images for the next model")
+    add("--tune-passes", type=Path, help="folder that keeps each pass, and the teacher's answers, for the next model")
     add("--tune-amp", choices=("bfloat16", "float16"), help="mixed precision of fine-tuning; none unless given")
     add("--tune-attention", choices=("fused", "plain"), default="fused", help="plain trains faster on few tokens")
-    add("--seeds", type=int, default=3, help="of fine-tuning")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of fine-tuning")
     add("--repeats", type=int, default=15, help="of the speed measurement; 0 for none")
     add("--device", default="cpu")
     add("--threads", type=int, default=2)
@@ -178,41 +177,6 @@ class Batches(Iterable[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._batches)
-
-
-class Passes(Iterable[Any]):
-    """Training batches of a loader, the images of every pass kept in a file: the same for all models of one seed.
-
-    The transforms of an epoch of small images take a core longer than a GPU's steps do.
-    """
-
-    def __init__(self, loader: sc.data.ImageLoader, folder: Path, device: str) -> None:
-        self.loader, self.folder, self.device, self.epoch = loader, folder, device, 0
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def file(self) -> Path:
-        """The file of the present pass, written where there is none."""
-        path = self.folder / f"pass-{self.epoch}.safetensors"
-        if not path.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.loader.set_epoch(self.epoch)
-            # What worker processes send stays in shared memory, with a file open for each tensor, until it is copied.
-            parts = [(images.clone(), targets.clone()) for images, targets in self.loader]
-            images, targets = map(torch.cat, zip(*parts, strict=True))
-            temporary = path.with_suffix(f".{os.getpid()}")
-            save_file({"images": images, "targets": targets}, temporary)
-            temporary.replace(path)
-        return path
-
-    def __iter__(self) -> Iterator[Any]:
-        found = load_file(self.file(), device=self.device)
-        batches = (found[name].split(self.loader.batch_size) for name in ("images", "targets"))
-        yield from zip(*batches, strict=True)
 
 
 class Draw:
@@ -321,6 +285,13 @@ class Run:
         source = [str(options.data.resolve()), self.anatomy.input_size, options.mean, options.std, drawn]
         name = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:16]
         return Passes(loader, options.tune_passes / f"seed-{seed}-{name}", options.device)
+
+    @cached_property
+    def teacher(self) -> nn.Module:
+        folder = self.options.tune_passes
+        if folder is None:
+            return self.dense
+        return Answers(self.dense, folder / f"answers-{self.settings['checkpoint']}").eval()
 
     def merge(self, path: Path) -> None:
         """Take the fine-tuned models from another run's file that are not among the rows."""
@@ -683,7 +654,8 @@ def tuned_table(run: Run) -> None:
 
     # One seed of everything, then what takes the least.
     cases = sorted(
-        itertools.product(range(options.seeds), options.tune_epochs), key=lambda case: (case[0] > 0, case[1], case[0])
+        itertools.product(options.seeds, options.tune_epochs),
+        key=lambda case: (case[0] != options.seeds[0], case[1], case[0]),
     )
     for (seed, epochs), budget in itertools.product(cases, budgets):
         # Of the parameters each keeps the sizes it chose itself: an untrained model of the same is no one model.
@@ -697,7 +669,7 @@ def tuned_table(run: Run) -> None:
                 tuning = {"epochs": epochs, "lr": options.tune_lr, "amp": options.tune_amp, "seed": seed}
                 start = time.perf_counter()
                 with attention(model, fused=options.tune_attention == "fused"):
-                    sc.finetune(model, batches, teacher=run.dense, **tuning)
+                    sc.finetune(model, batches, teacher=run.teacher, **tuning)
                 took = {"tune_seconds": round(time.perf_counter() - start, 1), "torch": torch.__version__}
                 return {"before": before, **run.measured(model), **took}
 
@@ -705,19 +677,6 @@ def tuned_table(run: Run) -> None:
             where = "macs 1" if method == "dense" else str(budget)
             key = {"table": "tuned", "budget": where, "epochs": epochs, "seed": seed, "method": method}
             run.row({**key, "amp": options.tune_amp, "device": run.device}, measure)
-
-
-@contextmanager
-def attention(model: nn.Module, *, fused: bool) -> Iterator[None]:
-    """Have a model's attention be torch's fused function, or plain products, while the block runs."""
-    before = [(module, module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn")]
-    try:
-        for module, _ in before:
-            module.fused_attn = fused
-        yield
-    finally:
-        for module, was in before:
-            module.fused_attn = was
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
