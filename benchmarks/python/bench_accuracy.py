@@ -155,9 +155,20 @@ def ratios_at(anatomy: Anatomy, budget: Budget, emphasis: Mapping[str, float]) -
     return ratios(high)
 
 
+def kinds_of(anatomy: Anatomy, method: str) -> tuple[str, ...]:
+    """The kinds that a method can cut in this model."""
+    if method in peers.PEERS:
+        kinds = peers.PEERS[method].kinds_of(anatomy)
+    elif method == "project" and isinstance(anatomy.stream, str):
+        kinds = INNER
+    else:
+        kinds = (*INNER, "width")
+    return tuple(kind for kind in kinds if kind not in anatomy.refused)
+
+
 def uniform(anatomy: Anatomy, budget: Budget, method: str = "") -> dict[str, float]:
     """One ratio for query/key, value and FFN, or for those of them that the method can cut."""
-    kinds = [kind for kind in INNER if method not in peers.PEERS or kind in peers.PEERS[method].kinds]
+    kinds = [kind for kind in kinds_of(anatomy, method) if kind in INNER]
     ratios = ratios_at(anatomy, budget, dict.fromkeys(kinds, 1.0))
     if ratios is None:
         raise sc.Unsupported(f"{budget} cannot be reached with {', '.join(kinds)} alone")
@@ -425,16 +436,11 @@ def main_table(run: Run) -> None:
         run.row({"table": "main", "budget": str(budget), "draw": index, "method": method}, measure)
 
 
-def kinds_of(run: Run, method: str) -> tuple[str, ...]:
-    kinds = peers.PEERS[method].kinds if method in peers.PEERS else (*INNER, "width")
-    return tuple(kind for kind in kinds if kind not in run.anatomy.refused)
-
-
 def allocations(run: Run, method: str, budget: Budget) -> Iterator[dict[str, float]]:
     """The grid's ratios that meet the budget, of the kinds that the method can cut."""
     tied = method in peers.PEERS and peers.PEERS[method].tied
     seen = set()
-    allowed = kinds_of(run, method)
+    allowed = kinds_of(run.anatomy, method)
     for qk, v, width in GRID:
         if (width and "width" not in allowed) or (tied and qk != v):
             continue
@@ -469,7 +475,7 @@ def best(run: Run, method: str, draw: Draw, budget: Budget) -> tuple[nn.Module, 
             chosen = (kl, model, {**found, **spent, **outcome.detail})
 
     if method in OURS:
-        for groups in (kinds_of(run, method), INNER, (*kinds_of(run, method), "heads", "block")):
+        for groups in (kinds_of(run.anatomy, method), INNER, (*kinds_of(run.anatomy, method), "heads", "block")):
             consider(
                 lambda groups=groups: run.planned(method, draw, groups=groups, target=budget.target),
                 {"allocation": "own", "groups": groups},
@@ -507,7 +513,7 @@ def allocation_table(run: Run) -> None:
     for kept, method in itertools.product(run.options.allocation_budgets, run.methods):
         if method not in OURS:
             continue
-        width = kinds_of(run, method)
+        width = kinds_of(run.anatomy, method)
         for allocation, groups in (
             ("uniform", INNER),
             ("uniform", width),

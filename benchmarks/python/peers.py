@@ -20,7 +20,7 @@ import secateur as sc
 import torch
 from secateur.anatomy import Anatomy, AttentionSite, Group, Member
 from secateur.identity import Fingerprint
-from timm.layers import Attention
+from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -40,12 +40,24 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Peer:
-    """A method: which kinds it cuts, whether query/key and value must keep one size, and what a reader should know."""
+    """A method: which kinds it cuts, whether query/key and value must keep one size, and what a reader should know.
+
+    ``normed`` are those of the kinds that it can also cut where a norm runs over their units alone.
+    """
 
     kinds: tuple[str, ...]
     note: str
     prune: Callable[[Calibration, Sizes], Outcome]
     tied: bool = False
+    normed: tuple[str, ...] = ()
+
+    def kinds_of(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """The kinds that it can cut in this model."""
+        behind = {group.kind for group in anatomy.groups if any(member.role == "norm" for member in group.members)}
+        behind -= {"width"}
+        kinds = tuple(kind for kind in self.kinds if kind not in behind or kind in self.normed)
+        # One index set for queries, keys and values goes through the norm of each.
+        return tuple(kind for kind in kinds if not (self.tied and kind in ("qk", "v") and behind & {"qk", "v"}))
 
 
 @dataclass
@@ -85,9 +97,6 @@ class Calibration:
         self.device = next(model.parameters()).device
         self.fitted = len(images) - len(images) // 8
         self.solved: dict[Any, Tensor] = {}
-        for site in self.anatomy.attention:
-            if site.q_norm or site.k_norm or not isinstance(model.get_submodule(f"{site.name}.norm"), nn.Identity):
-                raise sc.Unsupported(f"{site.name}: expected no norm inside, which the peers' compensation cannot pass")
 
     def batches(
         self, first: int = 0, last: int | None = None, size: int | None = None
@@ -173,7 +182,7 @@ class Calibration:
 
     @cached_property
     def taylor(self) -> dict[str, Tensor]:
-        """Group to Σ over mini-batches of |Σ w ∂L/∂w|, the inner sum over all of a unit's parameters, (heads, size)."""
+        """Group to Σ over mini-batches of |Σ w ∂L/∂w|, the inner sum over a unit's parameters, (heads, size)."""
         scores = {
             group.name: torch.zeros(group.heads * group.size, dtype=torch.float64) for group in self.anatomy.groups
         }
@@ -184,6 +193,8 @@ class Calibration:
             for group in self.anatomy.groups:
                 total = torch.zeros_like(scores[group.name])
                 for member in group.members:
+                    if member.shared:  # by all heads, and no unit's own
+                        continue
                     parameter = _parameter(twin, member)
                     total += _units(parameter * parameter.grad, group, member).sum(1).double().cpu()
                 scores[group.name] += total.abs() * len(images)
@@ -446,11 +457,16 @@ def torch_pruning(importance: str) -> Callable[[Calibration, Sizes], Outcome]:
             assert isinstance(attention, Attention)
             if sizes[site.qk] != sizes[site.v]:
                 raise sc.Unsupported(f"{site.name}: Torch-Pruning cuts queries, keys and values alike")
-            ratios[attention.qkv] = _ratio(sizes[site.qk], site.qk_dim)
-            roots[attention.proj] = (site.qk, site.v)
-            inner.append(attention.proj)
+            if sizes[site.qk] < site.qk_dim:
+                ratios[attention.qkv] = _ratio(sizes[site.qk], site.qk_dim)
+                roots[attention.proj] = (site.qk, site.v)
+                inner.append(attention.proj)
+            else:
+                inner += [attention.qkv, attention.proj]
         for ffn in anatomy.ffn:
             mlp = model.get_submodule(ffn.name)
+            if not isinstance(mlp, Mlp):
+                raise sc.Unsupported(f"{ffn.name}: expected an FFN of one branch, got {type(mlp).__name__}")
             ratios[mlp.fc1] = _ratio(sizes[ffn.ffn], ffn.size)
             roots[mlp.fc2] = (ffn.ffn,)
             inner.append(mlp.fc2)
@@ -513,12 +529,23 @@ def _ratio(kept: int, size: int) -> float:
 _INNER = ("qk", "v", "ffn")
 PEERS: dict[str, Peer] = {
     "magnitude": Peer(
-        (*_INNER, "width"), "l2 norm of the writing rows; q and k: root of the summed squares", magnitude
+        (*_INNER, "width"),
+        "l2 norm of the writing rows; q and k: root of the summed squares",
+        magnitude,
+        normed=_INNER,
     ),
     "taylor": Peer(
-        (*_INNER, "width"), "|sum w dL/dw| over a unit's parameters, mini-batches of 16; uses labels", taylor
+        (*_INNER, "width"),
+        "|sum w dL/dw| over a unit's parameters, mini-batches of 16; uses labels",
+        taylor,
+        normed=_INNER,
     ),
-    "vbp": Peer(_INNER, "variance, mean shift; q/k by the product of variances; cannot cut the width", vbp),
+    "vbp": Peer(
+        _INNER,
+        "variance, mean shift; q/k by the product of variances, as they enter a norm; cannot cut the width",
+        vbp,
+        normed=("qk",),
+    ),
     "corp": Peer(_INNER, "CORP-style and more: values as well, lambda held out; cannot cut the width", corp),
     "corp-paper": Peer(
         ("qk", "ffn"),

@@ -74,8 +74,10 @@ class Group:
 class AttentionSite:
     """Where one attention layer's queries, keys and values can be read during a forward pass.
 
-    ``qkv`` outputs (B, N, heads · (2 qk_dim + v_dim)): queries, keys, values. ``q_norm`` and ``k_norm``, where there
-    are any, output (B, heads, N, qk_dim) and are what the scores see. ``proj`` takes (B, N, heads · v_dim).
+    ``qkv`` outputs (B, N, heads · (2 qk_dim + v_dim)): queries, keys, values, of what ``norm`` outputs, None where no
+    norm of the residual stream is in front. ``q_norm`` and ``k_norm``, where there are any, output
+    (B, heads, N, qk_dim) and are what the scores see; ``qk_normed`` says of which kind both are, None unless both are
+    of one and have a scale. ``proj`` takes (B, N, heads · v_dim).
     ``softmax_scale`` multiplies the scores. ``layout`` is "stock" where the module is the library's own class, cut or
     not, and "exact" where it is ours. ``qk``, ``v``, ``heads_group`` and ``layer`` name the groups; ``branch`` is the
     module whose output the layer adds to the residual stream, a norm's if ``post_norm``.
@@ -96,6 +98,8 @@ class AttentionSite:
     k_norm: str | None
     proj: str
     branch: str
+    norm: str | None = None
+    qk_normed: Literal["layer", "rms"] | None = None
     scale: str | None = None
     between: str | None = None
     post_norm: bool = False

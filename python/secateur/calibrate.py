@@ -404,7 +404,9 @@ class _Collector:
         blocks = None if norms is None else {first if only is None else only}
         self._attention = [s for s in anatomy.attention if blocks is None or anatomy.group(s.qk).block in blocks]
         self._ffn = [s for s in anatomy.ffn if blocks is None or anatomy.group(s.ffn).block in blocks]
-        self._norms = anatomy.norms if norms is None or norms else ()
+        # In front of query/key norms, whose inputs a change of basis has to know.
+        normed = {site.norm for site in self._attention if site.q_norm and site.k_norm}
+        self._norms = [norm for norm in anatomy.norms if norms is None or norms or norm.name in normed]
         writers = [*(site.fc2 for site in self._ffn), *(site.proj for site in self._attention)]
         self._last = writers[0] if norms is False else None
         self._dtype = settings.dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from . import check, container, surgery
 from .errors import Error, InvalidArgument
 from .families import family_named, family_of
-from .modules import PrunedAttention
+from .modules import HeadNorm, PrunedAttention
 
 # Where weights came from: a pruned model must never be taken for its dense source.
 _WEIGHT_SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "custom_load")
@@ -53,6 +53,8 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
     for argument, value in arguments.items():
         if not _is_json(value):
             raise InvalidArgument(f"factory: expected (name, kwargs) of JSON values, got {argument} = {value!r}")
+    head_norms = [name for site in anatomy.attention for name in (site.q_norm, site.k_norm) if name is not None]
+    norms = [*(norm.name for norm in anatomy.norms), *head_norms]
     header = {
         "family": anatomy.family,
         "architecture": architecture,
@@ -61,7 +63,8 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
         "sizes": anatomy.remains,
         "layouts": {site.name: site.layout for site in anatomy.attention},
         "softmax_scales": {site.name: site.softmax_scale for site in anatomy.attention if site.layout == "exact"},
-        "eps": {norm.name: getattr(model.get_submodule(norm.name), "eps") for norm in anatomy.norms},  # noqa: B009
+        "eps": {name: getattr(model.get_submodule(name), "eps") for name in norms},  # noqa: B009
+        "uncentred": [name for name in head_norms if not getattr(model.get_submodule(name), "centred", True)],
         "biases": [],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "pretrained_cfg": _without_sources(getattr(model, "pretrained_cfg", None)),
@@ -136,7 +139,7 @@ def _skeleton(header: Mapping[str, Any]) -> nn.Module:
     try:
         model = family.build(header["architecture"], arguments, torch.device("meta"))
         surgery.shape(model, family, header["sizes"], header.get("layouts", {}))
-        _adjust(model, header.get("softmax_scales", {}), header.get("eps", {}), header.get("biases", []))
+        _adjust(model, header)
     except Error:
         raise
     except Exception as error:  # timm's constructors raise what they like
@@ -144,21 +147,26 @@ def _skeleton(header: Mapping[str, Any]) -> nn.Module:
     return model.eval()
 
 
-def _adjust(model: nn.Module, scales: Mapping[str, float], eps: Mapping[str, float], biases: Sequence[str]) -> None:
+def _adjust(model: nn.Module, header: Mapping[str, Any]) -> None:
     """What rounds of pruning leave besides sizes.
 
-    The softmax scale of a model that was in the stock layout before, other eps in the norms, biases where there were
-    none.
+    The softmax scale of a model that was in the stock layout before, other eps in the norms, query/key norms that take
+    no mean off any more, biases where there were none.
     """
-    for name, value in scales.items():
+    for name, value in header.get("softmax_scales", {}).items():
         attn = model.get_submodule(name)
         if type(attn) is not PrunedAttention:
             raise InvalidArgument(f"softmax_scales: expected attention modules of the exact layout, got {name!r}")
         attn.scale = check.number(f"softmax_scales[{name!r}]", value, open_low=True)
-    for name, value in eps.items():
+    for name, value in header.get("eps", {}).items():
         norm: Any = model.get_submodule(name)
         norm.eps = value
-    for name in biases:
+    for name in header.get("uncentred", []):
+        head_norm = model.get_submodule(name)
+        if not isinstance(head_norm, HeadNorm):
+            raise InvalidArgument(f"uncentred: expected norms of cut queries and keys, got {name!r}")
+        head_norm.centred = False
+    for name in header.get("biases", []):
         layer = model.get_submodule(name.removesuffix(".bias"))
         if not isinstance(layer, _LINEAR):
             raise InvalidArgument(f"biases: expected those of linear layers, got {name!r}")

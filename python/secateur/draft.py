@@ -14,9 +14,14 @@ __all__ = ["Draft"]
 
 
 class Draft:
-    """The dense-shaped weights of a model as they will be before the cut, by parameter name."""
+    """The dense-shaped weights of a model as they will be before the cut, by parameter name, and what norms become.
+
+    ``eps`` maps norms to the eps that they get, ``uncentred`` lists those that take no mean off any more.
+    """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        self.eps: dict[str, float] = {}
+        self.uncentred: list[str] = []
         self._model, self._anatomy = model, anatomy
         self._changed: dict[str, Tensor] = {}
 
@@ -43,6 +48,19 @@ class Draft:
             return
         self._changed[name] = value
 
+    def set_per_head(self, module: str, values: Tensor, parameter: str = "weight") -> None:
+        """Draft a query/key norm's parameter, (heads, size): also where one entry serves every head as yet."""
+        present = getattr(self._model.get_submodule(module), parameter, None)
+        shared = present is not None and present.numel() < values.numel()
+        self.set(module, values if shared else values.flatten(), parameter)
+
+    def per_head(self, module: str, heads: int, size: int, parameter: str = "weight") -> Tensor:
+        """A query/key norm's parameter, (heads, size); zeros for a bias that is not there."""
+        if getattr(self._model.get_submodule(module), parameter, None) is None:
+            return torch.zeros(heads, size, dtype=torch.float64)
+        value = self.weight(module, parameter)
+        return value.expand(heads, size) if value.numel() == size else value.view(heads, size)
+
     def scale(self, module: str | None) -> Tensor | float:
         """What a LayerScale multiplies by; 1 where there is none."""
         return 1.0 if module is None else self.weight(module, "gamma")
@@ -60,6 +78,8 @@ class Draft:
             if present is None:
                 axes = {d: i for d, i in kept_along_axes(self._anatomy, weight, keep).items() if d == 0}
                 dtype = self._model.get_parameter(weight).dtype
+            elif value.ndim > present.ndim:
+                axes, value, dtype = {}, self._of_heads(name, value, keep), present.dtype
             else:
                 axes = kept_along_axes(self._anatomy, name, keep)
                 dtype = present.dtype
@@ -67,3 +87,10 @@ class Draft:
                 value = value.index_select(dim, indices)
             found[name] = value.to(dtype).contiguous()
         return found
+
+    def _of_heads(self, name: str, values: Tensor, keep: Mapping[str, Indices]) -> Tensor:
+        """What stays of (heads, size) values of a parameter that served every head."""
+        group = self._anatomy.members_of[name][0][0]
+        kept = torch.from_numpy(keep[group.name])
+        heads = torch.from_numpy(keep[str(group.heads_group)][0]) if group.heads_group in keep else slice(None)
+        return values.gather(1, kept)[heads].flatten()

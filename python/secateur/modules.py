@@ -24,7 +24,7 @@ class HeadNorm(nn.Module):
         bias: (heads · size,) or None.
     """
 
-    centred: Final[bool]
+    centred: bool
     upcast: Final[bool]
     eps: Final[float]
     heads: int

@@ -38,7 +38,8 @@ class Plan:
     ``keep`` maps a group to sorted indices, (heads, kept) or (1, kept); groups that stay whole are not in it.
     ``weights`` maps parameters that do not keep their values to those they get, in their shape after the cut; biases
     that the model does not have are added. A group that was turned to another basis keeps its first units there.
-    ``eps`` maps norms to the eps that they get. ``params`` and ``macs`` are (before, after). ``latency`` tells what was
+    ``eps`` maps norms to the eps that they get, ``uncentred`` names the query/key norms that take the mean off no more.
+    ``params`` and ``macs`` are (before, after). ``latency`` tells what was
     predicted and measured for a target for it, else it is None. ``loss``, where a target was shared out by errors, is
     the loss that is predicted (in nats, see ``Statistics.sensitivity``) and what no choice of sizes within the target
     can go below.
@@ -52,6 +53,7 @@ class Plan:
     macs: tuple[int, int]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     eps: Mapping[str, float] = field(default_factory=dict)
+    uncentred: tuple[str, ...] = ()
     latency: LatencyReport | None = None
     loss: tuple[float, float] | None = None
 
@@ -100,11 +102,19 @@ class Plan:
                     f"plan.weights[{name!r}]: expected numbers of shape {expected}, "
                     f"got {value.dtype} of {tuple(value.shape)}"
                 )
-        norms = {norm.name for norm in anatomy.norms}
+        of_heads = {
+            name for site in anatomy.attention if site.qk in self.keep for name in (site.q_norm, site.k_norm) if name
+        }
+        norms = {norm.name for norm in anatomy.norms} | of_heads
         for name, eps in self.eps.items():
             if name not in norms:
-                raise InvalidArgument(f"plan.eps: expected norms of the residual stream, got {name!r}")
+                raise InvalidArgument(
+                    f"plan.eps: expected norms of the residual stream or of queries and keys that are cut, got {name!r}"
+                )
             check.number(f"plan.eps[{name!r}]", eps)
+        for name in self.uncentred:
+            if name not in of_heads:
+                raise InvalidArgument(f"plan.uncentred: expected norms of queries and keys that are cut, got {name!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; of weights their names, shapes and types."""
@@ -117,6 +127,7 @@ class Plan:
             "macs": list(self.macs),
             "weights": {n: [str(w.dtype).removeprefix("torch."), *w.shape] for n, w in sorted(self.weights.items())},
             "eps": dict(self.eps),
+            **({"uncentred": list(self.uncentred)} if self.uncentred else {}),
             "latency": None if self.latency is None else self.latency.to_dict(),
             "loss": None if self.loss is None else list(self.loss),
         }
@@ -167,8 +178,8 @@ class Plan:
             fields = outer["plan"]
             if outer["sha256"] != hashlib.sha256(_canonical(fields).encode()).hexdigest():
                 raise ValueError("one that does not match its checksum")
-            for name, kind in (("method", str), ("options", dict), ("keep", dict), ("eps", dict)):
-                if not isinstance(fields.get(name, {}), kind):
+            for name, kind in (("method", str), ("options", dict), ("keep", dict), ("eps", dict), ("uncentred", list)):
+                if not isinstance(fields.get(name, kind()), kind):
                     raise TypeError(f"{name} of type {type(fields.get(name)).__name__}")
             return cls(
                 method=fields["method"],
@@ -179,6 +190,7 @@ class Plan:
                 macs=(fields["macs"][0], fields["macs"][1]),
                 weights=_read_weights(path, fields),
                 eps=fields.get("eps", {}),
+                uncentred=tuple(map(str, fields.get("uncentred", ()))),
                 latency=LatencyReport.from_dict(fields["latency"]) if fields.get("latency") else None,
                 loss=(fields["loss"][0], fields["loss"][1]) if fields.get("loss") else None,
             )
@@ -288,6 +300,7 @@ def plan(
         macs=(anatomy.macs, anatomy.macs_at(sizes)),
         weights=decision.weights,
         eps=decision.eps,
+        uncentred=decision.uncentred,
         latency=latency,
         loss=None if math.isnan(chosen_sizes.loss) else (chosen_sizes.loss, chosen_sizes.bound),
     )

@@ -16,7 +16,11 @@ from .regression import RANK_TOLERANCE, square_root
 
 __all__ = [
     "HeadBasis",
+    "Normed",
+    "NormedHeads",
+    "behind_norms",
     "improve",
+    "length_errors",
     "query_key_bases",
     "residual_basis",
     "score_errors",
@@ -109,6 +113,101 @@ def improve(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> HeadBas
     fitted = _alternate(basis, _Stack(query_grams), _Stack(key_grams), sweeps=_SWEEPS)
     chosen = better[:, None, None]
     return HeadBasis(torch.where(chosen, fitted.query, basis.query), torch.where(chosen, fitted.key, basis.key))
+
+
+class Normed(NamedTuple):
+    """Queries or keys behind a norm over their channels: gain ∘ n + shift, where ‖n‖² = d up to the norm's eps.
+
+    ``second`` is the second moment of the vectors that the norm divides, of any scale, less their mean over channels
+    where the norm takes it off, (heads, d, d); ``gain`` and ``shift`` are (heads, d).
+    """
+
+    second: Tensor
+    gain: Tensor
+    shift: Tensor
+
+
+class NormedHeads(NamedTuple):
+    """New queries ``query`` @ q and keys ``key`` @ k, (heads, rank, d), in front of RMS norms over the rank channels.
+
+    These have the scale ``gain``, the same for both, and the queries' the shift ``shift``, (heads, rank).
+    """
+
+    query: Tensor
+    key: Tensor
+    gain: Tensor
+    shift: Tensor
+
+
+def behind_norms(basis: HeadBasis, query: Normed, key: Normed) -> NormedHeads:
+    """Turn queries and keys in front of their norms, such that the scores behind them are those of ``basis``.
+
+    A norm of fewer channels divides by another length. What is kept, z, tells of the length of what it is a part of:
+    E‖x‖² given z is taken for zᵀ S z, with S = LᵀL for the regression x ≈ L z, and what that leaves out spread over
+    the kept directions. Any turn O S^½ z with orthogonal O has that length. Of the turns of both sides, those that the
+    singular vectors of S_q^-½ S_k^-½ = O_qᵀ D O_k give leave a diagonal between queries and keys, which the norms'
+    scales hold. With all directions kept the function is the dense one.
+
+    Args:
+        basis: turns of what leaves the norms.
+        query: the norm of the queries.
+        key: that of the keys, whose shift softmax does not see.
+    """
+    _, rank, size = basis.query.shape
+    parts = []
+    for turn, side in ((basis.query, query), (basis.key, key)):
+        seen = turn * side.gain[:, None]
+        moment = seen @ side.second @ seen.mT
+        inverse = torch.linalg.pinv(moment, rtol=RANK_TOLERANCE, hermitian=True)
+        regression = side.second @ seen.mT @ inverse
+        missing = (_trace(side.second) - _trace(regression @ moment @ regression.mT)).clamp_min(0)
+        form = regression.mT @ regression + (missing / rank)[:, None, None] * inverse
+        values, vectors = torch.linalg.eigh(form)
+        kept = values > RANK_TOLERANCE * values[:, -1:]
+        roots = torch.where(kept, values, 0).sqrt()[:, None]
+        inverse_roots = (torch.where(kept, values, 1).rsqrt() * kept)[:, None]
+        parts.append((seen, (vectors * roots) @ vectors.mT, (vectors * inverse_roots) @ vectors.mT))
+    (queries, query_root, query_inverse), (keys, key_root, key_inverse) = parts
+    left, values, right = torch.linalg.svd(query_inverse @ key_inverse)
+    scale = (size / rank) ** 0.5
+    gain = scale * values.sqrt()
+    shift = scale * (right @ key_inverse @ basis.query @ query.shift[..., None])[..., 0]
+    living = gain > RANK_TOLERANCE * gain[:, :1]
+    shift = torch.where(living, shift / torch.where(living, gain, 1), 0)
+    return NormedHeads(left.mT @ query_root @ queries, right @ key_root @ keys, gain, shift)
+
+
+def length_errors(basis: HeadBasis, query: Normed, key: Normed) -> Tensor:
+    """The share of the squared scores that `behind_norms` is expected to miss, for the first r directions, every r.
+
+    Of a length whose share m lies in the d - r directions that leave, what is kept does not tell how large these are
+    for one token: as if all were normal, m² (1 / (d - r) + 1 / r) / 2 for each side.
+
+    Args:
+        basis: all directions.
+        query: the norm of the queries.
+        key: that of the keys.
+
+    Returns:
+        (heads, d + 1), zeros at both ends.
+    """
+    heads, _, size = basis.query.shape
+    missed = basis.query.new_zeros(heads, size + 1)
+    rank = torch.arange(1, size, dtype=missed.dtype)
+    for turn, side in ((basis.query, query), (basis.key, key)):
+        root = square_root(side.second)
+        directions, factor = torch.linalg.qr(root @ (turn * side.gain[:, None]).mT)
+        sizes = factor.diagonal(dim1=-2, dim2=-1).abs()
+        known = (root.mT @ directions).square().sum(-2) * (sizes > RANK_TOLERANCE * sizes.amax(-1, keepdim=True))
+        whole = _trace(side.second)[:, None]
+        left = 1 - known.cumsum(-1)[:, :-1] / torch.where(whole > 0, whole, 1)
+        missed[:, 1:-1] += left.clamp_min(0).square() * (1 / (size - rank) + 1 / rank) / 2
+    return missed
+
+
+def _trace(matrices: Tensor) -> Tensor:
+    found: Tensor = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return found
 
 
 class _Stack:

@@ -109,6 +109,7 @@ def prune_sequential(
     keep: dict[str, Indices] = {}
     names: set[str] = set()
     eps: dict[str, float] = {}
+    uncentred: tuple[str, ...] = ()
     for block, removed in _stages(anatomy, sizes):
         part = calibrate_block(cut, loader, block, max_images=max_images, token_fraction=token_fraction)
         step = plan(cut, part, method=method, ratios=removed, **chosen)
@@ -116,6 +117,7 @@ def prune_sequential(
         keep |= step.keep
         names |= step.weights.keys()
         eps |= step.eps
+        uncentred += step.uncentred
     weights = {name: cut.get_parameter(name).detach() for name in sorted(names)}
     added = sum(value.numel() for name, value in weights.items() if name not in anatomy.shapes)
     whole = Plan(
@@ -127,6 +129,7 @@ def prune_sequential(
         macs=(anatomy.macs, anatomy.macs_at(sizes)),
         weights=weights,
         eps=eps,
+        uncentred=uncentred,
     )
     return prune(model, whole, layout=layout)
 

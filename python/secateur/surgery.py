@@ -19,6 +19,7 @@ from .errors import InvalidArgument
 from .families import Family, family_of
 from .identity import Fingerprint
 from .layout import LAYOUTS, check_layout, pad_heads
+from .modules import HeadNorm
 from .plan import Plan
 
 
@@ -100,6 +101,10 @@ def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool =
     for name, eps in plan.eps.items():
         norm: Any = model.get_submodule(name)
         norm.eps = eps
+    for name in plan.uncentred:
+        head_norm = model.get_submodule(name)
+        assert isinstance(head_norm, HeadNorm)
+        head_norm.centred = False
     after = family.inspect(model)
     if layout == "stock":
         pad_heads(model, after, sizes)

@@ -21,7 +21,7 @@ class MaskedNorm(nn.Module):
         super().__init__()
         self.norm = norm
         self.register_buffer("mask", mask)
-        self.centred = "LayerNorm" in type(norm).__name__
+        self.centred = getattr(norm, "centred", "LayerNorm" in type(norm).__name__)
 
     def forward(self, x):
         mask = self.mask.to(x.dtype)
@@ -34,6 +34,17 @@ class MaskedNorm(nn.Module):
         if getattr(self.norm, "bias", None) is not None:
             x = x + self.norm.bias
         return x * mask
+
+
+class PerHeadNorm(nn.Module):
+    """What MaskedNorm reads of a query/key norm whose scale and shift, (heads, 1, size), are each head's own."""
+
+    def __init__(self, norm, heads, size):
+        super().__init__()
+        self.eps, self.centred = norm.eps, "LayerNorm" in type(norm).__name__
+        self.weight = nn.Parameter(norm.weight.detach().expand(heads, 1, size).clone())
+        bias = getattr(norm, "bias", None)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().expand(heads, 1, size).clone())
 
 
 def mask_of(keep, size):
@@ -163,6 +174,9 @@ def substituted(dense, plan):
     width = plan.keep.get("width", np.arange(model.embed_dim)[None])[0]
     for name, value in plan.weights.items():
         module, _, parameter = name.rpartition(".")
+        if module.endswith((".q_norm", ".k_norm")):
+            _give_heads_their_own(model, plan.keep, module, parameter, value)
+            continue
         layer = model.get_submodule(module)
         if getattr(layer, parameter) is None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
@@ -174,8 +188,23 @@ def substituted(dense, plan):
         full[np.ix_(*index)] = value.to(full.dtype)
     for name, eps in plan.eps.items():
         model.get_submodule(name).eps = eps
+    for name in plan.uncentred:
+        model.get_submodule(name).centred = False
     # Index lists of groups whose weights are all given are done; norms over cut channels still have to know.
     return masked(model, plan.keep)
+
+
+def _give_heads_their_own(model, keep, module, parameter, value):
+    block, _, child = module.removeprefix("blocks.").split(".")
+    attn = model.blocks[int(block)].attn
+    heads, dim = attn.num_heads, attn.head_dim
+    if not isinstance(getattr(attn, child), PerHeadNorm):
+        setattr(attn, child, PerHeadNorm(getattr(attn, child), heads, dim))
+    full = getattr(getattr(attn, child), parameter)
+    staying = torch.as_tensor(keep.get(f"blocks.{block}.heads", np.arange(heads)[None])[0])
+    indices = torch.as_tensor(keep[f"blocks.{block}.qk"])[staying]
+    full.zero_()
+    full[staying[:, None], 0, indices] = value.view(len(staying), -1).to(full.dtype)
 
 
 def _entries(model, keep, module, parameter, width):

@@ -80,6 +80,15 @@ def test_every_kind_is_exact_or_refused(kind, method):
     assert sum(p.numel() for p in pruned.parameters()) == sc.inspect(pruned).params < sc.inspect(dense).params
 
 
+@pytest.mark.parametrize("allocation", [None, "error"])
+def test_a_target_says_why_the_width_cannot_be_turned(allocation):
+    dense = make("norm_pre")
+    stats = calibrated(dense, sensitivity=True)
+    for groups in (KINDS_CUT, ("width",)):
+        with pytest.raises(sc.Unsupported, match="width: expected a residual stream that can be turned.*norm_pre"):
+            sc.plan(dense, stats, method="project", target=sc.Target(macs=0.7), groups=groups, allocation=allocation)
+
+
 @pytest.mark.parametrize("method", ["project", "refit"])
 @pytest.mark.parametrize("cut", KINDS_CUT)
 def test_one_group_of_a_trained_model(digits_model, digits_images, method, cut):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -471,6 +471,8 @@ class _Inspection:
                 k_norm=k_norm,
                 proj=f"{name}.proj",
                 branch=f"{block}.drop_path1",
+                norm=next((site.name for site in self.norms if site.name == f"{block}.norm1"), None),
+                qk_normed=_normed(attn.q_norm, attn.k_norm),
                 scale=scale,
                 between=between,
                 post_norm=self.post_norm(index),
@@ -614,6 +616,18 @@ class _Inspection:
 
 def _is_there(module: nn.Module | None) -> bool:
     return module is not None and type(module) is not nn.Identity
+
+
+def _normed(*norms: Any) -> Literal["layer", "rms"] | None:
+    """What query and key norms both are, with a scale."""
+    kinds = set()
+    for norm in norms:
+        if type(norm) is nn.Identity or norm.weight is None:
+            return None
+        kinds.add(norm.centred if type(norm) is HeadNorm else _NORMS[type(norm)])
+    if len(kinds) > 1:
+        return None
+    return "layer" if kinds.pop() else "rms"
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -17,11 +17,12 @@ from .losses import of_selection
 
 @dataclass(frozen=True)
 class Decision:
-    """What stays: indices by group, and the parameters and norms' eps that change, in their size after the cut."""
+    """What stays: indices by group, and what changes: parameters, in their size after the cut, and norms."""
 
     keep: Mapping[str, Indices]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     eps: Mapping[str, float] = field(default_factory=dict)
+    uncentred: tuple[str, ...] = ()
 
 
 class Prepared(Protocol):

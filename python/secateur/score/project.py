@@ -2,8 +2,10 @@
 
 Each head's queries and keys, its values, and the residual stream are turned to the basis in which the cut costs least,
 and what reads them is refitted by least squares over the calibration rows; the function of the dense model is the same
-in every basis. Where no change of basis is allowed (query/key norms; a norm or gate between values and projection; FFN
-hidden units behind their activation) original neurons are selected and refitted, as the method "refit" does.
+in every basis. Queries and keys behind norms of their own are turned in front of these. Where no change of basis is
+allowed (a norm or gate between values and projection; FFN hidden units behind their activation; query/key norms without
+a scale, or of a block that normalises what it adds) original neurons are selected and refitted, as the method "refit"
+does.
 
 The residual stream's rotation is that of SliceGPT (Ashkboos et al., ICLR 2024, arXiv:2401.15024), made label-free for
 vision transformers' norms of any eps and kept in timm's own norm classes.
@@ -23,7 +25,10 @@ from ..draft import Draft
 from ..errors import Unsupported
 from ..project import (
     HeadBasis,
+    NormedHeads,
+    behind_norms,
     improve,
+    length_errors,
     query_key_bases,
     residual_basis,
     score_errors,
@@ -58,10 +63,17 @@ class Projection(Refit):
 
     # Queries and keys
 
+    def _turns(self, site: AttentionSite) -> bool:
+        """Can queries and keys be turned? Behind norms, if it is known what enters these."""
+        return (site.q_norm is None and site.k_norm is None) or self._normed(site) is not None
+
     def _score_errors(self, site: AttentionSite) -> Float | None:
-        if site.q_norm is not None or site.k_norm is not None:
+        if not self._turns(site):
             return super()._score_errors(site)
-        errors = score_errors(self._basis(site), *self._image_grams(site)).mean(0)
+        basis, normed = self._basis(site), self._normed(site)
+        errors = score_errors(basis, *self._image_grams(site)).mean(0)
+        if normed is not None:
+            errors = errors + length_errors(basis, *normed).mean(0)
         found: Float = np.minimum.accumulate(np.clip(errors.numpy(), 0.0, 1.0))
         return found
 
@@ -74,19 +86,38 @@ class Projection(Refit):
         return torch.from_numpy(query), torch.from_numpy(key)
 
     def _queries_and_keys(self, draft: Draft, site: AttentionSite, count: int) -> Indices:
-        if site.q_norm is not None or site.k_norm is not None:
+        if not self._turns(site):
             return super()._queries_and_keys(draft, site, count)
-        basis = improve(self._basis(site).first(count), *self._image_grams(site))
+        basis, normed = improve(self._basis(site).first(count), *self._image_grams(site)), self._normed(site)
+        query, key = basis
+        if normed is not None:
+            heads = behind_norms(basis, *normed)
+            query, key = heads.query, heads.key
+            self._set_norms(draft, site, heads)
+            if site.qk_normed == "layer":
+                # The mean over the old channels leaves through the weights, and the new norm takes none off.
+                query, key = (turn - turn.mean(-1, keepdim=True) for turn in (query, key))
         span = site.heads * site.qk_dim
         weight, bias = draft.weight(site.qkv).clone(), draft.bias(site.qkv).clone()
-        for part, turn in ((slice(0, span), basis.query), (slice(span, 2 * span), basis.key)):
+        for part, turn in ((slice(0, span), query), (slice(span, 2 * span), key)):
             weight[part] = _turned(turn, weight[part], site.heads)
             bias[part] = _turned(turn, bias[part, None], site.heads)[:, 0]
-        # Softmax does not see what the keys' bias adds to a row of scores.
-        bias[span : 2 * span] = 0
+        if normed is None:
+            # Softmax does not see what the keys' bias adds to a row of scores; a norm sees it.
+            bias[span : 2 * span] = 0
         draft.set(site.qkv, weight)
         draft.set(site.qkv, bias, "bias")
         return _leading(site.heads, count)
+
+    def _set_norms(self, draft: Draft, site: AttentionSite, heads: NormedHeads) -> None:
+        rank = heads.gain.shape[1]
+        for name, shift in ((site.q_norm, heads.shift), (site.k_norm, torch.zeros_like(heads.shift))):
+            assert name is not None
+            for value, parameter in ((heads.gain, "weight"), (shift, "bias")):
+                draft.set_per_head(name, F.pad(value, [0, site.qk_dim - rank]), parameter)
+            draft.eps[name] = float(getattr(self._model.get_submodule(name), "eps")) * site.qk_dim / rank  # noqa: B009
+            if site.qk_normed == "layer":
+                draft.uncentred.append(name)
 
     # Values
 
@@ -145,13 +176,11 @@ class Projection(Refit):
         staying = [name for name in self._stream().readers if self._anatomy.layer_holding(name) not in gone]
         return {name: Moments(self._statistics, name) for name in staying}
 
-    def _width_errors(self) -> Float | None:
-        if isinstance(self._anatomy.stream, str):
-            return None
+    def _width_errors(self) -> Float:
         size = self._anatomy.sizes["width"]
         moments = self._norm_moments()
         basis = residual_basis([found.second for found in moments.values()])
-        centred = int(self._anatomy.stream.centred)
+        centred = int(self._stream().centred)
         lost = np.zeros(size + 1)
         for found in moments.values():
             lost[centred:] += _unexplained(basis.mT @ found.covariance @ basis).numpy()[: size + 1 - centred]
@@ -160,7 +189,7 @@ class Projection(Refit):
         lost[-1] = 0.0
         return np.minimum.accumulate(np.clip(lost, 0.0, 1.0))
 
-    def _width(self, draft: Draft, count: int, eps: dict[str, float], gone: Collection[str]) -> Indices:
+    def _width(self, draft: Draft, count: int, gone: Collection[str]) -> Indices:
         stream = self._stream()
         size = self._anatomy.sizes["width"]
         moments = self._norm_moments(gone)
@@ -179,7 +208,7 @@ class Projection(Refit):
                 continue
             matrix, offset, near = _readout(moments[norm], basis, count, near)
             self._turn_readers(draft, norm, readers, matrix @ channels.mT, offset)
-            eps[norm] = float(getattr(self._model.get_submodule(norm), "eps")) * size / count  # noqa: B009
+            draft.eps[norm] = float(getattr(self._model.get_submodule(norm), "eps")) * size / count  # noqa: B009
         return _leading(1, count)
 
     def _turn_writer(self, draft: Draft, module: str, scale: str | None, write: Tensor) -> None:

@@ -19,6 +19,7 @@ from ..anatomy import Anatomy, AttentionSite, FfnSite, Group, Indices
 from ..draft import Draft
 from ..errors import InvalidArgument, NumericalError
 from ..heads import eliminate_heads, head_errors
+from ..project import Normed
 from ..regression import RIDGES, SKETCH, Moment, choose_ridge, ridged_inverse, sketch, solve
 from ..statistics import FOLDS, Float, Statistics
 from ..statistics import Moments as Sums
@@ -103,6 +104,7 @@ class Refit:
         self._ridges: dict[str, float] = {}
         self._last_ridge = RIDGES[6]
         self._cached_errors: dict[str, Float | None] = {}
+        self._cached_normed: dict[str, tuple[Normed, Normed] | None] = {}
 
     def errors(self, group: Group) -> Float | None:
         """Share of the group's output that is lost when 0 … size units stay, (size + 1,)."""
@@ -114,7 +116,6 @@ class Refit:
         """Choose what stays at these sizes, and refit what reads it."""
         draft = Draft(self._model, self._anatomy)
         keep: dict[str, Indices] = {}
-        eps: dict[str, float] = {}
         for name, site in self._anatomy.layers.items():
             if not sizes[name]:
                 keep[name] = np.empty((1, 0), np.int64)
@@ -128,8 +129,8 @@ class Refit:
             if name in keep:
                 self._leave_mean(draft, site, keep)
         if "width" in sizes and sizes["width"] < self._anatomy.sizes["width"]:
-            keep["width"] = self._width(draft, sizes["width"], eps, keep)
-        return Decision(keep, draft.finish(keep), eps)
+            keep["width"] = self._width(draft, sizes["width"], keep)
+        return Decision(keep, draft.finish(keep), draft.eps, tuple(draft.uncentred))
 
     def _attention(self, draft: Draft, site: AttentionSite, sizes: Mapping[str, int], keep: dict[str, Indices]) -> None:
         heads = torch.arange(site.heads)
@@ -188,19 +189,69 @@ class Refit:
     def _queries_and_keys(self, draft: Draft, site: AttentionSite, count: int) -> Indices:
         order, _ = self._order(site.qk, lambda: self._score_orders(site))
         kept = order[:, site.qk_dim - count :].sort(1).values
-        if site.q_norm is None and site.k_norm is None:
-            scale = torch.zeros(site.heads, site.qk_dim, dtype=torch.float64)
-            for head, index in enumerate(kept):
-                folds = [self._score_gram(site, fold)[head] for fold in FOLDS]
-                moments = [Moment(gram[index][:, index], gram[index].sum(1, keepdim=True)) for gram in folds]
-                ridge = choose_ridge(moments)
-                total = Moment(moments[0].xx + moments[1].xx, moments[0].xy + moments[1].xy)
-                # Towards one, not towards zero: a neuron that the ridge doubts stays as it was.
-                rest = Moment(total.xx, total.xy - total.xx.sum(1, keepdim=True))
-                scale[head, index] = 1 + solve(rest, ridge)[:, 0]
+        normed = self._normed(site)
+        if normed is not None:
+            self._rescale_norms(draft, site, kept, normed)
+        elif site.q_norm is None and site.k_norm is None:
             rows = slice(0, site.heads * site.qk_dim)
-            _scale_rows(draft, site.qkv, rows, scale.flatten())
+            _scale_rows(draft, site.qkv, rows, self._score_scales(site, kept).flatten())
         return kept.numpy()
+
+    def _score_scales(self, site: AttentionSite, kept: Tensor) -> Tensor:
+        """What each kept neuron's map is multiplied by to make up for those that leave, (heads, d); zero for these."""
+        scale = torch.zeros(site.heads, site.qk_dim, dtype=torch.float64)
+        for head, index in enumerate(kept):
+            folds = [self._score_gram(site, fold)[head] for fold in FOLDS]
+            moments = [Moment(gram[index][:, index], gram[index].sum(1, keepdim=True)) for gram in folds]
+            ridge = choose_ridge(moments)
+            total = Moment(moments[0].xx + moments[1].xx, moments[0].xy + moments[1].xy)
+            # Towards one, not towards zero: a neuron that the ridge doubts stays as it was.
+            rest = Moment(total.xx, total.xy - total.xx.sum(1, keepdim=True))
+            scale[head, index] = 1 + solve(rest, ridge)[:, 0]
+        return scale
+
+    def _rescale_norms(self, draft: Draft, site: AttentionSite, kept: Tensor, normed: tuple[Normed, Normed]) -> None:
+        """Fold the scales into the norm of the queries, and into both what their lengths over fewer channels change."""
+        scale = self._score_scales(site, kept)
+        for name, side, factor in zip((site.q_norm, site.k_norm), normed, (scale, torch.ones_like(scale)), strict=True):
+            assert name is not None
+            length = [_length(side.second[head][index][:, index], site.qk_normed) for head, index in enumerate(kept)]
+            whole = [_length(second, site.qk_normed) for second in side.second]
+            ratio = torch.stack([a / b if b > 0 else torch.ones_like(b) for a, b in zip(length, whole, strict=True)])
+            draft.set_per_head(name, side.gain * ratio[:, None] * factor)
+            draft.set_per_head(name, side.shift * factor, "bias")
+
+    def _normed(self, site: AttentionSite) -> tuple[Normed, Normed] | None:
+        """What the norms of queries and keys do, and what enters them; None where that is not known."""
+        if site.name not in self._cached_normed:
+            self._cached_normed[site.name] = self._find_normed(site)
+        return self._cached_normed[site.name]
+
+    def _find_normed(self, site: AttentionSite) -> tuple[Normed, Normed] | None:
+        if site.qk_normed is None or site.norm is None:
+            return None
+        # The queries and keys in front of their norms are linear in what the norm before them lets through.
+        draft, moments = Draft(self._model, self._anatomy), Moments(self._statistics, site.norm)
+        module = self._model.get_submodule(site.norm)
+        affine = [getattr(module, name, None) for name in ("weight", "bias")]
+        size = len(moments.mean)
+        gain = torch.ones(size, dtype=torch.float64) if affine[0] is None else draft.weight(site.norm)
+        shift = torch.zeros(size, dtype=torch.float64) if affine[1] is None else draft.weight(site.norm, "bias")
+        weight = draft.weight(site.qkv)
+        mean = weight @ (gain * moments.mean + shift) + draft.bias(site.qkv)
+        spread = weight * gain
+        sides, span = [], site.heads * site.qk_dim
+        for part, name in enumerate((site.q_norm, site.k_norm)):
+            assert name is not None
+            rows = spread[part * span : (part + 1) * span].unflatten(0, (site.heads, site.qk_dim))
+            centre = mean[part * span : (part + 1) * span].unflatten(0, (site.heads, site.qk_dim))
+            second = rows @ moments.covariance @ rows.mT + centre[:, :, None] * centre[:, None]
+            if site.qk_normed == "layer":
+                second = second - second.mean(-1, keepdim=True)
+                second = second - second.mean(-2, keepdim=True)
+            norm = (draft.per_head(name, site.heads, site.qk_dim, each) for each in ("weight", "bias"))
+            sides.append(Normed(second, *norm))
+        return sides[0], sides[1]
 
     # Values
 
@@ -292,9 +343,9 @@ class Refit:
 
     # Residual width
 
-    def _width(self, draft: Draft, count: int, eps: dict[str, float], gone: Collection[str]) -> Indices:
+    def _width(self, draft: Draft, count: int, gone: Collection[str]) -> Indices:
         """SNP's channels; what the norms' readers lose with the others is not refitted."""
-        del draft, eps, gone
+        del draft, gone
         return core.select(self._channel_scores(), count)
 
     def _channel_scores(self) -> Float:
@@ -359,6 +410,12 @@ def _scale_rows(draft: Draft, module: str, rows: slice, scale: Tensor) -> None:
     bias[rows] *= scale
     draft.set(module, weight)
     draft.set(module, bias, "bias")
+
+
+def _length(second: Tensor, normed: str | None) -> Tensor:
+    """What a norm divides by, at the mean of the squares: of these channels alone."""
+    square = second.diagonal().mean()
+    return (square - second.mean() if normed == "layer" else square).clamp_min(0).sqrt()
 
 
 def _eliminate(moment: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Float, float]:
