@@ -180,8 +180,8 @@ def behind_norms(basis: HeadBasis, query: Normed, key: Normed) -> NormedHeads:
 def length_errors(basis: HeadBasis, query: Normed, key: Normed) -> Tensor:
     """The share of the squared scores that `behind_norms` is expected to miss, for the first r directions, every r.
 
-    Of a length whose share m lies in the d - r directions that leave, what is kept does not tell how large these are
-    for one token: as if all were normal, m² (1 / (d - r) + 1 / r) / 2 for each side.
+    Of a squared length whose share m lies in the d - r directions that leave, what is kept does not tell how much it is
+    for one token: m² (1 / (d - r) + 1 / r) / 2 for each side if all were normal, more where tokens differ more.
 
     Args:
         basis: all directions.

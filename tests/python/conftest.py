@@ -28,10 +28,10 @@ def _deterministic() -> None:
     torch.set_num_threads(2)
 
 
-def digits_architecture() -> nn.Module:
+def digits_architecture(**more: object) -> nn.Module:
     """Build the untrained model of `make_digits_model`: odd heads (3 of 31), class token, 65 tokens."""
     return timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=93, num_heads=3, depth=3, num_classes=10
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=93, num_heads=3, depth=3, num_classes=10, **more
     )
 
 
@@ -66,18 +66,28 @@ def train_on_digits(model: nn.Module, epochs: int = 9) -> None:
 def make_digits_model(pytestconfig: pytest.Config) -> MakeModel:
     """Return a function that gives a fresh copy of a ViT trained on digits, in evaluation mode.
 
-    Width 93, 3 heads of 31, 3 blocks, FFN 372, 32 x 32 images in patches of 4, class token, 10 classes. The weights
-    are kept in pytest's cache folder under a digest of the code that makes them.
+    Width 93, 3 heads of 31, 3 blocks, FFN 372, 32 x 32 images in patches of 4, class token, 10 classes.
     """
+    return _trained(pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def make_normed_model(pytestconfig: pytest.Config) -> MakeModel:
+    """Return a function that gives a fresh copy of the same model with query/key norms, trained alike."""
+    return _trained(pytestconfig, qk_norm=True)
+
+
+def _trained(pytestconfig: pytest.Config, **more: object) -> MakeModel:
+    """Weights are kept in pytest's cache folder under a digest of the code that makes them."""
     made_by = digits_architecture, train_on_digits, float32_muon
-    source = "".join(map(inspect.getsource, made_by)) + timm.__version__
+    source = "".join(map(inspect.getsource, made_by)) + timm.__version__ + repr(more)
     folder = pytestconfig.cache.mkdir("secateur")
     path = folder / f"digits-{hashlib.sha256(source.encode()).hexdigest()[:16]}.safetensors"
     with FileLock(path.with_suffix(".lock")):  # one worker trains, the others wait
         if not path.is_file():
             torch.manual_seed(0)
             torch.set_num_threads(2)
-            model = digits_architecture()
+            model = digits_architecture(**more)
             with float32_muon():
                 train_on_digits(model)
             with replacing(path) as temporary:
@@ -85,7 +95,7 @@ def make_digits_model(pytestconfig: pytest.Config) -> MakeModel:
     weights = load_file(path)
 
     def make() -> nn.Module:
-        model = digits_architecture()
+        model = digits_architecture(**more)
         model.load_state_dict(weights)
         return model.eval()
 
