@@ -34,6 +34,8 @@ def trained(norm: type[nn.Module] | None, epochs: int) -> nn.Module:
         "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=72, depth=4, num_heads=3, num_classes=10,
         qk_norm=True, **more,
     )  # fmt: skip
+    # timm's 0.02 hides positions from the first layers for many epochs.
+    nn.init.trunc_normal_(model.pos_embed, std=0.5)
     batches = list(sc.data.loader("digits", model, split="train", batch_size=32))
     sc.finetune(model, batches, epochs=epochs, lr=2e-3)
     return model.eval()

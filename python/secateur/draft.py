@@ -40,6 +40,17 @@ class Draft:
             return self.weight(module, "bias")
         return torch.zeros(len(layer.weight), dtype=torch.float64)
 
+    def affine(self, norm: str, size: int) -> tuple[Tensor, Tensor]:
+        """A norm's scale and shift, (size,); ones and zeros where it has none."""
+        module = self._model.get_submodule(norm)
+        gain, shift = (
+            None if getattr(module, name, None) is None else self.weight(norm, name) for name in ("weight", "bias")
+        )
+        return (
+            torch.ones(size, dtype=torch.float64) if gain is None else gain,
+            torch.zeros(size, dtype=torch.float64) if shift is None else shift,
+        )
+
     def set(self, module: str, value: Tensor, parameter: str = "weight") -> None:
         """Draft new values; a bias that the layer does not have is added, unless it is zero."""
         name = parameter_name(module, parameter)

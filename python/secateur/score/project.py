@@ -225,17 +225,15 @@ class Projection(Refit):
         """Fold the norm's scale and shift and the change of basis into the layers behind it."""
         module = self._model.get_submodule(norm)
         size = len(offset)
-        gain, shift = (getattr(module, name, None) for name in ("weight", "bias"))
-        weight = torch.ones(size, dtype=torch.float64) if gain is None else draft.weight(norm)
-        bias = torch.zeros(size, dtype=torch.float64) if shift is None else draft.weight(norm, "bias")
+        gain, shift = draft.affine(norm, size)
         for reader in readers:
             matrix = draft.weight(reader)
-            draft.set(reader, draft.bias(reader) + matrix @ (bias + weight * offset), "bias")
-            draft.set(reader, F.pad(matrix @ (weight[:, None] * read), [0, size - read.shape[1]]))
-        if gain is not None:
-            draft.set(norm, torch.ones_like(weight))
-        if shift is not None:
-            draft.set(norm, torch.zeros_like(bias), "bias")
+            draft.set(reader, draft.bias(reader) + matrix @ (shift + gain * offset), "bias")
+            draft.set(reader, F.pad(matrix @ (gain[:, None] * read), [0, size - read.shape[1]]))
+        if getattr(module, "weight", None) is not None:
+            draft.set(norm, torch.ones_like(gain))
+        if getattr(module, "bias", None) is not None:
+            draft.set(norm, torch.zeros_like(shift), "bias")
 
 
 def _readout(moments: Moments, basis: Tensor, count: int, near: float) -> tuple[Tensor, Tensor, float]:

@@ -230,21 +230,18 @@ class Refit:
     def _find_normed(self, site: AttentionSite) -> tuple[Normed, Normed] | None:
         if site.qk_normed is None or site.norm is None:
             return None
-        # The queries and keys in front of their norms are linear in what the norm before them lets through.
+        # Queries and keys in front of their norms are linear in what the norm before them lets through.
         draft, moments = Draft(self._model, self._anatomy), Moments(self._statistics, site.norm)
-        module = self._model.get_submodule(site.norm)
-        affine = [getattr(module, name, None) for name in ("weight", "bias")]
-        size = len(moments.mean)
-        gain = torch.ones(size, dtype=torch.float64) if affine[0] is None else draft.weight(site.norm)
-        shift = torch.zeros(size, dtype=torch.float64) if affine[1] is None else draft.weight(site.norm, "bias")
+        gain, shift = draft.affine(site.norm, len(moments.mean))
         weight = draft.weight(site.qkv)
         mean = weight @ (gain * moments.mean + shift) + draft.bias(site.qkv)
         spread = weight * gain
         sides, span = [], site.heads * site.qk_dim
         for part, name in enumerate((site.q_norm, site.k_norm)):
             assert name is not None
-            rows = spread[part * span : (part + 1) * span].unflatten(0, (site.heads, site.qk_dim))
-            centre = mean[part * span : (part + 1) * span].unflatten(0, (site.heads, site.qk_dim))
+            rows, centre = (
+                each[part * span : (part + 1) * span].unflatten(0, (site.heads, site.qk_dim)) for each in (spread, mean)
+            )
             second = rows @ moments.covariance @ rows.mT + centre[:, :, None] * centre[:, None]
             if site.qk_normed == "layer":
                 second = second - second.mean(-1, keepdim=True)
