@@ -77,7 +77,7 @@ class AttentionSite:
     ``qkv`` outputs (B, N, heads · (2 qk_dim + v_dim)): queries, keys, values, of what ``norm`` outputs, None where no
     norm of the residual stream is in front. ``q_norm`` and ``k_norm``, where there are any, output
     (B, heads, N, qk_dim) and are what the scores see; ``qk_normed`` says of which kind both are, None unless both are
-    of one and have a scale. ``proj`` takes (B, N, heads · v_dim).
+    of one and have a scale. ``proj`` takes (B, N, heads · v_dim), of the norm ``inner`` if one is right in front.
     ``softmax_scale`` multiplies the scores. ``layout`` is "stock" where the module is the library's own class, cut or
     not, and "exact" where it is ours. ``qk``, ``v``, ``heads_group`` and ``layer`` name the groups; ``branch`` is the
     module whose output the layer adds to the residual stream, a norm's if ``post_norm``.
@@ -102,6 +102,7 @@ class AttentionSite:
     qk_normed: Literal["layer", "rms"] | None = None
     scale: str | None = None
     between: str | None = None
+    inner: NormSite | None = None
     post_norm: bool = False
 
     @property
@@ -114,7 +115,8 @@ class AttentionSite:
 class FfnSite:
     """Where one FFN's hidden units, after the activation, enter the second layer: (B, N, size); LayerScale follows.
 
-    ``ffn`` and ``layer`` name the groups; ``branch`` is the module whose output is added to the residual stream.
+    ``inner`` is the norm right in front of that, if there is one. ``ffn`` and ``layer`` name the groups; ``branch`` is
+    the module whose output is added to the residual stream.
     """
 
     name: str
@@ -124,6 +126,7 @@ class FfnSite:
     fc2: str
     branch: str
     scale: str | None = None
+    inner: NormSite | None = None
     post_norm: bool = False
 
     @property
@@ -157,7 +160,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class NormSite:
-    """A norm over the ``size`` channels of the residual stream.
+    """A norm over the ``size`` channels of the residual stream, or over a layer's values or hidden units.
 
     ``centred`` for LayerNorm, not for RMSNorm; ``pooled`` where it comes after pooling.
     """

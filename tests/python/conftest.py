@@ -73,8 +73,11 @@ def make_digits_model(pytestconfig: pytest.Config) -> MakeModel:
 
 @pytest.fixture(scope="session")
 def make_normed_model(pytestconfig: pytest.Config) -> MakeModel:
-    """Return a function that gives a fresh copy of the same model with query/key norms, trained alike."""
-    return _trained(pytestconfig, qk_norm=True)
+    """Return a function that gives a fresh copy of the same model, trained alike, with norms inside of its layers.
+
+    These are LayerNorms of queries and keys, of the values that the projection takes, and of the FFN's hidden units.
+    """
+    return _trained(pytestconfig, qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True)
 
 
 def _trained(pytestconfig: pytest.Config, **more: object) -> MakeModel:

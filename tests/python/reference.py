@@ -227,11 +227,12 @@ def _entries(model, keep, module, parameter, width):
     )
     hidden = keep.get(f"{prefix}.ffn", np.arange(block.mlp.fc2.in_features)[None])[0]
     branches = {"fc1": hidden, "fc1_g": hidden, "fc1_x": hidden}
+    branches["norm"] = v if parts[2] == "attn" else hidden
     if parts[3] == "fc1" and block.mlp.fc1.out_features == 2 * block.mlp.fc2.in_features:
         branches["fc1"] = np.concatenate([hidden, hidden + block.mlp.fc2.in_features])
     rows = {"qkv": np.concatenate([qk, qk + span, v + 2 * span]), "gate": v, "proj": width, "fc2": width, **branches}
     columns = {"proj": v, "fc2": hidden}
     found = {0: rows[parts[3]]}
-    if parameter == "weight":
+    if parameter == "weight" and parts[3] != "norm":
         found[1] = columns.get(parts[3], width)
     return found

@@ -475,6 +475,7 @@ class _Inspection:
                 qk_normed=_normed(attn.q_norm, attn.k_norm),
                 scale=scale,
                 between=between,
+                inner=None if attn.gate is not None else self.inner(f"{name}.norm", heads * v_dim),
                 post_norm=self.post_norm(index),
             )
         )
@@ -514,9 +515,21 @@ class _Inspection:
         self.groups.append(Group(f"{block}.ffn", "ffn", index, size, tuple(members)))
         self.ffn.append(
             FfnSite(
-                name, f"{block}.ffn", name, size, f"{name}.fc2", f"{block}.drop_path2", scale, self.post_norm(index)
+                name,
+                f"{block}.ffn",
+                name,
+                size,
+                f"{name}.fc2",
+                f"{block}.drop_path2",
+                scale=scale,
+                inner=self.inner(f"{name}.norm", size),
+                post_norm=self.post_norm(index),
             )
         )
+
+    def inner(self, name: str, size: int) -> NormSite | None:
+        norm = self.model.get_submodule(name)
+        return NormSite(name, size, _NORMS[type(norm)], pooled=False) if type(norm) in _NORMS else None
 
     def post_norm(self, index: int) -> bool:
         return isinstance(self.model.blocks[index], ResPostBlock)

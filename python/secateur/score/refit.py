@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import core
-from ..anatomy import Anatomy, AttentionSite, FfnSite, Group, Indices
+from ..anatomy import Anatomy, AttentionSite, FfnSite, Group, Indices, NormSite
 from ..draft import Draft
 from ..errors import InvalidArgument, NumericalError
 from ..heads import eliminate_heads, head_errors
@@ -294,7 +294,7 @@ class Refit:
         order, _ = self._order(site.v, lambda: self._value_orders(site))
         kept = order[:, site.v_dim - count :].sort(1).values
         flat = (heads[:, None] * site.v_dim + kept[heads]).flatten()
-        self._compensate(draft, site.proj, Moments(self._statistics, site.proj), flat)
+        self._compensate(draft, site, Moments(self._statistics, site.proj), flat)
         return kept.numpy()
 
     # FFN
@@ -317,7 +317,7 @@ class Refit:
     def _hidden(self, draft: Draft, site: FfnSite, count: int) -> Indices:
         order, _ = self._hidden_order(site)
         kept = order[:, site.size - count :].sort(1).values
-        self._compensate(draft, site.fc2, Moments(self._statistics, site.ffn), kept[0])
+        self._compensate(draft, site, Moments(self._statistics, site.ffn), kept[0])
         return kept.numpy()
 
     # Whole layers
@@ -379,20 +379,54 @@ class Refit:
         self._ridges[module] = self._last_ridge
         return self._last_ridge
 
-    def _compensate(self, draft: Draft, module: str, moments: Moments, kept: Tensor) -> None:
-        """Give the kept inputs of a linear layer what the others contributed, and the bias its mean."""
+    def _compensate(self, draft: Draft, site: AttentionSite | FfnSite, moments: Moments, kept: Tensor) -> None:
+        """Give the kept inputs of a layer's last linear one what the others contributed, and the bias its mean."""
+        module = site.writer
         weight = draft.weight(module)
         cut = torch.ones(weight.shape[1], dtype=torch.bool)
         cut[kept] = False
         cut = cut.nonzero().flatten()
         ridge = self._ridge(module, moments, weight, kept, cut)
         part, beside = (moments.covariance[kept[:, None], index] for index in (kept, cut))
-        gained = solve(Moment(part, beside @ weight[:, cut].mT), ridge).mT
-        bias = draft.bias(module) + weight[:, cut] @ moments.mean[cut] - gained @ moments.mean[kept]
+        mean, lost = moments.mean[kept], beside @ weight[:, cut].mT
+        bias = draft.bias(module) + weight[:, cut] @ moments.mean[cut]
+        length = 1.0
+        if site.inner is not None:
+            change, shift, length = self._renormalised(draft, site.inner, moments, kept)
+            # The inputs are x + change @ (x - shift) after the cut.
+            bias -= weight[:, kept] @ change @ (mean - shift)
+            mean = mean + change @ (mean - shift)
+            lost -= part @ change.mT @ weight[:, kept].mT
+            lost = lost + change @ lost
+            part = part + change @ part
+            part = part + part @ change.mT
+        gained = solve(Moment(part, lost), ridge).mT
         refitted = torch.zeros_like(weight)
-        refitted[:, kept] = weight[:, kept] + gained
+        refitted[:, kept] = (weight[:, kept] + gained) * length
         draft.set(module, refitted)
-        draft.set(module, bias, "bias")
+        draft.set(module, bias - gained @ mean, "bias")
+
+    def _renormalised(
+        self, draft: Draft, norm: NormSite, moments: Moments, kept: Tensor
+    ) -> tuple[Tensor, Tensor, float]:
+        """What a norm leaves of its kept inputs when it counts no others: x + change @ (x - shift), over a length.
+
+        ``change`` takes off the mean over the kept channels, where that of all had been taken off. The length is folded
+        into the norm's scale, and 1 is returned, where it has one.
+        """
+        gain, shift = draft.affine(norm.name, norm.size)
+        living = gain[kept].abs() > 1e-12 * gain.abs().max()
+        inverse = torch.where(living, 1 / torch.where(living, gain[kept], 1), 0)
+        # Of vectors whose mean square is one.
+        normal = (moments.mean - shift)[kept] * inverse
+        second = moments.covariance[kept[:, None], kept] * inverse * inverse[:, None] + torch.outer(normal, normal)
+        second.diagonal().add_((~living).to(second.dtype))
+        length = float(_length(second, "layer" if norm.centred else "rms")) or 1.0
+        if getattr(self._model.get_submodule(norm.name), "weight", None) is not None:
+            draft.set(norm.name, gain * length)
+            length = 1.0
+        change = -torch.outer(gain[kept], inverse) / len(kept)
+        return change if norm.centred else torch.zeros_like(change), shift[kept], length
 
     def _costs(self, order: tuple[Tensor, Float | None], size: int) -> Float | None:
         costs = order[1]
