@@ -226,6 +226,11 @@ class Anatomy:
         return {group.name: sites[group.name] for group in self.groups if group.name in sites}
 
     @cached_property
+    def head_norms(self) -> tuple[str, ...]:
+        """The norms of queries and keys."""
+        return tuple(name for site in self.attention for name in (site.q_norm, site.k_norm) if name is not None)
+
+    @cached_property
     def layer_of(self) -> dict[str, str]:
         """Name of a group to that of the layer that it is a part of."""
         parts = {site.layer: [site.qk, site.v, site.heads_group] for site in self.attention}

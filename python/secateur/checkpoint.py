@@ -14,7 +14,7 @@ from torch import nn
 from . import check, container, surgery
 from .errors import Error, InvalidArgument
 from .families import family_named, family_of
-from .modules import HeadNorm, PrunedAttention
+from .modules import HeadNorm, PrunedAttention, is_uncentred
 
 # Where weights came from: a pruned model must never be taken for its dense source.
 _WEIGHT_SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "custom_load")
@@ -53,8 +53,7 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
     for argument, value in arguments.items():
         if not _is_json(value):
             raise InvalidArgument(f"factory: expected (name, kwargs) of JSON values, got {argument} = {value!r}")
-    head_norms = [name for site in anatomy.attention for name in (site.q_norm, site.k_norm) if name is not None]
-    norms = [*(norm.name for norm in anatomy.norms), *head_norms]
+    norms = [*(norm.name for norm in anatomy.norms), *anatomy.head_norms]
     header = {
         "family": anatomy.family,
         "architecture": architecture,
@@ -64,7 +63,7 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
         "layouts": {site.name: site.layout for site in anatomy.attention},
         "softmax_scales": {site.name: site.softmax_scale for site in anatomy.attention if site.layout == "exact"},
         "eps": {name: getattr(model.get_submodule(name), "eps") for name in norms},  # noqa: B009
-        "uncentred": [name for name in head_norms if not getattr(model.get_submodule(name), "centred", True)],
+        "uncentred": [name for name in anatomy.head_norms if is_uncentred(model.get_submodule(name))],
         "biases": [],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "pretrained_cfg": _without_sources(getattr(model, "pretrained_cfg", None)),

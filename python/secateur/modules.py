@@ -65,6 +65,11 @@ class HeadNorm(nn.Module):
         return f"heads={self.heads}, size={self.size}, eps={self.eps}, centred={self.centred}"
 
 
+def is_uncentred(norm: nn.Module) -> bool:
+    """Is it one of ours that takes no mean off?"""
+    return isinstance(norm, HeadNorm) and not norm.centred
+
+
 class PrunedAttention(nn.Module):
     """Multi-head self-attention with qk_dim query/key and v_dim value channels per head.
 

@@ -27,6 +27,7 @@ from .families import family_of
 from .finetune import finetune as finetune_
 from .finetune import refuse_wrapped
 from .identity import Fingerprint
+from .modules import is_uncentred
 from .objectives import AccuracyCritical, LatencySensitive, Measures, MemoryConstrained, Objective
 from .plan import Plan, checked_options, plan
 from .progress import progress
@@ -583,12 +584,18 @@ def _origin(course: _Course) -> dict[str, Any]:
 def _shape(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
     """What a pruned model has otherwise than the dense one, but for its values."""
     anatomy = family_of(model).inspect(model)
-    eps = {norm.name: getattr(model.get_submodule(norm.name), "eps", None) for norm in anatomy.norms}
+    norms = [*(norm.name for norm in anatomy.norms), *anatomy.head_norms]
+    eps = {name: getattr(model.get_submodule(name), "eps", None) for name in norms}
     before = {name: getattr(dense.get_submodule(name), "eps", None) for name in eps}
     names = dict(dense.named_parameters())
     return {
         "sizes": anatomy.remains,
         "eps": {name: value for name, value in eps.items() if value != before[name]},
+        "uncentred": [
+            name
+            for name in anatomy.head_norms
+            if is_uncentred(model.get_submodule(name)) and not is_uncentred(dense.get_submodule(name))
+        ],
         "biases": [name for name, _ in model.named_parameters() if name not in names],
     }
 
@@ -605,6 +612,7 @@ def _rebuilt(dense: nn.Module, shape: Mapping[str, Any], state: Mapping[str, Ten
     added = {name: state[name] for name in shape["biases"]}
     fingerprint = Fingerprint.of(model, anatomy)
     costs = (anatomy.params, anatomy.macs)
-    prune(model, Plan("", {}, fingerprint, keep, costs, costs, added, shape["eps"]))
+    uncentred = tuple(shape.get("uncentred", ()))
+    prune(model, Plan("", {}, fingerprint, keep, costs, costs, added, shape["eps"], uncentred))
     model.load_state_dict(state)
     return model

@@ -44,8 +44,12 @@ def test_a_wheel_embeds(tmp_path: Path) -> None:
     """Installed elsewhere than where it was built, with no other secateur to be seen."""
     build, dist, venv = tmp_path / "build", tmp_path / "dist", tmp_path / "venv"
     pip = sys.executable, "-m", "pip", "--disable-pip-version-check"
-    # Compiles in half the time.
-    quick = "cmake.define.CMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG", "cmake.define.CMAKE_INTERPROCEDURAL_OPTIMIZATION=OFF"
+    # Compiles in half the time, and where nvcc is in a sixth of it.
+    quick = (
+        "cmake.define.CMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG",
+        "cmake.define.CMAKE_INTERPROCEDURAL_OPTIMIZATION=OFF",
+        "cmake.define.CMAKE_CUDA_ARCHITECTURES=75",
+    )
     options = [f"--config-settings={setting}" for setting in (f"build-dir={build}", *quick)]
     run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", dist, *options, ROOT)
     shutil.rmtree(build)
