@@ -171,7 +171,7 @@ def uniform(anatomy: Anatomy, budget: Budget, method: str = "") -> dict[str, flo
     kinds = [kind for kind in kinds_of(anatomy, method) if kind in INNER]
     ratios = ratios_at(anatomy, budget, dict.fromkeys(kinds, 1.0))
     if ratios is None:
-        raise sc.Unsupported(f"{budget} cannot be reached with {', '.join(kinds)} alone")
+        raise sc.Unsupported(f"{budget} cannot be reached with {', '.join(kinds) or 'nothing'} alone")
     return ratios
 
 
@@ -484,7 +484,9 @@ def best(run: Run, method: str, draw: Draw, budget: Budget) -> tuple[nn.Module, 
         for ratios in allocations(run, method, budget):
             consider(lambda ratios=ratios: run.prune(method, draw, ratios), {"allocation": "grid", "ratios": ratios})
     if chosen is None:
-        raise sc.Unsupported(f"{method}: no allocation reaches {budget}: {', '.join(sorted(refused))}")
+        raise sc.Unsupported(
+            f"{method}: no allocation reaches {budget}: {', '.join(sorted(refused)) or 'none of the grid'}"
+        )
     kl, model, found = chosen
     more = {"kl": kl, "tried": tried, "refused": sorted(refused), "sizes": sizes_of(model)}
     return model, {**found, **more}
