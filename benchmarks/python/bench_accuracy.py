@@ -48,7 +48,7 @@ from secateur.allocate import kept_count
 from secateur.anatomy import Anatomy
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from tuning import Answers, Passes, attention
+from tuning import Answers, Passes, attention, capture
 
 OURS = ("project", "refit", "snp")
 INNER = ("qk", "v", "ffn")
@@ -99,6 +99,7 @@ def arguments() -> argparse.Namespace:
     add("--tune-passes", type=Path, help="folder that keeps each pass, and the teacher's answers, for the next model")
     add("--tune-amp", choices=("bfloat16", "float16"), help="mixed precision of fine-tuning; none unless given")
     add("--tune-attention", choices=("fused", "plain"), default="fused", help="plain trains faster on few tokens")
+    add("--tune-graphs", action="store_true", help="training steps as CUDA graphs, for processes that share a GPU")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of fine-tuning")
     add("--repeats", type=int, default=15, help="of the speed measurement; 0 for none")
     add("--device", default="cpu")
@@ -676,6 +677,10 @@ def tuned_table(run: Run) -> None:
                 batches = run.passes(seed)
                 tuning = {"epochs": epochs, "lr": options.tune_lr, "amp": options.tune_amp, "seed": seed}
                 start = time.perf_counter()
+                if options.tune_graphs:
+                    # Of parameters that no earlier backward pass on another stream knows.
+                    model = copy.deepcopy(model)
+                    capture(model, next(iter(batches))[0].to(options.device), options.tune_amp)
                 with attention(model, fused=options.tune_attention == "fused"):
                     sc.finetune(model, batches, teacher=run.teacher, **tuning)
                 took = {"tune_seconds": round(time.perf_counter() - start, 1), "torch": torch.__version__}

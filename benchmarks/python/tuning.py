@@ -1,4 +1,4 @@
-"""What fine-tuning repeats for every model, kept for the next one: the images of each pass, the teacher's answers."""
+"""What fine-tuning repeats: the images of each pass and the teacher's answers, kept for the next model; CUDA graphs."""
 
 from __future__ import annotations
 
@@ -89,3 +89,23 @@ def attention(model: nn.Module, *, fused: bool) -> Iterator[None]:
     finally:
         for module, was in before:
             module.fused_attn = was
+
+
+def capture(model: nn.Module, images: Tensor, amp: str | None) -> None:
+    """Have a model on a GPU run forward and backward as CUDA graphs, in training, on images of this shape.
+
+    A model of CIFAR's size has kernels shorter than their launch: several processes share a GPU better this way. What
+    the kernels compute is the same.
+    """
+    eager, training = model.forward, model.training
+    precision = None if amp is None else getattr(torch, amp)
+    model.train()
+    with torch.autocast("cuda", precision, enabled=amp is not None, cache_enabled=False):
+        torch.cuda.make_graphed_callables(model, (images,), allow_unused_input=True)
+    model.train(training)
+    captured = model.forward
+
+    def forward(batch: Tensor) -> Any:
+        return (captured if batch.shape == images.shape else eager)(batch)
+
+    model.forward = forward  # type: ignore[method-assign]

@@ -70,6 +70,13 @@ def is_uncentred(norm: nn.Module) -> bool:
     return isinstance(norm, HeadNorm) and not norm.centred
 
 
+def _copied(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Return (..., d) as (..., size) in memory of its own, zeros behind the last channel."""
+    if x.shape[-1] < size:
+        return F.pad(x, [0, size - x.shape[-1]])
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 class PrunedAttention(nn.Module):
     """Multi-head self-attention with qk_dim query/key and v_dim value channels per head.
 
@@ -118,10 +125,15 @@ class PrunedAttention(nn.Module):
 
         if self.fused_attn:
             # Fused kernels exist only where q, k and v have one size: zeros change neither scores nor values.
-            if self.qk_dim < self.v_dim:
-                q, k = F.pad(q, [0, self.v_dim - self.qk_dim]), F.pad(k, [0, self.v_dim - self.qk_dim])
+            size = max(self.qk_dim, self.v_dim)
+            if v.is_cuda and v.element_size() == 2 and (self.qk_dim % 8 != 0 or self.v_dim % 8 != 0):
+                # Those of CUDA read 16 bytes at a time wherever a row begins (pytorch/pytorch#183484): only of copies.
+                size = (size + 7) // 8 * 8
+                q, k, v = _copied(q, size), _copied(k, size), _copied(v, size)
+            elif self.qk_dim < self.v_dim:
+                q, k = F.pad(q, [0, size - self.qk_dim]), F.pad(k, [0, size - self.qk_dim])
             elif self.v_dim < self.qk_dim:
-                v = F.pad(v, [0, self.qk_dim - self.v_dim])
+                v = F.pad(v, [0, size - self.v_dim])
             y = F.scaled_dot_product_attention(
                 q,
                 k,
@@ -131,7 +143,7 @@ class PrunedAttention(nn.Module):
                 is_causal=is_causal,
                 scale=self.scale,
             )
-            if self.v_dim < self.qk_dim:
+            if self.v_dim < size:
                 y = y[..., : self.v_dim]
         else:
             attn = (q * self.scale) @ k.transpose(-2, -1)

@@ -72,10 +72,18 @@ assert distributed.get_world_size() == int(os.environ["WORLD_SIZE"])
 distributed.destroy_process_group()
 """
 
+GPUS = f"""
+gpu = RANK % torch.cuda.device_count()
+for index, (count, batch_size, limit) in enumerate({CASES}):
+    model = quiet(num_classes=10).cuda(gpu)
+    images = digits(model, batch_size=batch_size, max_images=count, shuffle=True)
+    sc.calibrate(model, images, max_images=limit, **{OPTIONS}).save(f"{{OUT}}/{{index}}.{{RANK}}")
+"""
 
-def digits_on_one(count: int, batch_size: int, limit: int | None) -> sc.Statistics:
+
+def digits_on_one(count: int, batch_size: int, limit: int | None, device: str = "cpu") -> sc.Statistics:
     torch.set_num_threads(1)
-    model = quiet(num_classes=10)
+    model = quiet(num_classes=10).to(device)
     images = loader("digits", model, batch_size=batch_size, max_images=count, shuffle=True)
     return sc.calibrate(model, images, max_images=limit, **OPTIONS)
 
@@ -97,6 +105,16 @@ def test_several_ranks_have_the_sums_of_one(tmp_path: Path, ranks: int) -> None:
     for rank in range(ranks):
         assert_close(whole, sc.Statistics.load(tmp_path / f"own.{rank}"))
         assert sc.Statistics.load(tmp_path / f"theirs.{rank}").images == whole.images
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA device")
+def test_ranks_on_gpus_have_the_sums_of_one(tmp_path: Path) -> None:
+    for code, text in on_ranks(HEAD + GPUS, tmp_path):
+        assert code == 0, text
+    for index, case in enumerate(CASES):
+        whole = digits_on_one(*case, device="cuda")
+        for rank in range(2):
+            assert_close(whole, sc.Statistics.load(tmp_path / f"{index}.{rank}"))
 
 
 @pytest.mark.parametrize(("images", "ranks"), [(29, 2), (29, 3), (9, 2), (24, 3), (3, 2), (1, 3)])

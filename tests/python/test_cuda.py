@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import secateur as sc
+import timm
 import torch
 from models import images, make
 from secateur import core, errors, reach
 from secateur.calibrate import _Collector
+from secateur.modules import PrunedAttention
 from test_core import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -316,3 +318,30 @@ def test_statistics_and_cuts_on_a_device(digits_model, digits_images):
     assert copies.found == []
     assert all(parameter.is_cuda for parameter in model.parameters())
     assert model(digits_images.cuda()).isfinite().all()
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("qk_dim", "v_dim"),
+    [(23, 64), (22, 64), (9, 16), (64, 23), (16, 21), (8, 6), (13, 13), (20, 12), (16, 24), (32, 8)],
+)
+def test_fused_attention_of_odd_sizes(dtype, qk_dim, v_dim):
+    """Queries, keys and values begin anywhere in the fused buffer, their rows are of any length."""
+    attention = timm.layers.Attention(96, num_heads=3).cuda()
+    PrunedAttention.adopt(attention, qk_dim, v_dim, attention.q_norm, attention.k_norm)
+    attention.qkv = torch.nn.Linear(96, 3 * (2 * qk_dim + v_dim), device="cuda")
+    attention.proj = torch.nn.Linear(3 * v_dim, 96, device="cuda")
+    attention.to(dtype)
+    x = torch.randn(2, 65, 96, device="cuda", dtype=dtype)
+    found, gradients = [], []
+    for fused in (True, False):
+        attention.fused_attn = fused
+        attention.zero_grad()
+        y = attention(x)
+        y.sum().backward()
+        found.append(y)
+        gradients.append(attention.qkv.weight.grad.clone())
+    bar = 1e-4 if dtype == torch.float32 else 4e-2
+    for ours, expected in (found, gradients):
+        assert (ours - expected).abs().max() <= bar * expected.abs().max()

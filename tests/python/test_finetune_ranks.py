@@ -1,4 +1,4 @@
-"""`finetune` on two processes, as torchrun starts them: gloo on the CPU."""
+"""`finetune` on two processes, as torchrun starts them: gloo on the CPU, nccl on GPUs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from finetuning import quiet, tiny
-from launch import on_ranks
+from launch import on_gpus, on_ranks
 from safetensors.torch import load_file
 from secateur.data import ImageLoader, _Stream, loader
 from secateur.errors import InvalidArgument, Unsupported
@@ -104,6 +104,39 @@ def test_two_ranks_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     weights, results = kept(tmp_path, "theirs")
     assert_same(*weights)
     assert results[0][0][0]["images"] == 40
+
+
+NCCL = """
+os.environ |= {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": f"{OUT}/nccl{RANK}.log"}
+device = "cuda" if torch.cuda.device_count() > 1 else "cuda:0"
+for name, options in (("end", {}), ("half", {"amp": "bfloat16"})):
+    model = quiet(num_classes=10)
+    with torch.no_grad():
+        model.head.weight += RANK  # rank 0's weights count
+    images = digits(model, batch_size=4, max_images=29)
+    more = dict(epochs=2, ema=0.5, opt="momentum", lr=0.05, teacher=quiet(num_classes=10).to(device), device=device)
+    keep(model, finetune(model, images, **options, **more), name)
+assert not distributed.is_initialized()
+"""
+
+
+@on_gpus
+def test_two_ranks_over_nccl_are_one_with_twice_the_batch(tmp_path: Path) -> None:
+    for code, text in on_ranks(HEAD + NCCL, tmp_path):
+        assert code == 0, text
+    for rank in range(2):
+        assert "Init COMPLETE" in (tmp_path / f"nccl{rank}.log").read_text()
+    for name, amp, tolerance in (("end", None, 1e-4), ("half", "bfloat16", 1e-2)):
+        model = quiet(num_classes=10)
+        images = loader("digits", model, train=True, shuffle=True, batch_size=8, max_images=29)
+        more = {"epochs": 2, "ema": 0.5, "opt": "momentum", "lr": 0.05, "amp": amp, "device": "cuda:0"}
+        expected = finetune(model, images, teacher=quiet(num_classes=10).cuda(), **more)
+        (first, second), results = kept(tmp_path, name)
+        assert_same(first, second)
+        for key, tensor in model.state_dict().items():
+            torch.testing.assert_close(first[key], tensor.cpu(), rtol=tolerance, atol=tolerance / 10)
+        for found, wanted in zip(results[0][0], expected.history, strict=True):
+            assert found == pytest.approx(wanted, rel=tolerance)
 
 
 RESUMED = """
