@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import secateur as sc
 import torch
 from safetensors.torch import load_file, save_file
+from secateur.modules import PrunedAttention
 from torch import Tensor, nn
 
 
@@ -80,8 +82,17 @@ class Answers(nn.Module):
 
 @contextmanager
 def attention(model: nn.Module, *, fused: bool) -> Iterator[None]:
-    """Have a model's attention be torch's fused function, or plain products, while the block runs."""
-    before = [(module, module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn")]
+    """Have a model's attention be torch's fused function, or plain products, while the block runs.
+
+    timm's fused attention knows no scale but 1/√head_dim. Where its products have another, as in what Torch-Pruning
+    leaves, the two are not one function, and the module stays as it is.
+    """
+    before = [
+        (module, module.fused_attn)
+        for module in model.modules()
+        if hasattr(module, "fused_attn")
+        and (isinstance(module, PrunedAttention) or math.isclose(module.scale, module.head_dim**-0.5))
+    ]
     try:
         for module, _ in before:
             module.fused_attn = fused

@@ -115,6 +115,20 @@ SECATEUR_DEVICE inline double to_double(Half x) { return small_to_double(x.bits,
 SECATEUR_DEVICE inline double to_double(BFloat x) { return small_to_double(x.bits, 7, 8); }
 #endif
 
+/// Sign, exponent and the first 20 bits of the mantissa.
+SECATEUR_DEVICE inline int32_t high_word(double x) {
+#if defined(__CUDA_ARCH__)
+  return __double2hiint(x);
+#else
+  union {
+    double value;
+    uint64_t bits;
+  } of;
+  of.value = x;
+  return static_cast<int32_t>(of.bits >> 32);
+#endif
+}
+
 SECATEUR_DEVICE inline int smaller(int a, int b) { return a < b ? a : b; }
 SECATEUR_DEVICE inline int larger(int a, int b) { return a > b ? a : b; }
 

@@ -620,21 +620,29 @@ class SmallHeadScore {
     team_.sync();
   }
 
-  /// Eigenvalues of the tridiagonal matrix below x, by the signs of its leading minors. `minors`
-  /// holds pairs of diagonal and squared off-diagonal elements of a matrix of norm at most 1.
-  SECATEUR_DEVICE int below(const double* minors, double x) const {
-    double before = 1, now = minors[0] - x;
-    if (now == 0) now = -0x1p-80;
-    int count = now < 0;
-    for (int i = 1; i < d_; ++i) {
-      double next = (minors[2 * i] - x) * now - minors[2 * i - 1] * before;
-      if (next == 0) next = now * -0x1p-80;
-      count += (next < 0) != (now < 0);
-      before = now;
-      now = next;
-      if (i % 4 == 0 && fabs(now) < 0x1p-300 && fabs(before) < 0x1p-300) {
-        before *= 0x1p400;
-        now *= 0x1p400;
+  /// Squared off-diagonal elements of a matrix of norm at most 1, at least: no minor is lost for
+  /// good, and eigenvalues move by 2^-60.
+  static constexpr double kLeastSquare = 0x1p-120;
+
+  /// Eigenvalues of the tridiagonal matrix below x, by the signs of its leading minors. Row i of
+  /// `minors` has the squared off-diagonal element before it and its diagonal element; rows that
+  /// are not there have 2. Zero is positive here: the minor behind it has the other sign of the one
+  /// before, so that the pair counts once whatever zero counts as.
+  SECATEUR_DEVICE static int below(const double* minors, double x) {
+    double before = 0, now = 1;
+    int count = 0;
+    for (int begin = 0; begin < kSmallHead; begin += 4) {
+      SECATEUR_UNROLL
+      for (int i = begin; i < begin + 4; ++i) {
+        const double next = (minors[2 * i + 1] - x) * now - minors[2 * i] * before;
+        count += (high_word(next) < 0) != (high_word(now) < 0) ? 1 : 0;
+        before = now;
+        now = next;
+      }
+      // Both below 2^-511: four minors later they would still be numbers, and many more not.
+      if (((high_word(now) | high_word(before)) & 0x7fffffff) < 0x20000000) {
+        before *= 0x1p600;
+        now *= 0x1p600;
       }
     }
     return count;
@@ -658,9 +666,9 @@ class SmallHeadScore {
     const double unit = normalising(bound_) / 2;  // norms in [1/2, 1)
     team_.run([&](int t) {
       if (t >= kSmallHead) return;
-      const double off = off_diagonal_[t] * unit;
-      minors[2 * t] = diagonal_[t] * unit;
-      minors[2 * t + 1] = off * off;
+      const double off = t > 0 ? off_diagonal_[t - 1] * unit : 0.0;
+      minors[2 * t] = off * off > kLeastSquare ? off * off : kLeastSquare;
+      minors[2 * t + 1] = t < d_ ? diagonal_[t] * unit : 2.0;
     });
     team_.sync();
     const double end = bound_ * unit;

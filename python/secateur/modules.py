@@ -126,9 +126,10 @@ class PrunedAttention(nn.Module):
         if self.fused_attn:
             # Fused kernels exist only where q, k and v have one size: zeros change neither scores nor values.
             size = max(self.qk_dim, self.v_dim)
-            if v.is_cuda and v.element_size() == 2 and (self.qk_dim % 8 != 0 or self.v_dim % 8 != 0):
+            step = 16 // v.element_size()
+            if v.is_cuda and (self.qk_dim % step != 0 or self.v_dim % step != 0):
                 # Those of CUDA read 16 bytes at a time wherever a row begins (pytorch/pytorch#183484): only of copies.
-                size = (size + 7) // 8 * 8
+                size = (size + step - 1) // step * step
                 q, k, v = _copied(q, size), _copied(k, size), _copied(v, size)
             elif self.qk_dim < self.v_dim:
                 q, k = F.pad(q, [0, size - self.qk_dim]), F.pad(k, [0, size - self.qk_dim])

@@ -8,20 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
-__all__ = ["on_gpus", "on_ranks", "start_ranks"]
-
-
-def _gpu_of_its_own() -> bool:
-    """Whether two ranks have a GPU each, or may share one, which nccl allows since 2.30 where it is told to."""
-    if not (torch.cuda.is_available() and torch.distributed.is_nccl_available()):
-        return False
-    return torch.cuda.device_count() > 1 or torch.cuda.nccl.version() >= (2, 30)
-
-
-on_gpus = pytest.mark.skipif(not _gpu_of_its_own(), reason="two GPUs, or one with nccl 2.30")
+__all__ = ["on_ranks", "start_ranks"]
 
 
 def start_ranks(script: str, folder: Path, ranks: int = 2, **environment: str) -> list[subprocess.Popen[str]]:

@@ -107,7 +107,7 @@ def test_several_ranks_have_the_sums_of_one(tmp_path: Path, ranks: int) -> None:
         assert sc.Statistics.load(tmp_path / f"theirs.{rank}").images == whole.images
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_ranks_on_gpus_have_the_sums_of_one(tmp_path: Path) -> None:
     for code, text in on_ranks(HEAD + GPUS, tmp_path):
         assert code == 0, text

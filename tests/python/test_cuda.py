@@ -12,6 +12,7 @@ from secateur import core, errors, reach
 from secateur.calibrate import _Collector
 from secateur.modules import PrunedAttention
 from test_core import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -320,20 +321,51 @@ def test_statistics_and_cuts_on_a_device(digits_model, digits_images):
     assert model(digits_images.cuda()).isfinite().all()
 
 
+SIZES = [(23, 64), (22, 64), (9, 16), (64, 23), (16, 21), (8, 6), (13, 13), (20, 12), (16, 24), (32, 8)]
+HEADS, WIDTH = 3, 96
+
+
+def odd_attention(qk_dim, v_dim):
+    attention = timm.layers.Attention(WIDTH, num_heads=HEADS)
+    PrunedAttention.adopt(attention, qk_dim, v_dim, attention.q_norm, attention.k_norm)
+    attention.qkv = torch.nn.Linear(WIDTH, HEADS * (2 * qk_dim + v_dim))
+    attention.proj = torch.nn.Linear(HEADS * v_dim, WIDTH)
+    return attention
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("qk_dim", "v_dim"), SIZES)
+def test_rows_for_fused_kernels_begin_at_16_bytes(monkeypatch, dtype, qk_dim, v_dim):
+    """Wherever in the fused buffer they were; on a device that need not be there, in tensors without data."""
+    seen = []
+
+    def fused(q, k, v, **_):
+        seen.extend([q, k, v])
+        return v.new_empty(*q.shape[:3], v.shape[-1])
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    with FakeTensorMode(), torch.device("cuda"):
+        attention = odd_attention(qk_dim, v_dim)
+        for linear in (attention.qkv, attention.proj):
+            for name, parameter in list(linear.named_parameters()):
+                setattr(linear, name, torch.nn.Parameter(parameter.detach().to(dtype)))
+        attention.fused_attn = True
+        y = attention(torch.empty(2, 65, WIDTH, dtype=dtype))
+    assert (y.shape, y.device.type, y.dtype) == ((2, 65, WIDTH), "cuda", dtype)
+    step = 16 // dtype.itemsize
+    assert len({tensor.shape for tensor in seen}) == 1
+    for tensor in seen:
+        assert tensor.storage_offset() % step == 0
+        assert all(stride % step == 0 for stride in tensor.stride()[:-1]), tensor.stride()
+        assert tensor.stride(-1) == 1
+
+
 @on_cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(
-    ("qk_dim", "v_dim"),
-    [(23, 64), (22, 64), (9, 16), (64, 23), (16, 21), (8, 6), (13, 13), (20, 12), (16, 24), (32, 8)],
-)
+@pytest.mark.parametrize(("qk_dim", "v_dim"), SIZES)
 def test_fused_attention_of_odd_sizes(dtype, qk_dim, v_dim):
-    """Queries, keys and values begin anywhere in the fused buffer, their rows are of any length."""
-    attention = timm.layers.Attention(96, num_heads=3).cuda()
-    PrunedAttention.adopt(attention, qk_dim, v_dim, attention.q_norm, attention.k_norm)
-    attention.qkv = torch.nn.Linear(96, 3 * (2 * qk_dim + v_dim), device="cuda")
-    attention.proj = torch.nn.Linear(3 * v_dim, 96, device="cuda")
-    attention.to(dtype)
-    x = torch.randn(2, 65, 96, device="cuda", dtype=dtype)
+    attention = odd_attention(qk_dim, v_dim).to("cuda", dtype)
+    x = torch.randn(2, 65, WIDTH, device="cuda", dtype=dtype)
     found, gradients = [], []
     for fused in (True, False):
         attention.fused_attn = fused

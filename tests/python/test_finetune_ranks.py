@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from finetuning import quiet, tiny
-from launch import on_gpus, on_ranks
+from launch import on_ranks
 from safetensors.torch import load_file
 from secateur.data import ImageLoader, _Stream, loader
 from secateur.errors import InvalidArgument, Unsupported
@@ -120,9 +120,13 @@ assert not distributed.is_initialized()
 """
 
 
-@on_gpus
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_two_ranks_over_nccl_are_one_with_twice_the_batch(tmp_path: Path) -> None:
-    for code, text in on_ranks(HEAD + NCCL, tmp_path):
+    """Where there is one GPU both share it, which nccl 2.30 allows and older ones refuse."""
+    outcomes = on_ranks(HEAD + NCCL, tmp_path)
+    if any("Duplicate GPU detected" in text for _, text in outcomes):
+        pytest.skip("this nccl wants a GPU for every rank")
+    for code, text in outcomes:
         assert code == 0, text
     for rank in range(2):
         assert "Init COMPLETE" in (tmp_path / f"nccl{rank}.log").read_text()
