@@ -531,6 +531,9 @@ class SmallHeadScore {
     PerThread<Array<double, 4>> rows;
     SECATEUR_UNROLL
     for (int block = 0; block < 8; ++block) {
+      // Rows before the first that is left are done; row k + 1 is between two a, or two b, that the
+      // compiler knows.
+      const int begin = block / 2, end = (block + 1) / 2;
       for (int step = 0; step < 8; ++step) {
         const int k = 8 * block + step;
         if (k >= d_) break;
@@ -539,7 +542,7 @@ class SmallHeadScore {
           sum[t] = 0;
           if (column(t) != step) return;
           SECATEUR_UNROLL
-          for (int a = 0; a < 4; ++a) {
+          for (int a = begin; a < 4; ++a) {
             const int i = row(t) + 16 * a;
             const double x = part_[t][a][block];
             if (i == k) diagonal_[k] = x;
@@ -575,16 +578,17 @@ class SmallHeadScore {
           SECATEUR_UNROLL
           for (int b = block; b < 8; ++b) {
             const int j = column(t) + 8 * b;
-            const double x = j == k + 1 ? first : v[j];
+            const double x = b <= block + 1 && j == k + 1 ? first : v[j];
             SECATEUR_UNROLL
-            for (int a = 0; a < 4; ++a) y[a] += part_[t][a][b] * x;
+            for (int a = begin; a < 4; ++a) y[a] += part_[t][a][b] * x;
           }
           sum[t] = 0;
           SECATEUR_UNROLL
-          for (int a = 0; a < 4; ++a) {
+          for (int a = begin; a < 4; ++a) {
             const int i = row(t) + 16 * a;
-            sum[t] += (i == k + 1 ? first : v[i]) * y[a];
-            if (i == k + 1 && column(t) == step) part_[t][a][block] = first;
+            const bool is_first = a <= end && i == k + 1;
+            sum[t] += (is_first ? first : v[i]) * y[a];
+            if (is_first && column(t) == step) part_[t][a][block] = first;
           }
         });
         team_.scatter_sums(rows);
@@ -599,19 +603,21 @@ class SmallHeadScore {
         team_.run([&](int t) {
           double left_v[4], left_w[4];
           SECATEUR_UNROLL
-          for (int a = 0; a < 4; ++a) {
+          for (int a = begin; a < 4; ++a) {
             const int i = row(t) + 16 * a;
-            left_v[a] = i == k + 1 ? first : v[i];
+            left_v[a] = a <= end && i == k + 1 ? first : v[i];
             left_w[a] = products_[i] - shift * left_v[a];
           }
           SECATEUR_UNROLL
           for (int b = block; b < 8; ++b) {
             const int j = column(t) + 8 * b;
-            const double right_v = j == k + 1 ? first : v[j];
+            const double right_v = b <= block + 1 && j == k + 1 ? first : v[j];
             const double right_w = products_[j] - shift * right_v;
             SECATEUR_UNROLL
-            for (int a = 0; a < 4; ++a) {
-              part_[t][a][b] -= left_v[a] * right_w + left_w[a] * right_v;
+            for (int a = begin; a < 4; ++a) {
+              // Apart, both are fused into the subtraction.
+              part_[t][a][b] -= left_v[a] * right_w;
+              part_[t][a][b] -= left_w[a] * right_v;
             }
           }
         });
@@ -691,15 +697,15 @@ class SmallHeadScore {
     });
     for (int round = 0; round < kRounds; ++round) {
       team_.run([&](int t) {
-        const double x = low[t] + (high[t] - low[t]) * ((t % 16 + 1) / 17.0);
+        const double x = low[t] + (high[t] - low[t]) * ((t % 16 + 1) * kPart);
         above[t] = d_ - below(minors, x) > t / 16;
       });
       team_.votes(above, count);
       team_.run([&](int t) {
         const double from = low[t], width = high[t] - low[t];
         const int s = count[t];
-        if (s > 0) low[t] = from + width * (s / 17.0);
-        if (s < 16) high[t] = from + width * ((s + 1) / 17.0);
+        if (s > 0) low[t] = from + width * (s * kPart);
+        if (s < 16) high[t] = from + width * ((s + 1) * kPart);
       });
     }
     team_.run([&](int t) {
@@ -712,6 +718,7 @@ class SmallHeadScore {
   }
 
   static constexpr int kRounds = 12;  // 129 · 17^12 > 2^55
+  static constexpr double kPart = 1.0 / 17;
   static constexpr int kSolves = 2;
 
   /// Vectors of the first count_ values_, in the tridiagonal matrix's basis, by inverse iteration
@@ -860,7 +867,7 @@ class SmallHeadScore {
       team_.run([&](int t) {
         const int k = 8 * block + column(t);
         SECATEUR_UNROLL
-        for (int a = 0; a < 4; ++a) {
+        for (int a = block / 2; a < 4; ++a) {
           const int i = row(t) + 16 * a;
           room[column(t) * kMatrixLd + i] = i > k ? part_[t][a][block] : 0;
         }
@@ -873,13 +880,13 @@ class SmallHeadScore {
         team_.run([&](int t) {
           sum[t] = 0;
           SECATEUR_UNROLL
-          for (int a = 0; a < 4; ++a) sum[t] += v[t % 16 + 16 * a] * w[t][a];
+          for (int a = block / 2; a < 4; ++a) sum[t] += v[t % 16 + 16 * a] * w[t][a];
         });
         team_.template sum<15>(sum);
         team_.run([&](int t) {
           const double times = beta * sum[t];
           SECATEUR_UNROLL
-          for (int a = 0; a < 4; ++a) w[t][a] -= times * v[t % 16 + 16 * a];
+          for (int a = block / 2; a < 4; ++a) w[t][a] -= times * v[t % 16 + 16 * a];
         });
       }
     }
