@@ -30,6 +30,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +49,7 @@ from secateur.allocate import kept_count
 from secateur.anatomy import Anatomy
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from tuning import Answers, Passes, attention, capture
+from tuning import Answers, Passes, attention, captured
 
 OURS = ("project", "refit", "snp")
 INNER = ("qk", "v", "ffn")
@@ -672,16 +673,18 @@ def tuned_table(run: Run) -> None:
         for method in (*references, *run.methods):
 
             def measure(method: str = method, budget: Budget = budget, seed: int = seed, epochs: int = epochs) -> Row:
-                model = pruned(method, budget, seed)
+                # A copy: graphs cannot take parameters that a backward pass on another stream knows.
+                model = copy.deepcopy(pruned(method, budget, seed))
                 before = run.measured(model)["top1"]
                 batches = run.passes(seed)
                 tuning = {"epochs": epochs, "lr": options.tune_lr, "amp": options.tune_amp, "seed": seed}
                 start = time.perf_counter()
-                if options.tune_graphs:
-                    # Of parameters that no earlier backward pass on another stream knows.
-                    model = copy.deepcopy(model)
-                    capture(model, next(iter(batches))[0].to(options.device), options.tune_amp)
-                with attention(model, fused=options.tune_attention == "fused"):
+                with ExitStack() as stack:
+                    stack.enter_context(attention(model, fused=options.tune_attention == "fused"))
+                    if options.tune_graphs:
+                        stack.enter_context(
+                            captured(model, next(iter(batches))[0].to(options.device), options.tune_amp)
+                        )
                     sc.finetune(model, batches, teacher=run.teacher, **tuning)
                 took = {"tune_seconds": round(time.perf_counter() - start, 1), "torch": torch.__version__}
                 return {"before": before, **run.measured(model), **took}

@@ -102,21 +102,28 @@ def attention(model: nn.Module, *, fused: bool) -> Iterator[None]:
             module.fused_attn = was
 
 
-def capture(model: nn.Module, images: Tensor, amp: str | None) -> None:
-    """Have a model on a GPU run forward and backward as CUDA graphs, in training, on images of this shape.
+@contextmanager
+def captured(model: nn.Module, images: Tensor, amp: str | None) -> Iterator[None]:
+    """Have a model on a GPU train by CUDA graphs of forward and backward, for images of this shape, in the block.
 
     A model of CIFAR's size has kernels shorter than their launch: several processes share a GPU better this way. What
     the kernels compute is the same.
     """
+    if hasattr(model, "set_distilled_training"):
+        raise SystemExit("--tune-graphs: expected a model of one head, whose forward pass is the same in training")
     eager, training = model.forward, model.training
     precision = None if amp is None else getattr(torch, amp)
     model.train()
     with torch.autocast("cuda", precision, enabled=amp is not None, cache_enabled=False):
         torch.cuda.make_graphed_callables(model, (images,), allow_unused_input=True)
     model.train(training)
-    captured = model.forward
+    graphed = model.forward
 
     def forward(batch: Tensor) -> Any:
-        return (captured if batch.shape == images.shape else eager)(batch)
+        return (graphed if batch.shape == images.shape else eager)(batch)
 
     model.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.forward

@@ -70,11 +70,9 @@ def is_uncentred(norm: nn.Module) -> bool:
     return isinstance(norm, HeadNorm) and not norm.centred
 
 
-def _copied(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Return (..., d) as (..., size) in memory of its own, zeros behind the last channel."""
-    if x.shape[-1] < size:
-        return F.pad(x, [0, size - x.shape[-1]])
-    return x.clone(memory_format=torch.contiguous_format)
+def _copied(x: torch.Tensor, zeros: int) -> torch.Tensor:
+    """Return (..., d) in memory of its own, with zeros behind the last channel: (..., d + zeros)."""
+    return F.pad(x, [0, zeros]) if zeros > 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 class PrunedAttention(nn.Module):
@@ -130,7 +128,8 @@ class PrunedAttention(nn.Module):
             if v.is_cuda and (self.qk_dim % step != 0 or self.v_dim % step != 0):
                 # Those of CUDA read 16 bytes at a time wherever a row begins (pytorch/pytorch#183484): only of copies.
                 size = (size + step - 1) // step * step
-                q, k, v = _copied(q, size), _copied(k, size), _copied(v, size)
+                q, k = _copied(q, size - self.qk_dim), _copied(k, size - self.qk_dim)
+                v = _copied(v, size - self.v_dim)
             elif self.qk_dim < self.v_dim:
                 q, k = F.pad(q, [0, size - self.qk_dim]), F.pad(k, [0, size - self.qk_dim])
             elif self.v_dim < self.qk_dim:
