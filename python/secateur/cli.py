@@ -144,6 +144,14 @@ Unreadable = Annotated[
         "--max-unreadable", min=0, help="Leave out so many images that cannot be decoded.", rich_help_panel=_DATA
     ),
 ]
+Stats = Annotated[Path, typer.Option("--stats", help="What calibrate wrote.")]
+Method = Annotated[str, typer.Option("--method", help="snp, refit or project.")]
+Groups = Annotated[
+    str | None, typer.Option("--groups", help="Kinds or groups that may be cut: qk,v,ffn,width,heads,block.")
+]
+Freeze = Annotated[str, typer.Option("--freeze", help="Kinds, groups or patterns that stay whole.")]
+MinKeep = Annotated[str | None, typer.Option("--min-keep", metavar="JSON", help="Fewest units to keep.")]
+RoundTo = Annotated[str | None, typer.Option("--round-to", metavar="N|JSON", help="Kept counts are multiples of it.")]
 Seed = Annotated[int, typer.Option("--seed", min=0)]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of torch.", callback=_use_threads)]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
@@ -390,14 +398,14 @@ def calibrate(
 
 @app.command()
 def plan(
-    stats: Annotated[Path, typer.Option("--stats", help="What calibrate wrote.")],
+    stats: Stats,
     out: Out,
     model: Model = None,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
     num_classes: Classes = None,
     model_kwargs: Kwargs = None,
-    method: Annotated[str, typer.Option(help="snp, refit or project.")] = "snp",
+    method: Method = "snp",
     target_macs: Annotated[float | None, typer.Option(help="MACs to keep, as a fraction.")] = None,
     target_params: Annotated[float | None, typer.Option(help="Parameters to keep, as a fraction.")] = None,
     target_latency: Annotated[
@@ -413,12 +421,10 @@ def plan(
         str | None,
         typer.Option(help='Removed fractions: {"qk": 0.5, ...}, a shipped configuration\'s name, or a file.'),
     ] = None,
-    groups: Annotated[
-        str | None, typer.Option(help="Kinds or groups that may be cut: qk,v,ffn,width,heads,block.")
-    ] = None,
-    freeze: Annotated[str, typer.Option(help="Kinds, groups or patterns that stay whole.")] = "",
-    min_keep: Annotated[str | None, typer.Option(metavar="JSON", help="Fewest units to keep.")] = None,
-    round_to: Annotated[str | None, typer.Option(metavar="N|JSON", help="Kept counts are multiples of it.")] = None,
+    groups: Groups = None,
+    freeze: Freeze = "",
+    min_keep: MinKeep = None,
+    round_to: RoundTo = None,
     allocation: Annotated[
         str | None, typer.Option(help="Of a target: uniform, or error (needs calibrate --sensitivity).")
     ] = None,
@@ -510,7 +516,7 @@ def prune(
 @app.command()
 def search(
     data: Data,
-    stats: Annotated[Path, typer.Option("--stats", help="What calibrate wrote.")],
+    stats: Stats,
     out: Out,
     model: Model = None,
     checkpoint: Checkpoint = None,
@@ -528,15 +534,13 @@ def search(
     params: Annotated[float | None, typer.Option(help="Most accurate with this fraction of the parameters.")] = None,
     macs: Annotated[float | None, typer.Option(help="Most accurate with this fraction of the MACs.")] = None,
     latency: Annotated[float | None, typer.Option(help="Most accurate in this fraction of the measured time.")] = None,
-    method: Annotated[str, typer.Option(help="snp, refit or project.")] = "project",
+    method: Method = "project",
     rounds: Annotated[int, typer.Option(min=1)] = 12,
     step: Annotated[float, typer.Option(help="Fraction that the first round removes.")] = 0.1,
-    groups: Annotated[
-        str | None, typer.Option(help="Kinds or groups that may be cut: qk,v,ffn,width,heads,block.")
-    ] = None,
-    freeze: Annotated[str, typer.Option(help="Kinds, groups or patterns that stay whole.")] = "",
-    min_keep: Annotated[str | None, typer.Option(metavar="JSON", help="Fewest units to keep.")] = None,
-    round_to: Annotated[str | None, typer.Option(metavar="N|JSON", help="Kept counts are multiples of it.")] = None,
+    groups: Groups = None,
+    freeze: Freeze = "",
+    min_keep: MinKeep = None,
+    round_to: RoundTo = None,
     allocation: Annotated[str | None, typer.Option(help="uniform, or error (needs calibrate --sensitivity).")] = None,
     finetune: Annotated[
         str | None, typer.Option(metavar="JSON", help='Train every round\'s model: {"epochs": 1, "lr": 1e-4}.')
