@@ -12,6 +12,7 @@
 #include "head_scorer.h"
 #include "packed.h"
 #include "parallel.h"
+#include "subnormals.h"
 #include "turns.h"
 
 namespace secateur {
@@ -19,6 +20,8 @@ namespace {
 
 constexpr std::int64_t kMaxHeads = 65536;
 constexpr std::int64_t kMaxHeadDim = 4096;
+// Of an image of which only Grams are given.
+constexpr std::int64_t kMaxTokens = std::int64_t{1} << 31;
 // Results of that many bytes wait at most until they are added up in the order of the images.
 constexpr std::size_t kPendingBytes = std::size_t{32} << 20;
 
@@ -268,6 +271,7 @@ std::vector<double> AttentionScorer::results() const {
 }
 
 void AttentionScorer::update_on_host(const TensorView& q, const TensorView& k) {
+  const KeepSubnormals keep;
   go_home();
   const auto gamma = static_cast<std::size_t>(gamma_);
   const auto make = [&] { return std::make_unique<HeadScorer>(q, k, gamma, moments_); };
@@ -302,6 +306,10 @@ void AttentionScorer::update_grams(const TensorView& query_gram, const TensorVie
   check(key_gram, "key_gram", {heads_, head_dim_, head_dim_});
   check(key_mean, "key_mean", {heads_, head_dim_});
   check_at_least(tokens, 1, label("tokens"));
+  if (tokens > kMaxTokens) {
+    fail<InvalidArgument>(label("tokens"), "at most 2^31", std::to_string(tokens));
+  }
+  const KeepSubnormals keep;
 
   const HeadGrams grams{query_gram, key_gram, key_mean, static_cast<std::size_t>(tokens)};
   const auto gamma = static_cast<std::size_t>(gamma_);
@@ -349,12 +357,21 @@ void AttentionScorer::merge(const AttentionScorer& other) {
   check_same(other, "other");
   other.state();
   go_home();
-  add(state_.score_sum, other.state_.score_sum);
-  add(state_.query_gram, other.state_.query_gram);
-  add(state_.key_gram, other.state_.key_gram);
-  add(state_.score_gram, other.state_.score_gram);
-  state_.images += other.state_.images;
-  state_.tokens += other.state_.tokens;
+  const KeepSubnormals keep;
+  AttentionScorerState& mine = state_;
+  const AttentionScorerState& theirs = other.state_;
+  const std::int64_t images = count_sum(mine.images, theirs.images, label("images"));
+  const std::int64_t tokens = count_sum(mine.tokens, theirs.tokens, label("tokens"));
+  check_sum(mine.score_sum, theirs.score_sum, label("score_sum"));
+  check_sum(mine.query_gram, theirs.query_gram, label("query_gram"));
+  check_sum(mine.key_gram, theirs.key_gram, label("key_gram"));
+  check_sum(mine.score_gram, theirs.score_gram, label("score_gram"));
+  add(mine.score_sum, theirs.score_sum);
+  add(mine.query_gram, theirs.query_gram);
+  add(mine.key_gram, theirs.key_gram);
+  add(mine.score_gram, theirs.score_gram);
+  mine.images = images;
+  mine.tokens = tokens;
 }
 
 std::vector<double> AttentionScorer::scores() const {
@@ -385,8 +402,8 @@ std::vector<double> AttentionScorer::score_gram() const {
 }
 
 void AttentionScorer::load_state(AttentionScorerState state) {
-  check_at_least(state.images, 0, label("images"));
-  check_at_least(state.tokens, state.images, label("tokens"));
+  check_count(state.images, 0, label("images"));
+  check_count(state.tokens, state.images, label("tokens"));
   check_sums(state.score_sum, state_.score_sum.size(), label("score_sum"));
   check_sums(state.query_gram, state_.query_gram.size(), label("query_gram"));
   check_sums(state.key_gram, state_.key_gram.size(), label("key_gram"));

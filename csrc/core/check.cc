@@ -50,14 +50,18 @@ double asymmetry(DType dtype) {
 }
 
 [[noreturn]] void fail_at(const TensorView& view, const std::string& argument,
-                          const std::vector<std::string>& axes, std::int64_t index, double value) {
-  std::string place;
+                          const std::vector<std::string>& axes, const Renumber& renumber,
+                          std::int64_t index, double value) {
+  std::vector<std::int64_t> at(view.rank());
   for (std::size_t axis = view.rank(); axis-- > 0;) {
-    const std::int64_t size = view.shape[axis];
-    std::string part = std::to_string(index % size);
-    if (axis < axes.size()) part.insert(0, axes[axis] + " ");
-    place.insert(0, part + (place.empty() ? "" : ", "));
-    index /= size;
+    at[axis] = index % view.shape[axis];
+    index /= view.shape[axis];
+  }
+  if (renumber) renumber(at);
+  std::string place;
+  for (std::size_t axis = 0; axis < at.size(); ++axis) {
+    place += (axis == 0 ? "" : ", ") + (axis < axes.size() ? axes[axis] + " " : std::string()) +
+             std::to_string(at[axis]);
   }
   fail<NumericalError>(argument, "finite values", number(value) + " at (" + place + ")");
 }
@@ -126,6 +130,29 @@ void check_range(std::int64_t value, std::int64_t low, std::int64_t high,
                         std::to_string(value));
 }
 
+void check_count(std::int64_t value, std::int64_t low, const std::string& argument) {
+  check_at_least(value, low, argument);
+  if (value > kMaxCount) fail<InvalidArgument>(argument, "at most 2^62", std::to_string(value));
+}
+
+std::int64_t count_sum(std::int64_t a, std::int64_t b, const std::string& argument) {
+  if (a > kMaxCount - b) {
+    fail<InvalidArgument>(argument, "at most 2^62 in all",
+                          std::to_string(a) + " and " + std::to_string(b));
+  }
+  return a + b;
+}
+
+void check_sum(const std::vector<double>& a, const std::vector<double>& b,
+               const std::string& argument) {
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    if (!std::isfinite(a[i] + b[i])) {
+      fail<NumericalError>(argument, "sums that fit into float64",
+                           number(a[i]) + " and " + number(b[i]) + " at " + std::to_string(i));
+    }
+  }
+}
+
 void check_sums(const std::vector<double>& values, std::size_t size, const std::string& argument) {
   if (values.size() != size) {
     fail<InvalidArgument>(argument, std::to_string(size) + " values",
@@ -144,14 +171,20 @@ void read(const TensorView& view, std::int64_t offset, std::int64_t stride, std:
   const auto pack = cpu::kernels().panel.pack_f64[static_cast<std::size_t>(view.dtype)];
   double panel[cpu::kPanelF64];
   std::int64_t columns[cpu::kPanelF64];
-  for (std::size_t c = 0; c < cpu::kPanelF64; ++c)
+  for (std::size_t c = 0; c < std::min(count, cpu::kPanelF64); ++c) {
     columns[c] = static_cast<std::int64_t>(c) * stride;
+  }
   for (std::size_t i = 0; i < count; i += cpu::kPanelF64) {
     const std::size_t width = std::min(cpu::kPanelF64, count - i);
     const std::int64_t start = offset + static_cast<std::int64_t>(i) * stride;
     pack(view.data, &start, 1, columns, width, panel);
     std::copy_n(panel, width, out + i);
   }
+}
+
+std::int64_t diagonal_stride(const TensorGeometry& view) {
+  const std::size_t last = view.rank() - 1;
+  return view.shape[last] > 1 ? view.strides[last - 1] + view.strides[last] : 0;
 }
 
 std::vector<std::int64_t> offsets(const TensorGeometry& view, std::size_t axes) {
@@ -184,11 +217,11 @@ double scan_rows(const TensorView& view, const std::vector<std::int64_t>& rows) 
 }
 
 double check_finite(const TensorView& view, const std::string& argument,
-                    const std::vector<std::string>& axes) {
+                    const std::vector<std::string>& axes, const Renumber& renumber) {
   if (view.numel() == 0) return 0;
   if (view.device.type == DeviceType::cuda) {
     const cuda::Scan found = cuda::scan(view);
-    if (found.index >= 0) fail_at(view, argument, axes, found.index, found.value);
+    if (found.index >= 0) fail_at(view, argument, axes, renumber, found.index, found.value);
     return found.value;
   }
   const std::vector<std::int64_t> rows = offsets(view, view.rank() == 0 ? 0 : view.rank() - 1);
@@ -203,7 +236,8 @@ double check_finite(const TensorView& view, const std::string& argument,
       double value = 0;
       read(view, rows[row] + static_cast<std::int64_t>(i) * stride, stride, 1, &value);
       if (!std::isfinite(value)) {
-        fail_at(view, argument, axes, static_cast<std::int64_t>(row * row_length(view) + i), value);
+        fail_at(view, argument, axes, renumber,
+                static_cast<std::int64_t>(row * row_length(view) + i), value);
       }
     }
   }

@@ -5,6 +5,7 @@
 #include <secateur/tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -49,14 +50,30 @@ std::string place(std::size_t row, std::size_t column);
 void check_symmetric(const TensorView& matrix, const std::string& argument,
                      const std::vector<double>& norms);
 
+/// Images, tokens and rows of one object. No batch can bring as many again.
+constexpr std::int64_t kMaxCount = std::int64_t{1} << 62;
+
+/// low <= value <= kMaxCount.
+void check_count(std::int64_t value, std::int64_t low, const std::string& argument);
+
+/// a + b of such counts; no more than kMaxCount.
+std::int64_t count_sum(std::int64_t a, std::int64_t b, const std::string& argument);
+
+/// Refuses sums to merge, of the same size, of which one would overflow.
+void check_sum(const std::vector<double>& a, const std::vector<double>& b,
+               const std::string& argument);
+
 /// A vector of a saved state: its size, and that every value is finite.
 void check_sums(const std::vector<double>& values, std::size_t size, const std::string& argument);
+
+/// From an index of a part of an array to the whole array's.
+using Renumber = std::function<void(std::vector<std::int64_t>& index)>;
 
 /// Refuses NaN and Inf, naming the first in row-major order; `axes` names the view's axes for that
 /// (e.g. {"image", "token", "head", "channel"}). Returns the largest magnitude.
 /// The view has been checked, and may be one of any device.
 double check_finite(const TensorView& view, const std::string& argument,
-                    const std::vector<std::string>& axes);
+                    const std::vector<std::string>& axes, const Renumber& renumber = {});
 
 /// The largest magnitude in rows along the view's last axis that begin at these offsets (in
 /// elements), or Inf when not all of it is finite. The view has been checked.
@@ -65,6 +82,10 @@ double scan_rows(const TensorView& view, const std::vector<std::int64_t>& rows);
 /// Reads `count` elements, the first at `offset`, `stride` apart (in elements), as doubles.
 void read(const TensorView& view, std::int64_t offset, std::int64_t stride, std::size_t count,
           double* out);
+
+/// From an element of the diagonal of the last two axes, which are of one size, to the next. Where
+/// there is no next one, strides may be any number.
+std::int64_t diagonal_stride(const TensorGeometry& view);
 
 /// Offsets (in elements) of all indices over the view's first `axes` axes, row-major.
 std::vector<std::int64_t> offsets(const TensorGeometry& view, std::size_t axes);

@@ -107,16 +107,27 @@ void compact_contiguous(void* memory, DType dtype, std::size_t outer, std::size_
 void compact_strided(char* data, const TensorGeometry& tensor, std::size_t axis, const Keep& keep) {
   const std::size_t size = item_size(tensor.dtype);
   const auto bytes = static_cast<std::int64_t>(size);
-  TensorGeometry lines = tensor;
-  lines.shape[axis] = 1;
-  for (const std::int64_t start : offsets(lines, lines.rank())) {
+  std::vector<std::int64_t> index(tensor.rank(), 0);
+  std::int64_t start = 0;
+  // Row-major over all axes but this one.
+  const auto next_line = [&] {
+    for (std::size_t i = tensor.rank(); i-- > 0;) {
+      if (i == axis || tensor.shape[i] == 1) continue;
+      start += tensor.strides[i];
+      if (++index[i] < tensor.shape[i]) return true;
+      start -= tensor.strides[i] * tensor.shape[i];
+      index[i] = 0;
+    }
+    return false;
+  };
+  do {
     for (std::size_t i = 0; i < keep.size(); ++i) {
       const auto to = static_cast<std::int64_t>(i);
       if (to == keep[i]) continue;
       std::memcpy(data + (start + to * tensor.strides[axis]) * bytes,
                   data + (start + keep[i] * tensor.strides[axis]) * bytes, size);
     }
-  }
+  } while (next_line());
 }
 
 }  // namespace
@@ -135,6 +146,7 @@ MutableTensorView compact(const MutableTensorView& tensor, std::int64_t dim,
   result.shape[axis] = static_cast<std::int64_t>(keep.size());
   if (tensor.is_contiguous()) {
     result.strides = contiguous_strides(result.shape);
+    if (tensor.numel() == 0) return result;
     if (on_cuda) {
       cuda::compact(tensor, result, axis, keep);
       return result;

@@ -10,6 +10,7 @@
 #include "buffer.h"
 #include "check.h"
 #include "parallel.h"
+#include "subnormals.h"
 
 namespace secateur {
 namespace {
@@ -166,13 +167,18 @@ void Eliminator::load_weights(const TensorView& source) {
   top = std::max(top, -1000);  // below, the factor itself would overflow
   exponent_ = 2 * top;
   parallel_for(panels_, slots_, [&](std::size_t p, std::size_t) {
-    double factor[kPanel];
+    // The factor of a column far below the others may not fit into a number, its halves do.
+    double factor[kPanel], rest[kPanel];
     for (std::size_t c = 0; c < kPanel; ++c) {
-      factor[c] = std::ldexp(scale_[p * kPanel + c], -top);
+      const int exponent = std::ilogb(scale_[p * kPanel + c]) - top;
+      factor[c] = std::ldexp(1.0, exponent / 2);
+      rest[c] = std::ldexp(1.0, exponent - exponent / 2);
     }
     double* panel = weights(p);
     for (std::size_t r = 0; r < outputs_; ++r) {
-      for (std::size_t c = 0; c < kPanel; ++c) panel[r * kPanel + c] *= factor[c];
+      for (std::size_t c = 0; c < kPanel; ++c) {
+        panel[r * kPanel + c] = panel[r * kPanel + c] * factor[c] * rest[c];
+      }
     }
   });
 }
@@ -384,7 +390,7 @@ Elimination Eliminator::run() {
 std::vector<double> check_inverse(const TensorView& inverse) {
   const auto n = static_cast<std::size_t>(inverse.shape[0]);
   std::vector<double> diagonal(n), norms(n);
-  read(inverse, 0, inverse.strides[0] + inverse.strides[1], n, diagonal.data());
+  read(inverse, 0, diagonal_stride(inverse), n, diagonal.data());
   for (std::size_t i = 0; i < n; ++i) {
     if (!(diagonal[i] > 0)) {
       check_finite(inverse, "inverse", {"row", "column"});
@@ -399,6 +405,7 @@ std::vector<double> check_inverse(const TensorView& inverse) {
 }  // namespace
 
 Elimination eliminate(const TensorView& inverse, const TensorView& weights, std::int64_t count) {
+  const KeepSubnormals keep;
   check_view(inverse, "inverse");
   check_view(weights, "weights");
   if (inverse.rank() != 2 || inverse.shape[0] != inverse.shape[1] || inverse.shape[0] < 1) {

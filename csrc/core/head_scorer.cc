@@ -165,9 +165,9 @@ bool HeadScorer::read_grams(std::size_t head) {
   };
   const auto fill = [&](const TensorView& x, Gram& out) {
     for (std::size_t i = 0; i < dim_; ++i) {
-      const auto r = static_cast<std::int64_t>(i);
       double* row = out.values.data() + i * ld_ + i;
-      read(x, start(x) + r * (x.strides[2] + x.strides[3]), x.strides[3], dim_ - i, row);
+      read(x, start(x) + static_cast<std::int64_t>(i) * diagonal_stride(x), x.strides[3], dim_ - i,
+           row);
       look(row, dim_ - i);
     }
   };

@@ -13,6 +13,7 @@
 #include "device_state.h"
 #include "packed.h"
 #include "parallel.h"
+#include "subnormals.h"
 #include "turns.h"
 
 namespace secateur {
@@ -250,6 +251,20 @@ std::int64_t token_count(std::int64_t tokens, std::int64_t stride, std::int64_t 
   return first < tokens ? (tokens - first - 1) / stride + 1 : 0;
 }
 
+/// Those of image b, the first of which is there or not: (1, tokens, dim).
+TensorView counted_tokens(const TensorView& x, std::int64_t b, std::int64_t first,
+                          std::int64_t stride) {
+  TensorView result = x;
+  result.shape[0] = 1;
+  result.shape[1] = token_count(x.shape[1], stride, first);
+  if (result.numel() == 0) return result;
+  result.data =
+      static_cast<const char*>(x.data) +
+      (b * x.strides[0] + first * x.strides[1]) * static_cast<std::int64_t>(item_size(x.dtype));
+  if (result.shape[1] > 1) result.strides[1] *= stride;
+  return result;
+}
+
 /// Their offsets, for all images.
 std::vector<std::int64_t> token_offsets(const TensorView& x, std::int64_t stride,
                                         std::int64_t phase) {
@@ -296,8 +311,21 @@ std::string MomentAccumulator::label(const char* argument) const {
   return secateur::label(name_, argument);
 }
 
-void MomentAccumulator::check_magnitudes(const TensorView& x) const {
-  const double peak = check_finite(x, label("x"), {});
+void MomentAccumulator::check_magnitudes(const TensorView& x, const RowOptions& options,
+                                         Turn turn) const {
+  double peak = 0;
+  if (options.stride == 1 && turn.step == 1) {
+    peak = check_finite(x, label("x"), {});
+  } else {
+    for (std::int64_t b = turn.first; b < x.shape[0]; b += turn.step) {
+      const std::int64_t first = first_token(options.stride, options.phase, b / turn.step);
+      const TensorView rows = counted_tokens(x, b, first, options.stride);
+      peak = std::max(peak, check_finite(rows, label("x"), {}, [&](std::vector<std::int64_t>& at) {
+                        at[0] = b;
+                        at[1] = first + at[1] * options.stride;
+                      }));
+    }
+  }
   if (peak > kMaxMagnitude) {
     fail<NumericalError>(label("x"), "magnitudes up to 1e120", number(peak));
   }
@@ -322,7 +350,7 @@ void MomentAccumulator::update(const TensorView& x, const RowOptions& options) {
   if (check_batch(x, options)) {
     update_on_device({this}, x, {options}, true);
   } else {
-    update_on_host(x, options);
+    update_on_host(x, options, {});
   }
 }
 
@@ -349,18 +377,17 @@ void MomentAccumulator::update_in_turn(const std::vector<MomentAccumulator*>& ac
   const auto turns = static_cast<std::int64_t>(accumulators.size());
   for (std::int64_t turn = 0; turn < std::min(turns, x.shape[0]); ++turn) {
     const auto t = static_cast<std::size_t>(turn);
-    try {
-      accumulators[t]->update_on_host(every(x, turn, turns), options[t]);
-    } catch (const NumericalError&) {
-      accumulators[t]->check_magnitudes(x);  // by the image's number in the batch
-      throw;
-    }
+    accumulators[t]->update_on_host(x, options[t], {turn, turns});
   }
 }
 
-void MomentAccumulator::update_on_host(const TensorView& x, const RowOptions& options) {
+void MomentAccumulator::update_on_host(const TensorView& batch, const RowOptions& options,
+                                       Turn turn) {
+  const KeepSubnormals keep;
   const auto [norm, stride, phase] = options;
-  if (x.numel() == 0) return;
+  if (batch.numel() == 0) return;
+  const TensorView x = turn.step > 1 ? every(batch, turn.first, turn.step) : batch;
+  const auto explain = [&] { check_magnitudes(batch, options, turn); };
   go_home();
   Rows rows{x, stride > 1 ? token_offsets(x, stride, phase) : offsets(x, x.rank() - 1), {}, {}};
   const std::size_t count = rows.size();
@@ -368,19 +395,19 @@ void MomentAccumulator::update_on_host(const TensorView& x, const RowOptions& op
   const bool one = count <= kChunkRows;  // then packing looks for what must not be there
   double peak = 0;
   if (norm != RowNorm::none) {
-    if (!take_norms(norm == RowNorm::layer, rows)) check_magnitudes(x);
+    if (!take_norms(norm == RowNorm::layer, rows)) explain();
   } else if (!one) {
     peak = scan_rows(x, rows.offsets);
-    if (!(peak <= kMaxMagnitude)) check_magnitudes(x);
+    if (!(peak <= kMaxMagnitude)) explain();
   }
   if (x.dtype != DType::f64) {
     Chunk<float> chunk(rows);
     if (one) peak = chunk.pack(0, count);
-    if (std::isinf(peak)) check_magnitudes(x);
+    if (std::isinf(peak)) explain();
     if (norm != RowNorm::none || fits_f32(peak)) return add_rows(chunk, count, one, state_);
   }
   Chunk<double> chunk(rows);
-  if (one && chunk.pack(0, count) > kMaxMagnitude) check_magnitudes(x);
+  if (one && chunk.pack(0, count) > kMaxMagnitude) explain();
   add_rows(chunk, count, one, state_);
 }
 
@@ -422,13 +449,15 @@ void MomentAccumulator::update_on_device(const std::vector<MomentAccumulator*>& 
       }
     }
   }
-  const MomentAccumulator* faulty = nullptr;
-  for (const MomentAccumulator* accumulator : accumulators) {
-    if (wait && !accumulator->is_sound() && faulty == nullptr) faulty = accumulator;
+  std::size_t faulty = accumulators.size();
+  for (std::size_t turn = accumulators.size(); wait && turn-- > 0;) {
+    if (!accumulators[turn]->is_sound()) faulty = turn;
   }
-  if (faulty == nullptr) return;
-  faulty->check_magnitudes(x);
-  fail<NumericalError>(faulty->label("x"), "finite values", "one that was not when it was read");
+  if (faulty == accumulators.size()) return;
+  accumulators[faulty]->check_magnitudes(x, options[faulty],
+                                         {static_cast<std::int64_t>(faulty), turns});
+  fail<NumericalError>(accumulators[faulty]->label("x"), "finite values",
+                       "one that was not when it was read");
 }
 
 bool MomentAccumulator::is_sound() const {
@@ -488,9 +517,13 @@ void MomentAccumulator::merge(const MomentAccumulator& other) {
   }
   other.state();
   go_home();
+  const KeepSubnormals keep;
+  const std::int64_t rows = count_sum(state_.rows, other.state_.rows, label("rows"));
+  check_sum(state_.sum, other.state_.sum, label("sum"));
+  check_sum(state_.second_moment, other.state_.second_moment, label("second_moment"));
   add(state_.sum, other.state_.sum);
   add(state_.second_moment, other.state_.second_moment);
-  state_.rows += other.state_.rows;
+  state_.rows = rows;
 }
 
 std::vector<double> MomentAccumulator::second_moment() const {
@@ -501,7 +534,7 @@ std::vector<double> MomentAccumulator::second_moment() const {
 }
 
 void MomentAccumulator::load_state(MomentAccumulatorState state) {
-  check_at_least(state.rows, 0, label("rows"));
+  check_count(state.rows, 0, label("rows"));
   check_sums(state.sum, sum_size(), label("sum"));
   check_sums(state.second_moment, moment_size(), label("second_moment"));
   device_.reset();

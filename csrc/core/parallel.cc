@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "check.h"
+#include "subnormals.h"
 
 namespace secateur {
 namespace {
@@ -36,7 +37,7 @@ class Inside {
 /// One call of parallel_for.
 struct Job {
   std::size_t tasks;
-  const std::function<void(std::size_t, std::size_t)>& task;
+  TaskRef task;
   std::atomic<std::size_t> next{0};
   std::exception_ptr error{};
   std::size_t error_task = 0;
@@ -44,6 +45,7 @@ struct Job {
 
   void work(std::size_t slot) {
     const Inside mark;
+    const KeepSubnormals keep;
     for (std::size_t i = next.fetch_add(1); i < tasks; i = next.fetch_add(1)) {
       try {
         task(i, slot);
@@ -200,8 +202,7 @@ Team team() { return chosen_team.load(); }
 
 std::size_t parallel_slots() { return static_cast<std::size_t>(threads()); }
 
-void parallel_for(std::size_t tasks, std::size_t slots,
-                  const std::function<void(std::size_t, std::size_t)>& task) {
+void parallel_for(std::size_t tasks, std::size_t slots, TaskRef task) {
   const std::size_t helpers = std::min(slots, tasks) - (tasks > 0 ? 1 : 0);
   Job job{tasks, task};
   const Team run = chosen_team.load();

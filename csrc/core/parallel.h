@@ -9,17 +9,31 @@
 #pragma once
 
 #include <cstddef>
-#include <functional>
 
 namespace secateur {
 
 /// How many threads may take part in a call that begins now.
 std::size_t parallel_slots();
 
+/// Refers to what runs one task, and allocates nothing for it.
+class TaskRef {
+ public:
+  template <typename Body>
+  TaskRef(const Body& body)
+      : body_(&body), run_([](const void* data, std::size_t task, std::size_t slot) {
+          (*static_cast<const Body*>(data))(task, slot);
+        }) {}
+  void operator()(std::size_t task, std::size_t slot) const { run_(body_, task, slot); }
+
+ private:
+  const void* body_;
+  void (*run_)(const void*, std::size_t, std::size_t);
+};
+
 /// Runs task(i, slot) for all i < tasks. At most one task at a time has a given slot < slots, so a
 /// slot may own scratch memory. When tasks throw, those not yet begun are dropped, and the
 /// exception of the lowest task that threw is thrown here: the same for any number of threads.
-void parallel_for(std::size_t tasks, std::size_t slots,
-                  const std::function<void(std::size_t task, std::size_t slot)>& task);
+/// Tasks keep subnormal numbers, whatever the threads do otherwise.
+void parallel_for(std::size_t tasks, std::size_t slots, TaskRef task);
 
 }  // namespace secateur

@@ -5,10 +5,12 @@
 #include <numeric>
 
 #include "check.h"
+#include "subnormals.h"
 
 namespace secateur {
 
 std::vector<std::int64_t> select(const TensorView& scores, std::int64_t keep) {
+  const KeepSubnormals subnormals;
   check_view(scores, "scores");
   if (scores.rank() != 2 || scores.shape[1] < 1) {
     fail<InvalidArgument>("scores", "shape (groups, n), n >= 1", to_string(scores.shape));

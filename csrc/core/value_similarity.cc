@@ -9,6 +9,7 @@
 #include "check.h"
 #include "parallel.h"
 #include "scale.h"
+#include "subnormals.h"
 
 namespace secateur {
 namespace {
@@ -54,6 +55,7 @@ double distance(double cosine) { return std::max(0.0, 1 - std::fabs(cosine)); }
 }  // namespace
 
 std::vector<double> value_similarity(const TensorView& weights) {
+  const KeepSubnormals keep;
   check_view(weights, "weights");
   const std::size_t rank = weights.rank();
   if ((rank != 2 && rank != 3) || weights.numel() == 0) {
@@ -114,6 +116,7 @@ std::vector<double> value_similarity(const TensorView& weights) {
 }
 
 std::vector<double> value_similarity_from_moment(const TensorView& moment) {
+  const KeepSubnormals keep;
   check_view(moment, "moment");
   if (moment.rank() != 2 || moment.shape[0] != moment.shape[1] || moment.shape[0] < 1) {
     fail<InvalidArgument>("moment", "shape (R, R), R >= 1", to_string(moment.shape));
@@ -121,7 +124,7 @@ std::vector<double> value_similarity_from_moment(const TensorView& moment) {
   check_finite(moment, "moment", {"row", "column"});
   const auto count = static_cast<std::size_t>(moment.shape[0]);
   std::vector<double> norms(count);
-  read(moment, 0, moment.strides[0] + moment.strides[1], count, norms.data());
+  read(moment, 0, diagonal_stride(moment), count, norms.data());
   for (std::size_t i = 0; i < count; ++i) {
     if (norms[i] < 0) {
       fail<InvalidArgument>("moment", "a diagonal of at least 0", number(norms[i]) + place(i, i));

@@ -122,10 +122,17 @@ Writer::Writer(std::string path, const std::string& kind, const json& fields,
     temporary_.clear();
     refuse_errno(path_, "a folder that can be written to");
   }
-  // mkstemp's files are their owner's alone, others like any new one.
-  const mode_t mask = ::umask(0);
-  ::umask(mask);
-  ::fchmod(descriptor_, 0666 & ~mask);
+  // mkstemp's files are their owner's alone; this one is as what it replaces, or like any new one.
+  struct stat status{};
+  mode_t mode = 0;
+  if (::stat(path_.c_str(), &status) == 0) {
+    mode = status.st_mode & 07777;
+  } else {
+    const mode_t mask = ::umask(0);
+    ::umask(mask);
+    mode = 0666 & ~mask;
+  }
+  ::fchmod(descriptor_, mode);
   if (!order_.empty()) left_ = order_[0].second.bytes;
   finish_tensors();
 }

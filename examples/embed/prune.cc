@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <filesystem>
 #include <fstream>
 #include <memory>
 
@@ -169,6 +170,17 @@ class Streamed : public Source {
   Digests digests_{};
 };
 
+/// The report is written last: under the name of another file it would take its place.
+void check_report(const Options& options) {
+  namespace fs = std::filesystem;
+  const fs::path report = fs::weakly_canonical(options.report);
+  for (const std::string& file : options.files) {
+    if (fs::weakly_canonical(file) == report) {
+      refuse("--report", "a file of its own", options.report);
+    }
+  }
+}
+
 void write_report(const std::string& path, const Choices& choices) {
   nlohmann::json report;
   for (const auto& [group, choice] : choices) {
@@ -244,6 +256,7 @@ Options parse(const std::vector<std::string>& arguments, const std::vector<std::
 }
 
 void prune(const Options& options, const ScoreQueryKey& score) {
+  if (!options.report.empty()) check_report(options);
   const File model(options.files.front());
   const Table table = read_table(model);
   const Header header = read_header(table, "model", model.name());

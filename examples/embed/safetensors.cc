@@ -172,8 +172,11 @@ Table parse_table(std::string_view header, std::uint64_t file_bytes, const std::
 }
 
 File::File(const std::string& path)
-    : name_(path.substr(path.rfind('/') + 1)),  // npos + 1 is 0
-      descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+    : name_(path.substr(
+          path.rfind('/') +
+          1)),  // npos + 1 is 0
+                // Not blocking: a pipe that nobody writes to is to be refused, not waited for.
+      descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
   if (descriptor_ < 0) refuse_errno(path, "a file that can be read");
   struct stat status{};
   if (::fstat(descriptor_, &status) != 0 || !S_ISREG(status.st_mode)) {

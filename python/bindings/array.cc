@@ -65,7 +65,8 @@ std::vector<std::int64_t> to_indices(py::handle object, const std::string& argum
   py::array array;
   try {
     array = py::module_::import("numpy").attr("asarray")(object);
-  } catch (py::error_already_set&) {
+  } catch (py::error_already_set& error) {
+    if (!is_refusal(error)) throw;
     fail<InvalidArgument>(argument, "a sequence of integers", type_name(object));
   }
   if (array.ndim() != 1) {

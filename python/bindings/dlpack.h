@@ -6,6 +6,7 @@
 #include <secateur/tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -77,10 +78,7 @@ class Tensor {
   }
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
-  ~Tensor() {
-    if (versioned_ != nullptr && versioned_->deleter != nullptr) versioned_->deleter(versioned_);
-    if (legacy_ != nullptr && legacy_->deleter != nullptr) legacy_->deleter(legacy_);
-  }
+  ~Tensor() = default;
 
   /// Writing to it would not reach the owner's memory, or is not allowed.
   bool read_only() const {
@@ -103,6 +101,13 @@ class Tensor {
   }
 
  private:
+  struct Release {
+    template <typename Managed>
+    void operator()(Managed* tensor) const {
+      if (tensor->deleter != nullptr) tensor->deleter(tensor);
+    }
+  };
+
   // 0.3 µs where __dlpack__ takes 17, and takes tensors that require grad.
   bool from_exchange_api(py::handle object, const std::string& argument) {
     const py::object capsule =
@@ -112,10 +117,9 @@ class Tensor {
         static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     while (api != nullptr && api->version.major > 1) api = api->previous;
     if (api == nullptr || api->version.major != 1) return false;
-    if (api->from_py_object(object.ptr(), &versioned_) != 0) {
-      versioned_ = nullptr;
-      refuse(object, argument);
-    }
+    DLManagedTensorVersioned* exported = nullptr;
+    if (api->from_py_object(object.ptr(), &exported) != 0) refuse(object, argument);
+    versioned_.reset(exported);
     const DLDevice& where = versioned_->dl_tensor.device;
     if (where.device_type == kCuda &&
         (api->current_work_stream == nullptr ||
@@ -175,9 +179,9 @@ class Tensor {
                               "DLPack " + std::to_string(tensor->version.major));
       }
       PyCapsule_SetName(capsule.ptr(), "used_dltensor_versioned");
-      versioned_ = tensor;
+      versioned_.reset(tensor);
     } else if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
-      legacy_ = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+      legacy_.reset(static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor")));
       PyCapsule_SetName(capsule.ptr(), "used_dltensor");
     } else {
       fail<InvalidArgument>(argument, "a DLPack capsule from __dlpack__", type_name(capsule));
@@ -187,6 +191,7 @@ class Tensor {
   /// Turns the exporter's Python error, which is set, into one of ours.
   [[noreturn]] static void refuse(py::handle object, const std::string& argument) {
     const py::error_already_set error;
+    if (!is_refusal(error)) throw error;
     const std::string device = py::str(py::getattr(object, "device", py::str("cpu")));
     if (device.rfind("cpu", 0) != 0) {
       fail<Unsupported>(argument, "a tensor on the CPU", "one on " + device);
@@ -232,8 +237,8 @@ class Tensor {
   }
 
   void* stream_ = nullptr;  ///< of a CUDA tensor; null for the default stream
-  DLManagedTensorVersioned* versioned_ = nullptr;
-  DLManagedTensor* legacy_ = nullptr;
+  std::unique_ptr<DLManagedTensorVersioned, Release> versioned_;
+  std::unique_ptr<DLManagedTensor, Release> legacy_;
 };
 
 }  // namespace dlpack

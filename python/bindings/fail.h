@@ -19,6 +19,12 @@ inline std::string type_name(pybind11::handle object) {
   return pybind11::str(pybind11::type::handle_of(object).attr("__name__"));
 }
 
+/// Whether an error of Python's says something about what was given: a key that was pressed, an
+/// exit and a lack of memory do not.
+inline bool is_refusal(const pybind11::error_already_set& error) {
+  return error.matches(PyExc_Exception) && !error.matches(PyExc_MemoryError);
+}
+
 [[noreturn]] inline void refuse_dtype(const std::string& argument, const std::string& got) {
   fail<InvalidArgument>(argument, "dtype float32, float16, bfloat16 or float64", got);
 }

@@ -4,15 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
-#include <cstdint>
 #include <string>
 
+#include "../../csrc/core/subnormals.h"
 #include "bindings.h"
 #include "fail.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 namespace py = pybind11;
 
@@ -44,21 +40,10 @@ void choose_team(const std::string& name) {
 
 /// Of the calling thread; what it was before.
 bool flush_here(bool on) {
-#if defined(__SSE2__)
-  constexpr unsigned kBits = 0x8040;  // results (flush to zero) and operands (denormals are zero)
-  const unsigned before = _mm_getcsr();
-  _mm_setcsr(on ? before | kBits : before & ~kBits);
-  return (before & kBits) == kBits;
-#elif defined(__aarch64__)
-  constexpr std::uint64_t kBit = std::uint64_t{1} << 24;
-  std::uint64_t before;
-  asm volatile("mrs %0, fpcr" : "=r"(before));
-  asm volatile("msr fpcr, %0" : : "r"(on ? before | kBit : before & ~kBit));
-  return (before & kBit) != 0;
-#else
-  static_cast<void>(on);
-  return false;
-#endif
+  using subnormals::kFlush;
+  const subnormals::Word before = subnormals::read();
+  subnormals::write(on ? before | kFlush : before & ~kFlush);
+  return kFlush != 0 && (before & kFlush) == kFlush;
 }
 
 bool flush_subnormals(bool on, int threads) {

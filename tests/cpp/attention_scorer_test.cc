@@ -776,4 +776,47 @@ TEST(AttentionScorerInTurn, RefusesScorersThatDoNotFit) {
   expect({&scorer, &moments}, "attn scorers: expected a scorer without moments, got one with");
 }
 
+TEST(AttentionScorer, CountsAndSumsThatDoNotFitAreRefused) {
+  AttentionScorer scorer(1, 2, 1, true, "attn"), other(1, 2, 1, true);
+  TestTensor gram(DType::f64, {2, 1, 2, 2}), mean(DType::f64, {2, 1, 2});
+  gram.fill([](std::int64_t i) { return i % 4 == 0 || i % 4 == 3 ? 2.0 : 0.5; });
+  constexpr std::int64_t kTokens = std::int64_t{1} << 31;
+  expect_error<InvalidArgument>([&] { scorer.update_grams(gram, gram, mean, kTokens + 1); },
+                                "attn tokens: expected at most 2^31, got 2147483649");
+  scorer.update_grams(gram, gram, mean, kTokens);
+  EXPECT_EQ(scorer.state().tokens, 2 * kTokens);
+
+  secateur::AttentionScorerState state = scorer.state();
+  state.tokens = std::numeric_limits<std::int64_t>::max();
+  expect_error<InvalidArgument>([&] { scorer.load_state(state); },
+                                "attn tokens: expected at most 2^62, got 9223372036854775807");
+  state.tokens = std::int64_t{1} << 62;
+  other.load_state(state);
+  const auto before = scorer.state();
+  expect_error<InvalidArgument>([&] { scorer.merge(other); },
+                                "attn tokens: expected at most 2^62 in all, got 4294967296 and "
+                                "4611686018427387904");
+  state.tokens = 4;
+  state.key_gram[1] = before.key_gram[1] > 0 ? 1.5e308 : -1.5e308;
+  other.load_state(state);
+  scorer.load_state(state);
+  expect_error<NumericalError>([&] { scorer.merge(other); },
+                               "attn key_gram: expected sums that fit into float64, got 1.5e+308 "
+                               "and 1.5e+308 at 1");
+  EXPECT_EQ(scorer.state().images, 2);
+  EXPECT_EQ(scorer.state().key_gram, state.key_gram);
+}
+
+TEST(AttentionScorer, StridesOfSingleElementsDoNotMatter) {
+  constexpr std::int64_t kAny = std::numeric_limits<std::int64_t>::max();
+  const double one = 2;
+  const TensorView gram(&one, DType::f64, {1, 1, 1, 1}, {kAny, kAny, kAny, kAny});
+  const TensorView mean(&one, DType::f64, {1, 1, 1}, {kAny, kAny, kAny});
+  AttentionScorer scorer(1, 1);
+  scorer.update_grams(gram, gram, mean, 3);
+  EXPECT_NEAR(scorer.scores()[0], 1, 1e-12);
+  scorer.update(gram, gram);
+  EXPECT_NEAR(scorer.scores()[0], 1, 1e-12);
+}
+
 }  // namespace

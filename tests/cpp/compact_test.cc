@@ -139,4 +139,10 @@ TEST(Compact, RefusesBeforeAnythingMoves) {
           "keep: expected indices in [0, 0), got 0");
 }
 
+TEST(Compact, NothingTakesNoTime) {
+  constexpr std::int64_t kLarge = std::int64_t{1} << 40;
+  const MutableTensorView nothing(nullptr, DType::f32, {kLarge, kLarge, 0, 3});
+  EXPECT_EQ(compact(nothing, 3, {0, 2}).shape, (Dims{kLarge, kLarge, 0, 2}));
+}
+
 }  // namespace

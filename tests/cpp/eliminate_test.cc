@@ -386,4 +386,36 @@ TEST(Eliminate, TakesAsymmetryOfRounding) {
   EXPECT_EQ(eliminate(rounded, weights, 40).order, eliminate(inverse, weights, 40).order);
 }
 
+// No column's factor has to fit into a number.
+TEST(Eliminate, DiagonalsFarApart) {
+  const auto diagonal = [](std::vector<double> values) {
+    TestTensor matrix(DType::f64, {static_cast<std::int64_t>(values.size()),
+                                   static_cast<std::int64_t>(values.size())});
+    matrix.fill([](std::int64_t) { return 0.0; });
+    for (std::size_t i = 0; i < values.size(); ++i) matrix.set(i * (values.size() + 1), values[i]);
+    return matrix;
+  };
+  const auto weights_of = [](std::vector<double> values) {
+    TestTensor weights(DType::f64, {static_cast<std::int64_t>(values.size()), 1});
+    for (std::size_t i = 0; i < values.size(); ++i) weights.set(i, values[i]);
+    return weights;
+  };
+  const auto lost = eliminate(diagonal({1e180, 1e-180}), weights_of({1e-180, 0}), 2);
+  EXPECT_EQ(lost.order, (std::vector<std::int64_t>{1, 0}));
+  EXPECT_EQ(lost.costs, (std::vector<double>{0, 0}));
+  const auto some = eliminate(diagonal({1e300, 1e-300, 1}), weights_of({1e100, 1e-200, 1e-60}), 3);
+  EXPECT_EQ(some.order, (std::vector<std::int64_t>{2, 0, 1}));
+  EXPECT_NEAR(some.costs[0] / 1e-120, 1, 1e-12);
+  EXPECT_NEAR(some.costs[1] / 1e-100, 1, 1e-12);
+  EXPECT_NEAR(some.costs[2] / 1e-100, 1, 1e-12);
+}
+
+TEST(Eliminate, StridesOfSingleElementsDoNotMatter) {
+  constexpr std::int64_t kAny = std::numeric_limits<std::int64_t>::max();
+  const double one = 2, weight = 3;
+  const TensorView inverse(&one, DType::f64, {1, 1}, {kAny, kAny});
+  const TensorView weights(&weight, DType::f64, {1, 1}, {kAny, kAny});
+  EXPECT_EQ(eliminate(inverse, weights, 1).costs, std::vector<double>{4.5});
+}
+
 }  // namespace

@@ -489,4 +489,60 @@ TEST(MomentAccumulatorInTurn, RefusesAccumulatorsThatDoNotFit) {
          "fc2 options: expected one norm and stride for all, got several");
 }
 
+// Tokens that do not count may hold anything; of those that do the place in the batch is named.
+TEST(MomentAccumulator, NamesTheTokenThatCountsAndIsNotFinite) {
+  MomentAccumulator moments(2), other(2);
+  TestTensor x = rows({2, 4, 2}, 1, DType::f32);
+  x.set(2, kNaN);  // image 0, token 1
+  x.set(5, kNaN);  // image 0, token 2
+  const secateur::RowOptions even{RowNorm::none, 2, 0};
+  expect_error<NumericalError>([&] { moments.update(x, even); },
+                               "x: expected finite values, got nan at (0, 2, 1)");
+  x.set(5, 1);
+  moments.update(x, even);  // image 1 gives tokens 1 and 3
+  x.set(14, kInf);          // image 1, token 3
+  x.set(12, kInf);          // image 1, token 2
+  expect_error<NumericalError>([&] { moments.update(x, even); },
+                               "x: expected finite values, got inf at (1, 3, 0)");
+  // Its first image is image 1 of the batch.
+  expect_error<NumericalError>(
+      [&] { MomentAccumulator::update_in_turn({&moments, &other}, x, {even, even}); },
+      "x: expected finite values, got inf at (1, 2, 0)");
+  x.set(12, 0);
+  MomentAccumulator::update_in_turn({&moments, &other}, x, {even, even});
+  EXPECT_EQ(other.rows(), 2);
+}
+
+// Squares of one row may be large together, where no element is.
+TEST(MomentAccumulator, LargeRowsBesideTokensThatDoNotCount) {
+  TestTensor x(DType::f64, {1, 2, 4});
+  x.fill([](std::int64_t i) { return i < 4 ? 1e120 : kNaN; });
+  MomentAccumulator moments(4);
+  moments.update(x, {RowNorm::rms, 2, 0});
+  EXPECT_EQ(moments.rows(), 1);
+  EXPECT_NEAR(moments.sum()[0], 1, 1e-12);
+}
+
+TEST(MomentAccumulator, CountsAndSumsThatDoNotFitAreRefused) {
+  MomentAccumulator moments(2, "fc2"), other(2);
+  secateur::MomentAccumulatorState state = moments.state();
+  state.rows = (std::int64_t{1} << 62) + 1;
+  expect_error<InvalidArgument>([&] { moments.load_state(state); },
+                                "fc2 rows: expected at most 2^62, got 4611686018427387905");
+  state.rows = std::int64_t{1} << 62;
+  other.load_state(state);
+  moments.update(rows({3, 2}, 1, DType::f32));
+  expect_error<InvalidArgument>([&] { moments.merge(other); },
+                                "fc2 rows: expected at most 2^62 in all, got 3 and "
+                                "4611686018427387904");
+  state.rows = 1;
+  state.sum = {-1e308, 0};
+  other.load_state(state);
+  moments.load_state(state);
+  expect_error<NumericalError>(
+      [&] { moments.merge(other); },
+      "fc2 sum: expected sums that fit into float64, got -1e+308 and -1e+308 at 0");
+  EXPECT_EQ(moments.rows(), 1);
+}
+
 }  // namespace

@@ -3,11 +3,13 @@
 
 #include <secateur/runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <stdexcept>
 #include <thread>
 
+#include "subnormals.h"
 #include "test_tensor.h"
 
 namespace {
@@ -174,6 +176,101 @@ TEST(Parallel, NestedCallsRunOnTheirThread) {
     });
   });
   EXPECT_EQ(runs, 30);
+}
+
+/// The calling thread's subnormal numbers are zeros while it lives.
+class Flushed {
+ public:
+  Flushed() : before_(secateur::subnormals::read()) {
+    secateur::subnormals::write(before_ | secateur::subnormals::kFlush);
+  }
+  ~Flushed() { secateur::subnormals::write(before_); }
+  Flushed(const Flushed&) = delete;
+  Flushed& operator=(const Flushed&) = delete;
+
+ private:
+  secateur::subnormals::Word before_;
+};
+
+/// Of which most rows are subnormal.
+TestTensor tiny(DType dtype, const Dims& shape, std::uint64_t seed, double scale = 1e-40) {
+  TestTensor x(dtype, shape);
+  const std::int64_t row = shape[shape.size() - 1];
+  Random random(seed);
+  x.fill([&](std::int64_t i) { return random.normal() * (i / row % 7 == 0 ? 1 : scale); });
+  return x;
+}
+
+TestTensor filled(DType dtype, const Dims& shape,
+                  const std::function<double(std::int64_t)>& function) {
+  TestTensor x(dtype, shape);
+  x.fill(function);
+  return x;
+}
+
+/// Arguments of all that the library computes, with numbers that are, or become, subnormal.
+struct Tiny {
+  TestTensor rows = tiny(DType::f32, {150, 33}, 1);
+  TestTensor large = filled(DType::f64, {3, 5}, [](std::int64_t i) {
+    return i < 10 ? 1e308 : static_cast<double>(i % 2) * 1e308;
+  });
+  TestTensor moment =
+      filled(DType::f64, {2, 2}, [](std::int64_t i) { return i == 0 || i == 3 ? 4e-310 : 1e-310; });
+  TestTensor few = tiny(DType::f32, {90, 19}, 2), many = tiny(DType::f32, {5000, 19}, 3);
+  TestTensor all = filled(DType::f32, {40, 19},
+                          [](std::int64_t i) { return 1e-41 * static_cast<double>(i % 13 + 1); });
+  TestTensor q = tiny(DType::f32, {5, 12, 2, 9}, 4), k = tiny(DType::f32, {5, 12, 2, 9}, 5);
+  TestTensor inverse =
+      filled(DType::f64, {6, 6}, [](std::int64_t i) { return i % 7 == 0 ? 2.0 : 0.5; });
+  TestTensor weights = filled(DType::f32, {6, 30},
+                              [](std::int64_t i) { return 1e-40 * static_cast<double>(i % 11); });
+  TestTensor scores = filled(DType::f32, {1, 9},
+                             [](std::int64_t i) { return 1e-42 * static_cast<double>(i * 5 % 9); });
+};
+
+std::vector<double> results_of(const Tiny& tiny) {
+  std::vector<double> results;
+  const auto take = [&](const auto& more) {
+    for (const auto value : more) results.push_back(static_cast<double>(value));
+  };
+  take(secateur::value_similarity(tiny.rows));
+  take(secateur::value_similarity(tiny.large));
+  take(secateur::value_similarity_from_moment(tiny.moment));
+  for (const TestTensor* x : {&tiny.few, &tiny.many, &tiny.all}) {
+    secateur::MomentAccumulator moments(19);
+    moments.update(*x);
+    take(moments.sum());
+    moments.update(*x, {secateur::RowNorm::layer, 1, 0});
+    take(moments.second_moment());
+  }
+  secateur::AttentionScorer scorer(2, 9, 4, true);
+  scorer.update(tiny.q, tiny.k);
+  take(scorer.scores());
+  take(scorer.score_gram());
+  const secateur::Elimination gone = secateur::eliminate(tiny.inverse, tiny.weights, 6);
+  take(gone.costs);
+  take(gone.order);
+  take(secateur::select(tiny.scores, 4));
+  return results;
+}
+
+// Threads that were started before the program chose to flush, and those that were not, agree.
+TEST(Parallel, ResultsDoNotDependOnWhetherSubnormalsAreFlushed) {
+  if (secateur::subnormals::kFlush == 0) GTEST_SKIP() << "this machine has no such state";
+  const Threads alone(1);
+  const Tiny tiny;
+  const std::vector<double> wanted = results_of(tiny);
+  EXPECT_GT(std::count_if(wanted.begin(), wanted.end(),
+                          [](double x) { return x != 0 && std::fabs(x) < 1e-35; }),
+            20);
+  for (const int threads : {1, 2, 5}) {
+    const Threads some(threads);
+    EXPECT_EQ(results_of(tiny), wanted);  // starts them
+    const Flushed flushed;
+    EXPECT_EQ(results_of(tiny), wanted) << threads;
+    EXPECT_EQ(secateur::subnormals::read() & secateur::subnormals::kFlush,
+              secateur::subnormals::kFlush);
+  }
 }
 
 }  // namespace

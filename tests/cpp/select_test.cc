@@ -71,4 +71,11 @@ TEST(Select, Refuses) {
                                "scores: expected values with an order, got nan at (1, 2)");
 }
 
+TEST(Select, StridesOfSingleElementsDoNotMatter) {
+  constexpr std::int64_t kAny = std::numeric_limits<std::int64_t>::max();
+  const double scores[] = {1, 2, 3, 4};
+  const TensorView column(scores, DType::f64, {4, 1}, {1, kAny});
+  EXPECT_EQ(select(column, 1), (std::vector<std::int64_t>{0, 0, 0, 0}));
+}
+
 }  // namespace

@@ -221,4 +221,12 @@ TEST(ValueSimilarity, FromMomentRefuses) {
                                "moment: expected finite values, got nan at (row 1, column 0)");
 }
 
+TEST(ValueSimilarity, StridesOfSingleElementsDoNotMatter) {
+  constexpr std::int64_t kAny = std::numeric_limits<std::int64_t>::max();
+  const double one = 2;
+  const TensorView moment(&one, DType::f64, {1, 1}, {kAny, kAny});
+  EXPECT_EQ(secateur::value_similarity_from_moment(moment), std::vector<double>{0});
+  EXPECT_EQ(secateur::value_similarity(moment), std::vector<double>{0});
+}
+
 }  // namespace

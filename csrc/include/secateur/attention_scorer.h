@@ -28,11 +28,13 @@ struct AttentionScorerState {
 ///
 /// For an image and a head, QKᵀ = Σ_i q_i k_iᵀ = Σ_j σ_j u_j v_jᵀ, and neuron i scores
 ///     ω_i = Σ_{j ≤ min(γ, N, d), σ_j > 1e-7 σ_1} |cos(u_j, q_i)| |cos(v_j, k_i)|,
-/// computed from the d×d Gram matrices in float64. A neuron or head of zero norm scores 0.
-/// The score of a layer is the mean over images. Images are added in order, one by one: the sums
-/// have the same bits however the images are split into batches and for any number of threads.
+/// computed from the d×d Gram matrices in float64. A neuron or head of zero norm scores 0; in
+/// float64 inputs what is below 1e-150 of a head's largest magnitude counts as zero. The score of a
+/// layer is the mean over images. Images are added in order, one by one: the sums have the same
+/// bits however the images are split into batches and for any number of threads.
 ///
-/// Not synchronised: one object is for one thread at a time.
+/// Not synchronised: one object is for one thread at a time. One that was moved from can be
+/// assigned to and destroyed, nothing else.
 class SECATEUR_API AttentionScorer {
  public:
   /// gamma: leading singular triplets that count. moments: also accumulate the Grams.

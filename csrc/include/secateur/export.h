@@ -1,4 +1,4 @@
-// SECATEUR_API marks what the library exports; everything else is hidden.
+/* SECATEUR_API marks what the library exports; everything else is hidden. For C as well. */
 #pragma once
 
 #if defined(SECATEUR_STATIC)

@@ -40,7 +40,8 @@ struct MomentAccumulatorState {
 /// multiplied in float64. Float32 products below 1e-38 beside ordinary ones are lost. The sums have
 /// the same bits for any number of threads.
 ///
-/// Not synchronised: one object is for one thread at a time.
+/// Not synchronised: one object is for one thread at a time. One that was moved from can be
+/// assigned to and destroyed, nothing else.
 class SECATEUR_API MomentAccumulator {
  public:
   /// name: put in front of every error of this object. Throws InvalidArgument.
@@ -94,9 +95,13 @@ class SECATEUR_API MomentAccumulator {
 
  private:
   std::string label(const char* argument) const;
-  void check_magnitudes(const TensorView& x) const;
+  /// The images of a batch that are this object's: first, first + step, ….
+  struct Turn {
+    std::int64_t first = 0, step = 1;
+  };
+  void check_magnitudes(const TensorView& x, const RowOptions& options, Turn turn) const;
   bool check_batch(const TensorView& x, const RowOptions& options) const;
-  void update_on_host(const TensorView& x, const RowOptions& options);
+  void update_on_host(const TensorView& batch, const RowOptions& options, Turn turn);
   static void update_on_device(const std::vector<MomentAccumulator*>& accumulators,
                                const TensorView& x, const std::vector<RowOptions>& options,
                                bool wait);
