@@ -46,7 +46,8 @@ class Target:
         if not given:
             raise InvalidArgument("target: expected macs=, params= or latency=, got none")
         for name, value in given.items():
-            check.fraction(f"target.{name}", value, open_low=True)
+            # A plain number, which files can hold, whatever it came as.
+            object.__setattr__(self, name, check.fraction(f"target.{name}", value, open_low=True))
 
     def __str__(self) -> str:
         return ", ".join(f"{name} = {value:g}" for name, value in vars(self).items() if value is not None)
@@ -119,7 +120,8 @@ def _layers_to_leave(
     wanted = round(sum(fractions[group.name] for group in layers))
     if wanted and removal is None:
         raise InvalidArgument(
-            "ratios['block']: expected layers by their names where nothing says which of them matter, got a fraction"
+            "ratios['block']: expected layers by their names, or statistics that say which of them matter "
+            "(calibrate(sensitivity=True)), got a fraction"
         )
     if removal is not None:
         free.hold_one_of_each(removal, {name: fractions[name] == 0 for name in named if name in free.anatomy.layers})
@@ -191,6 +193,31 @@ def allocate(
             # A step that does not fit now never will: every other step only adds to the cost.
             steps.remove(step)
     return Allocation(kept)
+
+
+def limits_of(
+    groups: Iterable[str] | None,
+    freeze: Iterable[str],
+    min_keep: Mapping[str, int] | None,
+    round_to: int | Mapping[str, int] | None,
+) -> dict[str, Any]:
+    """Arguments of ``plan`` as all functions here take them: names as lists, which can be read more than once.
+
+    Raises:
+        InvalidArgument: groups or freeze are no names.
+    """
+    return {
+        "groups": None if groups is None else _sequence("groups", groups),
+        "freeze": _sequence("freeze", freeze),
+        "min_keep": {} if min_keep is None else min_keep,
+        "round_to": round_to,
+    }
+
+
+def free_groups(anatomy: Anatomy, limits: Mapping[str, Any]) -> list[Group]:
+    """The groups that a target may cut; errors are those of ``allocate``."""
+    groups = DEFAULT_GROUPS if limits["groups"] is None else limits["groups"]
+    return _Choice(anatomy, **{**limits, "groups": groups}, default_multiples=_TARGET_MULTIPLES).groups
 
 
 def check_target(
@@ -307,7 +334,14 @@ def _of_least_loss(anatomy: Anatomy, free: _Choice, budget: _Budget, losses: Cal
         if best is None or loss < best.loss:
             best, best_base = Allocation(found.sizes, loss), base
     assert best is not None, "the smallest sizes meet the budget"
-    kept = _exchanged(best.sizes, choices, [budget.along(best_base, choice.sizes) for choice in choices], budget)
+    shares = [budget.along(best_base, choice.sizes) for choice in choices]
+    kept = best.sizes
+    for _ in range(_EXCHANGES):
+        before = kept
+        # What exchanges leave of the budget may be a step again.
+        kept = _filled(_exchanged(kept, choices, shares, budget), choices, shares, budget.prices()[-1], budget)
+        if kept == before:
+            break
     loss = best.loss + _total(choices, kept) - _total(choices, best.sizes)
     # The dual of a linear programme may exceed what was found by rounding alone.
     return Allocation(kept, loss, min(bound, loss))
@@ -422,6 +456,8 @@ def _filled(
 
 def _exchanged(kept: dict[str, int], choices: list[_Choices], shares: list[Float], budget: _Budget) -> dict[str, int]:
     """Take from one what another makes more of, as long as any such exchange fits; one limit's prices see no pairs."""
+    if not choices:
+        return kept  # the width alone, which is decided already
     owners = np.repeat(np.arange(len(choices)), [len(choice.losses) for choice in choices])
     starts = np.searchsorted(owners, np.arange(len(choices)))
     for _ in range(_EXCHANGES):

@@ -109,7 +109,8 @@ def bench(
         for each in models:
             stack.enter_context(borrowed(each, place))
         stack.enter_context(torch.inference_mode())
-        images = torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(place)
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(batch_size, *size, generator=generator, device="cpu").to(place)
         inputs = [images.to(input_dtype(each)) for each in models]
         runs = [torch.compile(each, dynamic=False) if compile else each for each in models]
         loops = [warm(each, batch, warmup, name) for each, batch, name in zip(runs, inputs, _NAMES, strict=False)]

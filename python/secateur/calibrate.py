@@ -89,7 +89,11 @@ def calibrate(
         with ranks.together():
             family = family_of(model)
             anatomy = family.inspect(model)
-            _check(loader, max_images, collect, gamma, token_fraction, resume, checkpoint_every)
+            max_images = check.integer("max_images", max_images, optional=True)
+            gamma = check.integer("gamma", gamma)
+            checkpoint_every = check.integer("checkpoint_every", checkpoint_every, optional=True)
+            token_fraction = check.fraction("token_fraction", token_fraction, open_low=True)
+            _check(loader, collect, resume, checkpoint_every)
             path = None if resume is None else check.writable("resume", resume)
             settings = Settings(
                 fingerprint=Fingerprint.of(model, anatomy),
@@ -132,17 +136,10 @@ def calibrate(
 
 def _check(
     loader: object,
-    max_images: int | None,
     collect: str,
-    gamma: int,
-    token_fraction: float,
     resume: object,
     checkpoint_every: int | None,
 ) -> None:
-    check.integer("max_images", max_images, optional=True)
-    check.integer("gamma", gamma)
-    check.integer("checkpoint_every", checkpoint_every, optional=True)
-    check.fraction("token_fraction", token_fraction, open_low=True)
     if collect not in ("scores", "all"):
         raise InvalidArgument(f"collect: expected 'scores' or 'all', got {collect!r}")
     if checkpoint_every is not None and resume is None:
@@ -208,6 +205,9 @@ def _run(
     first: dict[int, torch.Tensor] = {}
     missing = [take for what, take in further if not any(name.endswith(what) for name in collector.sensitivity)]
     with (
+        # Compiled modules may leave out hooks, on those that do nothing for one.
+        torch.compiler.set_stance("force_eager"),
+        core.host_by_default(),
         _evaluating(model),
         _kept(collector, path, ranks),
         core.torch_threads(),
@@ -319,7 +319,7 @@ def _batches(
     while max_images is None or start < max_images:
         with ranks.together(2 * ranks.size) as told:
             batch = next(source, _END)
-            images = torch.empty(0) if batch is _END else split_batch(batch, empty=ranks.size > 1)[0]
+            images = torch.empty(0) if batch is _END else split_batch(batch, empty=ranks.size > 1, labels=False)[0]
             if len(images) > 0:
                 images = model_input(model, images)
             told[ranks.rank] = len(images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,16 @@ _LINEAR = (nn.Linear, nn.Conv2d)
 _MAX_DEPTH = 512
 # Rates that matter in training alone may be changed by hand.
 _FREE = (nn.Dropout, timm.layers.DropPath, timm.layers.PatchDropout)
+# How a module computes, not what.
+_NO_SETTINGS = {
+    "training",
+    "grad_checkpointing",
+    "fused_attn",
+    "inplace",
+    "T_destination",
+    "call_super_init",
+    "dump_patches",
+}
 
 
 def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str, Any]] | None = None) -> None:
@@ -43,6 +54,14 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
     """
     path = check.writable("path", path)
     anatomy = family_of(model).inspect(model)
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            where = name or "the model itself"
+            warnings.warn(
+                f"model: expected no forward hooks, which a file cannot hold, got some at {where}; saved without them",
+                stacklevel=2,
+            )
+            break
     for name, tensor in model.state_dict().items():
         if tensor.is_meta:
             raise InvalidArgument(f"model: expected weights, got none in {name} (device meta)")
@@ -81,6 +100,7 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
     container.write(path, "model", header, model.state_dict())
 
 
+@torch.inference_mode(False)  # inference tensors could never be trained
 def load(path: str | Path, *, verify: bool = True) -> nn.Module:
     """Rebuild a model that ``save`` wrote, on the CPU, bit for bit, in evaluation mode.
 
@@ -182,19 +202,27 @@ def _difference(model: nn.Module, built: nn.Module) -> str | None:
         if type(module) is not type(twin):
             return f"{type(module).__name__} at {name} where it builds {type(twin).__name__}"
         if not isinstance(module, _FREE):
-            for what, found, would in (
-                ("", module.extra_repr(), twin.extra_repr()),
-                (".scale", getattr(module, "scale", None), getattr(twin, "scale", None)),
-                (".eps", getattr(module, "eps", None), getattr(twin, "eps", None)),
-                (".global_pool", getattr(module, "global_pool", None), getattr(twin, "global_pool", None)),
-            ):
-                if found != would:
-                    return f"{name}{what} ({found}) where it builds ({would})"
+            if module.extra_repr() != twin.extra_repr():
+                return f"{name} ({module.extra_repr()}) where it builds ({twin.extra_repr()})"
+            settings, would = _settings(module), _settings(twin)
+            for what in dict.fromkeys([*settings, *would]):
+                if settings.get(what) != would.get(what):
+                    return f"{name}.{what} ({settings.get(what)}) where it builds ({would.get(what)})"
     shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, built)]
     for name in dict.fromkeys([*shapes[0], *shapes[1]]):
         if shapes[0].get(name) != shapes[1].get(name):
             return f"{name} of shape {shapes[0].get(name)} where it builds {shapes[1].get(name)}"
     return None
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """What a module's forward pass may depend on besides its parameters and modules."""
+    plain = (bool, int, float, str, tuple, torch.Size, type(None))
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, plain) and not name.startswith("_") and name not in _NO_SETTINGS
+    }
 
 
 def _is_json(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """The C++ core, for scripts that own their buffers: NumPy and torch arrays of any strides, without a copy."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -49,6 +49,13 @@ def cmake_dir() -> Path:
     if not (folder / "secateurConfig.cmake").is_file():
         raise Unsupported(f"cmake_dir: expected a package built with SECATEUR_INSTALL=ON, got none in {folder}")
     return folder
+
+
+@contextmanager
+def host_by_default() -> Iterator[None]:
+    """Make new tensors on the CPU unless code says where, whatever ``torch.set_default_device`` was given."""
+    with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+        yield
 
 
 @contextmanager

@@ -76,20 +76,24 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     return config
 
 
-def split_batch(batch: Any, *, empty: bool = False) -> tuple[Tensor, Tensor | None]:
+def split_batch(batch: Any, *, empty: bool = False, labels: bool = True) -> tuple[Tensor, Tensor | None]:
     """Split what a loader yields, ``images`` or ``(images, targets, ...)``, into images (B, C, H, W) and targets.
+
+    Without ``labels`` what stands behind the images may be anything.
 
     Raises:
         InvalidArgument: the batch is something else, or holds no image (which ``empty`` allows).
     """
     items = list(batch) if isinstance(batch, (tuple, list)) else [batch]
     images = items[0] if items else None
-    targets = items[1] if len(items) > 1 else None
+    targets = items[1] if labels and len(items) > 1 else None
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or (len(images) == 0 and not empty):
         got = f"a tensor of shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise InvalidArgument(f"loader: expected batches of images (B, C, H, W) or (images, targets), got {got}")
-    if targets is not None and (not isinstance(targets, torch.Tensor) or len(targets) != len(images)):
-        got = f"{len(targets)} targets" if isinstance(targets, torch.Tensor) else type(targets).__name__
+    if targets is not None and (not isinstance(targets, torch.Tensor) or targets.shape[:1] != images.shape[:1]):
+        got = (
+            f"targets of shape {tuple(targets.shape)}" if isinstance(targets, torch.Tensor) else type(targets).__name__
+        )
         raise InvalidArgument(f"loader: expected one target for each of {len(images)} images, got {got}")
     return images, targets
 
@@ -471,7 +475,7 @@ class _Order:
         self.start = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        indices = torch.arange(self._images)
+        indices = torch.arange(self._images, device="cpu")
         if self._seed is not None:
             # Which images is the seed's choice, in which order the epoch's as well.
             indices = _permutation(self._available, self._seed)[: self._images]
@@ -513,7 +517,7 @@ class _Order:
 
 
 def _permutation(count: int, *entropy: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(_mix(*entropy)))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(_mix(*entropy)), device="cpu")
 
 
 def _mix(*entropy: int) -> int:

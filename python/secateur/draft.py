@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import Anatomy, Indices, kept_along_axes, parameter_name
+from .errors import NumericalError
 
 __all__ = ["Draft"]
 
@@ -39,6 +40,10 @@ class Draft:
         if name in self._changed or layer.bias is not None:
             return self.weight(module, "bias")
         return torch.zeros(len(layer.weight), dtype=torch.float64)
+
+    def largest(self, module: str) -> float:
+        """The largest number that a layer's parameters can be."""
+        return torch.finfo(self._model.get_parameter(parameter_name(module, "weight")).dtype).max
 
     def affine(self, norm: str, size: int) -> tuple[Tensor, Tensor]:
         """A norm's scale and shift, (size,); ones and zeros where it has none."""
@@ -77,7 +82,11 @@ class Draft:
         return 1.0 if module is None else self.weight(module, "gamma")
 
     def finish(self, keep: Mapping[str, Indices]) -> dict[str, Tensor]:
-        """The changed parameters with only what is kept, in the model's types."""
+        """The changed parameters with only what is kept, in the model's types.
+
+        Raises:
+            NumericalError: a value that is no finite number of its type.
+        """
         found = {}
         gone = {name for name, indices in keep.items() if indices.shape[1] == 0}
         for name, value in sorted(self._changed.items()):
@@ -97,6 +106,10 @@ class Draft:
             for dim, indices in axes.items():
                 value = value.index_select(dim, indices)
             found[name] = value.to(dtype).contiguous()
+            if not bool(found[name].isfinite().all()):
+                raise NumericalError(
+                    f"{name}: expected weights that {dtype} can hold, got some up to {value.abs().max():g}"
+                )
         return found
 
     def _of_heads(self, name: str, values: Tensor, keep: Mapping[str, Indices]) -> Tensor:

@@ -69,7 +69,7 @@ def evaluate(
             left = len(images) if max_images is None else max_images - images_seen
             images, targets = model_input(model, images[:left], place), targets[:left].to(place)
             logits = full_precision(model(images))
-            check_targets(targets, logits, soft=False)
+            targets = check_targets(targets, logits, soft=False)
             if not torch.isfinite(logits).all():
                 first = images_seen + int((~torch.isfinite(logits)).any(dim=1).nonzero()[0])
                 raise NumericalError(f"model: expected finite logits, got nan or inf for image {first}")
@@ -86,8 +86,8 @@ def evaluate(
     return Evaluation(100 * top1 / images_seen, 100 * top5 / images_seen, loss / images_seen, images_seen)
 
 
-def check_targets(targets: Tensor, logits: Tensor, *, soft: bool) -> None:
-    """Refuse targets that are no class indices (B,) of the logits (B, classes), nor with ``soft`` class probabilities.
+def check_targets(targets: Tensor, logits: Tensor, *, soft: bool) -> Tensor:
+    """Return class indices (B,) of the logits (B, classes) as int64, with ``soft`` class probabilities as they are.
 
     Raises:
         InvalidArgument: they are not.
@@ -95,7 +95,7 @@ def check_targets(targets: Tensor, logits: Tensor, *, soft: bool) -> None:
     if logits.ndim != 2:
         raise InvalidArgument(f"model: expected logits (B, classes), got an output of shape {tuple(logits.shape)}")
     if soft and targets.is_floating_point() and targets.shape == logits.shape:
-        return
+        return targets
     if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise InvalidArgument(
             f"loader: expected targets (B,) of class indices, got {tuple(targets.shape)} {targets.dtype}"
@@ -104,6 +104,7 @@ def check_targets(targets: Tensor, logits: Tensor, *, soft: bool) -> None:
     if low < 0 or high >= logits.shape[1]:
         got = low if low < 0 else high
         raise InvalidArgument(f"loader: expected class indices from 0 to {logits.shape[1] - 1}, got {got}")
+    return targets.long()
 
 
 def full_precision(logits: object) -> Tensor:

@@ -54,10 +54,11 @@ def head_errors(weight: Tensor, covariance: Tensor, order: Tensor) -> Tensor:
     channels = (order.flip(0)[:, None] * size + torch.arange(size)).flatten()
     ordered, target = covariance[channels][:, channels], (weight @ covariance)[:, channels].mT
     total = (weight[:, channels].mT * target).sum()
-    if not bool(total > 0):
+    level = float(ordered.diagonal().mean())
+    if not bool(total > 0) or level <= 0:  # values that do not vary, but for rounding
         return weight.new_zeros(len(order) + 1)
     # One factorisation serves every number of heads: its leading part is that of the leading channels.
-    factor, _ = ridged_cholesky(ordered, RANK_TOLERANCE * float(ordered.diagonal().mean()))
+    factor, _ = ridged_cholesky(ordered, RANK_TOLERANCE * level)
     explained = torch.linalg.solve_triangular(factor, target, upper=False).square().sum(1)
     held = torch.cat([explained.new_zeros(1), explained.unflatten(0, (len(order), size)).sum(1).cumsum(0)])
     lost: Tensor = (1 - held / total).clamp(0, 1)

@@ -43,9 +43,20 @@ def pad_heads(model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> N
         places = _places(anatomy, name, sizes)
         if places:
             parameter = model.get_parameter(name)
-            parameter.data = _spread(parameter.detach(), places)
+            assign(parameter, _spread(parameter.detach(), places))
     for site in anatomy.attention:
         _rescale_queries(model, site, sizes[site.qk])
+
+
+def assign(parameter: nn.Parameter, data: torch.Tensor) -> None:
+    """Give a parameter other values, of another shape.
+
+    While anything of an earlier forward pass lives (a loss that somebody kept), so does the node that takes the
+    parameter's gradients, for those of the old shape; torch makes a new one when the type changes.
+    """
+    other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
+    parameter.data = torch.empty(0, dtype=other, device=parameter.device)
+    parameter.data = data
 
 
 def _places(anatomy: Anatomy, name: str, sizes: Mapping[str, int]) -> dict[int, torch.Tensor]:

@@ -30,6 +30,12 @@ class Verdict(NamedTuple):
     accepted: bool
 
 
+def _keep(objective: object, **values: float) -> None:
+    """Plain numbers, which files can hold, whatever they came as."""
+    for name, value in values.items():
+        object.__setattr__(objective, name, value)
+
+
 @dataclass(frozen=True)
 class AccuracyCritical:
     """As small as possible with at most ``max_drop`` points of accuracy lost.
@@ -45,7 +51,7 @@ class AccuracyCritical:
     cost: Cost = "params"
 
     def __post_init__(self) -> None:
-        check.number("objective.max_drop", self.max_drop)
+        _keep(self, max_drop=check.number("objective.max_drop", self.max_drop))
         if self.cost not in ("params", "macs"):
             raise InvalidArgument(f"objective.cost: expected 'params' or 'macs', got {self.cost!r}")
 
@@ -75,7 +81,7 @@ class MemoryConstrained:
     params: float
 
     def __post_init__(self) -> None:
-        check.fraction("objective.params", self.params, open_low=True)
+        _keep(self, params=check.fraction("objective.params", self.params, open_low=True))
 
     @property
     def cost(self) -> Cost:
@@ -113,9 +119,9 @@ class LatencySensitive:
             )
         for name in ("macs", "latency"):
             if getattr(self, name) is not None:
-                check.fraction(f"objective.{name}", getattr(self, name), open_low=True)
-        check.integer("objective.batch_size", self.batch_size)
-        check.integer("objective.repeats", self.repeats)
+                _keep(self, **{name: check.fraction(f"objective.{name}", getattr(self, name), open_low=True)})
+        _keep(self, batch_size=check.integer("objective.batch_size", self.batch_size))
+        _keep(self, repeats=check.integer("objective.repeats", self.repeats))
 
     @property
     def cost(self) -> Cost:

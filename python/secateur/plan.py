@@ -15,7 +15,15 @@ import numpy as np
 from torch import Tensor, nn
 
 from . import check, container, core
-from .allocate import DEFAULT_GROUPS, Allocation, Target, allocate, check_target, counts_from_ratios
+from .allocate import (
+    Allocation,
+    Target,
+    allocate,
+    check_target,
+    counts_from_ratios,
+    free_groups,
+    limits_of,
+)
 from .anatomy import Anatomy, Group, Indices, kept_along_axes, parameter_name, units
 from .cost import Cost
 from .errors import InvalidArgument
@@ -31,7 +39,8 @@ _FORMAT = 1
 _WEIGHTS = "plan weights"
 
 
-@dataclass(frozen=True)
+# Equal where they are the same object: arrays and tensors have no equality that is one bool.
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Which units of which group stay, for one model.
 
@@ -207,6 +216,7 @@ class Plan:
         return line if self.latency is None else f"{line}, {self.latency}"
 
 
+@core.host_by_default()
 def plan(
     model: nn.Module,
     stats: Statistics,
@@ -276,27 +286,35 @@ def plan(
     stats.settings.fingerprint.require(fingerprint, "model", strict=strict)
     if not strict and method != "snp":
         raise InvalidArgument(f"strict: expected True for {method!r}, which changes weights, got False")
-    limits: dict[str, Any] = {"groups": groups, "freeze": freeze, "min_keep": min_keep or {}, "round_to": round_to}
+    limits = limits_of(groups, freeze, min_keep, round_to)
     table = None
     if target is not None and target.latency is not None:
         table = table_for(model, anatomy, target, limits, latency_table, batch_size)
     with core.torch_threads():
         prepared = criterion.prepare(model, anatomy, stats, chosen)
-        losses = None if target is None else _losses(anatomy, stats, prepared, groups, allocation)
+        losses = None if target is None else _losses(anatomy, stats, prepared, limits, allocation)
     removal = None if not stats.sensitive else lambda group: _loss(stats, prepared, group)[0]
-    chosen_sizes, latency = sizes_for(
-        model, anatomy, target, ratios, limits, losses=losses, removal=removal, table=table
-    )
-    sizes = chosen_sizes.sizes
-    with core.torch_threads():
-        decision = prepared.decide(sizes)
-    added = sum(value.numel() for name, value in decision.weights.items() if name not in anatomy.shapes)
+    wanted, added = target, 0
+    while True:
+        chosen_sizes, latency = sizes_for(
+            model, anatomy, wanted, ratios, limits, losses=losses, removal=removal, table=table
+        )
+        sizes = chosen_sizes.sizes
+        with core.torch_threads():
+            decision = prepared.decide(sizes)
+        found = sum(value.numel() for name, value in decision.weights.items() if name not in anatomy.shapes)
+        params = anatomy.params_at(sizes) + found
+        if target is None or target.params is None or params <= target.params * anatomy.params:
+            break
+        # Biases where there were none count, and which layers get them is known behind the choice alone.
+        added = max(added, found)
+        wanted = _without(target, added, anatomy)
     return Plan(
         method=method,
         options={**chosen, "target": None if target is None else vars(target), "gamma": stats.settings.gamma},
         fingerprint=fingerprint,
         keep=decision.keep,
-        params=(anatomy.params, anatomy.params_at(sizes) + added),
+        params=(anatomy.params, params),
         macs=(anatomy.macs, anatomy.macs_at(sizes)),
         weights=decision.weights,
         eps=decision.eps,
@@ -417,16 +435,24 @@ def _sizes_on_the_clock(
     return Allocation(sizes), report
 
 
+def _without(target: Target, added: int, anatomy: Anatomy) -> Target:
+    """The target without room for ``added`` parameters."""
+    assert target.params is not None
+    left = target.params - added / anatomy.params
+    if left <= 0:
+        raise InvalidArgument(f"target: expected room for {added:,} biases that the method adds, got {target}")
+    return replace(target, params=left)
+
+
 def _losses(
-    anatomy: Anatomy, stats: Statistics, prepared: Prepared, groups: Iterable[str] | None, allocation: str | None
+    anatomy: Anatomy, stats: Statistics, prepared: Prepared, limits: Mapping[str, Any], allocation: str | None
 ) -> Callable[[Group], Float] | None:
     """What a group is predicted to lose at each size, in the unit of the sensitivities; None to share out uniformly."""
     if allocation == "uniform" or (allocation is None and not stats.sensitive):
         return None
     if not stats.sensitive:
         raise InvalidArgument("stats: expected sensitivities (calibrate(sensitivity=True)), got statistics without")
-    named = set(DEFAULT_GROUPS if groups is None or isinstance(groups, str) else groups)
-    cut = [group for group in anatomy.groups if {group.name, group.kind} & named]
+    cut = free_groups(anatomy, limits)
     for group in cut:
         if prepared.errors(group) is None:
             if allocation is None and all(other.kind != "block" for other in cut):

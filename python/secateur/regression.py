@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .errors import NumericalError
+
 __all__ = [
     "RIDGES",
     "SKETCH",
@@ -190,7 +192,15 @@ def cholesky(matrix: Tensor, added: float = 0.0, out: Tensor | None = None) -> T
 
 
 def ridged_cholesky(matrix: Tensor, added: float) -> tuple[Tensor, float]:
-    """The factor of matrix + added · I, and what was added: raised tenfold until there is one."""
+    """The factor of matrix + added · I, and what was added: raised tenfold until there is one.
+
+    Raises:
+        NumericalError: the matrix is not finite.
+    """
+    if not bool(matrix.isfinite().all()):
+        raise NumericalError("covariance: expected finite values, got nan or inf")
+    # Rounding can leave a mean diagonal of 0 or below.
+    added = max(added, 1e-30 * float(matrix.diagonal().abs().max()), 1e-300)
     while True:
         factor = cholesky(matrix, added)
         if factor is not None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from . import check
-from .allocate import Target
+from . import check, core
+from .allocate import Target, limits_of
 from .anatomy import Anatomy, Indices
 from .calibrate import calibrate, calibrate_block
 from .errors import InvalidArgument
@@ -24,6 +24,7 @@ from .surgery import Report, prune
 __all__ = ["prune_sequential"]
 
 
+@core.host_by_default()
 def prune_sequential(
     model: nn.Module,
     loader: Iterable[Any],
@@ -80,14 +81,14 @@ def prune_sequential(
             f"loader: expected batches that can be read several times, got {type(loader).__name__}"
             f"{', an iterator' if isinstance(loader, Iterator) else ''}"
         )
-    check.integer("max_images", max_images, optional=True)
-    check.fraction("token_fraction", token_fraction, open_low=True)
+    max_images = check.integer("max_images", max_images, optional=True)
+    token_fraction = check.fraction("token_fraction", token_fraction, open_low=True)
     check_budget(target, ratios, allocation, latency_table, batch_size)
     chosen: dict[str, Any] = checked_options(options, method)
     if chosen.get("head_score") == "michel":
         raise InvalidArgument("head_score: expected one that takes no gradients block by block, got 'michel'")
     anatomy = family_of(model).inspect(model)
-    limits: dict[str, Any] = {"groups": groups, "freeze": freeze, "min_keep": min_keep or {}, "round_to": round_to}
+    limits = limits_of(groups, freeze, min_keep, round_to)
     table = None
     if target is not None and target.latency is not None:
         table = table_for(model, anatomy, target, limits, latency_table, batch_size)

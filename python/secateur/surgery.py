@@ -18,7 +18,7 @@ from .anatomy import Anatomy, Indices, kept_along_axes, render
 from .errors import InvalidArgument
 from .families import Family, family_of
 from .identity import Fingerprint
-from .layout import LAYOUTS, check_layout, pad_heads
+from .layout import LAYOUTS, assign, check_layout, pad_heads
 from .modules import HeadNorm
 from .plan import Plan
 
@@ -62,6 +62,7 @@ class Report:
         return render(table)
 
 
+@core.host_by_default()
 def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool = True) -> Report:
     """Cut the model in place as planned. Gradients are dropped; build optimizers afterwards.
 
@@ -97,7 +98,9 @@ def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool =
     sizes = plan.check(anatomy)
     if layout == "stock":
         sizes = family.stock_sizes(model, anatomy, sizes)
-    _cut(model, family, anatomy, plan.keep, plan.weights)
+    # Inference tensors could never be trained again.
+    with torch.inference_mode(False):
+        _cut(model, family, anatomy, plan.keep, plan.weights)
     for name, eps in plan.eps.items():
         norm: Any = model.get_submodule(name)
         norm.eps = eps
@@ -107,7 +110,8 @@ def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool =
         head_norm.centred = False
     after = family.inspect(model)
     if layout == "stock":
-        pad_heads(model, after, sizes)
+        with torch.inference_mode(False):
+            pad_heads(model, after, sizes)
         family.make_stock(model, {site.name: sizes[site.qk] for site in after.attention})
         after = family.inspect(model)
     return Report(
@@ -205,10 +209,10 @@ def _replace(model: nn.Module, name: str, value: torch.Tensor) -> None:
         storage = present.untyped_storage()
         data = present.detach().as_strided(value.shape, value.stride())
         data.copy_(value)
-        present.data = data
+        assign(present, data)
         storage.resize_(data.numel() * data.element_size())
     else:
-        present.data = value.to(present, copy=True)
+        assign(present, value.to(present, copy=True))
 
 
 def _compact(parameter: nn.Parameter, axes: Mapping[int, torch.Tensor]) -> None:
@@ -220,10 +224,10 @@ def _compact(parameter: nn.Parameter, axes: Mapping[int, torch.Tensor]) -> None:
         for dim, indices in axes.items():
             shape, strides = core.compact(data, dim, indices.numpy())
             data = data.as_strided(shape, strides)
-        parameter.data = data
+        assign(parameter, data)
         storage.resize_(data.numel() * data.element_size())
     else:
-        parameter.data = _gather(parameter.detach(), axes)
+        assign(parameter, _gather(parameter.detach(), axes))
 
 
 def _gather(data: torch.Tensor, axes: Mapping[int, torch.Tensor]) -> torch.Tensor:

@@ -92,7 +92,7 @@ def measure_latency(
     with progress(sum(layer.count for layer in layers) + 1, "latency table", unit="layers") as advance:
         clock = _Clock(layers[0].dense(batch_size), repeats, compile, advance)
         measured = [layer.measure(clock, batch_size) for layer in layers]
-        images = torch.randn(batch_size, *anatomy.input_size, generator=_generator()).to(place, wanted)
+        images = torch.randn(batch_size, *anatomy.input_size, generator=_generator(), device="cpu").to(place, wanted)
         whole, ratios = clock.beside(dense, [_shaped(dense, family, sizes) for sizes in cuts], images)
     table = LatencyTable(
         model=Fingerprint.without_weights(anatomy),
@@ -226,7 +226,7 @@ class _Source:
         module = lone if self.block is None else self.family.layers(lone)[self.name]
         size = self.input_size if self.block is None else (*self.input_size, sizes["width"])
         like = next(lone.parameters())
-        return module, torch.randn(batch_size, *size, generator=_generator()).to(like)
+        return module, torch.randn(batch_size, *size, generator=_generator(), device="cpu").to(like)
 
     def measure(self, clock: _Clock, batch_size: int) -> Layer:
         """Times in units of the clock's reference."""

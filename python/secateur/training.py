@@ -263,8 +263,7 @@ class Run:
         student, pupil = (full_precision(head) for head in heads)
         loss: Tensor = student.new_zeros(())
         if settings.alpha < 1 and batch.targets is not None:
-            targets = batch.targets
-            check_targets(targets, student, soft=True)
+            targets = check_targets(batch.targets, student, soft=True)
             if batch.shares is not None:
                 targets = Mixing.targets(targets, batch.shares, student.shape[1])
             targets = targets.to(student.dtype) if targets.is_floating_point() else targets

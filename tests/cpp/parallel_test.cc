@@ -224,6 +224,8 @@ struct Tiny {
       filled(DType::f64, {6, 6}, [](std::int64_t i) { return i % 7 == 0 ? 2.0 : 0.5; });
   TestTensor weights = filled(DType::f32, {6, 30},
                               [](std::int64_t i) { return 1e-40 * static_cast<double>(i % 11); });
+  TestTensor tiniest = filled(
+      DType::f64, {6, 2}, [](std::int64_t i) { return 1e-160 * static_cast<double>(i % 5 + 1); });
   TestTensor scores = filled(DType::f32, {1, 9},
                              [](std::int64_t i) { return 1e-42 * static_cast<double>(i * 5 % 9); });
 };
@@ -250,6 +252,7 @@ std::vector<double> results_of(const Tiny& tiny) {
   const secateur::Elimination gone = secateur::eliminate(tiny.inverse, tiny.weights, 6);
   take(gone.costs);
   take(gone.order);
+  take(secateur::eliminate(tiny.inverse, tiny.tiniest, 6).costs);
   take(secateur::select(tiny.scores, 4));
   return results;
 }
@@ -271,6 +274,12 @@ TEST(Parallel, ResultsDoNotDependOnWhetherSubnormalsAreFlushed) {
     EXPECT_EQ(secateur::subnormals::read() & secateur::subnormals::kFlush,
               secateur::subnormals::kFlush);
   }
+  const Threads more(12);
+  {
+    const Flushed flushed;
+    EXPECT_EQ(results_of(tiny), wanted);  // starts some that flush for good
+  }
+  EXPECT_EQ(results_of(tiny), wanted);
 }
 
 }  // namespace

@@ -242,3 +242,38 @@ def test_the_package_refuses_another_version(tmp_path: Path) -> None:
     )
     output = run("cmake", "-S", tmp_path, "-B", tmp_path / "other", f"-DCMAKE_PREFIX_PATH={prefix}")
     assert f"found 0 considered {version()}" in output
+
+
+def configure(folder: Path, languages: str, text: str, *options: str) -> str:
+    """What a project prints that adds secateur's folder, or finds its package; nothing is compiled."""
+    folder.mkdir()
+    (folder / "CMakeLists.txt").write_text(f"cmake_minimum_required(VERSION 3.25)\nproject(other {languages})\n{text}")
+    return run("cmake", "-S", folder, "-B", folder / "build", "-DSECATEUR_CUDA=OFF", *options)
+
+
+def test_a_project_that_adds_the_folder_keeps_its_own_settings(tmp_path: Path) -> None:
+    text = (
+        f"add_subdirectory({ROOT} secateur)\n"
+        "get_target_property(unity secateur UNITY_BUILD)\n"
+        "get_target_property(kernels secateur_baseline UNITY_BUILD)\n"
+        "message(STATUS \"type '${CMAKE_BUILD_TYPE}' shared '$CACHE{BUILD_SHARED_LIBS}' unity ${unity} ${kernels}\")\n"
+    )
+    # As in the wheel of another project, of another version, that is built in a few large files.
+    wheel = ("-DSKBUILD=2", "-DSKBUILD_PROJECT_VERSION=1.2", "-DCMAKE_UNITY_BUILD=ON")
+    for name, options in (("plain", ()), ("wheel", wheel)):
+        assert "type '' shared '' unity OFF OFF" in configure(tmp_path / name, "LANGUAGES CXX", text, *options)
+        installed = (tmp_path / name / "build" / "secateur" / "CMakeFiles" / "secateur.dir" / "flags.make").read_text()
+        assert f'SECATEUR_VERSION=\\"{version()}\\"' in installed
+    with pytest.raises(AssertionError, match="secateur: expected a project with CXX among its LANGUAGES, got C"):
+        configure(tmp_path / "c", "LANGUAGES C", text)
+
+
+def test_a_static_package_says_that_it_needs_cxx(tmp_path: Path) -> None:
+    build = tmp_path / "library"
+    for shared in ("OFF", "ON"):
+        run("cmake", "-S", ROOT, "-B", build, "-DSECATEUR_CUDA=OFF", f"-DBUILD_SHARED_LIBS={shared}")
+        # The targets' file, which is written by an installation, is not reached or not there.
+        text = f'find_package(secateur CONFIG PATHS "{build}" NO_DEFAULT_PATH)\nmessage(STATUS "${{secateur_FOUND}}")\n'
+        with pytest.raises(AssertionError) as raised:
+            configure(tmp_path / shared, "LANGUAGES C", text + "message(FATAL_ERROR stop)")
+        assert ("needs CXX among the project's LANGUAGES" in " ".join(str(raised.value).split())) == (shared == "OFF")

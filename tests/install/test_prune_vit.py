@@ -535,7 +535,23 @@ def test_what_does_not_fit_is_refused(program, tmp_path):
         assert re.fullmatch(expected, text), text
     text = refused(program, tmp_path / "dense", seen, tmp_path / "no" / "out")
     assert text == f"{tmp_path}/no/out: expected a folder that can be written to, got No such file or directory"
+    # A report does not take another file's place, under whatever name; a pipe is not waited for.
+    os.mkfifo(tmp_path / "pipe")
+    files = sorted([*files, tmp_path / "pipe"])
+    (tmp_path / "link").symlink_to("dense")
+    kept = (tmp_path / "dense").read_bytes()
+    for report in ("dense", "link", "out", "./buffers"):
+        text = refused(program, tmp_path / "dense", seen, tmp_path / "out", "--report", f"{tmp_path}/{report}")
+        assert text == f"--report: expected a file of its own, got {tmp_path}/{report}"
+    assert (tmp_path / "dense").read_bytes() == kept
+    (tmp_path / "link").unlink()
+    text = refused(program, tmp_path / "pipe", seen, tmp_path / "out")
+    assert text == f"{tmp_path}/pipe: expected a regular file, got another"
     assert sorted(tmp_path.iterdir()) == files
     # Without queries and keys to cut, norms over them are not in the way.
     run(program, tmp_path / "normed", seen, tmp_path / "out", "--qk", 0, "--ffn", 0.5)
     assert sc.load(tmp_path / "out").blocks[1].mlp.fc1.out_features == 78
+    # What is replaced stays as private as it was.
+    (tmp_path / "out").chmod(0o600)
+    run(program, tmp_path / "normed", seen, tmp_path / "out", "--qk", 0, "--ffn", 0.2)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o600

@@ -925,3 +925,46 @@ def test_updates_in_turn_refuse_what_does_not_fit():
     with pytest.raises(errors.InvalidArgument, match=r"^fc2 options: expected 1, got 2$"):
         core.MomentAccumulator.update_in_turn([rows], x[:, :, 0], phases=[0, 1])
     assert scorer.images == rows.rows == 0
+
+
+class Interrupted:
+    """What somebody stops by a key while it is being read."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __dlpack__(self, **_):
+        raise self.error
+
+    def __array__(self, *_, **__):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), MemoryError("none")])
+def test_what_says_nothing_about_an_argument_stays_what_it_is(error):
+    with pytest.raises(type(error)) as raised:
+        core.value_similarity(Interrupted(error))
+    assert raised.value is error
+    with pytest.raises(type(error)) as raised:
+        core.compact(np.ones((3, 4)), 1, Interrupted(error))
+    assert raised.value is error
+    with pytest.raises(errors.InvalidArgument, match="keep: expected a sequence of integers, got Interrupted"):
+        core.compact(np.ones((3, 4)), 1, Interrupted(RuntimeError("broken")))
+
+
+def test_results_do_not_depend_on_flushed_subnormals():
+    x = np.random.default_rng(0).normal(size=(300, 40)).astype(np.float32) * np.float32(1e-40)
+    wanted = core.value_similarity(x)
+    assert (wanted > 0).all()
+    before = core.runtime.threads()
+    try:
+        for threads in (1, 2, 5):
+            core.runtime.set_threads(threads)
+            torch.set_flush_denormal(True)
+            try:
+                found = core.value_similarity(x)
+            finally:
+                torch.set_flush_denormal(False)
+            assert np.array_equal(found, wanted)
+    finally:
+        core.runtime.set_threads(before)

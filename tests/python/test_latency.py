@@ -653,6 +653,24 @@ def test_a_table_of_another_model_is_refused(digits_model, digits_stats, digits_
     replace(digits_table, model=replace(digits_table.model, digests=other_weights)).predict(anatomy)
 
 
+def test_frozen_names_may_come_from_an_iterator():
+    model = small()
+    stats = sc.calibrate(model, [torch.randn(4, 3, 16, 16)])
+    elsewhere = replace(HERE, processor="Abacus 3000")
+    table = table_of(sc.inspect(model), staircase, steps, machine=elsewhere)
+    with pytest.warns(UserWarning, match="not measured"):
+        plan = sc.plan(
+            model,
+            stats,
+            target=sc.Target(latency=0.9),
+            groups=iter(["ffn"]),
+            freeze=(name for name in ["blocks.0.*"]),
+            latency_table=table,
+            round_to=1,
+        )
+    assert set(plan.keep) == {"blocks.1.ffn"}
+
+
 @pytest.mark.parametrize("value", [0, -0.5, 1.5, "half", True, float("nan")])
 def test_wrong_targets(value):
     with pytest.raises(sc.InvalidArgument, match=r"target.latency: expected a fraction in \(0, 1\], got"):

@@ -30,7 +30,19 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import cost
-from ..anatomy import Anatomy, AttentionSite, FfnSite, Group, Layout, Member, NormSite, Role, Source, Stream
+from ..anatomy import (
+    Anatomy,
+    AttentionSite,
+    FfnSite,
+    Group,
+    Layout,
+    Member,
+    NormSite,
+    Role,
+    Source,
+    Stream,
+    parameter_name,
+)
 from ..errors import InvalidArgument, Unsupported
 from ..modules import HeadNorm, PrunedAttention, PrunedAttentionPoolLatent, PrunedBlock, PrunedResPostBlock
 
@@ -288,6 +300,8 @@ class _Inspection:
     """One walk over a model, collecting groups, sites and products."""
 
     def __init__(self, model: VisionTransformer) -> None:
+        if model.patch_embed.img_size is None:
+            raise Unsupported("patch_embed: expected a size of images, which MACs are counted for, got none (img_size)")
         self.model = model
         self.width = int(model.embed_dim)
         self.tokens = int(model.patch_embed.num_patches) + int(model.num_prefix_tokens)
@@ -307,6 +321,7 @@ class _Inspection:
         self.patch_embedding()
         for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
             if _has(model, name):
+                _refuse_computed("", model, name)
                 self.stream.append(Member("", name, 2, "elementwise"))
         self.norm("norm_pre", self.stream, reads_stream=False)
         if type(model.blocks) is not nn.Sequential:
@@ -402,6 +417,7 @@ class _Inspection:
         for child in ("ls1", "ls2"):
             scale = getattr(block, child, None)
             if type(scale) is LayerScale:
+                _refuse_computed(f"{name}.{child}", scale, "gamma")
                 self.stream.append(Member(f"{name}.{child}", "gamma", 0, "elementwise"))
             elif scale is not None and type(scale) is not nn.Identity:
                 raise _unsupported(f"{name}.{child}", scale, "LayerScale")
@@ -651,12 +667,12 @@ def _unsupported(name: str, module: nn.Module, expected: str) -> Unsupported:
     return Unsupported(f"{name}: expected {expected}, got {type(module).__name__}")
 
 
-def _refuse_computed(name: str, module: nn.Module) -> None:
+def _refuse_computed(name: str, module: nn.Module, *parameters: str) -> None:
     """torch.nn.utils.prune, weight_norm and spectral_norm keep the class but compute the weight before each forward."""
-    for parameter in ("weight", "bias"):
+    for parameter in parameters or ("weight", "bias"):
         if getattr(module, parameter, None) is not None and parameter not in module._parameters:
             raise Unsupported(
-                f"{name}.{parameter}: expected a parameter, got a tensor that a hook computes "
+                f"{parameter_name(name, parameter)}: expected a parameter, got a tensor that a hook computes "
                 "(torch.nn.utils.prune, weight_norm or spectral_norm; make it permanent first)"
             )
 

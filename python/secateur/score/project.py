@@ -22,7 +22,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from ..anatomy import Anatomy, AttentionSite, Group, Indices, Stream
 from ..draft import Draft
-from ..errors import Unsupported
+from ..errors import InvalidArgument, Unsupported
 from ..project import (
     HeadBasis,
     NormedHeads,
@@ -195,6 +195,8 @@ class Projection(Refit):
         moments = self._norm_moments(gone)
         # One channel of a LayerNorm is its mean: it holds one direction less than it has channels.
         rank = count - 1 if stream.centred else count
+        if rank < 1:
+            raise InvalidArgument("width: expected at least 2 channels of a model of LayerNorms, got 1")
         basis = residual_basis([found.second for found in moments.values()])[:, :rank]
         channels = stock_basis(count) if stream.centred else torch.eye(count, dtype=torch.float64)
         write = channels @ (basis - basis.mean(0) if stream.centred else basis).mT

@@ -332,9 +332,11 @@ class Refit:
         added = added * draft.scale(site.scale)
         for writer, scale in before.writers.items():
             gain = draft.scale(scale)
-            # A channel that the writer's own LayerScale shuts stays without.
+            # A channel that the writer's own LayerScale shuts stays without, or as good as shuts: its share would be
+            # no number of the parameter's type.
             share = added / gain.where(gain != 0, torch.inf) if isinstance(gain, Tensor) else added
-            draft.set(writer, draft.bias(writer) + share, "bias")
+            bias = draft.bias(writer)
+            draft.set(writer, bias + share.where((bias + share).abs() <= draft.largest(writer), 0), "bias")
         for token in before.tokens:
             draft.set("", draft.weight("", token) + added, token)
 

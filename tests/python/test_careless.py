@@ -1,0 +1,328 @@
+"""What users do besides: compiled blocks, kept losses, hooks, other devices by default, numbers of NumPy's."""
+
+from __future__ import annotations
+
+import copy
+
+import models
+import numpy as np
+import pytest
+import secateur as sc
+import torch
+import torch.nn.utils.prune
+from secateur.heads import head_errors
+from secateur.regression import ridged_cholesky
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+SIZES = {"img_size": 12, "patch_size": 4, "embed_dim": 27, "depth": 3, "num_heads": 3, "num_classes": 5}
+
+
+def vit(seed=0, **more):
+    torch.manual_seed(seed)
+    model = VisionTransformer(**SIZES | {"mlp_ratio": 2.2} | more).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def batches(count=16, side=12):
+    images = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
+    return [images[: count // 2], images[count // 2 :]]
+
+
+def test_blocks_that_are_compiled_are_measured_as_they_are_written():
+    model = vit()
+    compiled = copy.deepcopy(model)
+    for block in compiled.blocks:
+        block.compile(backend="eager")
+    wanted = sc.calibrate(model, batches(), sensitivity=True)
+    found = sc.calibrate(compiled, batches(), sensitivity=True)
+    for group in [group for group in sc.inspect(model).groups if group.kind == "block"]:
+        assert wanted.removal(group.name)[0] > 0
+        assert found.removal(group.name) == wanted.removal(group.name)
+    with torch.no_grad():
+        assert torch.equal(compiled(batches()[0]), model(batches()[0]))  # and compiled afterwards
+
+
+@pytest.mark.parametrize("method", ["snp", "project"])
+def test_names_may_come_from_an_iterator(method):
+    model = vit()
+    stats = sc.calibrate(model, batches(), sensitivity=True)
+    limits = {"groups": ("qk", "v", "ffn"), "freeze": ["blocks.0.*"]}
+    once = {name: (each for each in names) for name, names in limits.items()}
+    target = sc.Target(macs=0.7)
+    wanted = sc.plan(model, stats, method=method, target=target, round_to=1, **limits)
+    found = sc.plan(model, stats, method=method, target=target, round_to=1, **once)
+    assert {name: kept.tolist() for name, kept in found.keep.items()} == {
+        name: kept.tolist() for name, kept in wanted.keep.items()
+    }
+    twins = [copy.deepcopy(model) for _ in range(2)]
+    reports = [
+        sc.prune_sequential(
+            twin, batches(), method, target, round_to=1, **{name: make(names) for name, names in limits.items()}
+        )
+        for twin, make in zip(twins, (list, iter), strict=True)
+    ]
+    assert reports[0].groups == reports[1].groups
+    assert not any(name.startswith("blocks.0.") for name in found.keep)
+
+
+@pytest.mark.parametrize("method", ["refit", "project"])
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_biases_that_a_method_adds_are_within_the_budget(method, share):
+    model = vit(qkv_bias=False, proj_bias=False)
+    stats = sc.calibrate(model, batches())
+    plan = sc.plan(model, stats, method=method, target=sc.Target(params=share), round_to=1)
+    assert any(name not in dict(model.named_parameters()) for name in plan.weights)
+    sc.prune(model, plan)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == plan.params[1] <= share * plan.params[0]
+    assert count > share * plan.params[0] - 200  # a step of every kind is less
+
+
+@pytest.mark.parametrize("loss", ["kept", "gone"])
+@pytest.mark.parametrize("layout", ["exact", "stock"])
+def test_a_model_that_was_trained_trains_on_after_the_cut(loss, layout):
+    """A loss that somebody holds keeps the nodes that take its parameters' gradients."""
+    model = vit(qkv_bias=True)
+    images, targets = torch.cat(batches()), torch.arange(16) % 5
+    kept = nn.functional.cross_entropy(model.train()(images), targets)
+    kept.backward()
+    if loss == "gone":
+        del kept
+    model.eval()
+    plan = sc.plan(model, sc.calibrate(model, batches()), method="project", ratios={"qk": 0.4, "v": 0.4, "ffn": 0.5})
+    sc.prune(model, plan, layout=layout)
+    sc.finetune(model, [(images, targets)], steps=1)
+    nn.functional.cross_entropy(model(images), targets).backward()
+    assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+
+
+def test_pruned_and_loaded_within_inference_mode_a_model_can_be_trained(tmp_path):
+    model = vit()
+    plan = sc.plan(model, sc.calibrate(model, batches()), method="project", ratios={"v": 0.4, "ffn": 0.5})
+    with torch.inference_mode():
+        sc.prune(model, plan)
+        sc.save(model, tmp_path / "small", factory=("VisionTransformer", SIZES | {"mlp_ratio": 2.2}))
+        loaded = sc.load(tmp_path / "small")
+    for each in (model, loaded):
+        each(batches()[0]).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("built", "more"),
+    [
+        ({"global_pool": "avg", "reg_tokens": 2}, {"pool_include_prefix": True}),
+        ({}, {"dynamic_img_size": True}),
+        ({"dynamic_img_size": True}, {"dynamic_img_pad": True}),
+        ({"pos_embed": "none"}, {"img_size": 16}),
+    ],
+)
+def test_what_would_compute_something_else_is_not_saved(tmp_path, built, more):
+    model = VisionTransformer(**SIZES | built | more).eval()
+    (name,) = more
+    with pytest.raises(
+        sc.InvalidArgument, match=r"model: expected what VisionTransformer with its recorded arguments is"
+    ):
+        sc.save(model, tmp_path / "other", factory=("VisionTransformer", SIZES | built))
+    assert not list(tmp_path.iterdir())
+    sc.save(model, tmp_path / "same", factory=("VisionTransformer", SIZES | built | more))
+    assert getattr(sc.load(tmp_path / "same"), name, more[name]) == more[name]
+
+
+def test_hooks_are_not_lost_without_a_word(tmp_path):
+    model = vit()
+    model.blocks[1].register_forward_hook(lambda *_: None)
+    with pytest.warns(
+        UserWarning, match=r"model: expected no forward hooks, .* got some at blocks\.1; saved without them"
+    ):
+        sc.save(model, tmp_path / "model", factory=("VisionTransformer", SIZES | {"mlp_ratio": 2.2}))
+    assert (tmp_path / "model").is_file()
+
+
+def test_layers_behind_layer_scales_that_half_precision_cannot_undo():
+    model = vit(init_values=1e-5)
+    with torch.no_grad():
+        for block in model.blocks:
+            for scale in (block.ls1, block.ls2):
+                scale.gamma.copy_(3e-5 * torch.randn_like(scale.gamma))
+        model.blocks[1].ls1.gamma.normal_()
+        model.blocks[1].attn.proj.bias.add_(1.0)
+    images = torch.cat(batches())
+    for dtype in (torch.float16, torch.float32):
+        half = copy.deepcopy(model).to(dtype)
+        stats = sc.calibrate(half, batches())
+        for method in ("refit", "project"):
+            pruned = copy.deepcopy(half)
+            plan = sc.plan(pruned, stats, method=method, ratios={"blocks.1.attn": 1})
+            assert all(bool(value.isfinite().all()) for value in plan.weights.values())
+            sc.prune(pruned, plan)
+            assert bool(pruned(images.to(dtype)).isfinite().all())
+
+
+def test_the_width_alone_may_be_cut_by_its_loss():
+    model = vit()
+    stats = sc.calibrate(model, batches(), sensitivity=True)
+    for more in ({"groups": ("width",)}, {"groups": ("width", "qk"), "freeze": ("qk",)}):
+        plan = sc.plan(model, stats, method="project", target=sc.Target(macs=0.6), round_to=1, **more)
+        assert set(plan.keep) == {"width"}
+        assert plan.macs[1] <= 0.6 * plan.macs[0]
+    whole = sc.plan(model, stats, method="project", target=sc.Target(macs=1.0), freeze=("*",))
+    assert not whole.keep
+
+
+def test_a_width_that_cannot_be_turned_may_stay():
+    model = models.make("no_final_norm").float()
+    images = [models.images(model, 8).float()]
+    stats = sc.calibrate(model, images, sensitivity=True)
+    if "width" in sc.inspect(model).refused:
+        pytest.skip("this model's width cannot be named")
+    plan = sc.plan(
+        model,
+        stats,
+        method="project",
+        target=sc.Target(macs=0.8),
+        groups=("ffn", "width"),
+        freeze=("width",),
+        round_to=1,
+    )
+    assert "width" not in plan.keep
+
+
+def test_one_channel_of_layer_norms_is_refused_with_words():
+    model = vit()
+    stats = sc.calibrate(model, batches())
+    with pytest.raises(sc.InvalidArgument, match="width: expected at least 2 channels of a model of LayerNorms, got 1"):
+        sc.plan(model, stats, method="project", ratios={"width": 0.98})
+    assert sc.plan(model, stats, method="project", ratios={"width": 0.93}).keep["width"].shape[1] == 2
+
+
+def test_values_that_do_not_vary_are_no_reason_to_hang():
+    covariance = torch.full((6, 6), -1e-20, dtype=torch.float64)
+    covariance[0, 1] = covariance[1, 0] = 1.0
+    weight = torch.ones(4, 6, dtype=torch.float64)
+    assert head_errors(weight, covariance, torch.arange(3)).tolist() == [0, 0, 0, 0]
+    factor, added = ridged_cholesky(torch.zeros(3, 3, dtype=torch.float64), -1.0)
+    assert added > 0
+    assert bool(factor.isfinite().all())
+    with pytest.raises(sc.NumericalError, match="covariance: expected finite values"):
+        ridged_cholesky(torch.full((2, 2), torch.nan, dtype=torch.float64), 1.0)
+
+
+def test_what_is_left_after_exchanges_is_spent():
+    """No step of any group that lowers the loss fits any more."""
+    model = vit()
+    stats = sc.calibrate(model, batches(), sensitivity=True)
+    anatomy = sc.inspect(model)
+    from secateur.score import method_named
+
+    prepared = method_named("snp").prepare(model, anatomy, stats, {"similarity": "weights", "head_score": "neurons"})
+    losses = {g.name: stats.sensitivity(g.name) * prepared.errors(g) for g in anatomy.groups if g.kind == "ffn"}
+    for share in np.linspace(0.6, 0.95, 29):
+        plan = sc.plan(model, stats, target=sc.Target(macs=float(share)), groups=("ffn",), round_to=1)
+        sizes = {**anatomy.sizes, **{name: kept.shape[1] for name, kept in plan.keep.items()}}
+        for name, loss in losses.items():
+            for wider in range(sizes[name] + 1, len(loss)):
+                if loss[wider] < loss[sizes[name]]:
+                    assert anatomy.macs_at({**sizes, name: wider}) > share * anatomy.macs, (share, name)
+                    break
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    model = vit()
+    path = tmp_path / "statistics"
+    stats = sc.calibrate(
+        model, batches(), gamma=np.int64(4), token_fraction=np.float32(0.5), max_images=np.int32(12), resume=path
+    )
+    stats.save(path)
+    assert sc.Statistics.load(path).settings == stats.settings
+    plan = sc.plan(model, stats, target=sc.Target(macs=np.float32(0.7)), round_to=np.int64(1))
+    plan.save(tmp_path / "plan.json")
+    assert sc.Plan.load(tmp_path / "plan.json").options["target"]["macs"] == pytest.approx(0.7)
+    for objective in (
+        sc.AccuracyCritical(np.float32(20)),
+        sc.MemoryConstrained(np.float64(0.5)),
+        sc.LatencySensitive(latency=np.float32(0.5), batch_size=np.int64(2), repeats=np.int16(3)),
+    ):
+        assert all(type(value) in (float, int, str, type(None)) for value in vars(objective).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.uint8])
+def test_class_indices_of_any_integer_type(dtype):
+    model = vit()
+    images, targets = torch.cat(batches()), torch.arange(16) % 5
+    wanted = sc.evaluate(model, [(images, targets)])
+    assert sc.evaluate(model, [(images, targets.to(dtype))]) == wanted
+    twin = copy.deepcopy(model)
+    first = sc.finetune(model, [(images, targets)], steps=2)
+    second = sc.finetune(twin, [(images, targets.to(dtype))], steps=2)
+    assert first.history == second.history
+
+
+@pytest.mark.parametrize("labels", [["a"] * 16, {"y": 1}, torch.tensor(3), torch.zeros(5)])
+def test_calibrate_does_not_look_at_labels(labels):
+    model = vit()
+    images = torch.cat(batches())
+    found = sc.calibrate(model, [(images, labels)])
+    wanted = sc.calibrate(model, [images])
+    assert np.array_equal(found.importance("blocks.0.qk"), wanted.importance("blocks.0.qk"))
+    with pytest.raises(sc.InvalidArgument, match="loader: expected"):
+        sc.evaluate(model, [(images, labels)])
+
+
+def test_parameters_that_hooks_compute_are_refused_by_name():
+    for module, parameter, name in (
+        ("", "pos_embed", "pos_embed"),
+        ("blocks.1.ls2", "gamma", r"blocks\.1\.ls2\.gamma"),
+    ):
+        model = vit(init_values=0.1)
+        torch.nn.utils.prune.random_unstructured(model.get_submodule(module), parameter, 0.3)
+        with pytest.raises(sc.Unsupported, match=rf"^{name}: expected a parameter, got a tensor that a hook computes"):
+            sc.inspect(model)
+
+
+def test_a_model_of_no_size_is_refused_with_words():
+    model = VisionTransformer(**SIZES | {"img_size": None, "pos_embed": "none", "no_embed_class": True})
+    with pytest.raises(sc.Unsupported, match="patch_embed: expected a size of images"):
+        sc.inspect(model)
+
+
+def test_another_device_by_default_changes_nothing(tmp_path):
+    def job():
+        torch.manual_seed(0)
+        model = copy.deepcopy(dense)
+        stats = sc.calibrate(model, batches(), sensitivity=True, head_gradients=True)
+        plan = sc.plan(
+            model, stats, method="project", target=sc.Target(macs=0.6), groups=("qk", "v", "ffn", "width"), round_to=1
+        )
+        sc.prune(model, plan)
+        snp = sc.plan(model, sc.calibrate(model, batches()), ratios={"ffn": 0.3})
+        sc.prune(model, snp, layout="stock")
+        sc.prune_sequential(model, batches(), "refit", ratios={"ffn": 0.3})
+        assert sc.bench(model, copy.deepcopy(model), batch_size=2, repeats=2, warmup=1).speedup > 0
+        return model.state_dict()
+
+    dense = vit()
+    wanted = job()
+    images = batches()
+    globals()["batches"], before = (lambda: images), batches
+    torch.set_default_device("meta")  # as with "cuda": what is made without a device is elsewhere
+    try:
+        found = job()
+    finally:
+        torch.set_default_device(None)
+        globals()["batches"] = before
+    assert wanted.keys() == found.keys()
+    for name, value in wanted.items():
+        assert torch.equal(value, found[name]), name
+
+
+def test_plans_compare_by_identity():
+    model = vit()
+    stats = sc.calibrate(model, batches())
+    first, second = (sc.plan(model, stats, ratios={"ffn": 0.3}) for _ in range(2))
+    assert first == first
+    assert first != second
+    assert len({first, second}) == 2
