@@ -141,6 +141,8 @@ def sizes_at(anatomy: Anatomy, ratios: Mapping[str, float]) -> dict[str, int]:
 
 def ratios_at(anatomy: Anatomy, budget: Budget, emphasis: Mapping[str, float]) -> dict[str, float] | None:
     """The removed fractions in proportion to ``emphasis``, the least that meet the budget; None where none do."""
+    if not any(share > 0 for share in emphasis.values()):
+        return None
 
     def ratios(scale: float) -> dict[str, float]:
         return {kind: min(MOST, scale * share) for kind, share in emphasis.items() if share > 0}
@@ -212,6 +214,8 @@ class Run:
     """The dense model, the images, and the rows measured so far."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        if options.tune_graphs and options.device == "cpu":
+            raise SystemExit("--tune-graphs: expected a --device with CUDA graphs, got cpu")
         self.options = options
         torch.set_num_threads(options.threads)
         # What is measured in float32 is to be so on a GPU as well.

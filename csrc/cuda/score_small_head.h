@@ -531,8 +531,8 @@ class SmallHeadScore {
     PerThread<Array<double, 4>> rows;
     SECATEUR_UNROLL
     for (int block = 0; block < 8; ++block) {
-      // Rows before the first that is left are done; row k + 1 is between two a, or two b, that the
-      // compiler knows.
+      // Rows before the first that is left are done; row k + 1 has a = begin or end, column k + 1
+      // has b = block or block + 1: the compiler knows which.
       const int begin = block / 2, end = (block + 1) / 2;
       for (int step = 0; step < 8; ++step) {
         const int k = 8 * block + step;
@@ -627,7 +627,7 @@ class SmallHeadScore {
   }
 
   /// Squared off-diagonal elements of a matrix of norm at most 1, at least: no minor is lost for
-  /// good, and eigenvalues move by 2^-60.
+  /// good, and eigenvalues move by less than 2^-59.
   static constexpr double kLeastSquare = 0x1p-120;
 
   /// Eigenvalues of the tridiagonal matrix below x, by the signs of its leading minors. Row i of

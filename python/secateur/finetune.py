@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from .training import Run, Settings
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
 __all__ = ["FinetuneResult", "finetune"]
 
@@ -154,6 +155,8 @@ def finetune(
             if teacher is not None:
                 place_for(teacher, argument="teacher")
             refuse_wrapped(loader)
+            if isinstance(val_loader, Iterator):
+                raise InvalidArgument("val_loader: expected batches that can be read after every pass, got an iterator")
             if ranks.size > 1 and isinstance(loader, ImageLoader):
                 loader = loader.sharded(ranks.rank, ranks.size)
             total = _total_steps(loader, epochs, steps)

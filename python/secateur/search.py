@@ -134,6 +134,8 @@ def search(
     step = check.fraction("step", step, open_low=True, open_high=True)
     _check_loader("loader", loader)
     _check_tuning(finetune, train_loader, calibration_loader)
+    if isinstance(finetune, Mapping) and finetune.get("checkpoint_every") is not None and resume is None:
+        raise InvalidArgument("finetune['checkpoint_every']: expected resume=, beside which it is written, got none")
     path = None if resume is None else check.writable("resume", resume)
     if allocation not in (None, "uniform", "error"):
         raise InvalidArgument(f"allocation: expected 'uniform' or 'error', got {allocation!r}")

@@ -121,8 +121,10 @@ class Statistics:
         """Sums over images of QᵀQ, K_cᵀK_c (keys centred per image) or their elementwise product, (heads, d, d).
 
         Raises:
-            InvalidArgument: not collected.
+            InvalidArgument: not collected, or no such matrix.
         """
+        if which not in ("query_gram", "key_gram", "score_gram"):
+            raise InvalidArgument(f"which: expected query_gram, key_gram or score_gram, got {which!r}")
         return unpack(self._sum(group, which, fold))
 
     def moments(self, group: str, fold: str | None = None, out: Float | None = None) -> Moments:

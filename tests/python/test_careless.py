@@ -12,6 +12,7 @@ import torch
 import torch.nn.utils.prune
 from secateur.heads import head_errors
 from secateur.regression import ridged_cholesky
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -287,6 +288,39 @@ def test_a_model_of_no_size_is_refused_with_words():
     model = VisionTransformer(**SIZES | {"img_size": None, "pos_embed": "none", "no_embed_class": True})
     with pytest.raises(sc.Unsupported, match="patch_embed: expected a size of images"):
         sc.inspect(model)
+
+
+def test_a_norm_that_is_never_run_is_refused():
+    with pytest.raises(
+        sc.Unsupported, match="fc_norm: expected none in a VisionTransformerDistilled, which leaves it out"
+    ):
+        sc.inspect(VisionTransformerDistilled(**SIZES, fc_norm=True))
+
+
+def test_what_can_be_read_only_once_is_refused_before_anything_is_trained():
+    model = vit()
+    before = copy.deepcopy(model.state_dict())
+    images, targets = torch.cat(batches()), torch.arange(16) % 5
+    with pytest.raises(sc.InvalidArgument, match="val_loader: expected batches that can be read after every pass"):
+        sc.finetune(model, [(images, targets)], epochs=2, val_loader=iter([(images, targets)]))
+    stats = sc.calibrate(model, [images])
+    with pytest.raises(sc.InvalidArgument, match=r"finetune\['checkpoint_every'\]: expected resume="):
+        sc.search(
+            model,
+            stats,
+            objective=sc.MemoryConstrained(0.5),
+            loader=[(images, targets)],
+            finetune={"steps": 1, "checkpoint_every": 1},
+            train_loader=[(images, targets)],
+            calibration_loader=[images],
+        )
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+def test_matrices_are_asked_for_by_their_names():
+    stats = sc.calibrate(vit(), batches())
+    with pytest.raises(sc.InvalidArgument, match="which: expected query_gram, key_gram or score_gram, got 'gram'"):
+        stats.gram("blocks.0.qk", "gram")
 
 
 def test_another_device_by_default_changes_nothing(tmp_path):

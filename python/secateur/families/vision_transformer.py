@@ -333,6 +333,10 @@ class _Inspection:
         self.pool()
         self.classifier("head")
         if isinstance(model, VisionTransformerDistilled):
+            if _is_there(model.fc_norm):
+                raise _unsupported(
+                    "fc_norm", model.fc_norm, "none in a VisionTransformerDistilled, which leaves it out"
+                )
             self.classifier("head_dist")
         if "width" not in self.refused:
             self.groups.append(Group("width", "width", None, self.width, tuple(self.stream)))
