@@ -206,6 +206,7 @@ void AttentionScorer::update_in_turn(const std::vector<AttentionScorer*>& scorer
       scorer->device_ = std::make_unique<DeviceState>(
           q.device, values.size(), DeviceState::Parts{{values.data(), values.size()}});
     }
+    scorer->device_->prepare();
     sums.push_back(&scorer->device_->sums());
   }
   cuda::score(q, k, first.gamma_, first.moments_, kMaxMomentMagnitude, sums);

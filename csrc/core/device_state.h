@@ -44,6 +44,11 @@ class DeviceState {
   bool is_on(const Device& device) const { return sums_->device().index == device.index; }
   cuda::Sums& sums() { return *sums_; }
 
+  /// Room for enqueued(), which must not fail: what is enqueued is added.
+  void prepare() {
+    if (before_.size() == before_.capacity()) before_.reserve(2 * before_.size() + 1);
+  }
+
   /// An update was enqueued; these were the counts before it.
   void enqueued(const Counts& before) {
     before_.push_back(before);

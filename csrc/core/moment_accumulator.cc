@@ -433,6 +433,7 @@ void MomentAccumulator::update_on_device(const std::vector<MomentAccumulator*>& 
           x.device, accumulator.sum_size() + accumulator.moment_size(),
           state.sum.empty() ? DeviceState::Parts{} : parts_of(state));
     }
+    accumulator.device_->prepare();
     sums.push_back(&accumulator.device_->sums());
   }
   cuda::moments(rows, kMaxMagnitude, sums);
