@@ -204,10 +204,11 @@ def _difference(model: nn.Module, built: nn.Module) -> str | None:
         if not isinstance(module, _FREE):
             if module.extra_repr() != twin.extra_repr():
                 return f"{name} ({module.extra_repr()}) where it builds ({twin.extra_repr()})"
-            settings, would = _settings(module), _settings(twin)
-            for what in dict.fromkeys([*settings, *would]):
-                if settings.get(what) != would.get(what):
-                    return f"{name}.{what} ({settings.get(what)}) where it builds ({would.get(what)})"
+            # What users hang on modules besides is theirs, and does not matter.
+            for what, would in _settings(twin).items():
+                found = getattr(module, what, None)
+                if found != would:
+                    return f"{name}.{what} ({found}) where it builds ({would})"
     shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, built)]
     for name in dict.fromkeys([*shapes[0], *shapes[1]]):
         if shapes[0].get(name) != shapes[1].get(name):

@@ -133,6 +133,16 @@ def test_what_would_compute_something_else_is_not_saved(tmp_path, built, more):
     assert getattr(sc.load(tmp_path / "same"), name, more[name]) == more[name]
 
 
+def test_what_users_hang_on_a_model_is_no_reason_to_refuse(tmp_path):
+    model = vit()
+    model.class_names = ("a", "b")
+    model.blocks[0].note = "first"
+    model.train()
+    sc.save(model, tmp_path / "model", factory=("VisionTransformer", SIZES | {"mlp_ratio": 2.2}))
+    images = batches()[0]
+    assert torch.equal(sc.load(tmp_path / "model")(images), model.eval()(images))
+
+
 def test_hooks_are_not_lost_without_a_word(tmp_path):
     model = vit()
     model.blocks[1].register_forward_hook(lambda *_: None)

@@ -382,7 +382,7 @@ def test_split_batch() -> None:
         ("text", "str"),
         (torch.zeros(3, 4, 4), r"a tensor of shape \(3, 4, 4\)"),
         (torch.zeros(0, 3, 4, 4), r"a tensor of shape \(0, 3, 4, 4\)"),
-        ((images, targets[:1]), "1 targets"),
+        ((images, targets[:1]), r"targets of shape \(1,\)"),
         ((images, ["a", "b"]), "list"),
     ):
         with pytest.raises(InvalidArgument, match=f"^loader: expected .*, got {got}$"):

@@ -57,8 +57,8 @@ class SECATEUR_API MomentAccumulator {
   /// CUDA device where the build has CUDA (see runtime.h): multiplied there, on x's stream, and
   /// waited for. The sums stay on the device until somebody asks for them.
   /// Throws InvalidArgument, Unsupported (another device), NumericalError (NaN, Inf, or a
-  /// magnitude above 1e120 in the rows) or Error (a device that fails); the object is then as it
-  /// was before the call.
+  /// magnitude above 1e120 in the rows; on a device, of rows with a norm, Σ x² above 1e240 of one
+  /// row) or Error (a device that fails); the object is then as it was before the call.
   void update(const TensorView& x, const RowOptions& options = {});
 
   /// Adds image i of x (images, tokens, dim) to accumulator i mod n, of n different ones (1 to 8)
