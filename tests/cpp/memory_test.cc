@@ -1,34 +1,8 @@
 // What calls allocate, and that one which finds no memory leaves everything as it was.
-#include <algorithm>
-#include <cstdlib>
 #include <new>
 
+#include "allocations.h"
 #include "test_tensor.h"
-
-namespace {
-
-thread_local std::int64_t until_failure = -1;  ///< allocations of this thread; -1: none fails
-thread_local std::size_t allocated = 0;        ///< bytes that this thread has asked for
-
-void* allocate(std::size_t size, std::size_t alignment) {
-  if (until_failure == 0) throw std::bad_alloc();
-  if (until_failure > 0) --until_failure;
-  allocated += size;
-  const std::size_t whole = (std::max<std::size_t>(size, 1) + alignment - 1) / alignment;
-  if (void* memory = std::aligned_alloc(alignment, whole * alignment)) return memory;
-  throw std::bad_alloc();
-}
-
-}  // namespace
-
-void* operator new(std::size_t size) { return allocate(size, __STDCPP_DEFAULT_NEW_ALIGNMENT__); }
-void* operator new(std::size_t size, std::align_val_t alignment) {
-  return allocate(size, static_cast<std::size_t>(alignment));
-}
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -41,13 +15,13 @@ using secateur::MomentAccumulator;
 template <typename Call, typename Unchanged>
 int fail_everywhere(const Call& call, const Unchanged& unchanged) {
   for (int n = 0;; ++n) {
-    until_failure = n;
+    allocations::until_failure = n;
     try {
       call();
-      until_failure = -1;
+      allocations::until_failure = -1;
       return n;
     } catch (const std::bad_alloc&) {
-      until_failure = -1;
+      allocations::until_failure = -1;
       unchanged();
     }
   }
@@ -120,9 +94,9 @@ TEST(Memory, WeightsStayWhereTheyAre) {
 
 TEST(Memory, CompactTakesNoSecondBuffer) {
   TestTensor weights(DType::f16, {30000, 2}, {{1, 0}, 1, {}});
-  const std::size_t before = allocated;
+  const std::size_t before = allocations::allocated;
   secateur::compact(weights.view(), 1, {1});
-  EXPECT_LT(allocated - before, 4096);
+  EXPECT_LT(allocations::allocated - before, 4096);
 }
 
 }  // namespace
