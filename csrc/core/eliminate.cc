@@ -18,7 +18,6 @@ namespace {
 using cpu::kPending;
 
 constexpr std::size_t kPanel = cpu::kPanelF64;
-constexpr std::size_t kTile = kPanel * kPanel;
 // Rows of C⁻¹ and of the weights' Gram matrix are formed a panel at a time (for the inputs that
 // cost least, which leave next), and kept until the next flush or until there is no room.
 constexpr std::size_t kKept = 8 * kPanel;
