@@ -378,6 +378,7 @@ void AttentionScorer::merge(const AttentionScorer& other) {
 std::vector<double> AttentionScorer::scores() const {
   const AttentionScorerState& seen = state();
   if (seen.images == 0) fail<InvalidArgument>(label("scores"), "at least one image", "none");
+  const KeepSubnormals keep;
   std::vector<double> mean = seen.score_sum;
   for (double& value : mean) value /= static_cast<double>(seen.images);
   return mean;

@@ -23,7 +23,7 @@ inline Word read() {
   asm volatile("mrs %0, fpcr" : "=r"(word));
   return word;
 }
-inline void write(Word word) { asm volatile("msr fpcr, %0" : : "r"(word)); }
+inline void write(Word word) { asm volatile("msr fpcr, %0" : : "r"(word) : "memory"); }
 #else
 using Word = unsigned;
 constexpr Word kFlush = 0;

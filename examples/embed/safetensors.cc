@@ -172,10 +172,8 @@ Table parse_table(std::string_view header, std::uint64_t file_bytes, const std::
 }
 
 File::File(const std::string& path)
-    : name_(path.substr(
-          path.rfind('/') +
-          1)),  // npos + 1 is 0
-                // Not blocking: a pipe that nobody writes to is to be refused, not waited for.
+    // Not blocking: a pipe that nobody writes to is to be refused, not waited for.
+    : name_(path.substr(path.rfind('/') + 1)),  // npos + 1 is 0
       descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
   if (descriptor_ < 0) refuse_errno(path, "a file that can be read");
   struct stat status{};

@@ -168,6 +168,21 @@ def calibrate_block(
     return _run(model, loader, _Collector(anatomy, settings, only=block, norms=block is None), max_images=max_images)
 
 
+@contextmanager
+def _as_written(model: nn.Module) -> Iterator[None]:
+    """Modules that are compiled in place may leave out hooks, on those that do nothing for one: run none of them so."""
+    compiled: list[tuple[Any, Any]] = [
+        (module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl is not None
+    ]
+    for module, _ in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, run in compiled:
+            module._compiled_call_impl = run
+
+
 # What takes a measurement: the first images, a rank and the number of ranks; and what the measurement is called.
 _Take = Callable[[list[torch.Tensor], int, int], dict[str, Float]]
 _Measurement = tuple[str, _Take]
@@ -205,8 +220,7 @@ def _run(
     first: dict[int, torch.Tensor] = {}
     missing = [take for what, take in further if not any(name.endswith(what) for name in collector.sensitivity)]
     with (
-        # Compiled modules may leave out hooks, on those that do nothing for one.
-        torch.compiler.set_stance("force_eager"),
+        _as_written(model),
         core.host_by_default(),
         _evaluating(model),
         _kept(collector, path, ranks),

@@ -24,16 +24,8 @@ _LINEAR = (nn.Linear, nn.Conv2d)
 _MAX_DEPTH = 512
 # Rates that matter in training alone may be changed by hand.
 _FREE = (nn.Dropout, timm.layers.DropPath, timm.layers.PatchDropout)
-# How a module computes, not what.
-_NO_SETTINGS = {
-    "training",
-    "grad_checkpointing",
-    "fused_attn",
-    "inplace",
-    "T_destination",
-    "call_super_init",
-    "dump_patches",
-}
+# How a module computes, not what; and what training alone looks at.
+_NO_SETTINGS = {"training", "grad_checkpointing", "fused_attn", "inplace", "distilled_training"}
 
 
 def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str, Any]] | None = None) -> None:

@@ -107,9 +107,8 @@ class Draft:
                 value = value.index_select(dim, indices)
             found[name] = value.to(dtype).contiguous()
             if not bool(found[name].isfinite().all()):
-                raise NumericalError(
-                    f"{name}: expected weights that {dtype} can hold, got some up to {value.abs().max():g}"
-                )
+                worst = float(value.abs().nan_to_num(nan=torch.inf).max())
+                raise NumericalError(f"{name}: expected weights that {dtype} can hold, got some up to {worst:g}")
         return found
 
     def _of_heads(self, name: str, values: Tensor, keep: Mapping[str, Indices]) -> Tensor:

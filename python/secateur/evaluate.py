@@ -100,11 +100,12 @@ def check_targets(targets: Tensor, logits: Tensor, *, soft: bool) -> Tensor:
         raise InvalidArgument(
             f"loader: expected targets (B,) of class indices, got {tuple(targets.shape)} {targets.dtype}"
         )
+    targets = targets.long()  # of uint64, what does not fit is below 0
     low, high = (int(value) for value in targets.aminmax())
     if low < 0 or high >= logits.shape[1]:
         got = low if low < 0 else high
         raise InvalidArgument(f"loader: expected class indices from 0 to {logits.shape[1] - 1}, got {got}")
-    return targets.long()
+    return targets
 
 
 def full_precision(logits: object) -> Tensor:

@@ -405,7 +405,7 @@ def meet(
         return max(kept, key=lambda each: each[0])[1:]
     measured, sizes, report = min(tried, key=lambda each: each[0])
     warnings.warn(
-        f"target: expected latency = {target:g}, got {measured:.3f} measured after {len(tried)} rounds", stacklevel=5
+        f"target: expected latency = {target:g}, got {measured:.3f} measured after {len(tried)} rounds", stacklevel=6
     )
     return sizes, report
 

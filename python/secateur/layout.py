@@ -54,7 +54,7 @@ def assign(parameter: nn.Parameter, data: torch.Tensor) -> None:
     While anything of an earlier forward pass lives (a loss that somebody kept), so does the node that takes the
     parameter's gradients, for those of the old shape; torch makes a new one when the type changes.
     """
-    other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
+    other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
     parameter.data = torch.empty(0, dtype=other, device=parameter.device)
     parameter.data = data
 

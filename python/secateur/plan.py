@@ -296,9 +296,14 @@ def plan(
     removal = None if not stats.sensitive else lambda group: _loss(stats, prepared, group)[0]
     wanted, added = target, 0
     while True:
-        chosen_sizes, latency = sizes_for(
-            model, anatomy, wanted, ratios, limits, losses=losses, removal=removal, table=table
-        )
+        try:
+            chosen_sizes, latency = sizes_for(
+                model, anatomy, wanted, ratios, limits, losses=losses, removal=removal, table=table
+            )
+        except InvalidArgument as error:
+            if added == 0:
+                raise
+            raise _no_room(target, added) from error
         sizes = chosen_sizes.sizes
         with core.torch_threads():
             decision = prepared.decide(sizes)
@@ -307,8 +312,12 @@ def plan(
         if target is None or target.params is None or params <= target.params * anatomy.params:
             break
         # Biases where there were none count, and which layers get them is known behind the choice alone.
-        added = max(added, found)
-        wanted = _without(target, added, anatomy)
+        assert wanted is not None
+        added = max(found, added + 1)  # always more: rounding may take a parameter for one too many
+        left = target.params - added / anatomy.params
+        if left <= 0:
+            raise _no_room(target, added)
+        wanted = replace(target, params=left)
     return Plan(
         method=method,
         options={**chosen, "target": None if target is None else vars(target), "gamma": stats.settings.gamma},
@@ -421,7 +430,7 @@ def _sizes_on_the_clock(
         warnings.warn(
             f"latency_table: expected one of this machine, got one of {table.machine}; this has {difference}. "
             "The plan is made for that machine by its table, and not measured.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
     def choose(cost: Cost, fraction: float) -> dict[str, int]:
@@ -435,13 +444,11 @@ def _sizes_on_the_clock(
     return Allocation(sizes), report
 
 
-def _without(target: Target, added: int, anatomy: Anatomy) -> Target:
-    """The target without room for ``added`` parameters."""
-    assert target.params is not None
-    left = target.params - added / anatomy.params
-    if left <= 0:
-        raise InvalidArgument(f"target: expected room for {added:,} biases that the method adds, got {target}")
-    return replace(target, params=left)
+def _no_room(target: Target | None, added: int) -> InvalidArgument:
+    return InvalidArgument(
+        f"target: expected room for {added:,} biases that the method adds, beside the least these groups reach, "
+        f"got {target}"
+    )
 
 
 def _losses(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import check, core
@@ -24,6 +25,7 @@ from .surgery import Report, prune
 __all__ = ["prune_sequential"]
 
 
+@torch.inference_mode(False)
 @core.host_by_default()
 def prune_sequential(
     model: nn.Module,

@@ -98,8 +98,9 @@ def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool =
     sizes = plan.check(anatomy)
     if layout == "stock":
         sizes = family.stock_sizes(model, anatomy, sizes)
-    # Inference tensors could never be trained again.
-    with torch.inference_mode(False):
+    # Inference tensors could never be trained; those of a model that was made as such stay what they are.
+    inference = any(parameter.is_inference() for parameter in model.parameters())
+    with torch.inference_mode(inference):
         _cut(model, family, anatomy, plan.keep, plan.weights)
     for name, eps in plan.eps.items():
         norm: Any = model.get_submodule(name)
@@ -110,7 +111,7 @@ def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool =
         head_norm.centred = False
     after = family.inspect(model)
     if layout == "stock":
-        with torch.inference_mode(False):
+        with torch.inference_mode(inference):
             pad_heads(model, after, sizes)
         family.make_stock(model, {site.name: sizes[site.qk] for site in after.attention})
         after = family.inspect(model)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import check
+from . import check, core
 from .anatomy import Anatomy, Group
 from .bench import SHORTEST_SAMPLE_S, Times, bench, in_turn, warm
 from .cost import AttentionProduct
@@ -41,6 +41,7 @@ _SURE, _MOST_REPEATS, _LAYER_S, _MODELS_S = 0.02, 4, 1.5, 30.0
 _SHARES = ((0.1, 0.6), (0.4, 1.0), (0.2, 0.8), (0.2, 0.5))
 
 
+@core.host_by_default()
 def measure_latency(
     model: nn.Module,
     *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import models
 import numpy as np
@@ -43,8 +44,9 @@ def test_blocks_that_are_compiled_are_measured_as_they_are_written():
     for group in [group for group in sc.inspect(model).groups if group.kind == "block"]:
         assert wanted.removal(group.name)[0] > 0
         assert found.removal(group.name) == wanted.removal(group.name)
+    assert all(block._compiled_call_impl is not None for block in compiled.blocks)  # and again afterwards
     with torch.no_grad():
-        assert torch.equal(compiled(batches()[0]), model(batches()[0]))  # and compiled afterwards
+        assert torch.equal(compiled(batches()[0]), model(batches()[0]))
 
 
 @pytest.mark.parametrize("method", ["snp", "project"])
@@ -83,6 +85,22 @@ def test_biases_that_a_method_adds_are_within_the_budget(method, share):
     assert count > share * plan.params[0] - 200  # a step of every kind is less
 
 
+def test_a_budget_that_is_a_count_of_parameters_ends():
+    """Shares such as 14085 / 46965 times their divisor are an ulp below a whole number, or above it."""
+    model = vit(embed_dim=40, num_heads=2, depth=2, qkv_bias=False, proj_bias=False)
+    stats = sc.calibrate(model, batches())
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    for wanted in range(dense * 3 // 5, dense * 3 // 5 + 40):
+        plan = sc.plan(model, stats, method="refit", target=sc.Target(params=wanted / dense), round_to=1)
+        assert plan.params[1] <= wanted
+    # The least that the groups reach has no room for the biases.
+    with pytest.raises(sc.InvalidArgument, match="the least these groups reach") as refused:
+        sc.plan(model, stats, method="refit", target=sc.Target(params=1e-3))
+    least = float(re.search(r"params >= (\S+) ", str(refused.value))[1])
+    with pytest.raises(sc.InvalidArgument, match=rf"target: expected room for \d+ biases .* got params = {least:g}$"):
+        sc.plan(model, stats, method="refit", target=sc.Target(params=least))
+
+
 @pytest.mark.parametrize("loss", ["kept", "gone"])
 @pytest.mark.parametrize("layout", ["exact", "stock"])
 def test_a_model_that_was_trained_trains_on_after_the_cut(loss, layout):
@@ -110,6 +128,29 @@ def test_pruned_and_loaded_within_inference_mode_a_model_can_be_trained(tmp_path
         loaded = sc.load(tmp_path / "small")
     for each in (model, loaded):
         each(batches()[0]).sum().backward()
+
+
+def test_a_model_that_was_made_in_inference_mode_is_pruned_there(tmp_path):
+    with torch.inference_mode():
+        model = vit()
+        plan = sc.plan(model, sc.calibrate(model, batches()), method="project", ratios={"qk": 0.5, "ffn": 0.5})
+        sc.prune(model, plan)
+        found = model(batches()[0])
+        sc.save(model, tmp_path / "small", factory=("VisionTransformer", SIZES | {"mlp_ratio": 2.2}))
+        assert torch.equal(sc.load(tmp_path / "small")(batches()[0]), found)
+        other = vit()
+        sc.prune_sequential(other, batches(), "refit", ratios={"ffn": 0.3})
+        assert bool(other(batches()[0]).isfinite().all())
+    third = vit()
+    with torch.inference_mode():
+        sc.prune_sequential(third, batches(), "refit", ratios={"ffn": 0.3})
+    third(batches()[0]).sum().backward()
+
+
+def test_switches_of_training_do_not_keep_a_model_from_being_saved(tmp_path):
+    model = VisionTransformerDistilled(**SIZES)
+    model.set_distilled_training(True)
+    sc.save(model, tmp_path / "model", factory=("VisionTransformerDistilled", SIZES))
 
 
 @pytest.mark.parametrize(
@@ -260,7 +301,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
         assert all(type(value) in (float, int, str, type(None)) for value in vars(objective).values())
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.uint16, torch.uint64])
 def test_class_indices_of_any_integer_type(dtype):
     model = vit()
     images, targets = torch.cat(batches()), torch.arange(16) % 5
@@ -270,6 +311,8 @@ def test_class_indices_of_any_integer_type(dtype):
     first = sc.finetune(model, [(images, targets)], steps=2)
     second = sc.finetune(twin, [(images, targets.to(dtype))], steps=2)
     assert first.history == second.history
+    with pytest.raises(sc.InvalidArgument, match="loader: expected class indices from 0 to 4, got"):
+        sc.evaluate(model, [(images, (targets + 100).to(dtype))])
 
 
 @pytest.mark.parametrize("labels", [["a"] * 16, {"y": 1}, torch.tensor(3), torch.zeros(5)])
@@ -345,6 +388,7 @@ def test_another_device_by_default_changes_nothing(tmp_path):
         snp = sc.plan(model, sc.calibrate(model, batches()), ratios={"ffn": 0.3})
         sc.prune(model, snp, layout="stock")
         sc.prune_sequential(model, batches(), "refit", ratios={"ffn": 0.3})
+        assert sc.measure_latency(model, batch_size=1, groups=("ffn",), repeats=1).batch_size == 1
         assert sc.bench(model, copy.deepcopy(model), batch_size=2, repeats=2, warmup=1).speedup > 0
         return model.state_dict()
 

@@ -658,7 +658,7 @@ def test_frozen_names_may_come_from_an_iterator():
     stats = sc.calibrate(model, [torch.randn(4, 3, 16, 16)])
     elsewhere = replace(HERE, processor="Abacus 3000")
     table = table_of(sc.inspect(model), staircase, steps, machine=elsewhere)
-    with pytest.warns(UserWarning, match="not measured"):
+    with pytest.warns(UserWarning, match="not measured") as warned:
         plan = sc.plan(
             model,
             stats,
@@ -669,6 +669,7 @@ def test_frozen_names_may_come_from_an_iterator():
             round_to=1,
         )
     assert set(plan.keep) == {"blocks.1.ffn"}
+    assert [each.filename for each in warned] == [__file__]
 
 
 @pytest.mark.parametrize("value", [0, -0.5, 1.5, "half", True, float("nan")])
