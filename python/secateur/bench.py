@@ -112,6 +112,9 @@ def bench(
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(batch_size, *size, generator=generator, device="cpu").to(place)
         inputs = [images.to(input_dtype(each)) for each in models]
+        if compile:
+            # torch compiles one piece of code for a few models only, and then quietly no more.
+            torch.compiler.reset()
         runs = [torch.compile(each, dynamic=False) if compile else each for each in models]
         loops = [warm(each, batch, warmup, name) for each, batch, name in zip(runs, inputs, _NAMES, strict=False)]
         with progress(repeats, "bench", unit="repeats") as advance:

@@ -78,12 +78,16 @@ def torch_threads() -> Iterator[None]:
 
 
 @contextmanager
-def subnormals_flushed() -> Iterator[None]:
+def subnormals_flushed(device: torch.device) -> Iterator[None]:
     """Take floats below the normal range as zero while the block runs, on all threads that torch has for this one.
 
     For backward passes: behind the sharp attention maps of a trained model a tenth of the gradients can be there, which
-    processors compute a hundred times slower than others. ``torch.set_flush_denormal`` reaches one thread alone.
+    processors compute a hundred times slower than others. ``torch.set_flush_denormal`` reaches one thread alone. Where
+    another ``device`` than the CPU computes nothing is done: calling all threads together would keep it waiting.
     """
+    if device.type != "cpu":
+        yield
+        return
     before = runtime.flush_subnormals(True, torch.get_num_threads())
     try:
         yield

@@ -200,7 +200,7 @@ def _of_single_images(model: nn.Module, anatomy: Anatomy, images: Tensor) -> dic
             loss = functional.cross_entropy(logits.flatten(0, -2), own.flatten(), reduction="sum")
         else:
             loss = logits.square().sum() / 2
-        with core.subnormals_flushed():
+        with core.subnormals_flushed(images.device):
             gradients = torch.autograd.grad(loss, list(outputs.values()))
     found = {}
     for site, gradient in zip(anatomy.attention, gradients, strict=True):

@@ -98,6 +98,8 @@ class Run:
     ) -> None:
         self.at = _Progress()
         self._model = model
+        # A walk through the modules at every step would take as long as a GPU's kernels.
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._forward = ranks.parallel(model)
         self._teacher = teacher
         self._optimizer = optimizer
@@ -134,7 +136,7 @@ class Run:
             while at.step < steps:
                 batches = self._pass(loader)
                 while at.step < steps and (batch := self._next(batches)) is not None:
-                    with core.subnormals_flushed():
+                    with core.subnormals_flushed(self._place):
                         loss = self._step(batch)
                     advance(1, note="" if loss is None else f"loss {loss:.4f}")
                     if path is not None and every is not None and at.step % every == 0 and at.step < steps:
@@ -223,15 +225,15 @@ class Run:
         if count:
             scaled.backward()
         if batch.uneven:
-            self._ranks.average(p for p in self._model.parameters() if p.requires_grad)
+            self._ranks.average(self._trained)
         self._scaler.unscale_(self._optimizer)
         limit = float("inf") if settings.clip_grad is None else settings.clip_grad
-        norm = nn.utils.clip_grad_norm_([p for p in self._model.parameters() if p.grad is not None], limit)
+        norm = nn.utils.clip_grad_norm_([p for p in self._trained if p.grad is not None], limit)
         # Above 1 the scaler leaves the step out and halves the scale; at 1 it is the gradient itself that is bad.
         if self._scaler.get_scale() <= 1:
             self._finite("gradient", float(norm))
         self._schedule.step_update(at.step)
-        narrow = [p for p in self._model.parameters() if p.dtype == torch.float16 and p.grad is not None]
+        narrow = [p for p in self._trained if p.dtype == torch.float16 and p.grad is not None]
         before = [p.detach().clone() for p in narrow]
         self._scaler.step(self._optimizer)
         self._scaler.update()

@@ -161,16 +161,19 @@ torch.set_num_threads(3)
 tiny = torch.full((3 << 16,), 1e-39)
 share = lambda: float((tiny * 1.0 != 0).double().mean())
 found = [share()]
-with sc.core.subnormals_flushed():
+cpu, gpu = torch.device("cpu"), torch.device("cuda")
+with sc.core.subnormals_flushed(cpu):
     found.append(share())
-    with sc.core.subnormals_flushed():
+    with sc.core.subnormals_flushed(cpu):
         found.append(share())
     found.append(share())
 found.append(share())
+with sc.core.subnormals_flushed(gpu):  # is left alone
+    found.append(share())
 print(*found)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
-    assert result.stdout.split() == ["1.0", "0.0", "0.0", "0.0", "1.0"]
+    assert result.stdout.split() == ["1.0", "0.0", "0.0", "0.0", "1.0", "1.0"]
 
 
 def test_subnormals_of_no_thread_are_refused():
