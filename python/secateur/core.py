@@ -83,7 +83,7 @@ def subnormals_flushed(device: torch.device) -> Iterator[None]:
 
     For backward passes: behind the sharp attention maps of a trained model a tenth of the gradients can be there, which
     processors compute a hundred times slower than others. ``torch.set_flush_denormal`` reaches one thread alone. Where
-    another ``device`` than the CPU computes nothing is done: calling all threads together would keep it waiting.
+    another ``device`` than the CPU computes, nothing is done.
     """
     if device.type != "cpu":
         yield

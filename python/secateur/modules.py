@@ -142,15 +142,17 @@ class PrunedAttention(nn.Module):
                 dropout_p=self.attn_drop.p if self.training else 0.0,
                 is_causal=is_causal,
                 scale=self.scale,
-            )
+            ).transpose(1, 2)
             if self.v_dim < size:
+                # Behind the transpose, so that gradients lie as without padding: torch keeps cuDNN's plans by shapes,
+                # and gradients that lie otherwise than the first ones are misread (since pytorch/pytorch#141147).
                 y = y[..., : self.v_dim]
         else:
             attn = (q * self.scale) @ k.transpose(-2, -1)
             attn = maybe_add_mask(attn, resolve_self_attn_mask(N, attn, attn_mask, is_causal))
-            y = self.attn_drop(attn.softmax(dim=-1)) @ v
+            y = (self.attn_drop(attn.softmax(dim=-1)) @ v).transpose(1, 2)
 
-        y = self.norm(y.transpose(1, 2).reshape(B, N, v_all))
+        y = self.norm(y.reshape(B, N, v_all))
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()
         out: torch.Tensor = self.proj_drop(self.proj(y))

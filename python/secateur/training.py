@@ -98,7 +98,7 @@ class Run:
     ) -> None:
         self.at = _Progress()
         self._model = model
-        # A walk through the modules at every step would take as long as a GPU's kernels.
+        # Once: a walk through the modules takes longer than many of a GPU's kernels.
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._forward = ranks.parallel(model)
         self._teacher = teacher

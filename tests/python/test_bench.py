@@ -123,6 +123,20 @@ def test_without_a_reference_nothing_is_compared() -> None:
     assert "reference" not in str(found)
 
 
+def test_every_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one piece of code torch compiles a few versions, and then runs what comes as it is written."""
+    compiled = torch.compile
+
+    def without_code(run: nn.Module, **options: object) -> object:
+        return compiled(run, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", without_code)
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for width in range(3, 7):
+            models = [nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, size)) for size in (width, 2 * width)]
+            bench(*models, batch_size=2, input_size=4, repeats=1, warmup=0, compile=True)
+
+
 def test_text_is_one_line_of_the_figures() -> None:
     found = bench(Sleeper(0.01), Sleeper(0.02), batch_size=2, input_size=4, repeats=3)
     assert "\n" not in str(found)

@@ -360,13 +360,31 @@ def test_rows_for_fused_kernels_begin_at_16_bytes(monkeypatch, dtype, qk_dim, v_
         assert tensor.stride(-1) == 1
 
 
-@on_cuda
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("qk_dim", "v_dim"), SIZES)
-def test_fused_attention_of_odd_sizes(dtype, qk_dim, v_dim):
+def test_gradients_of_fused_kernels_lie_token_by_token(monkeypatch, qk_dim, v_dim):
+    """With padding as without: torch keeps cuDNN's plans by the shapes alone, and whose come first are taken."""
+    seen = []
+
+    def fused(q, k, v, **_):
+        y = (q + k + v) * 1  # of any layout: the gradient's is that of what uses it
+        y.register_hook(lambda gradient: seen.append((gradient.shape, gradient.stride())))
+        return y
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    attention = odd_attention(qk_dim, v_dim)
+    attention.fused_attn = True
+    attention(torch.ones(2, 65, WIDTH)).square().sum().backward()
+    ((shape, strides),) = seen
+    size = shape[-1]
+    assert shape == (2, HEADS, 65, size)
+    assert strides == (65 * HEADS * size, size, HEADS * size, 1)
+
+
+def assert_fused_is_unfused(qk_dim, v_dim, dtype, images, tokens):
+    """Outputs and gradients, on the device."""
     attention = odd_attention(qk_dim, v_dim).to("cuda", dtype)
-    x = torch.randn(2, 65, WIDTH, device="cuda", dtype=dtype)
-    weight = torch.randn(2, 65, WIDTH, device="cuda", dtype=dtype)
+    x = torch.randn(images, tokens, WIDTH, device="cuda", dtype=dtype)
+    weight = torch.randn(images, tokens, WIDTH, device="cuda", dtype=dtype)
     parts = []
     for fused in (True, False):
         attention.fused_attn = fused
@@ -378,3 +396,19 @@ def test_fused_attention_of_odd_sizes(dtype, qk_dim, v_dim):
     bar = 1e-4 if dtype == torch.float32 else 2e-2
     for ours, expected in zip(*parts, strict=True):
         assert (ours - expected).abs().max() <= bar * expected.abs().max()
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("qk_dim", "v_dim"), SIZES)
+def test_fused_attention_of_odd_sizes(dtype, qk_dim, v_dim):
+    assert_fused_is_unfused(qk_dim, v_dim, dtype, 2, 65)
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [[(9, 16), (13, 13)], [(13, 11), (9, 16)], [(23, 64), (64, 23)]])
+def test_fused_attention_of_sizes_that_are_padded_to_one(dtype, sizes):
+    """The second takes the plans that cuDNN made for the first; no other test has so many tokens."""
+    for qk_dim, v_dim in sizes:
+        assert_fused_is_unfused(qk_dim, v_dim, dtype, 3, 30 + len(sizes) + sizes[0][0])
