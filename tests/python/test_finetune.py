@@ -60,6 +60,18 @@ def test_gradient_is_clipped_to_the_norm() -> None:
     assert moved == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_gradients_of_frozen_parameters_do_not_count() -> None:
+    """Nor are they changed: they are the caller's."""
+    model = quiet()
+    frozen = model.pos_embed.requires_grad_(False)
+    frozen.grad = torch.full_like(frozen, 100.0)
+    before = weights(model)
+    finetune(model, batches(1), opt="momentum", lr=1.0, weight_decay=0.0, clip_grad=1e-3)
+    moved = math.sqrt(sum(float((tensor - before[name]).square().sum()) for name, tensor in model.state_dict().items()))
+    assert moved == pytest.approx(1e-3, rel=1e-3)
+    assert (frozen.grad == 100).all()
+
+
 def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
     # A pass of one batch has one history entry for each step.
     history = finetune(quiet(), batches(1), steps=20, lr=1.0, min_lr=0.1, warmup=4, opt="sgd").history
