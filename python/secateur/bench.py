@@ -89,7 +89,8 @@ def bench(
         warmup: batches before the first measured one, for each model.
         threads: of torch; its present number by default.
         device: where to run; the model's own by default.
-        compile: time what ``torch.compile`` makes of the models; they themselves stay as they are.
+        compile: time what ``torch.compile`` makes of the models; they themselves stay as they are. What else the
+            process has compiled is forgotten (``torch.compiler.reset``), and compiled again when it is called.
 
     Raises:
         InvalidArgument: a number is out of range, there is no such device, or a model is none or does not take the

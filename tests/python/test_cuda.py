@@ -362,7 +362,7 @@ def test_rows_for_fused_kernels_begin_at_16_bytes(monkeypatch, dtype, qk_dim, v_
 
 @pytest.mark.parametrize(("qk_dim", "v_dim"), SIZES)
 def test_gradients_of_fused_kernels_lie_token_by_token(monkeypatch, qk_dim, v_dim):
-    """With padding as without: torch keeps cuDNN's plans by the shapes alone, and whose come first are taken."""
+    """With padding as without: torch's key to cuDNN's plans does not say how gradients lie."""
     seen = []
 
     def fused(q, k, v, **_):
