@@ -144,8 +144,8 @@ class PrunedAttention(nn.Module):
                 scale=self.scale,
             ).transpose(1, 2)
             if self.v_dim < size:
-                # Behind the transpose, so that gradients lie as without padding: torch keeps cuDNN's plans for a shape's
-                # first gradients, and misreads those that lie otherwise (since pytorch/pytorch#141147).
+                # Behind the transpose, so that gradients lie as without padding: torch keeps cuDNN's plans for the
+                # first gradients of a shape and misreads others (since pytorch/pytorch#141147).
                 y = y[..., : self.v_dim]
         else:
             attn = (q * self.scale) @ k.transpose(-2, -1)
