@@ -247,6 +247,8 @@ void DeviceSums::upload(std::size_t first, const double* from, std::size_t count
   check(cudaEventSynchronize(done_), "cudaEventSynchronize");
   check(cudaMemcpy(values_ + first, from, count * sizeof(double), cudaMemcpyHostToDevice),
         "cudaMemcpy");
+  // Of pageable memory it returns before all is there, and streams that do not block go on.
+  check(cudaStreamSynchronize(cudaStreamLegacy), "cudaStreamSynchronize");
 }
 
 void DeviceSums::download(std::size_t first, double* to, std::size_t count) {

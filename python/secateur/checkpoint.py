@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from . import check, container, surgery
+from . import check, container, core, surgery
 from .errors import Error, InvalidArgument
 from .families import family_named, family_of
 from .modules import HeadNorm, PrunedAttention, is_uncentred
@@ -140,6 +140,7 @@ def _checked(factory: Any, architecture: str) -> tuple[str, Mapping[str, Any]]:
     return str(factory[0]), factory[1]
 
 
+@core.host_by_default()
 def _skeleton(header: Mapping[str, Any]) -> nn.Module:
     """The model of a header, without weights."""
     family = family_named(header["family"])

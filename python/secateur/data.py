@@ -26,7 +26,7 @@ from timm.layers import PatchEmbed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from . import check, generators
+from . import check, core, generators
 from .errors import InvalidArgument, Unsupported
 
 if TYPE_CHECKING:
@@ -585,6 +585,18 @@ def _collate(samples: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tenso
     return images, targets, unreadable
 
 
+def _on_host(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Iterate over a loader whatever the device by default, which torch's own take for that of their generator."""
+    with core.host_by_default():
+        batches = iter(loader)
+    while True:
+        with core.host_by_default():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
 class _Batches:
     """A map-style source through torch's loader."""
 
@@ -602,7 +614,7 @@ class _Batches:
         )
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._loader)
+        return _on_host(self._loader)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -671,7 +683,7 @@ class _Stream:
             collate_fn=_collate,
             generator=torch.Generator(),
         )
-        for position, (images, targets, unreadable) in enumerate(batches):
+        for position, (images, targets, unreadable) in enumerate(_on_host(batches)):
             count = len(images) if left is None else min(len(images), left)
             if position >= skip:
                 yield images[:count], targets[:count], unreadable

@@ -87,7 +87,8 @@ def finetune(
     heads, which is what the model answers with at inference.
 
     Models are left in the mode and on the device they came in; the teacher is not changed at all. The caller's random
-    generators are put back. Steps on a CPU take subnormal numbers as zero.
+    generators are put back, and what a caller's ``torch.autocast`` keeps of weights is dropped. Steps on a CPU take
+    subnormal numbers as zero.
 
     Under torchrun, or in any initialised process group, all ranks must call this with the same arguments. Each trains
     on its own batches; gradients are averaged over the images of all of them (torch's DistributedDataParallel: every
@@ -131,8 +132,10 @@ def finetune(
         val_loader: evaluated after each pass, with ``ema`` on the average.
         resume: the checkpoint file. Where it exists, training continues from it, and ends with the same bits as a run
             that was never interrupted: the model must come as it came to the first call, with the same teacher,
-            batches, settings and number of ranks, all of which must see the file. It is written every
-            ``checkpoint_every`` steps and at the end, and holds the trained weights beside their average.
+            batches, settings and number of ranks, all of which must see the file. On a GPU the bits are the same only
+            where torch's kernels repeat theirs (``torch.use_deterministic_algorithms``): the gradients of fused
+            attention add up in any order. It is written every ``checkpoint_every`` steps and at the end, and holds the
+            trained weights beside their average.
         checkpoint_every: in steps; None writes at the end alone.
         seed: of order, augmentation, dropout and stochastic depth.
         device: where to train; the model's own by default. On several ranks "cuda" is the GPU of LOCAL_RANK.

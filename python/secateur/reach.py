@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from . import core
-from .errors import Unsupported
+from .errors import Error, Unsupported
 
 RowNorm = Literal["none", "rms", "layer"]
 
@@ -111,6 +111,12 @@ def _taken(update: Callable[[], None], x: torch.Tensor) -> bool:
         if not _torch_multiplies(x):
             raise
         return False
+    except Error as error:
+        if not (_torch_multiplies(x) and str(error).startswith("memory: ")):
+            raise
+        # Nothing was begun. torch's allocator keeps what it has freed for itself.
+        torch.cuda.empty_cache()
+        update()
     return True
 
 

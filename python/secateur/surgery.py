@@ -115,6 +115,8 @@ def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool =
             pad_heads(model, after, sizes)
         family.make_stock(model, {site.name: sizes[site.qk] for site in after.attention})
         after = family.inspect(model)
+    # A caller's autocast has kept what it cast of the weights before.
+    torch.clear_autocast_cache()
     return Report(
         params=(anatomy.params, after.params),
         macs=(anatomy.macs, after.macs),

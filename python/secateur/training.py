@@ -147,10 +147,11 @@ class Run:
         if self._average is not None:
             _overwrite(self._model.state_dict(), self._average.module.state_dict())
         self._ranks.share(resumption.state(self._model).values())
+        torch.clear_autocast_cache()
 
     def _pass(self, loader: Iterable[Any]) -> Iterator[Any]:
         at, skip = self.at, self.at.batch
-        _seed_generators(self._settings.seed, at.epoch, self._ranks.rank)
+        _seed_generators(self._settings.seed, at.epoch, self._ranks.rank, self._place)
         if hasattr(loader, "set_epoch"):
             # secateur's own loader can leave out what was used without decoding it.
             if self._gaps is not None:
@@ -207,6 +208,8 @@ class Run:
         """Take one step and return its loss; None of a batch without images, which changes nothing."""
         at, settings = self.at, self._settings
         count = len(batch.images)
+        # A caller's autocast keeps what it has cast until its block ends, and those are other weights by now.
+        torch.clear_autocast_cache()
         if batch.together == 0:
             self._schedule.step_update(at.step)
             at.step += 1
@@ -395,9 +398,16 @@ def _distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     return result
 
 
-def _seed_generators(seed: int, epoch: int, rank: int) -> None:
+def _seed_generators(seed: int, epoch: int, rank: int, place: torch.device) -> None:
     entropy = (seed, epoch, rank) if rank else (seed, epoch)
     value = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
     random.seed(value)
     np.random.seed(value % 2**32)  # noqa: NPY002
-    torch.manual_seed(value)
+    if place.type in ("cpu", "cuda"):
+        # torch.manual_seed would seed the GPUs that nobody uses yet, too, and for good.
+        torch.default_generator.manual_seed(value)
+        if place.type == "cuda":
+            with torch.cuda.device(place):
+                torch.cuda.manual_seed(value)
+    else:
+        torch.manual_seed(value)

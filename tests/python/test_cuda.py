@@ -159,6 +159,33 @@ def test_a_device_that_the_core_refuses_is_torchs(monkeypatch):
     np.testing.assert_allclose(found.scores(), expected.scores(), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_memory_that_torch_keeps_free_is_the_cores_too(monkeypatch, again):
+    """torch's allocator keeps what it has freed, which nobody else can have."""
+    done = []
+
+    def update(*_, **__):
+        done.append("update")
+        if again or "emptied" not in done:
+            raise errors.Error("memory: expected 8 bytes on cuda:0, got none (0 of 80 bytes are free)")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    monkeypatch.setattr(core.MomentAccumulator, "update_in_turn", update)
+    accumulators = [core.MomentAccumulator(3)]
+    x = torch.zeros(1, 2, 3)
+    with pytest.raises(errors.Error, match="memory: expected 8 bytes"):
+        reach.update_moments(accumulators, x, phases=[0])
+    assert done == ["update"]  # of the host there is no other
+    done.clear()
+    monkeypatch.setattr(reach, "_torch_multiplies", lambda x: True)
+    if again:
+        with pytest.raises(errors.Error, match="memory: expected 8 bytes"):
+            reach.update_moments(accumulators, x, phases=[0])
+    else:
+        reach.update_moments(accumulators, x, phases=[0])
+    assert done == ["update", "emptied", "update"]
+
+
 def test_a_batch_that_nobody_waited_for_runs_again_for_the_error(monkeypatch):
     """As on a device: what is wrong comes out at the end of the batch, and does not say where it is."""
     model, left = make("plain"), []
