@@ -281,7 +281,7 @@ def test_pruned_models_train_with_every_option(kind: str) -> None:
 
 def test_each_rank_draws_its_own() -> None:
     def draw(rank: int) -> tuple[float, float]:
-        _seed_generators(1, 2, rank)
+        _seed_generators(1, 2, rank, torch.device("cpu"))
         return float(torch.rand(())), float(np.random.random())  # noqa: NPY002
 
     assert draw(0) == draw(0)
