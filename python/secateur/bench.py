@@ -113,10 +113,7 @@ def bench(
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(batch_size, *size, generator=generator, device="cpu").to(place)
         inputs = [images.to(input_dtype(each)) for each in models]
-        if compile:
-            # torch compiles one piece of code for a few models only, and then quietly no more.
-            torch.compiler.reset()
-        runs = [torch.compile(each, dynamic=False) if compile else each for each in models]
+        runs: Sequence[Callable[[Tensor], object]] = compiled(models) if compile else models
         loops = [warm(each, batch, warmup, name) for each, batch, name in zip(runs, inputs, _NAMES, strict=False)]
         with progress(repeats, "bench", unit="repeats") as advance:
             times = in_turn(runs, inputs, loops, repeats, advance)
@@ -180,6 +177,13 @@ def in_turn(
             times[repeat, index] = _sample(models[index], inputs[index], loops[index])
         advance(1)
     return times
+
+
+def compiled(modules: Sequence[nn.Module]) -> list[Callable[[Tensor], object]]:
+    """Return what ``torch.compile`` makes of modules; what else the process has compiled is forgotten."""
+    # torch compiles one piece of code for a few models only, and then quietly no more.
+    torch.compiler.reset()
+    return [torch.compile(module, dynamic=False) for module in modules]
 
 
 def warm(model: Callable[[Tensor], object], images: Tensor, warmup: int, name: str) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import random
 import tarfile
 import warnings
 import weakref
@@ -568,10 +567,7 @@ class _Images(Dataset["tuple[Tensor, int] | str"]):
 def _seeded(seed: int) -> Generator[None, None, None]:
     """Seed the generators that transforms draw from, and put them back: the caller's dropout is not ours to move."""
     with generators.kept():
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        # torch.manual_seed would also reseed every CUDA device.
-        torch.default_generator.manual_seed(seed)
+        generators.seed(seed)
         yield
 
 

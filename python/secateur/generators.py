@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["get", "kept", "put"]
+__all__ = ["get", "kept", "put", "seed"]
 
 
 def get(*places: torch.device) -> dict[str, Any]:
@@ -34,6 +34,22 @@ def put(state: Mapping[str, Any], *places: torch.device) -> None:
     torch.default_generator.set_state(state["torch"])
     for place, device in zip((place for place in places if place.type == "cuda"), state.get("cuda", []), strict=False):
         torch.cuda.set_rng_state(device, place)
+
+
+def seed(value: int, place: torch.device | None = None) -> None:
+    """Seed those that transforms draw from and, with ``place``, those of a model that is there.
+
+    torch.manual_seed would seed every GPU, for good those that nobody uses yet.
+    """
+    random.seed(value)
+    np.random.seed(value % 2**32)  # noqa: NPY002
+    if place is None or place.type in ("cpu", "cuda"):
+        torch.default_generator.manual_seed(value)
+    else:
+        torch.manual_seed(value)
+    if place is not None and place.type == "cuda":
+        with torch.cuda.device(place):
+            torch.cuda.manual_seed(value)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import check, core
 from .anatomy import Anatomy, Group
-from .bench import SHORTEST_SAMPLE_S, Times, bench, in_turn, warm
+from .bench import SHORTEST_SAMPLE_S, Times, bench, compiled, in_turn, warm
 from .cost import AttentionProduct
 from .data import input_dtype
 from .errors import InvalidArgument
@@ -167,11 +167,7 @@ class _Clock:
 
     def _in_turn(self, modules: Sequence[nn.Module], inputs: Sequence[Tensor], longest: float) -> Times:
         """The last is what ratios are taken to; more repeats only before ``longest`` seconds have passed."""
-        runs: list[Callable[[Tensor], object]] = list(modules)
-        if self._compiled:
-            # torch compiles one piece of code for a few shapes only, and then quietly no more.
-            torch.compiler.reset()
-            runs = [torch.compile(run, dynamic=False) for run in runs]
+        runs: Sequence[Callable[[Tensor], object]] = compiled(modules) if self._compiled else modules
         with torch.inference_mode():
             loops = [warm(run, images, 1, "model") for run, images in zip(runs, inputs, strict=True)]
             start = time.perf_counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -401,13 +400,4 @@ def _distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
 def _seed_generators(seed: int, epoch: int, rank: int, place: torch.device) -> None:
     entropy = (seed, epoch, rank) if rank else (seed, epoch)
     value = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    random.seed(value)
-    np.random.seed(value % 2**32)  # noqa: NPY002
-    if place.type in ("cpu", "cuda"):
-        # torch.manual_seed would seed the GPUs that nobody uses yet, too, and for good.
-        torch.default_generator.manual_seed(value)
-        if place.type == "cuda":
-            with torch.cuda.device(place):
-                torch.cuda.manual_seed(value)
-    else:
-        torch.manual_seed(value)
+    generators.seed(value, place)
