@@ -1,5 +1,5 @@
 # Each target is the only command needed on a fresh machine with Python >= 3.10 and a C++17 compiler.
-#   make demo        the main job on real images, in minutes     make lint        ruff, clang-format, mypy
+#   make demo        the main job on real images, in minutes     make lint        ruff, clang-format, mypy, import-linter
 #   make test        C++ tests (where GoogleTest is) and pytest  make sanitize    C++ tests under asan and ubsan, and
 #   make sanitize-python  those of Python on the core; make sanitize-threads: C++ tests under ThreadSanitizer
 #   make bench       the benchmarks (C++ ones: Google Benchmark) make instructions  kernels under callgrind
@@ -104,6 +104,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check $(wildcard $(PYTHON_FILES))
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: build-bench $(VENV)/.installed-bench
 	@if [ -x build/bench/benchmarks/cpp/bench_kernels ]; then \

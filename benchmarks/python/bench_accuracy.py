@@ -45,8 +45,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import load_file
-from secateur.allocate import kept_count
-from secateur.anatomy import Anatomy
+from secateur.anatomy.anatomy import Anatomy
+from secateur.budgets.limits import kept_count
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tuning import Answers, Passes, attention, captured

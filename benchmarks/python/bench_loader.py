@@ -16,7 +16,7 @@ import secateur as sc
 import timm
 import torch
 from PIL import Image
-from secateur.data import loader
+from secateur.data.loader import loader
 
 BATCH = 32
 RUNS = 3

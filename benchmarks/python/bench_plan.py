@@ -20,10 +20,10 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from secateur.allocate import allocate
-from secateur.families import family_of
-from secateur.identity import Fingerprint
-from secateur.score import method_named
+from secateur.anatomy.fingerprint import Fingerprint
+from secateur.budgets.allocate import allocate
+from secateur.families.registry import family_of
+from secateur.methods.registry import method_named
 
 MODELS = ("deit_small_patch16_224", "deit_base_patch16_224")
 METHODS = ("project", "refit", "snp")

@@ -19,7 +19,7 @@ import torch
 from conftest import processor
 from rich.console import Console
 from rich.table import Table
-from secateur.allocate import kept_count
+from secateur.budgets.limits import kept_count
 from timm.layers import RmsNorm
 from torch import nn
 

@@ -38,9 +38,9 @@ import torch
 from conftest import THREADS, processor
 from rich.console import Console
 from rich.table import Table
-from secateur import timing
-from secateur.anatomy import Anatomy
-from secateur.score import method_named
+from secateur.anatomy.anatomy import Anatomy
+from secateur.latency import measure as timing
+from secateur.methods.registry import method_named
 from torch import nn
 
 MODELS = {name: f"deit_{name}_patch16_224" for name in ("tiny", "small", "base")}

@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 import secateur as sc
 import torch
-from secateur.anatomy import Anatomy, AttentionSite, Group, Member
-from secateur.identity import Fingerprint
+from secateur.anatomy.anatomy import Anatomy
+from secateur.anatomy.fingerprint import Fingerprint
+from secateur.anatomy.groups import Group, Member
+from secateur.anatomy.layers import AttentionSite
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 from torch.nn import functional

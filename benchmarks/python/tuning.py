@@ -13,7 +13,7 @@ from typing import Any
 import secateur as sc
 import torch
 from safetensors.torch import load_file, save_file
-from secateur.modules import PrunedAttention
+from secateur.families.vision_transformer.modules import PrunedAttention
 from torch import Tensor, nn
 
 

@@ -7,29 +7,66 @@ report  = secateur.prune(model, plan)              in place
 secateur.save(model, path); secateur.load(path)
 """
 
-from importlib.metadata import version as _version
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from . import core, data
-from .allocate import Target
-from .anatomy import Anatomy
-from .bench import Benchmark, bench
-from .calibrate import calibrate
-from .checkpoint import load, save
-from .errors import Error, InvalidArgument, NumericalError, Unsupported
-from .evaluate import Evaluation, evaluate
-from .families import inspect
-from .finetune import FinetuneResult, finetune
-from .latency import LatencyTable
-from .objectives import AccuracyCritical, LatencySensitive, MemoryConstrained
-from .plan import Plan, plan
-from .rounds import SearchResult
-from .score import methods
-from .search import search
-from .sequential import prune_sequential
-from .statistics import Statistics
-from .surgery import Report, prune
-from .timing import measure_latency
+if TYPE_CHECKING:
+    from . import core, data
+    from .anatomy.anatomy import Anatomy
+    from .budgets.target import Target
+    from .errors import Error, InvalidArgument, NumericalError, Unsupported
+    from .exports.native import load, save
+    from .families.registry import inspect
+    from .latency.bench import Benchmark, bench
+    from .latency.measure import measure_latency
+    from .latency.table import LatencyTable
+    from .methods.registry import methods
+    from .plans.make import plan
+    from .plans.plan import Plan
+    from .plans.prune import prune
+    from .plans.report import Report
+    from .searches.objectives import AccuracyCritical, LatencySensitive, MemoryConstrained
+    from .searches.result import SearchResult
+    from .searches.search import search
+    from .searches.sequential import prune_sequential
+    from .statistics.calibrate import calibrate
+    from .statistics.statistics import Statistics
+    from .training.evaluate import Evaluation, evaluate
+    from .training.finetune import FinetuneResult, finetune
 
+# Name to the module that defines it, which is imported when the name is asked for: `secateur --help` needs no torch.
+_MODULES = {
+    "AccuracyCritical": "searches.objectives",
+    "Anatomy": "anatomy.anatomy",
+    "Benchmark": "latency.bench",
+    "Error": "errors",
+    "Evaluation": "training.evaluate",
+    "FinetuneResult": "training.finetune",
+    "InvalidArgument": "errors",
+    "LatencySensitive": "searches.objectives",
+    "LatencyTable": "latency.table",
+    "MemoryConstrained": "searches.objectives",
+    "NumericalError": "errors",
+    "Plan": "plans.plan",
+    "Report": "plans.report",
+    "SearchResult": "searches.result",
+    "Statistics": "statistics.statistics",
+    "Target": "budgets.target",
+    "Unsupported": "errors",
+    "bench": "latency.bench",
+    "calibrate": "statistics.calibrate",
+    "evaluate": "training.evaluate",
+    "finetune": "training.finetune",
+    "inspect": "families.registry",
+    "load": "exports.native",
+    "measure_latency": "latency.measure",
+    "methods": "methods.registry",
+    "plan": "plans.make",
+    "prune": "plans.prune",
+    "prune_sequential": "searches.sequential",
+    "save": "exports.native",
+    "search": "searches.search",
+}
 __all__ = [
     "AccuracyCritical",
     "Anatomy",
@@ -64,4 +101,22 @@ __all__ = [
     "save",
     "search",
 ]
-__version__ = _version("secateur")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("secateur")
+    elif name in ("core", "data"):
+        value = import_module(f".{name}", __name__)
+    elif name in _MODULES:
+        value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -23,7 +23,8 @@ import torch
 from commands import run
 from filelock import FileLock  # torch brings it
 from safetensors.torch import load_file, save_file
-from secateur import container, core
+from secateur import core
+from secateur.files import container
 from torch import Tensor, nn
 from vits import buffers, images, observed, vit
 

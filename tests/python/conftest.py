@@ -13,8 +13,8 @@ import torch
 from filelock import FileLock  # torch brings it
 from finetuning import float32_muon
 from safetensors.torch import load_file, save_file
-from secateur.container import replacing
-from secateur.data import ImageLoader, loader
+from secateur.data.loader import ImageLoader, loader
+from secateur.files.container import replacing
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -14,7 +14,8 @@ import secateur as sc
 import torch
 from finetuning import batches, quiet
 from safetensors.torch import save_file
-from secateur import container, latency
+from secateur.files import container
+from secateur.latency import table as latency
 
 __all__ = ["KINDS", "STATISTICS", "fields_of", "peak", "read", "sealed", "seeds", "watched"]
 

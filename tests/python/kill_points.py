@@ -25,8 +25,8 @@ import test_search
 import torch
 from finetuning import batches, quiet, tiny, weights
 from safetensors.torch import load_file, save_file
-from secateur import container
-from secateur.data import loader
+from secateur.data.loader import loader
+from secateur.files import container
 
 
 def calibrate(folder: Path) -> None:

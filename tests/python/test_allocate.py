@@ -12,9 +12,12 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from secateur import surgery
-from secateur.allocate import allocate, counts_from_ratios, kept_count, shipped_configurations
-from secateur.families import family_of
+from secateur.budgets.allocate import allocate
+from secateur.budgets.limits import kept_count
+from secateur.budgets.ratios import counts_from_ratios
+from secateur.budgets.snp_names import shipped_configurations
+from secateur.families.registry import family_of
+from secateur.surgery import cut as surgery
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from secateur.bench import bench
 from secateur.errors import InvalidArgument
+from secateur.latency.bench import bench
 from torch import Tensor, nn
 
 # The package's attribute of this name is the function.
-module = importlib.import_module("secateur.bench")
+module = importlib.import_module("secateur.latency.bench")
 
 
 class Sleeper(nn.Module):

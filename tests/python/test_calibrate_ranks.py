@@ -15,7 +15,7 @@ import secateur as sc
 import torch
 from finetuning import quiet
 from launch import on_ranks, start_ranks
-from secateur.data import loader
+from secateur.data.loader import loader
 from test_statistics import assert_close
 
 HEAD = """

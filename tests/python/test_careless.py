@@ -13,8 +13,8 @@ import pytest
 import secateur as sc
 import torch
 import torch.nn.utils.prune
-from secateur.heads import head_errors
-from secateur.regression import ridged_cholesky
+from secateur.methods.linalg.heads import head_errors
+from secateur.methods.linalg.regression import ridged_cholesky
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -270,7 +270,7 @@ def test_what_is_left_after_exchanges_is_spent():
     model = vit()
     stats = sc.calibrate(model, batches(), sensitivity=True)
     anatomy = sc.inspect(model)
-    from secateur.score import method_named
+    from secateur.methods.registry import method_named
 
     prepared = method_named("snp").prepare(model, anatomy, stats, {"similarity": "weights", "head_score": "neurons"})
     losses = {g.name: stats.sensitivity(g.name) * prepared.errors(g) for g in anatomy.groups if g.kind == "ffn"}

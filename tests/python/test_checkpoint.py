@@ -17,7 +17,7 @@ import torch
 from models import BASE, KINDS, images, make
 from safetensors import safe_open
 from safetensors.torch import save_file
-from secateur import container
+from secateur.files import container
 from test_exactness import plan_of, random_keep
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -338,7 +338,7 @@ def test_a_failed_save_leaves_the_old_file(pruned, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("secateur.container.save_file", full)
+    monkeypatch.setattr("secateur.files.container.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         sc.save(pruned, path)
     assert path.read_bytes() == before

@@ -16,9 +16,9 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from secateur.cli import _load_state, _model, main
-from secateur.data import loader
-from secateur.evaluate import evaluate
+from secateur.cli.app import _load_state, _model, main
+from secateur.data.loader import loader
+from secateur.training.evaluate import evaluate
 from torch import nn
 
 NAME = "vit_tiny_patch16_224"
@@ -165,7 +165,7 @@ def test_json_is_alone_on_stdout(run: Run, dense: Path, monkeypatch: pytest.Monk
         print("a library has something to say")
         return inspect(model)
 
-    monkeypatch.setattr("secateur.cli.inspect_", talkative)
+    monkeypatch.setattr("secateur.cli.app.inspect_", talkative)
     code, out, err = run("inspect", "--checkpoint", dense, "--json")
     assert code == 0
     assert json.loads(out)["params"] > 0
@@ -311,7 +311,7 @@ def test_nothing_is_kept_of_a_state_dict(tmp_path: Path) -> None:
 def test_files_that_cannot_be_written_are_refused_before_the_work(
     run: Run, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("secateur.cli.load_", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("secateur.cli.app.load_", lambda *_: pytest.fail("work was done"))
     nowhere = tmp_path / "none" / "file"
     data = ["--checkpoint", dense, "--data", "digits"]
     for command in (
@@ -397,7 +397,7 @@ def test_a_mistake_of_ours_is_one_line_too_and_a_traceback_on_request(
     def broken(*_: object) -> None:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr("secateur.cli.inspect_", broken)
+    monkeypatch.setattr("secateur.cli.app.inspect_", broken)
     assert failure(run, "inspect", "--checkpoint", dense) == "secateur: RuntimeError: first line second line\n"
     monkeypatch.setenv("SECATEUR_TRACEBACK", "1")
     with pytest.raises(RuntimeError):
@@ -543,7 +543,7 @@ def test_a_budget_in_time(
     assert found["file"] == str(table)
     loaded = secateur.LatencyTable.load(table)
     assert (loaded.batch_size, loaded.machine.to_dict()) == (3, found["machine"])
-    monkeypatch.setattr("secateur.timing.measured_ratio", lambda *_: (0.98, (0.97, 0.99)))
+    monkeypatch.setattr("secateur.plans.on_the_clock.measured_ratio", lambda *_: (0.98, (0.97, 0.99)))
     run_json("calibrate", *model, "--data", "digits", "--max-images", 8, "--collect", "scores", "--out", stats)
     budget = ["--target-latency", 0.99, "--latency-table", table, "--groups", "ffn"]
     found = run_json("plan", *model, "--stats", stats, *budget, "--out", plan)

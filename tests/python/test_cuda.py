@@ -8,9 +8,10 @@ import secateur as sc
 import timm
 import torch
 from models import images, make
-from secateur import core, errors, reach
-from secateur.calibrate import _Collector
-from secateur.modules import PrunedAttention
+from secateur import core, errors
+from secateur.core import fallback
+from secateur.families.vision_transformer.modules import PrunedAttention
+from secateur.statistics.calibrate import _Collector
 from test_core import FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,8 +27,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 def through_torch(monkeypatch):
     """Every tensor is one that the core does not read and torch can multiply where it is."""
     used = []
-    monkeypatch.setattr(reach, "_core_reads", lambda x, head_dim=1: False)
-    monkeypatch.setattr(reach, "_torch_multiplies", lambda x: not used.append(tuple(x.shape)))
+    monkeypatch.setattr(fallback, "_core_reads", lambda x, head_dim=1: False)
+    monkeypatch.setattr(fallback, "_torch_multiplies", lambda x: not used.append(tuple(x.shape)))
     return used
 
 
@@ -46,7 +47,7 @@ def test_through_torch_a_trained_model_has_the_same_statistics(digits_model, dig
     found = sc.calibrate(model, [x[:5], x[5:]], token_fraction=fraction)
     assert through_torch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reach, "_core_reads", lambda x, head_dim=1: True)
+        patch.setattr(fallback, "_core_reads", lambda x, head_dim=1: True)
         expected = sc.calibrate(model, [x[:5], x[5:]], token_fraction=fraction)
     assert found.tensors.keys() == expected.tensors.keys()
     within(found, expected, 1e-9)
@@ -59,7 +60,7 @@ def test_through_torch_scores_are_the_same_for_every_dtype(through_torch, kind, 
     x = images(model, 5).to(dtype)
     found = sc.calibrate(model, [x])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reach, "_core_reads", lambda x, head_dim=1: True)
+        patch.setattr(fallback, "_core_reads", lambda x, head_dim=1: True)
         expected = sc.calibrate(model, [x])
     scores = [name for name in expected.tensors if name.endswith("score_sum")]
     assert scores
@@ -78,12 +79,12 @@ class MergeOnly:
 @pytest.mark.parametrize("norm", ["none", "rms", "layer"])
 @pytest.mark.parametrize(("stride", "phase"), [(1, 0), (3, 0), (4, 7)])
 def test_through_torch_rows_are_the_cores(through_torch, monkeypatch, norm, stride, phase):
-    monkeypatch.setattr(reach, "_CHUNK_BYTES", 500)  # several chunks, the last one shorter
+    monkeypatch.setattr(fallback, "_CHUNK_BYTES", 500)  # several chunks, the last one shorter
     x = torch.randn(5, 11, 6, dtype=torch.float64).transpose(0, 1)
     x[2, 3] = 7  # a constant row, of which a LayerNorm leaves nothing
     x[4, 1] = 0
     found, expected = core.MomentAccumulator(6), core.MomentAccumulator(6)
-    reach.update_moments([MergeOnly(found)], x, norm=norm, stride=stride, phases=[phase])
+    fallback.update_moments([MergeOnly(found)], x, norm=norm, stride=stride, phases=[phase])
     expected.update(x, norm=norm, stride=stride, phase=phase)
     assert found.rows == expected.rows > 0
     np.testing.assert_allclose(found.sum(), expected.sum(), rtol=0, atol=1e-11)
@@ -96,11 +97,11 @@ def test_through_torch_faults_are_named_as_ever(through_torch):
     bad[1, 2, 0, 3] = float("nan")
     scorer = core.AttentionScorer(2, 5, name="blocks.0.attn")
     with pytest.raises(errors.NumericalError, match=r"^blocks\.0\.attn k: expected finite values, got nan at \("):
-        reach.update_scores([scorer], q, bad)
+        fallback.update_scores([scorer], q, bad)
     assert scorer.images == 0
     rows = core.MomentAccumulator(5, name="fc2")
     with pytest.raises(errors.NumericalError, match=r"^fc2 x: expected finite values, got nan"):
-        reach.update_moments([rows], bad, phases=[0])
+        fallback.update_moments([rows], bad, phases=[0])
     assert rows.rows == 0
 
 
@@ -108,7 +109,7 @@ def test_through_torch_under_autocast(digits_model, digits_images, through_torch
     with torch.autocast("cpu", torch.bfloat16):
         found = sc.calibrate(digits_model, [digits_images[:6]])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reach, "_core_reads", lambda x, head_dim=1: True)
+            patch.setattr(fallback, "_core_reads", lambda x, head_dim=1: True)
             expected = sc.calibrate(digits_model, [digits_images[:6]])
     scores = [name for name in expected.tensors if name.endswith("score_sum")]
     assert scores
@@ -121,25 +122,25 @@ def test_through_torch_values_beyond_its_products_are_the_cores(through_torch):
     """Grams of 1e200 do not fit into float64; the core scales first."""
     q, k = (torch.randn(1, 9, 2, 5, dtype=torch.float64) * 1e200 for _ in range(2))
     found, expected = core.AttentionScorer(2, 5), core.AttentionScorer(2, 5)
-    reach.update_scores([found], q, k)
+    fallback.update_scores([found], q, k)
     expected.update(q, k)
     np.testing.assert_array_equal(found.scores(), expected.scores())
     rows = torch.tensor([[1.0, 1e121]], dtype=torch.float64)
     with pytest.raises(errors.NumericalError, match=r"^x: expected magnitudes up to 1e120, got 1e\+121$"):
-        reach.update_moments([core.MomentAccumulator(2)], rows, phases=[0])
+        fallback.update_moments([core.MomentAccumulator(2)], rows, phases=[0])
 
 
 def test_what_the_core_reads_by_itself(monkeypatch):
     class Elsewhere:
         device = torch.device("cuda", 0)
 
-    assert reach._core_reads(torch.ones(1), 4096)
+    assert fallback._core_reads(torch.ones(1), 4096)
     for built in (False, True):
         monkeypatch.setattr(core.runtime, "has_cuda", staticmethod(lambda built=built: built))
-        assert reach._core_reads(Elsewhere(), 128) is built
-        assert not reach._core_reads(Elsewhere(), 129)
-    assert reach._torch_multiplies(Elsewhere())
-    assert not reach._torch_multiplies(torch.ones(1))
+        assert fallback._core_reads(Elsewhere(), 128) is built
+        assert not fallback._core_reads(Elsewhere(), 129)
+    assert fallback._torch_multiplies(Elsewhere())
+    assert not fallback._torch_multiplies(torch.ones(1))
 
 
 def test_a_device_that_the_core_refuses_is_torchs(monkeypatch):
@@ -153,9 +154,9 @@ def test_a_device_that_the_core_refuses_is_torchs(monkeypatch):
     found = core.AttentionScorer(1, 4)
     monkeypatch.setattr(core.AttentionScorer, "update_in_turn", staticmethod(refuse))
     with pytest.raises(errors.Unsupported, match=r"^cuda:0: "):
-        reach.update_scores([found], q, k)
-    monkeypatch.setattr(reach, "_torch_multiplies", lambda x: True)
-    reach.update_scores([found], q, k)
+        fallback.update_scores([found], q, k)
+    monkeypatch.setattr(fallback, "_torch_multiplies", lambda x: True)
+    fallback.update_scores([found], q, k)
     np.testing.assert_allclose(found.scores(), expected.scores(), rtol=0, atol=1e-9)
 
 
@@ -174,15 +175,15 @@ def test_memory_that_torch_keeps_free_is_the_cores_too(monkeypatch, again):
     accumulators = [core.MomentAccumulator(3)]
     x = torch.zeros(1, 2, 3)
     with pytest.raises(errors.Error, match="memory: expected 8 bytes"):
-        reach.update_moments(accumulators, x, phases=[0])
+        fallback.update_moments(accumulators, x, phases=[0])
     assert done == ["update"]  # of the host there is no other
     done.clear()
-    monkeypatch.setattr(reach, "_torch_multiplies", lambda x: True)
+    monkeypatch.setattr(fallback, "_torch_multiplies", lambda x: True)
     if again:
         with pytest.raises(errors.Error, match="memory: expected 8 bytes"):
-            reach.update_moments(accumulators, x, phases=[0])
+            fallback.update_moments(accumulators, x, phases=[0])
     else:
-        reach.update_moments(accumulators, x, phases=[0])
+        fallback.update_moments(accumulators, x, phases=[0])
     assert done == ["update", "emptied", "update"]
 
 
@@ -192,7 +193,7 @@ def test_a_batch_that_nobody_waited_for_runs_again_for_the_error(monkeypatch):
     with torch.no_grad():
         model.blocks[1].attn.qkv.bias[3] = float("inf")
 
-    def later(scorers, q, k, *, wait, update=reach.update_scores):
+    def later(scorers, q, k, *, wait, update=fallback.update_scores):
         try:
             update(scorers, q, k)
         except errors.NumericalError as error:
@@ -205,7 +206,7 @@ def test_a_batch_that_nobody_waited_for_runs_again_for_the_error(monkeypatch):
             left.clear()
             raise errors.NumericalError("q: expected finite values, got one that is not")
 
-    monkeypatch.setattr(reach, "update_scores", later)
+    monkeypatch.setattr(fallback, "update_scores", later)
     monkeypatch.setattr(_Collector, "wait", wait)
     with pytest.raises(errors.NumericalError, match=r"^blocks\.1\.attn q: expected finite values, got inf at \("):
         sc.calibrate(model, [images(model, 3)], collect="scores")

@@ -10,7 +10,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from secateur.data import data_config, images_in, loader, model_input, split_batch
+from secateur.data.loader import loader
+from secateur.data.model_input import data_config, images_in, model_input, split_batch
 from secateur.errors import InvalidArgument
 from timm.data import create_transform
 from torch import nn

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import secateur
-import secateur.demo as module
+import secateur.cli.demo as module
 from rich.console import Console
-from secateur.bench import Benchmark
-from secateur.cli import main
+from secateur.cli.app import main
 from secateur.errors import Error, InvalidArgument
-from secateur.evaluate import Evaluation, evaluate
+from secateur.latency.bench import Benchmark
+from secateur.training.evaluate import Evaluation, evaluate
 
 
 def test_quick_demo_does_the_whole_job(
@@ -21,7 +21,7 @@ def test_quick_demo_does_the_whole_job(
 ) -> None:
     # On one thread the processor's time is that of the work, whatever else the machine does.
     clock = SimpleNamespace(perf_counter=time.process_time)
-    monkeypatch.setattr(importlib.import_module("secateur.bench"), "time", clock)
+    monkeypatch.setattr(importlib.import_module("secateur.latency.bench"), "time", clock)
     assert main(["demo", "--quick", "--threads", "1", "--out", str(tmp_path / "demo"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     model = secateur.load(found["file"])

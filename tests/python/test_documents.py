@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import secateur as sc
-from secateur import cli
+from secateur.cli import app as cli
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]

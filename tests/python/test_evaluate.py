@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
-from secateur.data import ImageLoader
+from secateur.data.loader import ImageLoader
 from secateur.errors import InvalidArgument, NumericalError
-from secateur.evaluate import Evaluation, borrowed, evaluate, place_for
-from secateur.progress import progress
+from secateur.runtime.devices import borrowed, place_for
+from secateur.runtime.progress import progress
+from secateur.training.evaluate import Evaluation, evaluate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -206,7 +207,7 @@ def test_an_output_that_is_no_tensor_is_refused() -> None:
 
 def test_progress_knows_the_length_of_torchs_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     totals = []
-    module = importlib.import_module("secateur.evaluate")
+    module = importlib.import_module("secateur.training.evaluate")
 
     def record(total: int | None, *arguments: object, **rest: object) -> object:
         totals.append(total)

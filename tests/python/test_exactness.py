@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import KINDS, images, make
-from secateur import anatomy, surgery
-from secateur.identity import Fingerprint
-from secateur.modules import HeadNorm, PrunedAttention, PrunedBlock
+from secateur.anatomy import anatomy
+from secateur.anatomy.fingerprint import Fingerprint
+from secateur.families.vision_transformer.modules import HeadNorm, PrunedAttention, PrunedBlock
+from secateur.surgery import cut as surgery
 from torch import nn
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from finetuning import batches, quiet, same, tiny, weights
-from secateur.data import ImageLoader, loader
+from secateur.data.loader import ImageLoader, loader
 from secateur.errors import InvalidArgument, NumericalError
-from secateur.evaluate import evaluate
-from secateur.finetune import finetune
+from secateur.training.evaluate import evaluate
+from secateur.training.finetune import finetune
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -13,10 +13,10 @@ import secateur
 import torch
 from finetuning import Breaking, Killed, batches, quiet, same, tiny, weights
 from secateur.errors import NumericalError
-from secateur.evaluate import evaluate
-from secateur.finetune import finetune
-from secateur.mixing import Mixing
-from secateur.training import _seed_generators
+from secateur.training.evaluate import evaluate
+from secateur.training.finetune import finetune
+from secateur.training.loop import _seed_generators
+from secateur.training.mixing import Mixing
 from torch import Tensor, nn
 from torch.nn import functional
 

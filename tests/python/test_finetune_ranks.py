@@ -13,9 +13,9 @@ import torch
 from finetuning import quiet, tiny
 from launch import on_ranks
 from safetensors.torch import load_file
-from secateur.data import ImageLoader, _Stream, loader
+from secateur.data.loader import ImageLoader, _Stream, loader
 from secateur.errors import InvalidArgument, Unsupported
-from secateur.finetune import finetune
+from secateur.training.finetune import finetune
 from torch import Tensor
 
 HEAD = """

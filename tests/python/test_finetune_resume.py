@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from finetuning import Breaking, Killed, batches, same, tiny, weights
-from secateur.data import loader
+from secateur.data.loader import loader
 from secateur.errors import InvalidArgument
-from secateur.finetune import FinetuneResult, finetune
+from secateur.training.finetune import FinetuneResult, finetune
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

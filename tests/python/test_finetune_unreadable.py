@@ -17,10 +17,10 @@ from finetuning import Killed, quiet, same, tiny, weights
 from launch import on_ranks
 from PIL import Image
 from safetensors.torch import load_file
-from secateur.data import ImageLoader, loader
+from secateur.data.loader import ImageLoader, loader
 from secateur.errors import InvalidArgument
-from secateur.finetune import FinetuneResult, finetune
-from secateur.training import Run
+from secateur.training.finetune import FinetuneResult, finetune
+from secateur.training.loop import Run
 from torch import Tensor
 
 NOTICE = "ignore:left out an image:UserWarning"

@@ -12,8 +12,8 @@ import reference
 import secateur as sc
 import torch
 from models import images, make
-from secateur.heads import eliminate_heads, head_errors
-from secateur.search import _rebuilt, _shape
+from secateur.methods.linalg.heads import eliminate_heads, head_errors
+from secateur.searches.search import _rebuilt, _shape
 from torch.nn import functional
 
 EMPTY = np.empty((1, 0), np.int64)

@@ -19,7 +19,7 @@ from hostile import KINDS, STATISTICS, fields_of, peak, read, sealed, seeds, wat
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
-from secateur import container
+from secateur.files import container
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 

@@ -11,12 +11,15 @@ import pytest
 import secateur as sc
 import torch
 from models import make
-from secateur import latency, surgery, timing
-from secateur.allocate import allocate
-from secateur.families import family_of
-from secateur.identity import Fingerprint
-from secateur.latency import Grid, Latency, LatencyTable, Layer
-from secateur.machine import Machine
+from secateur.anatomy.fingerprint import Fingerprint
+from secateur.budgets.allocate import allocate
+from secateur.families.registry import family_of
+from secateur.latency import measure as timing
+from secateur.latency import table as latency
+from secateur.latency.machine import Machine
+from secateur.latency.predict import Latency
+from secateur.latency.table import Grid, LatencyTable, Layer
+from secateur.surgery import cut as surgery
 from timm.models.vision_transformer import VisionTransformer
 
 
@@ -610,7 +613,7 @@ def test_every_difference_of_machines_is_named(fields):
     ],
 )
 def test_refused_before_any_work(digits_model, digits_stats, digits_table, monkeypatch, arguments, text):
-    from secateur.score import snp
+    from secateur.methods import snp
 
     monkeypatch.setattr(timing, "measured_ratio", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(timing, "measure_latency", lambda *_, **__: pytest.fail("measured"))

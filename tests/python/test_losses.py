@@ -10,7 +10,7 @@ import secateur as sc
 import torch
 from models import images, make
 from scores import queries_and_keys
-from secateur.score import losses
+from secateur.methods import selection_error as losses
 
 
 def inputs_of(model, layer, x):

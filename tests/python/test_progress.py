@@ -3,7 +3,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from secateur.progress import progress
+from secateur.runtime.progress import progress
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import reference
 import secateur as sc
 import torch
 from models import BASE, KINDS, images, make
-from secateur import project
-from secateur.modules import PrunedAttention
-from secateur.score import method_named
-from secateur.score.project import _unexplained
+from secateur.families.vision_transformer.modules import PrunedAttention
+from secateur.methods.linalg import bases as project
+from secateur.methods.project import _unexplained
+from secateur.methods.registry import method_named
 from torch import nn
 
 # What a change of the residual stream's basis is refused for, and the word that names it.

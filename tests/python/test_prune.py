@@ -17,8 +17,8 @@ import timm
 import torch
 from models import KINDS, images, make
 from safetensors.torch import load_file, save_file
-from secateur import identity
-from secateur.modules import HeadNorm, PrunedAttention
+from secateur.anatomy import fingerprint as identity
+from secateur.families.vision_transformer.modules import HeadNorm, PrunedAttention
 from test_exactness import plan_of, random_keep, set_fused
 from torch import nn
 

@@ -10,8 +10,8 @@ import reference
 import secateur as sc
 import torch
 from models import BASE, images, make
-from secateur import project
-from secateur.modules import HeadNorm
+from secateur.families.vision_transformer.modules import HeadNorm
+from secateur.methods.linalg import bases as project
 from timm.layers import RmsNorm
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import secateur as sc
 import torch
-from secateur import regression
-from secateur.regression import RIDGES, Moment, cholesky, choose_ridge, inverse, solve, square_root
+from secateur.methods.linalg import regression
+from secateur.methods.linalg.regression import RIDGES, Moment, cholesky, choose_ridge, inverse, solve, square_root
 
 
 def rows(count, size, outputs, noise, seed, rank=None):

@@ -18,12 +18,12 @@ import secateur as sc
 import torch
 from finetuning import Breaking, Killed, batches, same, tiny, weights
 from models import images, make
-from secateur.data import loader as data_loader
-from secateur.objectives import Measures
-from secateur.stepping import Stepper
+from secateur.data.loader import loader as data_loader
+from secateur.searches.objectives import Measures
+from secateur.searches.stepper import Stepper
 
 # `secateur.search` is the function.
-module = importlib.import_module("secateur.search")
+module = importlib.import_module("secateur.searches.search")
 ALL = ("qk", "v", "ffn", "width")
 FAST = {"method": "snp", "groups": ALL, "round_to": 1}
 

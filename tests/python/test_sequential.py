@@ -8,8 +8,8 @@ import pytest
 import secateur as sc
 import torch
 from models import images, make
-from secateur.calibrate import calibrate_block
-from secateur.data import loader
+from secateur.data.loader import loader
+from secateur.statistics.calibrate import calibrate_block
 
 ALL = {"qk": 0.5, "v": 0.5, "ffn": 0.5, "width": 0.2}
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import secateur as sc
 import torch
-from secateur.score import refit
-from secateur.statistics import unpack
+from secateur.methods import refit
+from secateur.statistics.statistics import unpack
 
 
 @pytest.fixture

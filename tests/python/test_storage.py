@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import secateur as sc
 from finetuning import batches, quiet
-from secateur.cli import main
+from secateur.cli.app import main
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from hostile import peak
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save_file
-from secateur import container, tensor_file
+from secateur.files import container
+from secateur.files import safetensors as tensor_file
 
 NAMES = [
     *("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16"),

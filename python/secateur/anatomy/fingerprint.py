@@ -1,0 +1,109 @@
+"""Whose statistics and plans these are: a fingerprint of the model, compared before anything is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from ..errors import InvalidArgument
+from ..files.container import digests
+from .anatomy import Anatomy
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Architecture, arguments, group sizes and the SHA-256 of every parameter that a cut would touch.
+
+    A model built by hand has its class for an architecture, and no arguments.
+    """
+
+    architecture: str
+    arguments: Mapping[str, Any]
+    sizes: Mapping[str, int]
+    digests: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module, anatomy: Anatomy, *, weights: bool = True) -> Fingerprint:
+        """Take the fingerprint of a model; without ``weights`` they are not read, and have no digests.
+
+        Raises:
+            InvalidArgument: a parameter without values (the meta device).
+        """
+        for name in anatomy.members_of:
+            if model.get_parameter(name).is_meta:
+                raise InvalidArgument(f"model: expected weights, got none in {name} (device meta)")
+        read = {name: model.get_parameter(name) for name in anatomy.members_of} if weights else {}
+        return replace(cls.without_weights(anatomy), digests=digests(read))
+
+    @classmethod
+    def without_weights(cls, anatomy: Anatomy) -> Fingerprint:
+        """What the model is, whatever its weights are."""
+        arguments = {name: _plain(value) for name, value in sorted(anatomy.arguments.items())}
+        return cls(anatomy.architecture, arguments, dict(anatomy.sizes), {})
+
+    def require(self, other: Fingerprint, what: str, *, strict: bool) -> None:
+        """Refuse a different model.
+
+        Args:
+            other: the fingerprint that was found.
+            what: the argument it belongs to, for the message.
+            strict: if false, other weights of the same dimensions will do.
+
+        Raises:
+            InvalidArgument: they differ; the text names the first difference.
+        """
+        difference = self._difference(other, strict)
+        if difference:
+            raise InvalidArgument(f"{what}: expected the same model, got {difference}")
+
+    def _difference(self, other: Fingerprint, strict: bool) -> str | None:
+        if self.architecture != other.architecture:
+            return f"architecture {other.architecture!r} where it was {self.architecture!r}"
+        for kind, mine, found in (
+            ("argument", self.arguments, other.arguments),
+            ("size of group", self.sizes, other.sizes),
+            *((("weights of", self.digests, other.digests),) if strict else ()),
+        ):
+            for name in sorted({*mine, *found}):
+                if mine.get(name) != found.get(name):
+                    if kind == "weights of":
+                        return f"other weights of {name}"
+                    return f"{kind} {name} = {found.get(name)} where it was {mine.get(name)}"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "architecture": self.architecture,
+            "arguments": dict(self.arguments),
+            "sizes": dict(self.sizes),
+            "digests": dict(self.digests),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Fingerprint:
+        """Back from JSON values.
+
+        Raises:
+            KeyError: one is missing.
+            TypeError: one is of another type.
+        """
+        for name, kind in (("architecture", str), ("arguments", dict), ("sizes", dict), ("digests", dict)):
+            if not isinstance(fields[name], kind):
+                raise TypeError(f"{name} of type {type(fields[name]).__name__} in the fingerprint")
+        return cls(fields["architecture"], fields["arguments"], fields["sizes"], fields["digests"])
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back; what JSON cannot hold is named by its representation."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    name = getattr(value, "__qualname__", None) or getattr(type(value), "__qualname__", "object")
+    return f"<{name}>"

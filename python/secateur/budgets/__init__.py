@@ -1,0 +1,1 @@
+"""How many units of each group stay, given a target or ratios."""

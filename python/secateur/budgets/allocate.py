@@ -1,0 +1,119 @@
+"""How many units of each group stay: from fractions, from a file, or from a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ..anatomy.anatomy import Anatomy
+from ..anatomy.costs import Cost
+from ..anatomy.groups import Group
+from ..errors import InvalidArgument
+from ..statistics.statistics import Float
+from .budget import Allocation, Budget
+from .least_loss import of_least_loss
+from .limits import DEFAULT_GROUPS, TARGET_MULTIPLES, FreeGroups
+from .target import Target
+from .uniform import Step, bundles_of
+
+
+def allocate(
+    anatomy: Anatomy,
+    target: Target,
+    *,
+    groups: Iterable[str] | None,
+    freeze: Iterable[str],
+    min_keep: Mapping[str, int],
+    round_to: int | Mapping[str, int] | None,
+    losses: Callable[[Group], Float] | None = None,
+    latency: Cost | None = None,
+) -> Allocation:
+    """Kept units by group under a budget; ``latency`` predicts what ``target.latency`` limits.
+
+    With ``losses``, what a group loses when 0 … size units stay, (size + 1,), in a unit common to all, the counts are
+    those of the least total loss: for every width, the least of loss + λ · cost in each group, at the λ that meets the
+    budget; then the width of the least total. Heads, their query/key and value size and whether the layer stays at all
+    are one choice, since their costs multiply. Lagrange's dual at the same λ is what no choice can go below. Without
+    ``losses``, one removed fraction for all named groups, the least that meets the budget.
+
+    What rounding leaves of the budget is then spent while anything fits: by ``losses`` on the wider size that saves
+    most for its cost, and by exchanging sizes of two groups as long as that lowers the loss; else one rounding step at
+    a time on the group that lost the largest share. Query/key and value of one layer step together, so that they keep
+    one size.
+
+    Raises:
+        InvalidArgument: the budget cannot be met; the text says what can.
+        Unsupported: a kind that this model cannot lose.
+    """
+    free = FreeGroups(
+        anatomy, DEFAULT_GROUPS if groups is None else groups, freeze, min_keep, round_to, TARGET_MULTIPLES
+    )
+    if any(group.kind == "block" for group in free.groups):
+        if losses is None:
+            raise InvalidArgument("groups: expected no 'block' in a uniform allocation, which cannot tell layers apart")
+        free.hold_one_of_each(lambda group: float(losses(group)[0]))
+    assert (target.latency is None) == (latency is None), "what a target limits comes with a prediction"
+    budget = Budget(anatomy, target, latency)
+
+    def counts(fraction: float) -> dict[str, int]:
+        return {group.name: free.count(group, fraction) for group in free.groups}
+
+    smallest = counts(1.0)
+    if not budget.holds(smallest):
+        raise InvalidArgument(f"target: expected {budget.reach(smallest)} (the least these groups reach), got {target}")
+    if losses is not None:
+        return of_least_loss(anatomy, free, budget, losses)
+    # Sizes only change at a few fractions: bisect to the last of them that is too large for the budget.
+    low, high = 0.0, 1.0
+    if budget.holds(counts(0.0)):
+        high = 0.0
+    for _ in range(50 if high else 0):
+        middle = (low + high) / 2
+        low, high = (low, middle) if budget.holds(counts(middle)) else (middle, high)
+    kept = {**anatomy.sizes, **counts(high)}
+
+    steps = [Step(bundle, free) for bundle in bundles_of(free, kept)]
+    while steps:
+        step = min(steps, key=lambda candidate: candidate.share(kept))
+        wider = step.next(kept)
+        if wider is not None and budget.holds(wider):
+            kept = wider
+        else:
+            # A step that does not fit now never will: every other step only adds to the cost.
+            steps.remove(step)
+    return Allocation(kept)
+
+
+def free_groups(anatomy: Anatomy, limits: Mapping[str, Any]) -> list[Group]:
+    """The groups that a target may cut; errors are those of ``allocate``."""
+    groups = DEFAULT_GROUPS if limits["groups"] is None else limits["groups"]
+    return FreeGroups(anatomy, **{**limits, "groups": groups}, default_multiples=TARGET_MULTIPLES).groups
+
+
+def check_target(
+    anatomy: Anatomy,
+    target: Target,
+    *,
+    groups: Iterable[str] | None,
+    freeze: Iterable[str],
+    min_keep: Mapping[str, int],
+    round_to: int | Mapping[str, int] | None,
+) -> list[Group]:
+    """Return the groups that may be cut; refuse what needs no measurement to be refused.
+
+    Raises:
+        InvalidArgument: a name that does not fit, or MACs or parameters that cannot be met; the text says what can.
+        Unsupported: a kind that this model cannot lose.
+    """
+    free = FreeGroups(
+        anatomy, DEFAULT_GROUPS if groups is None else groups, freeze, min_keep, round_to, TARGET_MULTIPLES
+    )
+    # Which layer of each kind is the last to go is not known yet, and their costs are alike.
+    free.hold_one_of_each(lambda _group: 0.0)
+    counted = Budget(anatomy, target, None)
+    smallest = {group.name: free.count(group, 1.0) for group in free.groups}
+    if not counted.holds(smallest):
+        raise InvalidArgument(
+            f"target: expected {counted.reach(smallest)} (the least these groups reach), got {target}"
+        )
+    return free.groups

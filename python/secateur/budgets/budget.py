@@ -1,0 +1,74 @@
+"""Does a choice of sizes meet a target, and what is left of it?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..anatomy.anatomy import Anatomy
+from ..anatomy.costs import Cost, Size, Sizes
+from ..statistics.statistics import Float
+from .target import Target
+
+
+@dataclass(frozen=True)
+class Count:
+    """MACs or parameters."""
+
+    name: str
+    dense: float
+    total: Callable[[Mapping[str, Size]], Size]
+
+    def along(self, base: Mapping[str, int], sizes: Mapping[str, Sizes]) -> Float:
+        """The cost at ``base`` but with the groups of ``sizes`` at each of these in turn."""
+        found = self.total({**base, **{name: np.asarray(each) for name, each in sizes.items()}})
+        return np.asarray(found, np.float64)
+
+
+class Budget:
+    """Does a choice of sizes meet the target?"""
+
+    def __init__(self, anatomy: Anatomy, target: Target, latency: Cost | None) -> None:
+        costs: list[Cost] = []
+        if target.macs is not None:
+            costs.append(Count("macs", anatomy.macs, anatomy.macs_at))
+        if target.params is not None:
+            costs.append(Count("params", anatomy.params, anatomy.params_at))
+        if latency is not None:
+            costs.append(latency)
+        self._limits = [(cost, getattr(target, cost.name) * cost.dense) for cost in costs]
+
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        """Are all limits kept?"""
+        return all(cost.total(sizes) <= limit for cost, limit in self._limits)
+
+    def room(self, sizes: Mapping[str, int]) -> Float:
+        """What is left of each limit, as a share of it: (limits,)."""
+        return np.array([1 - cost.total(sizes) / limit for cost, limit in self._limits])
+
+    def along(self, base: Mapping[str, int], sizes: Mapping[str, Sizes]) -> Float:
+        """Costs as shares of their limits, (limits, n): ``base`` with the groups of ``sizes`` at each of these."""
+        return np.stack([cost.along(base, sizes) / limit for cost, limit in self._limits])
+
+    def prices(self) -> list[Float]:
+        """Weights of the limits to try: each alone, and all alike."""
+        count = len(self._limits)
+        return [*np.eye(count), *([np.ones(count)] if count > 1 else [])]
+
+    def reach(self, sizes: Mapping[str, int]) -> str:
+        """What these sizes come to, as text."""
+        return ", ".join(
+            f"{cost.name} >= {math.ceil(cost.total(sizes) / cost.dense * 1e4) / 1e4:g}" for cost, _ in self._limits
+        )
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Sizes by group, and where losses are known what they come to: ``bound`` is what no choice can go below."""
+
+    sizes: dict[str, int]
+    loss: float = math.nan
+    bound: float = math.nan

@@ -1,0 +1,224 @@
+"""The sizes of the least total loss within a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from ..anatomy.anatomy import Anatomy
+from ..anatomy.groups import Group
+from ..statistics.statistics import Float
+from .budget import Allocation, Budget
+from .limits import FreeGroups
+from .uniform import bundles_of
+
+# Each lowers the loss; that they end is certain, but not when.
+_EXCHANGES = 100
+
+
+def of_least_loss(anatomy: Anatomy, free: FreeGroups, budget: Budget, losses: Callable[[Group], Float]) -> Allocation:
+    """Sizes of the least total loss that meet the budget, and what no choice can go below."""
+    width = next((group for group in free.groups if group.kind == "width"), None)
+    choices = _choices(anatomy, free, losses)
+    best: Allocation | None = None
+    best_base = anatomy.sizes
+    bound = math.inf
+    for base in [anatomy.sizes] if width is None else [{**anatomy.sizes, width.name: n} for n in free.options(width)]:
+        found = _at_width(base, choices, budget)
+        if found is None:
+            continue
+        narrower = 0.0 if width is None else float(losses(width)[base[width.name]])
+        loss = found.loss + narrower
+        bound = min(bound, found.bound + narrower)
+        if best is None or loss < best.loss:
+            best, best_base = Allocation(found.sizes, loss), base
+    assert best is not None, "the smallest sizes meet the budget"
+    shares = [budget.along(best_base, choice.sizes) for choice in choices]
+    kept = best.sizes
+    for _ in range(_EXCHANGES):
+        before = kept
+        # What exchanges leave of the budget may be a step again.
+        kept = _filled(_exchanged(kept, choices, shares, budget), choices, shares, budget.prices()[-1], budget)
+        if kept == before:
+            break
+    loss = best.loss + _total(choices, kept) - _total(choices, best.sizes)
+    # The dual of a linear programme may exceed what was found by rounding alone.
+    return Allocation(kept, loss, min(bound, loss))
+
+
+def _choices(anatomy: Anatomy, free: FreeGroups, losses: Callable[[Group], Float]) -> list[_Choices]:
+    """What is decided apart: groups whose costs add up."""
+    together: dict[str, list[list[Group]]] = {}
+    for bundle in bundles_of(free, anatomy.sizes):
+        if bundle[0].kind != "width":
+            layer = anatomy.layer_of.get(bundle[0].name, bundle[0].name)
+            together.setdefault(layer, []).append(bundle)
+    found = []
+    for bundles in together.values():
+        kinds = {group.kind for bundle in bundles for group in bundle}
+        if kinds & {"heads", "block"}:
+            found.append(_Choices(bundles, free, losses))
+        else:
+            found += [_Choices([bundle], free, losses) for bundle in bundles]
+    return found
+
+
+def _at_width(base: dict[str, int], choices: list[_Choices], budget: Budget) -> Allocation | None:
+    """The choice of least loss within the budget when all other groups are as in ``base``."""
+    shares = [budget.along(base, choice.sizes) for choice in choices]
+    # All choices start from the model at ``base``, which the sum of their costs holds once too often for each.
+    repeated = (len(choices) - 1) * (1 - budget.room(base))
+    best: Allocation | None = None
+    bound = -math.inf
+    # Which limit binds is not known before: a price on each alone, then on all of them alike.
+    for prices in budget.prices():
+        priced = [prices @ share for share in shares]
+        found = _at_one_price(base, choices, priced, budget)
+        if found is None:
+            return None
+        kept, least = found
+        bound = max(bound, max(each - price * float(prices @ (1 + repeated)) for price, each in least))
+        kept = _filled(kept, choices, shares, prices, budget)
+        loss = _total(choices, kept)
+        if best is None or loss < best.loss:
+            best = Allocation(kept, loss)
+    assert best is not None, "a budget has a limit"
+    return Allocation(best.sizes, best.loss, bound)
+
+
+def _at_one_price(
+    base: dict[str, int], choices: list[_Choices], costs: list[Float], budget: Budget
+) -> tuple[dict[str, int], list[tuple[float, float]]] | None:
+    """The least of loss + price · cost in each, at the lowest price that meets the budget; that sum at every price."""
+    least: list[tuple[float, float]] = []
+
+    def chosen(price: float) -> dict[str, int]:
+        kept = dict(base)
+        total = 0.0
+        for choice, cost in zip(choices, costs, strict=True):
+            priced = choice.losses + price * cost
+            index = int(np.argmin(priced))
+            total += float(priced[index])
+            choice.put(kept, index)
+        least.append((price, total))
+        return kept
+
+    kept = chosen(0.0)
+    if budget.holds(kept):
+        return kept, least
+    kept = dict(base)
+    for choice, cost in zip(choices, costs, strict=True):
+        choice.put(kept, int(np.argmin(cost)))
+    if not budget.holds(kept):
+        return None
+    low, high = -60.0, 60.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        trial = chosen(2.0**middle)
+        if budget.holds(trial):
+            high, kept = middle, trial
+        else:
+            low = middle
+    return kept, least
+
+
+def _filled(
+    kept: dict[str, int], choices: list[_Choices], shares: list[Float], prices: Float, budget: Budget
+) -> dict[str, int]:
+    """Spend what is left of the budget, always on what saves most for what it costs."""
+    refused = [np.zeros(len(choice.losses), bool) for choice in choices]
+    while True:
+        room = budget.room(kept)[:, None] + 1e-9
+        best = (-np.inf, 0, 0)
+        for number, (choice, share) in enumerate(zip(choices, shares, strict=True)):
+            at = choice.index(kept)
+            extra = share - share[:, at, None]
+            saved, cost = choice.losses[at] - choice.losses, prices @ extra
+            better = (saved > 0) | ((saved == 0) & (cost > 0))
+            fits = (extra <= room).all(0) & better & ~refused[number]
+            if fits.any():
+                rate = np.where(fits, saved / np.maximum(cost, 1e-12), -np.inf)
+                found = int(np.argmax(rate))
+                if rate[found] > best[0]:
+                    best = (float(rate[found]), number, found)
+        rate_of_best, number, index = best
+        if rate_of_best == -np.inf:
+            return kept
+        wider = dict(kept)
+        choices[number].put(wider, index)
+        if budget.holds(wider):
+            kept = wider
+        else:
+            # Shares add up but for rounding; the budget has the last word.
+            refused[number][index] = True
+
+
+def _exchanged(kept: dict[str, int], choices: list[_Choices], shares: list[Float], budget: Budget) -> dict[str, int]:
+    """Take from one what another makes more of, as long as any such exchange fits; one limit's prices see no pairs."""
+    if not choices:
+        return kept  # the width alone, which is decided already
+    owners = np.repeat(np.arange(len(choices)), [len(choice.losses) for choice in choices])
+    starts = np.searchsorted(owners, np.arange(len(choices)))
+    for _ in range(_EXCHANGES):
+        at = [choice.index(kept) for choice in choices]
+        gained = np.concatenate([c.losses[i] - c.losses for c, i in zip(choices, at, strict=True)])
+        extra = np.concatenate([share - share[:, i, None] for share, i in zip(shares, at, strict=True)], axis=1)
+        wider, narrower = np.flatnonzero(gained > 0), np.flatnonzero((extra < 0).any(0))
+        room = budget.room(kept)[:, None, None]
+        best: tuple[float, list[int]] = (1e-9 * max(_total(choices, kept), 1e-300), [])
+        for some in np.array_split(wider, max(1, len(wider) * len(narrower) // 1_000_000)):
+            saved = gained[some, None] + gained[narrower]
+            fits = (extra[:, some, None] + extra[:, None, narrower] <= room).all(0)
+            saved = np.where(fits & (owners[some, None] != owners[narrower]), saved, -np.inf)
+            if saved.size and saved.max() > best[0]:
+                first, second = np.unravel_index(int(saved.argmax()), saved.shape)
+                best = (float(saved.max()), [int(some[first]), int(narrower[second])])
+        trial = dict(kept)
+        for index in best[1]:
+            choices[owners[index]].put(trial, index - int(starts[owners[index]]))
+        if not best[1] or not budget.holds(trial):
+            break
+        kept = trial
+    return kept
+
+
+def _total(choices: list[_Choices], kept: Mapping[str, int]) -> float:
+    return sum(float(choice.losses[choice.index(kept)]) for choice in choices)
+
+
+class _Choices:
+    """Groups that are chosen together, the sizes they may have, and what each choice loses.
+
+    Each bundle keeps one size. Losses add up, as far as the layer stays; without it, all that it does is lost.
+    """
+
+    def __init__(self, bundles: list[list[Group]], free: FreeGroups, losses: Callable[[Group], Float]) -> None:
+        inner = [bundle for bundle in bundles if bundle[0].kind != "block"]
+        layer = next((bundle[0] for bundle in bundles if bundle[0].kind == "block"), None)
+        options = [free.options(bundle[0]) for bundle in inner]
+        grid = [axis.flatten() for axis in np.meshgrid(*options, indexing="ij")] if inner else []
+        total = np.zeros(len(grid[0]) if inner else 1)
+        sizes: dict[str, npt.NDArray[np.int64]] = {}
+        for bundle, axis in zip(inner, grid, strict=True):
+            for group in bundle:
+                sizes[group.name] = axis
+                total = total + losses(group)[axis]
+        if layer is not None:
+            sizes[layer.name] = np.ones(len(total), np.int64)
+            if free.count(layer, 1.0) == 0:
+                # What is within an absent layer is whole, and costs nothing.
+                whole = {group.name: group.size for bundle in inner for group in bundle}
+                sizes = {name: np.append(axis, whole.get(name, 0)) for name, axis in sizes.items()}
+                total = np.append(total, losses(layer)[0])
+        self.sizes, self.losses = sizes, total
+        self._tuples = list(zip(*(axis.tolist() for axis in sizes.values()), strict=True))
+        self._position = {sizes: index for index, sizes in enumerate(self._tuples)}
+
+    def index(self, kept: Mapping[str, int]) -> int:
+        return self._position[tuple(kept[name] for name in self.sizes)]
+
+    def put(self, kept: dict[str, int], index: int) -> None:
+        kept.update(zip(self.sizes, self._tuples[index], strict=True))

@@ -1,0 +1,70 @@
+"""How many units stay when a fraction of each kind or group is removed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from ..anatomy.anatomy import Anatomy
+from ..anatomy.groups import Group
+from ..errors import InvalidArgument
+from .limits import FreeGroups, check_kinds, removed_fraction
+from .snp_names import fractions_from_file
+
+
+def counts_from_ratios(
+    anatomy: Anatomy,
+    ratios: Mapping[str, float] | str | Path,
+    *,
+    groups: Iterable[str] | None,
+    freeze: Iterable[str],
+    min_keep: Mapping[str, int],
+    round_to: int | Mapping[str, int] | None,
+    removal: Callable[[Group], float] | None = None,
+) -> dict[str, int]:
+    """Kept units by group, from the fraction removed of each kind or group, or from a per-block file.
+
+    Of the kind "block" that fraction of all attention and FFN layers leaves, those of the least ``removal`` first; one
+    of each stays.
+
+    Raises:
+        InvalidArgument: a key or value that does not fit; the text names it.
+        Unsupported: a kind that this model cannot lose.
+    """
+    if isinstance(ratios, Mapping):
+        fractions = _fractions(anatomy, ratios)
+    else:
+        fractions = fractions_from_file(anatomy, ratios)
+    free = FreeGroups(anatomy, groups, freeze, min_keep, round_to, default_multiples={})
+    if isinstance(ratios, Mapping) and "block" in ratios:
+        fractions |= _layers_to_leave(free, fractions, {*ratios}, removal)
+    sizes = {
+        group.name: free.count(group, fractions.get(group.name, 0.0)) if group in free.groups else group.size
+        for group in anatomy.groups
+    }
+    anatomy.require_layers(sizes, "ratios")
+    return sizes
+
+
+def _layers_to_leave(
+    free: FreeGroups, fractions: Mapping[str, float], named: set[str], removal: Callable[[Group], float] | None
+) -> dict[str, float]:
+    """1 for the layers that leave of those that no ratio of their own names, 0 for the others."""
+    layers = [group for group in free.groups if group.kind == "block" and group.name not in named]
+    wanted = round(sum(fractions[group.name] for group in layers))
+    if wanted and removal is None:
+        raise InvalidArgument(
+            "ratios['block']: expected layers by their names, or statistics that say which of them matter "
+            "(calibrate(sensitivity=True)), got a fraction"
+        )
+    if removal is not None:
+        free.hold_one_of_each(removal, {name: fractions[name] == 0 for name in named if name in free.anatomy.layers})
+    leaving = [group.name for group in layers if free.count(group, 1.0) == 0]
+    order = sorted(leaving, key=lambda name: removal(free.anatomy.group(name)) if removal else 0.0)
+    return {group.name: float(group.name in order[:wanted]) for group in layers}
+
+
+def _fractions(anatomy: Anatomy, ratios: Mapping[str, float]) -> dict[str, float]:
+    check_kinds(anatomy, "ratios", ratios)
+    checked = {name: removed_fraction(anatomy, name, name, value) for name, value in ratios.items()}
+    return {group.name: checked.get(group.name, checked.get(group.kind, 0.0)) for group in anatomy.groups}

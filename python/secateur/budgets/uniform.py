@@ -1,0 +1,44 @@
+"""One removed fraction for all groups, the least that meets a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..anatomy.groups import Group
+from .limits import FreeGroups
+
+
+class Step:
+    """Groups that grow together by one multiple each."""
+
+    def __init__(self, groups: list[Group], free: FreeGroups) -> None:
+        self._groups, self._free = groups, free
+
+    def share(self, kept: Mapping[str, int]) -> float:
+        """What is left of the first of them."""
+        return kept[self._groups[0].name] / self._groups[0].size
+
+    def next(self, kept: Mapping[str, int]) -> dict[str, int] | None:
+        """One step up; None where all are whole."""
+        if all(kept[group.name] == group.size for group in self._groups):
+            return None
+        return {**kept, **{group.name: self._free.step_up(group, kept[group.name]) for group in self._groups}}
+
+
+def bundles_of(free: FreeGroups, kept: Mapping[str, int]) -> list[list[Group]]:
+    """Groups to step together: query/key and value of a layer where they are and stay equal, others alone."""
+    by_block: dict[int, Group] = {
+        group.block: group for group in free.groups if group.kind == "v" and group.block is not None
+    }
+    bundles: list[list[Group]] = []
+    paired: set[str] = set()
+    for group in free.groups:
+        value = by_block.get(group.block) if group.kind == "qk" and group.block is not None else None
+        if value is not None and (group.size, kept[group.name], free.multiple(group)) == (
+            value.size,
+            kept[value.name],
+            free.multiple(value),
+        ):
+            bundles.append([group, value])
+            paired |= {group.name, value.name}
+    return bundles + [[group] for group in free.groups if group.name not in paired]

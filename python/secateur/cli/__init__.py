@@ -1,0 +1,5 @@
+"""The command line: each command is the function of its name, from files to files."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,45 @@
+"""The C++ core, for scripts that own their buffers: NumPy and torch arrays of any strides, without a copy."""
+
+from pathlib import Path
+
+from .. import _core
+from .._core import (
+    AttentionScorer,
+    MomentAccumulator,
+    compact,
+    eliminate,
+    runtime,
+    select,
+    unpack,
+    value_similarity,
+    value_similarity_from_moment,
+)
+from ..errors import Unsupported
+
+__all__ = [
+    "AttentionScorer",
+    "MomentAccumulator",
+    "cmake_dir",
+    "compact",
+    "eliminate",
+    "runtime",
+    "select",
+    "unpack",
+    "value_similarity",
+    "value_similarity_from_moment",
+]
+
+
+def cmake_dir() -> Path:
+    """Folder of the CMake package that this installation brings for C++ programs.
+
+    ``cmake -Dsecateur_DIR=<it>`` lets ``find_package(secateur CONFIG)`` find headers and shared library.
+
+    Raises:
+        Unsupported: the package was built without them.
+    """
+    # Beside the extension: of an editable install, the Python files are somewhere else.
+    folder = Path(_core.__file__).parent / "lib" / "cmake" / "secateur"
+    if not (folder / "secateurConfig.cmake").is_file():
+        raise Unsupported(f"cmake_dir: expected a package built with SECATEUR_INSTALL=ON, got none in {folder}")
+    return folder

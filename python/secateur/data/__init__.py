@@ -1,0 +1,15 @@
+"""Images for a model: folders, tars, Hugging Face data sets and scikit-learn's digits, as the model wants them."""
+
+from .loader import ImageLoader, default_split, loader
+from .model_input import data_config, images_in, input_dtype, model_input, split_batch
+
+__all__ = [
+    "ImageLoader",
+    "data_config",
+    "default_split",
+    "images_in",
+    "input_dtype",
+    "loader",
+    "model_input",
+    "split_batch",
+]

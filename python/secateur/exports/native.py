@@ -1,0 +1,244 @@
+"""One self-describing .safetensors file for a pruned model: how to build it, and its weights."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from .. import check, core
+from ..errors import Error, InvalidArgument
+from ..families.registry import family_named, family_of
+from ..families.vision_transformer.modules import HeadNorm, PrunedAttention, is_uncentred
+from ..files import container
+from ..surgery import cut as surgery
+
+# Where weights came from: a pruned model must never be taken for its dense source.
+_WEIGHT_SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "custom_load")
+_LINEAR = (nn.Linear, nn.Conv2d)
+# Even without weights a block takes memory.
+_MAX_DEPTH = 512
+# Rates that matter in training alone may be changed by hand.
+_FREE = (nn.Dropout, timm.layers.DropPath, timm.layers.PatchDropout)
+# How a module computes, not what; and what training alone looks at.
+_NO_SETTINGS = {"training", "grad_checkpointing", "fused_attn", "inplace", "distilled_training"}
+
+
+def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str, Any]] | None = None) -> None:
+    """Write the model, pruned or dense, to one file that ``load`` rebuilds it from. No pickle.
+
+    Before anything is written, the model is built without weights as ``load`` will, and compared.
+
+    Args:
+        model: a supported model, on any device.
+        path: the file; it appears whole or not at all.
+        factory: for a model that was not made by ``timm.create_model``: how its dense form is made, as (name, kwargs),
+            where name is a timm model name or "VisionTransformer" or "VisionTransformerDistilled".
+
+    Raises:
+        InvalidArgument: the model is not what the recorded arguments or the factory build (a module or a setting was
+            changed by hand), they cannot be written as JSON, or the folder does not exist.
+        Unsupported: the model is of no supported family.
+    """
+    path = check.writable("path", path)
+    anatomy = family_of(model).inspect(model)
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            where = name or "the model itself"
+            warnings.warn(
+                f"model: expected no forward hooks, which a file cannot hold, got some at {where}; saved without them",
+                stacklevel=2,
+            )
+            break
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise InvalidArgument(f"model: expected weights, got none in {name} (device meta)")
+    architecture, arguments = anatomy.architecture, anatomy.arguments
+    handmade = factory is not None or anatomy.handmade
+    if handmade:
+        architecture, arguments = _checked(factory or getattr(model, "secateur_factory", None), architecture)
+    for argument, value in arguments.items():
+        if not _is_json(value):
+            raise InvalidArgument(f"factory: expected (name, kwargs) of JSON values, got {argument} = {value!r}")
+    norms = [*(norm.name for norm in anatomy.norms), *anatomy.head_norms]
+    header = {
+        "family": anatomy.family,
+        "architecture": architecture,
+        "arguments": dict(arguments),
+        "handmade": handmade,
+        "sizes": anatomy.remains,
+        "layouts": {site.name: site.layout for site in anatomy.attention},
+        "softmax_scales": {site.name: site.softmax_scale for site in anatomy.attention if site.layout == "exact"},
+        "eps": {name: getattr(model.get_submodule(name), "eps") for name in norms},  # noqa: B009
+        "uncentred": [name for name in anatomy.head_norms if is_uncentred(model.get_submodule(name))],
+        "biases": [],
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        "pretrained_cfg": _without_sources(getattr(model, "pretrained_cfg", None)),
+        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+    }
+    plain = dict(_skeleton(header).named_parameters())
+    header["biases"] = [
+        f"{name}.bias"
+        for name, module in model.named_modules()
+        if isinstance(module, _LINEAR) and module.bias is not None and f"{name}.bias" not in plain
+    ]
+    difference = _difference(model, _skeleton(header))
+    if difference:
+        raise InvalidArgument(f"model: expected what {architecture} with its recorded arguments is, got {difference}")
+    container.write(path, "model", header, model.state_dict())
+
+
+@torch.inference_mode(False)  # inference tensors could never be trained
+def load(path: str | Path, *, verify: bool = True) -> nn.Module:
+    """Rebuild a model that ``save`` wrote, on the CPU, bit for bit, in evaluation mode.
+
+    Args:
+        path: the file.
+        verify: check the weights against their checksum, not only the header and the table of tensors.
+
+    Raises:
+        InvalidArgument: no such file, truncated or damaged, another program's, or of a newer format.
+        Unsupported: this timm does not know the architecture.
+    """
+    header, tensors = container.read(path, "model", verify=verify)
+    expected = f"{Path(path).name}: expected a model that timm {timm.__version__} can build"
+    try:
+        with container.understood(expected):
+            model = _skeleton(header)
+            frozen, config, handmade = set(header["frozen"]), header["pretrained_cfg"], header["handmade"]
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{expected}, got {str(error).removeprefix(f'{expected}, got ')}") from error
+    built = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(built.keys() | tensors.keys()):
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if built.get(name) != found:
+            raise InvalidArgument(f"{expected}, got {name} of shape {found} where it builds {built.get(name)}")
+    model.load_state_dict(tensors, strict=True, assign=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    if config is not None:
+        restored: Any = _tuples(config)
+        model.pretrained_cfg = model.default_cfg = restored
+    if handmade:
+        factory: Any = (header["architecture"], header["arguments"])
+        model.secateur_factory = factory
+    return model.eval()
+
+
+def _checked(factory: Any, architecture: str) -> tuple[str, Mapping[str, Any]]:
+    if factory is None:
+        raise InvalidArgument(
+            f"factory: expected (name, kwargs) that build the dense {architecture}, got none; "
+            "timm.create_model records them, a model built by hand does not"
+        )
+    if not isinstance(factory, (tuple, list)) or len(factory) != 2 or not isinstance(factory[1], Mapping):
+        raise InvalidArgument(f"factory: expected (name, kwargs), got {factory!r}")
+    return str(factory[0]), factory[1]
+
+
+@core.host_by_default()
+def _skeleton(header: Mapping[str, Any]) -> nn.Module:
+    """The model of a header, without weights."""
+    family = family_named(header["family"])
+    arguments = {name: _tuples(value) for name, value in header["arguments"].items()}
+    depth = arguments.get("depth", 1)
+    if isinstance(depth, (int, float)) and depth > _MAX_DEPTH:
+        raise InvalidArgument(f"arguments: expected a depth of at most {_MAX_DEPTH}, got {depth}")
+    try:
+        model = family.build(header["architecture"], arguments, torch.device("meta"))
+        surgery.shape(model, family, header["sizes"], header.get("layouts", {}))
+        _adjust(model, header)
+    except Error:
+        raise
+    except Exception as error:  # timm's constructors raise what they like
+        raise InvalidArgument(f"arguments: expected those of {header['architecture']}, got {error}") from error
+    return model.eval()
+
+
+def _adjust(model: nn.Module, header: Mapping[str, Any]) -> None:
+    """What rounds of pruning leave besides sizes.
+
+    The softmax scale of a model that was in the stock layout before, other eps in the norms, query/key norms that take
+    no mean off any more, biases where there were none.
+    """
+    for name, value in header.get("softmax_scales", {}).items():
+        attn = model.get_submodule(name)
+        if type(attn) is not PrunedAttention:
+            raise InvalidArgument(f"softmax_scales: expected attention modules of the exact layout, got {name!r}")
+        attn.scale = check.number(f"softmax_scales[{name!r}]", value, open_low=True)
+    for name, value in header.get("eps", {}).items():
+        norm: Any = model.get_submodule(name)
+        norm.eps = value
+    for name in header.get("uncentred", []):
+        head_norm = model.get_submodule(name)
+        if not isinstance(head_norm, HeadNorm):
+            raise InvalidArgument(f"uncentred: expected norms of cut queries and keys, got {name!r}")
+        head_norm.centred = False
+    for name in header.get("biases", []):
+        layer = model.get_submodule(name.removesuffix(".bias"))
+        if not isinstance(layer, _LINEAR):
+            raise InvalidArgument(f"biases: expected those of linear layers, got {name!r}")
+        layer.bias = nn.Parameter(torch.empty(len(layer.weight), dtype=layer.weight.dtype, device=layer.weight.device))
+
+
+def _difference(model: nn.Module, built: nn.Module) -> str | None:
+    """The first thing that a rebuilt model would lack, or have otherwise."""
+    mine, theirs = dict(model.named_modules()), dict(built.named_modules())
+    for name in dict.fromkeys([*mine, *theirs]):
+        if name not in mine or name not in theirs:
+            return f"{'no ' if name not in mine else ''}module {name}"
+        module, twin = mine[name], theirs[name]
+        if type(module) is not type(twin):
+            return f"{type(module).__name__} at {name} where it builds {type(twin).__name__}"
+        if not isinstance(module, _FREE):
+            if module.extra_repr() != twin.extra_repr():
+                return f"{name} ({module.extra_repr()}) where it builds ({twin.extra_repr()})"
+            # What users hang on modules besides is theirs, and does not matter.
+            for what, would in _settings(twin).items():
+                found = getattr(module, what, None)
+                if found != would:
+                    return f"{name}.{what} ({found}) where it builds ({would})"
+    shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, built)]
+    for name in dict.fromkeys([*shapes[0], *shapes[1]]):
+        if shapes[0].get(name) != shapes[1].get(name):
+            return f"{name} of shape {shapes[0].get(name)} where it builds {shapes[1].get(name)}"
+    return None
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """What a module's forward pass may depend on besides its parameters and modules."""
+    plain = (bool, int, float, str, tuple, torch.Size, type(None))
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, plain) and not name.startswith("_") and name not in _NO_SETTINGS
+    }
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _without_sources(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if not config:
+        return None
+    return {name: value for name, value in config.items() if name not in _WEIGHT_SOURCES and _is_json(value)}
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where timm's arguments have tuples."""
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,1 @@
+"""timm's VisionTransformer: vit, deit, deit3, dinov2, clip and siglip towers, hybrids."""

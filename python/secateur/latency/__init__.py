@@ -1,0 +1,1 @@
+"""How long a model takes: timing, tables of layer times, and what they predict."""

@@ -1,0 +1,147 @@
+"""Inference speed of a model, alone or against another in the same minute of the same machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .. import check
+from ..data.model_input import data_config, input_dtype
+from ..errors import InvalidArgument
+from ..runtime.devices import borrowed, place_for
+from ..runtime.progress import progress
+from .stopwatch import compiled, in_turn, quartiles, torch_threads_set, warm
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["Benchmark", "bench"]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Medians over the repeats, with their first and third quartiles.
+
+    ``milliseconds`` is the time of one batch, ``images_per_second`` the batch size over it. ``speedup`` is the median
+    of the ratios reference / model of runs made side by side, more than 1 where the model is faster. What belongs to
+    the reference is None without one.
+    """
+
+    images_per_second: float
+    milliseconds: float
+    quartiles: tuple[float, float]
+    reference_images_per_second: float | None
+    reference_milliseconds: float | None
+    reference_quartiles: tuple[float, float] | None
+    speedup: float | None
+    speedup_quartiles: tuple[float, float] | None
+    batch_size: int
+    input_size: tuple[int, int, int]
+    repeats: int
+    threads: int
+    device: str
+
+    def __str__(self) -> str:
+        shape = "x".join(str(size) for size in (self.batch_size, *self.input_size))
+        low, high = self.quartiles
+        line = f"{self.images_per_second:,.1f} images/s ({self.milliseconds:.2f} ms [{low:.2f}, {high:.2f}])"
+        if self.speedup is not None and self.speedup_quartiles is not None:
+            low, high = self.speedup_quartiles
+            line += f", reference {self.reference_images_per_second:,.1f} images/s"
+            line += f", {self.speedup:.2f}x [{low:.2f}, {high:.2f}]"
+        return f"{line}  {shape} on {self.device}, {self.threads} threads, {self.repeats} repeats"
+
+
+def bench(
+    model: nn.Module,
+    reference: nn.Module | None = None,
+    *,
+    batch_size: int = 32,
+    input_size: int | Sequence[int] | None = None,
+    repeats: int = 15,
+    warmup: int = 3,
+    threads: int | None = None,
+    device: torch.device | str | None = None,
+    compile: bool = False,  # noqa: A002  # torch's own word for it
+) -> Benchmark:
+    """Time inference on random images; with a reference, both in turn, so that a busy machine slows both.
+
+    Modes, devices and torch's number of threads are afterwards what they were.
+
+    Args:
+        model: takes images (B, C, H, W).
+        reference: usually the dense model.
+        batch_size: images in a batch.
+        input_size: side, (height, width) or (channels, height, width) in pixels; the model's own by default.
+        repeats: measured pairs; each is as many batches as fill 20 ms.
+        warmup: batches before the first measured one, for each model.
+        threads: of torch; its present number by default.
+        device: where to run; the model's own by default.
+        compile: time what ``torch.compile`` makes of the models; they themselves stay as they are. What else the
+            process has compiled is forgotten (``torch.compiler.reset``), and compiled again when it is called.
+
+    Raises:
+        InvalidArgument: a number is out of range, there is no such device, or a model is none or does not take the
+            input.
+    """
+    batch_size = check.integer("batch_size", batch_size)
+    repeats = check.integer("repeats", repeats)
+    warmup = check.integer("warmup", warmup, 0)
+    threads = check.integer("threads", threads, optional=True)
+    place = place_for(model, device)
+    if reference is not None:
+        place_for(reference, argument="reference")
+    size = _input_size(model, input_size)
+    models = [model] if reference is None else [model, reference]
+    with ExitStack() as stack:
+        stack.enter_context(torch_threads_set(threads))
+        for each in models:
+            stack.enter_context(borrowed(each, place))
+        stack.enter_context(torch.inference_mode())
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(batch_size, *size, generator=generator, device="cpu").to(place)
+        inputs = [images.to(input_dtype(each)) for each in models]
+        runs: Sequence[Callable[[Tensor], object]] = compiled(models) if compile else models
+        loops = [warm(each, batch, warmup, name) for each, batch, name in zip(runs, inputs, _NAMES, strict=False)]
+        with progress(repeats, "bench", unit="repeats") as advance:
+            times = in_turn(runs, inputs, loops, repeats, advance)
+        used = torch.get_num_threads()
+    medians = np.median(times, axis=0)
+    ratios = times[:, 1] / times[:, 0] if reference is not None else None
+    return Benchmark(
+        images_per_second=float(batch_size / medians[0]),
+        milliseconds=float(1e3 * medians[0]),
+        quartiles=quartiles(1e3 * times[:, 0]),
+        reference_images_per_second=None if ratios is None else float(batch_size / medians[1]),
+        reference_milliseconds=None if ratios is None else float(1e3 * medians[1]),
+        reference_quartiles=None if ratios is None else quartiles(1e3 * times[:, 1]),
+        speedup=None if ratios is None else float(np.median(ratios)),
+        speedup_quartiles=None if ratios is None else quartiles(ratios),
+        batch_size=batch_size,
+        input_size=size,
+        repeats=repeats,
+        threads=used,
+        device=str(place),
+    )
+
+
+_NAMES = ("model", "reference")
+
+
+def _input_size(model: nn.Module, given: int | Sequence[int] | None) -> tuple[int, int, int]:
+    channels, height, width = data_config(model)["input_size"]
+    if given is None:
+        return channels, height, width
+    sizes: tuple[Any, ...] = tuple(given) if isinstance(given, Sequence) else (given, given)
+    whole = all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in sizes)
+    if len(sizes) not in (2, 3) or not whole:
+        raise InvalidArgument(
+            f"input_size: expected a side, (height, width) or (channels, height, width), got {given!r}"
+        )
+    channels, height, width = sizes if len(sizes) == 3 else (channels, *sizes)
+    return channels, height, width

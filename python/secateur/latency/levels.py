@@ -1,0 +1,115 @@
+"""The sizes of a layer that a latency table measures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .. import check
+from ..anatomy.anatomy import Anatomy
+from ..anatomy.groups import Group
+from ..errors import InvalidArgument
+from .table import ALIGNED
+
+# Of the dense size, rounded to what plans round to: the fewer, the more sizes of a layer can change, since all
+# combinations are measured. "heads" count linearly but for what does not depend on them.
+_FRACTIONS = {2: (0.125, 0.25, 0.5, 0.75, 1.0), 3: (0.25, 0.5, 0.75, 1.0), 4: (0.25, 0.5, 1.0)}
+
+
+_UNEVEN = {2: (0.25, 0.625, 1.0), 3: (0.375, 1.0), 4: (0.375, 1.0)}
+
+
+_MULTIPLES = {"qk": 8, "v": 8, "ffn": 32, "width": 32}
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Sizes to measure.
+
+    ``named`` are the kinds that change, ``given`` the sizes that were asked for by kind, ``width`` that of the model.
+    """
+
+    anatomy: Anatomy
+    named: frozenset[str]
+    given: Mapping[str, Sequence[int]]
+    width: int
+
+    def of(self, axes: Mapping[str, str]) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+        """Levels of a layer's axes, the present size last, and those of uneven sizes; axis to group name given.
+
+        A model that cannot lose width has no group of it, but an axis.
+        """
+        groups = {axis: self.anatomy.group(name) if name in self.anatomy.sizes else None for axis, name in axes.items()}
+        free = {axis: group for axis, group in groups.items() if group is not None and group.kind in self.named}
+        number = min(max(len(free), 2), 4)
+        even: dict[str, tuple[int, ...]] = {
+            axis: (self.width if group is None else group.size,) for axis, group in groups.items()
+        }
+        uneven = dict(even)
+        for axis, group in free.items():
+            even[axis] = self._even(group, _FRACTIONS[number])
+            # Heads are whole, and what goes in fours is never uneven.
+            whole = group.kind == "heads" or group.multiple % ALIGNED == 0
+            uneven[axis] = even[axis] if whole else _uneven(group, _UNEVEN[number])
+        own = any(group.kind in self.given for group in free.values())
+        return even, {} if own or uneven == even else uneven
+
+    def steps(self, group: Group) -> list[int]:
+        """What a plan may leave of a group, between the least and the greatest size that are measured."""
+        if group.kind not in self.named or group.kind == "block":
+            return [group.size]
+        multiple = math.lcm(group.multiple, _MULTIPLES.get(group.kind, 1))
+        least = min(self._even(group, _FRACTIONS[4]))
+        return sorted({*(each for each in range(multiple, group.size, multiple) if each >= least), group.size})
+
+    def _even(self, group: Group, fractions: Sequence[float]) -> tuple[int, ...]:
+        multiple = math.lcm(group.multiple, _MULTIPLES.get(group.kind, 1))
+        spread = [max(1, round(part * group.size / multiple)) * multiple for part in fractions]
+        return _up_to(self.given.get(group.kind, spread), group.size)
+
+
+def _uneven(group: Group, fractions: Sequence[float]) -> tuple[int, ...]:
+    """Sizes just below multiples of 4."""
+    below = {round(part * group.size / ALIGNED) * ALIGNED - group.multiple for part in fractions[:-1]}
+    last = group.size - group.multiple if group.size % ALIGNED == 0 else group.size
+    return tuple(sorted({each for each in below if 1 <= each < last} | {last}))
+
+
+def levels_for(anatomy: Anatomy, groups: Iterable[str] | None, grid: Mapping[str, Sequence[int]] | None) -> Levels:
+    """Sizes to measure for the kinds that plans will cut.
+
+    Raises:
+        InvalidArgument: a kind that the model does not have, or a size that is none.
+    """
+    kinds = list(dict.fromkeys(group.kind for group in anatomy.groups))
+    if isinstance(groups, str) or not isinstance(groups, (Iterable, type(None))):
+        raise InvalidArgument(f"groups: expected a sequence of kinds, got {groups!r}")
+    named = kinds if groups is None else list(groups)
+    grid = {} if grid is None else grid
+    if not isinstance(grid, Mapping):
+        raise InvalidArgument(f"grid: expected a dict of sizes by kind, got {grid!r}")
+    for argument, names in (("groups", named), ("grid", grid)):
+        for name in names:
+            if name not in kinds:
+                raise InvalidArgument(f"{argument}: expected kinds of {', '.join(kinds)}, got {name!r}")
+    given = {
+        kind: sorted({check.integer(f"grid[{kind!r}]", size) for size in _sizes(kind, sizes)})
+        for kind, sizes in grid.items()
+    }
+    return Levels(anatomy, frozenset(named), given, _width(anatomy))
+
+
+def _sizes(kind: str, sizes: object) -> Sequence[object]:
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence):
+        raise InvalidArgument(f"grid[{kind!r}]: expected a sequence of sizes, got {sizes!r}")
+    return sizes
+
+
+def _up_to(sizes: Iterable[int], size: int) -> tuple[int, ...]:
+    return tuple(sorted({each for each in sizes if each < size} | {size}))
+
+
+def _width(anatomy: Anatomy) -> int:
+    site = anatomy.attention[0]
+    return anatomy.shapes[f"{site.qkv}.weight"][1]

@@ -1,0 +1,313 @@
+"""Measure a model's layers at the sizes that a cut can leave, and a planned cut against the dense model."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import check, core
+from ..anatomy.anatomy import Anatomy
+from ..anatomy.costs import AttentionProduct
+from ..anatomy.fingerprint import Fingerprint
+from ..data.model_input import input_dtype
+from ..errors import InvalidArgument
+from ..families.base import Family
+from ..families.registry import family_of
+from ..runtime.devices import place_for
+from ..runtime.progress import Advance, progress
+from ..surgery.cut import shape
+from .bench import bench
+from .levels import Levels, levels_for
+from .machine import Machine
+from .stopwatch import SHORTEST_SAMPLE_S, Times, compiled, in_turn, warm
+from .table import PRESENT, Grid, LatencyTable, Layer
+
+__all__ = ["measure_latency", "measured_ratio"]
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# On a busy machine runs are repeated until the median is known to about this part of it, at most so often, and not
+# after so many seconds for one of many layers, or for the whole models, by which all are corrected.
+_SURE, _MOST_REPEATS, _LAYER_S, _MODELS_S = 0.02, 4, 1.5, 30.0
+# Models cut at random that the sum of layers is compared with: each group keeps a share between these.
+_SHARES = ((0.1, 0.6), (0.4, 1.0), (0.2, 0.8), (0.2, 0.5))
+
+
+@core.host_by_default()
+def measure_latency(
+    model: nn.Module,
+    *,
+    batch_size: int = 1,
+    dtype: str | torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    compile: bool = False,  # noqa: A002  # torch's own word for it
+    groups: Iterable[str] | None = None,
+    grid: Mapping[str, Sequence[int]] | None = None,
+    repeats: int = 7,
+) -> LatencyTable:
+    """Measure a table that predicts how long the model takes, cut to any sizes, on this machine as it is set now.
+
+    Every layer is a copy of the model's own, cut as ``prune`` cuts it, with its norm and residual sum; blocks that are
+    alike are measured once. Each is timed in turn with one dense attention layer, and its time is the median of the
+    paired ratios times the reference's own median, so that a slow minute does not bend the table. Where a layer is
+    quick, as many copies as the model has are run one behind the other: in the model, too, weights come from memory.
+    Sizes that are no multiples of 4 are measured apart, at fewer sizes: they take longer than their neighbours. The
+    whole model is timed in turn with four models that are cut at random, every block otherwise, and these say what
+    layers alone do not. Nothing is changed.
+
+    Args:
+        model: a supported timm model.
+        batch_size: images in a batch; 1 is the time that one image has to wait.
+        dtype: "float32", "float16", "bfloat16" or "float64"; the model's own by default.
+        device: where to run; the model's own by default.
+        compile: measure what ``torch.compile`` makes of the layers; takes seconds for each.
+        groups: kinds that plans will cut ("qk", "v", "ffn", "width", "heads", "block"); all that the model can lose by
+            default. The others are measured at the size they have, which takes less time.
+        grid: sizes to measure by kind, per head for "qk" and "v"; three to five from an eighth or a quarter to all of
+            the units by default, in multiples of 8 per head and 32 elsewhere. The size a layer has is added. Layers
+            with sizes of your own are measured at no uneven ones besides.
+        repeats: pairs for each entry; up to four times as many where they differ much, as on a busy machine.
+
+    Raises:
+        InvalidArgument: an argument that does not fit, or a model without weights.
+        Unsupported: the model is of no supported family.
+    """
+    batch_size = check.integer("batch_size", batch_size)
+    repeats = check.integer("repeats", repeats)
+    family = family_of(model)
+    place = place_for(model, device)
+    wanted = _dtype(model, dtype)
+    anatomy = family.inspect(model)
+    levels = levels_for(anatomy, groups, grid)
+    dense = copy.deepcopy(model).requires_grad_(False).to(place, wanted).eval()
+    layers = _distinct(family, dense, anatomy, levels)
+    cuts = _random_cuts(anatomy, levels)
+    with progress(sum(layer.count for layer in layers) + 1, "latency table", unit="layers") as advance:
+        clock = _Clock(layers[0].dense(batch_size), repeats, compile, advance)
+        measured = [layer.measure(clock, batch_size) for layer in layers]
+        images = torch.randn(batch_size, *anatomy.input_size, generator=_generator(), device="cpu").to(place, wanted)
+        whole, ratios = clock.beside(dense, [_shaped(dense, family, sizes) for sizes in cuts], images)
+    table = LatencyTable(
+        model=Fingerprint.without_weights(anatomy),
+        input_size=anatomy.input_size,
+        batch_size=batch_size,
+        dtype=str(wanted).removeprefix("torch."),
+        compiled=compile,
+        machine=Machine.here(place),
+        layers=tuple(each.times(clock.seconds) for each in measured),
+        scale=1.0,
+        overhead=0.0,
+    )
+    return _calibrated(table, anatomy, whole, list(zip(cuts, ratios, strict=True)))
+
+
+def _calibrated(
+    table: LatencyTable, anatomy: Anatomy, whole: float, cuts: Sequence[tuple[Mapping[str, int], float]]
+) -> LatencyTable:
+    """Make the dense model's time exact, and what cuts save of it right in the mean, by least squares."""
+    total = table.predict(anatomy)
+    saved = np.array([1 - table.predict(anatomy, sizes) / total for sizes, _ in cuts])
+    found = np.array([1 - ratio for _, ratio in cuts])
+    enough = bool(cuts) and float(saved.max()) > 0.05
+    # Noise must not turn the table over.
+    slope = float(np.clip(saved @ found / (saved @ saved), 0.5, 2.0)) if enough else 1.0
+    return replace(table, scale=slope * whole / total, overhead=(1 - slope) * whole)
+
+
+def measured_ratio(
+    model: nn.Module, table: LatencyTable, sizes: Mapping[str, int], repeats: int = 15
+) -> tuple[float, tuple[float, float]]:
+    """Time of a copy of the model cut to ``sizes`` over the model's: median of paired runs, and quartiles.
+
+    Batch size, type and backend are those of the table.
+    """
+    dense = copy.deepcopy(model).requires_grad_(False).to(_DTYPES[table.dtype])
+    cut = _shaped(dense, family_of(model), sizes)
+    found = bench(cut, dense, batch_size=table.batch_size, repeats=repeats, compile=table.compiled)
+    assert found.speedup is not None
+    assert found.speedup_quartiles is not None
+    low, high = found.speedup_quartiles
+    return 1 / found.speedup, (1 / high, 1 / low)
+
+
+def _shaped(dense: nn.Module, family: Family, sizes: Mapping[str, int]) -> nn.Module:
+    cut = copy.deepcopy(dense)
+    shape(cut, family, sizes)
+    return cut
+
+
+class _Clock:
+    """Times modules, each in turn with one reference."""
+
+    def __init__(self, reference: tuple[nn.Module, Tensor], repeats: int, compiled: bool, advance: Advance) -> None:
+        self._reference, self._input = reference
+        self._repeats, self._compiled, self._advance = repeats, compiled, advance
+        self._seconds: list[float] = []
+
+    def ratio(self, module: nn.Module, x: Tensor) -> float:
+        """Median of the paired ratios of a module's time to the reference's."""
+        times = self._in_turn([module, self._reference], [x, self._input], _LAYER_S)
+        self._seconds += times[:, 1].tolist()
+        self._advance(1)
+        return float(np.median(times[:, 0] / times[:, 1]))
+
+    def beside(self, model: nn.Module, others: Sequence[nn.Module], images: Tensor) -> tuple[float, list[float]]:
+        """Seconds of one batch of a model, and the medians of the other models' paired ratios to it."""
+        times = self._in_turn([*others, model], [images] * (len(others) + 1), _MODELS_S)
+        self._advance(1)
+        return float(np.median(times[:, -1])), np.median(times[:, :-1] / times[:, -1:], axis=0).tolist()
+
+    def _in_turn(self, modules: Sequence[nn.Module], inputs: Sequence[Tensor], longest: float) -> Times:
+        """The last is what ratios are taken to; more repeats only before ``longest`` seconds have passed."""
+        runs: Sequence[Callable[[Tensor], object]] = compiled(modules) if self._compiled else modules
+        with torch.inference_mode():
+            loops = [warm(run, images, 1, "model") for run, images in zip(runs, inputs, strict=True)]
+            start = time.perf_counter()
+            times = in_turn(runs, inputs, loops, self._repeats, _unheard)
+            most = _MOST_REPEATS * self._repeats
+            while _unsure(times) and len(times) < most and time.perf_counter() - start < longest:
+                times = np.concatenate([times, in_turn(runs, inputs, loops, self._repeats, _unheard)])
+        return times
+
+    def copies(self, module: nn.Module, x: Tensor, most: int) -> int:
+        """How many of a layer to run behind each other: what fills a sample, but no more than the model has."""
+        if self._compiled:
+            return 1
+        with torch.inference_mode():
+            seconds = SHORTEST_SAMPLE_S / warm(module, x, 1, "model")
+        return min(most, math.ceil(SHORTEST_SAMPLE_S / seconds))
+
+    @property
+    def seconds(self) -> float:
+        """Median time of the reference."""
+        return float(np.median(self._seconds))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A kind of layer to measure: a block of the model, or with ``block`` None what the model is without blocks.
+
+    ``name`` is the layer's in the model that has this block alone; ``axes`` the sizes to measure, ``uneven`` those that
+    are no multiples of 4, or empty.
+    """
+
+    family: Family
+    model: nn.Module
+    block: int | None
+    name: str
+    places: tuple[Mapping[str, str], ...]
+    axes: Mapping[str, tuple[int, ...]]
+    uneven: Mapping[str, tuple[int, ...]]
+    input_size: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return sum(math.prod(len(each) for each in axes.values()) for axes in (self.axes, self.uneven) if axes)
+
+    def dense(self, batch_size: int) -> tuple[nn.Module, Tensor]:
+        return self.cut({axis: levels[-1] for axis, levels in self.axes.items()}, batch_size)
+
+    def cut(self, sizes: Mapping[str, int], batch_size: int) -> tuple[nn.Module, Tensor]:
+        """A copy of the layer with these sizes, and an input of random numbers."""
+        lone = self.family.alone(self.model, self.block)
+        groups = {axis if axis == "width" else f"blocks.0.{axis}": size for axis, size in sizes.items()}
+        shape(lone, self.family, {n: size for n, size in groups.items() if size < self.axes[n.rpartition(".")[2]][-1]})
+        module = lone if self.block is None else self.family.layers(lone)[self.name]
+        size = self.input_size if self.block is None else (*self.input_size, sizes["width"])
+        like = next(lone.parameters())
+        return module, torch.randn(batch_size, *size, generator=_generator(), device="cpu").to(like)
+
+    def measure(self, clock: _Clock, batch_size: int) -> Layer:
+        """Times in units of the clock's reference."""
+        copies = clock.copies(*self.dense(batch_size), most=len(self.places) or 1)
+
+        def grid(axes: Mapping[str, tuple[int, ...]]) -> Grid:
+            ratios = np.empty([len(levels) for levels in axes.values()])
+            for corner in np.ndindex(*ratios.shape):
+                sizes = {axis: levels[index] for (axis, levels), index in zip(axes.items(), corner, strict=True)}
+                module, x = self.cut(sizes, batch_size)
+                stack = module if copies == 1 else nn.Sequential(*(copy.deepcopy(module) for _ in range(copies)))
+                ratios[corner] = clock.ratio(stack, x) / copies
+            return Grid(axes, ratios).monotone()
+
+        return Layer(self.places, grid(self.axes), grid(self.uneven) if self.uneven else None)
+
+
+def _distinct(family: Family, dense: nn.Module, anatomy: Anatomy, levels: Levels) -> list[_Source]:
+    """Every kind of layer once, the attention of the first block first; what stands around the blocks last."""
+    modules = family.layers(dense)
+    queries = {each.module: each.queries for each in anatomy.products if isinstance(each, AttentionProduct)}
+    around = {anatomy.group(site.qk).block: site for site in anatomy.attention}
+    found: dict[tuple[object, ...], _Source] = {}
+    for name, place in _places(anatomy):
+        groups = {axis: group for axis, group in place.items() if axis != PRESENT}
+        block = anatomy.group(next(iter(groups.values()))).block
+        # Blocks without attention have as many tokens as the others.
+        attention = around.get(block, anatomy.attention[0])
+        sizes = {axis: anatomy.sizes[group] for axis, group in groups.items()}
+        key = (repr(modules[name]), attention.heads, *sizes.items())
+        if key in found:
+            found[key] = replace(found[key], places=(*found[key].places, place))
+            continue
+        axes, uneven = levels.of({"width": "width", **groups})
+        # Alone, a block is the first.
+        lone = name.replace(f".{block}.", ".0.", 1)
+        found[key] = _Source(family, dense, block, lone, (place,), axes, uneven, (queries[attention.name],))
+    axes, uneven = levels.of({"width": "width"})
+    return [*found.values(), _Source(family, dense, None, "", (), axes, uneven, anatomy.input_size)]
+
+
+def _places(anatomy: Anatomy) -> list[tuple[str, dict[str, str]]]:
+    """Name of every layer, and the groups of its axes and of its presence, as far as the model has them."""
+    found: list[tuple[str, dict[str, str]]] = []
+    for attention in anatomy.attention:
+        axes = {"qk": attention.qk, "v": attention.v, "heads": attention.heads_group}
+        found.append((attention.name, {**axes, PRESENT: attention.layer}))
+    return found + [(ffn.name, {"ffn": ffn.ffn, PRESENT: ffn.layer}) for ffn in anatomy.ffn]
+
+
+def _random_cuts(anatomy: Anatomy, levels: Levels) -> list[dict[str, int]]:
+    """Models of sizes that plans have, each block its own, with one size of queries, keys and values in a layer."""
+    random = np.random.default_rng(0)
+    cuts: list[dict[str, int]] = []
+    for number, (low, high) in enumerate(_SHARES):
+        sizes: dict[str, int] = {}
+        for group in anatomy.groups:
+            options = levels.steps(group)
+            end = max(1, math.ceil(high * len(options)))
+            options = options[min(end - 1, int(low * len(options))) : end]
+            queries = sizes.get(group.name.removesuffix("v") + "qk", 0) if group.kind == "v" else 0
+            # Width, since it costs everywhere, only in every other.
+            if options != [group.size] and (group.kind != "width" or number % 2):
+                sizes[group.name] = queries if queries in options else int(random.choice(options))
+        if sizes:
+            cuts.append(sizes)
+    return cuts
+
+
+def _unsure(times: Times) -> bool:
+    """Do other programs take the processor, so that the median of the ratios says little yet?"""
+    low, middle, high = np.quantile(times / times[:, -1:], (0.25, 0.5, 0.75), axis=0)
+    # About a standard error of the median.
+    return bool(((high - low) / middle).max() > _SURE * math.sqrt(len(times)))
+
+
+def _dtype(model: nn.Module, given: str | torch.dtype | None) -> torch.dtype:
+    name = str(input_dtype(model) if given is None else given).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise InvalidArgument(f"dtype: expected one of {', '.join(_DTYPES)}, got {given!r}")
+    return _DTYPES[name]
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _unheard(_count: int, /, note: str = "") -> None:
+    del note

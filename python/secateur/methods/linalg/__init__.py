@@ -1,0 +1,1 @@
+"""Closed forms over second moments, in float64 on the CPU."""

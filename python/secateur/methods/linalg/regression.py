@@ -1,0 +1,224 @@
+"""Ridge regression from second moments, with the ridge that the two folds of the statistics agree on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import NumericalError
+
+__all__ = [
+    "RIDGES",
+    "SKETCH",
+    "Moment",
+    "cholesky",
+    "choose_ridge",
+    "inverse",
+    "ridged_cholesky",
+    "ridged_inverse",
+    "sketch",
+    "solve",
+    "square_root",
+]
+
+# Shares of the mean diagonal. Below the least, float64 solves of Grams of float32 activations hold no more digits.
+RIDGES = tuple(10.0**exponent for exponent in range(-10, 1))
+# Of the largest eigenvalue: what lies below is rounding.
+RANK_TOLERANCE = 1e-11
+# Errors over more outputs than this are estimated from so many random combinations of them.
+SKETCH = 64
+# Errors that differ by less of themselves are the same: at the least ridges of singular Grams rounding is above 1e-6.
+_EQUAL = 1e-5
+# With so many regressors every ridge is tried.
+_SMALL = 256
+# Columns of a Cholesky factor that are found at a time.
+_PANEL = 128
+
+
+class Moment(NamedTuple):
+    """Second moments of one fold: ``xx`` (n, n) of the regressors, ``xy`` (n, outputs) with what is regressed."""
+
+    xx: Tensor
+    xy: Tensor
+
+
+def choose_ridge(folds: Sequence[Moment], near: float = RIDGES[6]) -> float:
+    """The ridge whose solution from one fold predicts the other best, each way, summed.
+
+    Where one fold is empty or all regressors are zero, there is nothing to compare, and the least ridge is returned.
+    From ``near``, the search goes down the curve of errors over ridges to where it rises again: of one that falls and
+    then rises, as such curves do but for noise, that is the best of all, for a fraction of the factorisations.
+
+    Args:
+        folds: two, each of moments per row.
+        near: where to begin, one of ``RIDGES``.
+
+    Returns:
+        A share of the mean diagonal of ``xx``.
+    """
+    if len(folds) != 2 or any(not bool(fold.xx.diagonal().sum() > 0) for fold in folds):
+        return RIDGES[0]
+    first, second = (Moment(fold.xx, sketch(fold.xy)) for fold in folds)
+    # For the factors: new memory for each of many large ones takes as long as they do.
+    room = torch.zeros_like(first.xx)
+
+    @cache
+    def at(index: int) -> tuple[float, float]:
+        found = [_error(*pair, RIDGES[index], room) for pair in ((first, second), (second, first))]
+        return sum(error for error, _ in found), sum(slope for _, slope in found)
+
+    def error(index: int) -> float:
+        return at(index)[0]
+
+    everything = range(len(RIDGES))
+    if len(first.xx) <= _SMALL:
+        best = min(everything, key=error)
+    else:
+        tried = {RIDGES.index(near)}
+        best = RIDGES.index(near)
+        while True:
+            # To where the error falls: on the other side it is higher. Where it is level, up: less does nothing.
+            beside = best + 1 if at(best)[1] < _EQUAL * abs(error(best)) else best - 1
+            if beside in tried or beside not in everything:
+                break
+            tried.add(beside)
+            if error(beside) > error(best) + _EQUAL * abs(error(best)):
+                break
+            best = beside
+        best = min(sorted(tried), key=error)
+    # Among equals the least: it changes least what the folds say nothing about.
+    bound = error(best) + _EQUAL * abs(error(best))
+    while best > 0 and at(best)[1] >= -_EQUAL * abs(error(best)) and error(best - 1) <= bound:
+        best -= 1
+    return RIDGES[best]
+
+
+def _error(fit: Moment, held_out: Moment, ridge: float, room: Tensor | None = None) -> tuple[float, float]:
+    """Error of the solution from one fold on the other, and its derivative by ln ridge.
+
+    In shares of what there is to predict, without the part that no weights change. Infinite, and falling, for a ridge
+    that is lost in the moments' rounding.
+    """
+    added = ridge * float(fit.xx.diagonal().mean())
+    factor = cholesky(fit.xx, added, room)
+    if factor is None:
+        return math.inf, -math.inf
+    weights = _solve_factored(factor, fit.xy)
+    # Symmetric: from the left, wide products take half the time of tall ones.
+    seen = (weights.mT @ held_out.xx).mT
+    scale = held_out.xy.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
+    error = ((weights * seen).sum() - 2 * (weights * held_out.xy).sum()) / scale
+    # d weights / d added = −(xx + added · I)⁻¹ weights.
+    slope = -2 * added * (_solve_factored(factor, weights) * (seen - held_out.xy)).sum() / scale
+    return float(error), float(slope)
+
+
+def sketch(outputs: Tensor) -> Tensor:
+    """Few outputs (n, 64) for many, random signs of all: the squared error over them is the same in the mean."""
+    count = outputs.shape[1]
+    if count <= SKETCH:
+        return outputs
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (count, SKETCH), generator=generator).double().mul_(2).sub_(1)
+    return outputs @ signs
+
+
+def solve(moment: Moment, ridge: float) -> Tensor:
+    """Weights (n, outputs) that predict y from x: (xx + ridge · mean diagonal · I)⁻¹ xy; zero where x is zero."""
+    diagonal = moment.xx.diagonal()
+    alive = diagonal > RANK_TOLERANCE * diagonal.max()
+    weights = torch.zeros_like(moment.xy)
+    if bool(alive.any()):
+        gram = moment.xx if bool(alive.all()) else moment.xx[alive][:, alive]
+        weights[alive] = _solve_positive(gram, ridge * float(diagonal.mean()), moment.xy[alive])
+    return weights
+
+
+def inverse(matrix: Tensor, ridge: float) -> Tensor:
+    """Symmetric (matrix + ridge · mean diagonal · I)⁻¹, the ridge raised tenfold until it is positive definite."""
+    return ridged_inverse(matrix, ridge)[0]
+
+
+def ridged_inverse(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """The same, and what was added to the diagonal."""
+    mean = float(matrix.diagonal().mean())
+    if not mean > 0:
+        return torch.eye(len(matrix), dtype=matrix.dtype), 0.0
+    factor, added = ridged_cholesky(matrix, ridge * mean)
+    # One triangle is computed and copied to the other: symmetric to the bit.
+    return torch.cholesky_inverse(factor.mT, upper=True), added
+
+
+def square_root(matrix: Tensor) -> Tensor:
+    """R (..., n, n) with RᵀR = matrix, from the eigenvalues above rounding; the other rows are zero."""
+    values, basis = torch.linalg.eigh(matrix)
+    values = torch.where(values > RANK_TOLERANCE * values[..., -1:], values, 0)
+    root: Tensor = values.sqrt()[..., None] * basis.mT
+    return root
+
+
+def cholesky(matrix: Tensor, added: float = 0.0, out: Tensor | None = None) -> Tensor | None:
+    """The factor L (n, n) of matrix + added · I = L Lᵀ, row-major with zeros above; None where there is none.
+
+    By panels: torch's function takes three times as long for a large matrix, most of it for zeros that it writes column
+    by column.
+
+    Args:
+        matrix: symmetric (n, n), of which the lower triangle is read.
+        added: to the diagonal.
+        out: where the factor is written to, with zeros above the diagonal.
+    """
+    size = len(matrix)
+    factor = matrix.new_zeros(size, size) if out is None else out
+    for begin in range(0, size, _PANEL):
+        end = min(begin + _PANEL, size)
+        panel = factor[begin:, begin:end].copy_(matrix[begin:, begin:end])
+        panel.diagonal().add_(added)
+        if begin > 0:
+            panel.addmm_(factor[begin:, :begin], factor[begin:end, :begin].mT, alpha=-1)
+        top, below = panel[: end - begin], panel[end - begin :]
+        found, info = torch.linalg.cholesky_ex(top)
+        if int(info) != 0:
+            return None
+        top.copy_(found)
+        if len(below) > 0:
+            below.copy_(torch.linalg.solve_triangular(found, below.mT, upper=False).mT)
+    return factor
+
+
+def ridged_cholesky(matrix: Tensor, added: float) -> tuple[Tensor, float]:
+    """The factor of matrix + added · I, and what was added: raised tenfold until there is one.
+
+    Raises:
+        NumericalError: the matrix is not finite.
+    """
+    if not bool(matrix.isfinite().all()):
+        raise NumericalError("covariance: expected finite values, got nan or inf")
+    # Rounding can leave a mean diagonal of 0 or below.
+    added = max(added, 1e-30 * float(matrix.diagonal().abs().max()), 1e-300)
+    while True:
+        factor = cholesky(matrix, added)
+        if factor is not None:
+            return factor, added
+        added *= 10
+
+
+def _solve_factored(factor: Tensor, right: Tensor) -> Tensor:
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    found: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return found
+
+
+def _solve_positive(gram: Tensor, added: float, right: Tensor) -> Tensor:
+    factor = cholesky(gram, added)
+    if factor is not None:
+        return _solve_factored(factor, right)
+    ridged = gram.clone()
+    ridged.diagonal().add_(added)
+    found: Tensor = torch.linalg.pinv(ridged, rtol=RANK_TOLERANCE, hermitian=True) @ right
+    return found

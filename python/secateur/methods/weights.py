@@ -1,0 +1,120 @@
+"""Float64 copies of the weights that a plan changes; the model itself is not touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..anatomy.anatomy import Anatomy, kept_along_axes
+from ..anatomy.groups import Indices, parameter_name
+from ..errors import NumericalError
+
+__all__ = ["Draft"]
+
+
+class Draft:
+    """The dense-shaped weights of a model as they will be before the cut, by parameter name, and what norms become.
+
+    ``eps`` maps norms to the eps that they get, ``uncentred`` lists those that take no mean off any more.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        self.eps: dict[str, float] = {}
+        self.uncentred: list[str] = []
+        self._model, self._anatomy = model, anatomy
+        self._changed: dict[str, Tensor] = {}
+
+    def weight(self, module: str, parameter: str = "weight") -> Tensor:
+        """A parameter as drafted so far, float64 on the CPU; the model itself is module ''."""
+        name = parameter_name(module, parameter)
+        if name not in self._changed:
+            return self._model.get_parameter(name).detach().to("cpu", torch.float64)
+        return self._changed[name]
+
+    def bias(self, module: str) -> Tensor:
+        """A layer's bias, zeros where it has none."""
+        layer: Any = self._model.get_submodule(module)
+        name = parameter_name(module, "bias")
+        if name in self._changed or layer.bias is not None:
+            return self.weight(module, "bias")
+        return torch.zeros(len(layer.weight), dtype=torch.float64)
+
+    def largest(self, module: str) -> float:
+        """The largest number that a layer's parameters can be."""
+        return torch.finfo(self._model.get_parameter(parameter_name(module, "weight")).dtype).max
+
+    def affine(self, norm: str, size: int) -> tuple[Tensor, Tensor]:
+        """A norm's scale and shift, (size,); ones and zeros where it has none."""
+        module = self._model.get_submodule(norm)
+        gain, shift = (
+            None if getattr(module, name, None) is None else self.weight(norm, name) for name in ("weight", "bias")
+        )
+        return (
+            torch.ones(size, dtype=torch.float64) if gain is None else gain,
+            torch.zeros(size, dtype=torch.float64) if shift is None else shift,
+        )
+
+    def set(self, module: str, value: Tensor, parameter: str = "weight") -> None:
+        """Draft new values; a bias that the layer does not have is added, unless it is zero."""
+        name = parameter_name(module, parameter)
+        present = getattr(self._model.get_submodule(module), parameter, None)
+        if present is None and name not in self._changed and not bool(value.any()):
+            return
+        self._changed[name] = value
+
+    def set_per_head(self, module: str, values: Tensor, parameter: str = "weight") -> None:
+        """Draft a query/key norm's parameter, (heads, size): also where one entry serves every head as yet."""
+        present = getattr(self._model.get_submodule(module), parameter, None)
+        shared = present is not None and present.numel() < values.numel()
+        self.set(module, values if shared else values.flatten(), parameter)
+
+    def per_head(self, module: str, heads: int, size: int, parameter: str = "weight") -> Tensor:
+        """A query/key norm's parameter, (heads, size); zeros for a bias that is not there."""
+        if getattr(self._model.get_submodule(module), parameter, None) is None:
+            return torch.zeros(heads, size, dtype=torch.float64)
+        value = self.weight(module, parameter)
+        return value.expand(heads, size) if value.numel() == size else value.view(heads, size)
+
+    def scale(self, module: str | None) -> Tensor | float:
+        """What a LayerScale multiplies by; 1 where there is none."""
+        return 1.0 if module is None else self.weight(module, "gamma")
+
+    def finish(self, keep: Mapping[str, Indices]) -> dict[str, Tensor]:
+        """The changed parameters with only what is kept, in the model's types.
+
+        Raises:
+            NumericalError: a value that is no finite number of its type.
+        """
+        found = {}
+        gone = {name for name, indices in keep.items() if indices.shape[1] == 0}
+        for name, value in sorted(self._changed.items()):
+            if self._anatomy.layer_holding(name) in gone:
+                continue
+            module, _, parameter = name.rpartition(".")
+            present = getattr(self._model.get_submodule(module), parameter, None)
+            weight = parameter_name(module, "weight")
+            if present is None:
+                axes = {d: i for d, i in kept_along_axes(self._anatomy, weight, keep).items() if d == 0}
+                dtype = self._model.get_parameter(weight).dtype
+            elif value.ndim > present.ndim:
+                axes, value, dtype = {}, self._of_heads(name, value, keep), present.dtype
+            else:
+                axes = kept_along_axes(self._anatomy, name, keep)
+                dtype = present.dtype
+            for dim, indices in axes.items():
+                value = value.index_select(dim, indices)
+            found[name] = value.to(dtype).contiguous()
+            if not bool(found[name].isfinite().all()):
+                worst = float(value.abs().nan_to_num(nan=torch.inf).max())
+                raise NumericalError(f"{name}: expected weights that {dtype} can hold, got some up to {worst:g}")
+        return found
+
+    def _of_heads(self, name: str, values: Tensor, keep: Mapping[str, Indices]) -> Tensor:
+        """What stays of (heads, size) values of a parameter that served every head."""
+        group = self._anatomy.members_of[name][0][0]
+        kept = torch.from_numpy(keep[group.name])
+        heads = torch.from_numpy(keep[str(group.heads_group)][0]) if group.heads_group in keep else slice(None)
+        return values.gather(1, kept)[heads].flatten()

@@ -1,0 +1,1 @@
+"""Plans: which units stay, what the weights become, and the cut itself."""

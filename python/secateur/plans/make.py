@@ -1,0 +1,243 @@
+"""Choose which units stay: from statistics and a budget to a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import check, core
+from ..anatomy.anatomy import Anatomy
+from ..anatomy.fingerprint import Fingerprint
+from ..anatomy.groups import Group
+from ..budgets.allocate import allocate, free_groups
+from ..budgets.budget import Allocation
+from ..budgets.limits import limits_of
+from ..budgets.ratios import counts_from_ratios
+from ..budgets.target import Target
+from ..errors import InvalidArgument
+from ..families.registry import family_of
+from ..latency.table import LatencyTable
+from ..methods.base import Prepared
+from ..methods.registry import method_named
+from ..statistics.statistics import Float, Statistics
+from .on_the_clock import LatencyReport, sizes_on_the_clock, table_for
+from .plan import Plan
+
+
+@core.host_by_default()
+def plan(
+    model: nn.Module,
+    stats: Statistics,
+    *,
+    method: str = "snp",
+    target: Target | None = None,
+    ratios: Mapping[str, float] | str | Path | None = None,
+    groups: Iterable[str] | None = None,
+    freeze: Iterable[str] = (),
+    min_keep: Mapping[str, int] | None = None,
+    round_to: int | Mapping[str, int] | None = None,
+    allocation: str | None = None,
+    latency_table: LatencyTable | str | Path | None = None,
+    batch_size: int | None = None,
+    strict: bool = True,
+    **options: str,
+) -> Plan:
+    """Choose which units stay. The same model, statistics and arguments give the same plan, but for a latency's.
+
+    ``Target(latency=)`` is met on the clock: the plan that a table of layer times predicts to take that fraction of the
+    model's time is measured, on a copy, against the model in paired runs; the table is corrected by what was found, and
+    a new plan made, until measured / target lies in [0.95, 1] or three rounds passed. ``plan.latency`` reports both. A
+    table of another machine is warned of, and the plan made by the table alone.
+
+    Args:
+        model: the model that was calibrated; it is not changed.
+        stats: what ``calibrate`` measured on it.
+        method: the importance criterion; see ``methods()``.
+        target: a budget; never exceeded, and missed by less than the
+            smallest rounding step that is left, query/key and value of a layer stepping together. Exactly one of
+            ``target`` and ``ratios`` is given.
+        ratios: fraction removed by kind or group, {"qk": .5, "v": .5, "ffn": .5, "width": .1}, or a per-block file: the
+            name of a shipped one ("snp_deit_t", "snp_deit_s_1.3g") or a path. {"blocks.3.attn": 1} removes a layer,
+            {"block": .25} a quarter of all layers, those whose removal moves the output least.
+        groups: kinds or names of groups that may be cut; with a target ("qk", "v", "ffn") unless given. "heads" are
+            whole heads, as many in a layer as pays; "block" is whole attention and FFN layers, of which one of each
+            stays, and with a target takes ``allocation="error"``.
+        freeze: kinds, names or patterns ("blocks.0.*") of groups that stay whole.
+        min_keep: fewest units to keep, by kind or group.
+        round_to: kept counts are multiples of this (per head for query/key and value), an int or a dict by kind or
+            group; unless given 8 per head and 32 otherwise with a target, 1 with ratios. A whole group may always stay.
+        allocation: how a target is shared out: "uniform", one removed fraction for all groups, or "error", the counts
+            of the least loss: a group's error at every size times the sensitivity of the output to it
+            (``calibrate(sensitivity=True)``), added up. Unless given, "error" where the statistics allow it.
+        latency_table: what ``measure_latency`` measured, or its file; it names batch size, type and backend. Without
+            one, a target for latency has one measured first, eager and as the model is, for the groups that may be cut.
+        batch_size: images in the batch that a target for latency is about; the table's, or else 1. A table of another
+            batch size is refused.
+        strict: refuse statistics of other weights; if false, the same dimensions are enough for a method that only
+            selects.
+        **options: the method's own. "snp" takes similarity="weights" (the paper's) or "activations"; "refit" takes
+            selection="greedy", "snp" or "energy"; all take head_score="neurons" (the mean of a head's neuron scores) or
+            "michel" (Michel et al., 2019), "refit" and "project" also "error", their default: what the refitted
+            projection loses with the head.
+
+    Raises:
+        InvalidArgument: an argument that does not fit, an infeasible target, or statistics of another model.
+        Unsupported: a kind of cut that this model does not allow.
+    """
+    if not isinstance(stats, Statistics):
+        raise InvalidArgument(f"stats: expected Statistics from calibrate, got {type(stats).__name__}")
+    check_budget(target, ratios, allocation, latency_table, batch_size)
+    criterion = method_named(method)
+    chosen = checked_options(options, method)
+    anatomy = family_of(model).inspect(model)
+    fingerprint = Fingerprint.of(model, anatomy)
+    stats.settings.fingerprint.require(fingerprint, "model", strict=strict)
+    if not strict and method != "snp":
+        raise InvalidArgument(f"strict: expected True for {method!r}, which changes weights, got False")
+    limits = limits_of(groups, freeze, min_keep, round_to)
+    table = None
+    if target is not None and target.latency is not None:
+        table = table_for(model, anatomy, target, limits, latency_table, batch_size)
+    with core.torch_threads():
+        prepared = criterion.prepare(model, anatomy, stats, chosen)
+        losses = None if target is None else _losses(anatomy, stats, prepared, limits, allocation)
+    removal = None if not stats.sensitive else lambda group: _loss(stats, prepared, group)[0]
+    wanted, added = target, 0
+    while True:
+        try:
+            chosen_sizes, latency = sizes_for(
+                model, anatomy, wanted, ratios, limits, losses=losses, removal=removal, table=table
+            )
+        except InvalidArgument as error:
+            if added == 0:
+                raise
+            raise _no_room(target, added) from error
+        sizes = chosen_sizes.sizes
+        with core.torch_threads():
+            decision = prepared.decide(sizes)
+        found = sum(value.numel() for name, value in decision.weights.items() if name not in anatomy.shapes)
+        params = anatomy.params_at(sizes) + found
+        if target is None or target.params is None or params <= target.params * anatomy.params:
+            break
+        # Biases where there were none count, and which layers get them is known behind the choice alone.
+        assert wanted is not None
+        added = max(found, added + 1)  # always more: rounding may take a parameter for one too many
+        left = target.params - added / anatomy.params
+        if left <= 0:
+            raise _no_room(target, added)
+        wanted = replace(target, params=left)
+    return Plan(
+        method=method,
+        options={**chosen, "target": None if target is None else vars(target), "gamma": stats.settings.gamma},
+        fingerprint=fingerprint,
+        keep=decision.keep,
+        params=(anatomy.params, params),
+        macs=(anatomy.macs, anatomy.macs_at(sizes)),
+        weights=decision.weights,
+        eps=decision.eps,
+        uncentred=decision.uncentred,
+        latency=latency,
+        loss=None if math.isnan(chosen_sizes.loss) else (chosen_sizes.loss, chosen_sizes.bound),
+    )
+
+
+def check_budget(target: Any, ratios: Any, allocation: Any, latency_table: Any = None, batch_size: Any = None) -> None:
+    """Refuse all but one target or ratios, and what they do not go with.
+
+    Raises:
+        InvalidArgument: both, neither, or something else.
+    """
+    if (target is None) == (ratios is None):
+        raise InvalidArgument(f"target, ratios: expected exactly one, got {'neither' if target is None else 'both'}")
+    if target is not None and not isinstance(target, Target):
+        raise InvalidArgument(f"target: expected a Target, such as Target(macs=0.5), got {target!r}")
+    if ratios is not None and not isinstance(ratios, (Mapping, str, Path)):
+        raise InvalidArgument(f"ratios: expected a dict, a name or a path, got {ratios!r}")
+    if allocation not in (None, "uniform", "error"):
+        raise InvalidArgument(f"allocation: expected 'uniform' or 'error', got {allocation!r}")
+    if allocation is not None and ratios is not None:
+        raise InvalidArgument(f"allocation: expected none with ratios, got {allocation!r}")
+    if target is None or target.latency is None:
+        for name, value in (("latency_table", latency_table), ("batch_size", batch_size)):
+            if value is not None:
+                raise InvalidArgument(f"{name}: expected none without Target(latency=), got {value!r}")
+    if not isinstance(latency_table, (LatencyTable, str, Path, type(None))):
+        raise InvalidArgument(f"latency_table: expected a LatencyTable or its file, got {latency_table!r}")
+    check.integer("batch_size", batch_size, optional=True)
+
+
+def sizes_for(
+    model: nn.Module,
+    anatomy: Anatomy,
+    target: Target | None,
+    ratios: Mapping[str, float] | str | Path | None,
+    limits: Mapping[str, Any],
+    *,
+    losses: Callable[[Group], Float] | None = None,
+    removal: Callable[[Group], float] | None = None,
+    table: LatencyTable | None = None,
+) -> tuple[Allocation, LatencyReport | None]:
+    """How many units of each group stay, and what a target for latency came to.
+
+    Arguments are those of ``plan``; ``limits`` are groups, freeze, min_keep and round_to, and ``table`` is there for a
+    target for latency.
+    """
+    if target is None:
+        assert ratios is not None
+        return Allocation(counts_from_ratios(anatomy, ratios, **limits, removal=removal)), None
+    if target.latency is not None:
+        assert table is not None
+        return sizes_on_the_clock(model, anatomy, target, limits, losses, table)
+    with core.torch_threads():
+        return allocate(anatomy, target, **limits, losses=losses), None
+
+
+def _no_room(target: Target | None, added: int) -> InvalidArgument:
+    return InvalidArgument(
+        f"target: expected room for {added:,} biases that the method adds, beside the least these groups reach, "
+        f"got {target}"
+    )
+
+
+def _losses(
+    anatomy: Anatomy, stats: Statistics, prepared: Prepared, limits: Mapping[str, Any], allocation: str | None
+) -> Callable[[Group], Float] | None:
+    """What a group is predicted to lose at each size, in the unit of the sensitivities; None to share out uniformly."""
+    if allocation == "uniform" or (allocation is None and not stats.sensitive):
+        return None
+    if not stats.sensitive:
+        raise InvalidArgument("stats: expected sensitivities (calibrate(sensitivity=True)), got statistics without")
+    cut = free_groups(anatomy, limits)
+    for group in cut:
+        if prepared.errors(group) is None:
+            if allocation is None and all(other.kind != "block" for other in cut):
+                return None
+            raise InvalidArgument(f"allocation: expected a method that knows the error of {group.name!r}, got none")
+
+    return lambda group: _loss(stats, prepared, group)
+
+
+def _loss(stats: Statistics, prepared: Prepared, group: Group) -> Float:
+    errors = prepared.errors(group)
+    assert errors is not None
+    return stats.sensitivity(group.name) * errors
+
+
+def checked_options(given: Mapping[str, str], method: str) -> dict[str, str]:
+    """All options of a method, given or not.
+
+    Raises:
+        InvalidArgument: no such method, option or value.
+    """
+    allowed = method_named(method).OPTIONS
+    for name, value in given.items():
+        if name not in allowed:
+            raise InvalidArgument(f"options: expected {', '.join(allowed) or 'none'}, got {name!r}")
+        if value not in allowed[name]:
+            raise InvalidArgument(f"{name}: expected one of {', '.join(allowed[name])}, got {value!r}")
+    return {name: given.get(name, values[0]) for name, values in allowed.items()}

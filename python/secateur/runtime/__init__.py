@@ -1,0 +1,1 @@
+"""The process: ranks of a job, random generators, devices, the progress bar."""

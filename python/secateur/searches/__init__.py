@@ -1,0 +1,1 @@
+"""Searches over plans: rounds of pruning towards an objective, and pruning block by block."""

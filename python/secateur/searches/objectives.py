@@ -1,0 +1,149 @@
+"""What a search is for: which models it accepts, and from which of them it cuts further."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+from .. import check
+from ..errors import InvalidArgument
+
+__all__ = ["AccuracyCritical", "LatencySensitive", "Measures", "MemoryConstrained", "Objective", "Verdict"]
+
+Cost = Literal["params", "macs"]
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a round measured: counts, the accuracy in percent, and latency as a share of the dense model's."""
+
+    params: int
+    macs: int
+    accuracy: float
+    latency: float | None = None
+
+
+class Verdict(NamedTuple):
+    """``further``: the search goes on from this model, or else rolls back; ``accepted``: it may be the answer."""
+
+    further: bool
+    accepted: bool
+
+
+def _keep(objective: object, **values: float) -> None:
+    """Plain numbers, which files can hold, whatever they came as."""
+    for name, value in values.items():
+        object.__setattr__(objective, name, value)
+
+
+@dataclass(frozen=True)
+class AccuracyCritical:
+    """As small as possible with at most ``max_drop`` points of accuracy lost.
+
+    A model is accepted, and cut further, while its accuracy is at most ``max_drop`` percentage points below the dense
+    model's. ``cost`` is what the search takes away: "params" or "macs".
+
+    Raises:
+        InvalidArgument: a negative drop, or another cost.
+    """
+
+    max_drop: float = 1.0
+    cost: Cost = "params"
+
+    def __post_init__(self) -> None:
+        _keep(self, max_drop=check.number("objective.max_drop", self.max_drop))
+        if self.cost not in ("params", "macs"):
+            raise InvalidArgument(f"objective.cost: expected 'params' or 'macs', got {self.cost!r}")
+
+    def judge(self, found: Measures, dense: Measures, best: Measures | None) -> Verdict:
+        """Judge a round; ``best`` is the last accepted one before it."""
+        del best
+        # Percentages of a count of images: a drop of exactly max_drop is one, whatever rounding makes of it.
+        met = dense.accuracy - found.accuracy <= self.max_drop + 1e-9
+        return Verdict(met, met)
+
+    def __str__(self) -> str:
+        return f"fewest {'parameters' if self.cost == 'params' else 'MACs'}, at most {self.max_drop:g} points lost"
+
+
+@dataclass(frozen=True)
+class MemoryConstrained:
+    """At most ``params`` (a fraction of the dense model's) parameters, as accurate as possible.
+
+    A model within the budget is accepted if none accepted before it is more accurate. The search cuts further from
+    models that have not lost more than was asked for, which is how AAP's released code reads its parameter target, and
+    rolls back behind those that have.
+
+    Raises:
+        InvalidArgument: a fraction outside (0, 1].
+    """
+
+    params: float
+
+    def __post_init__(self) -> None:
+        _keep(self, params=check.fraction("objective.params", self.params, open_low=True))
+
+    @property
+    def cost(self) -> Cost:
+        """What the search takes away."""
+        return "params"
+
+    def judge(self, found: Measures, dense: Measures, best: Measures | None) -> Verdict:
+        """Judge a round; ``best`` is the last accepted one before it."""
+        return _judge_budget(found.params / dense.params, self.params, found, best)
+
+    def __str__(self) -> str:
+        return f"most accurate with at most {self.params:.4g} of the parameters"
+
+
+@dataclass(frozen=True)
+class LatencySensitive:
+    """At most ``macs`` of the dense model's MACs, or ``latency`` of its measured time, as accurate as possible.
+
+    Acceptance as for `MemoryConstrained`. Exactly one fraction is given. Latency is measured by ``bench`` beside the
+    dense model, on ``batch_size`` images, as the inverse median of ``repeats`` paired ratios; the search moves MACs.
+
+    Raises:
+        InvalidArgument: both or neither, a fraction outside (0, 1], or a number below 1.
+    """
+
+    macs: float | None = None
+    latency: float | None = None
+    batch_size: int = 32
+    repeats: int = 15
+
+    def __post_init__(self) -> None:
+        if (self.macs is None) == (self.latency is None):
+            raise InvalidArgument(
+                f"objective: expected either macs or latency, got {'neither' if self.macs is None else 'both'}"
+            )
+        for name in ("macs", "latency"):
+            if getattr(self, name) is not None:
+                _keep(self, **{name: check.fraction(f"objective.{name}", getattr(self, name), open_low=True)})
+        _keep(self, batch_size=check.integer("objective.batch_size", self.batch_size))
+        _keep(self, repeats=check.integer("objective.repeats", self.repeats))
+
+    @property
+    def cost(self) -> Cost:
+        """What the search takes away."""
+        return "macs"
+
+    def judge(self, found: Measures, dense: Measures, best: Measures | None) -> Verdict:
+        """Judge a round; ``best`` is the last accepted one before it."""
+        if self.macs is not None:
+            return _judge_budget(found.macs / dense.macs, self.macs, found, best)
+        assert self.latency is not None
+        assert found.latency is not None
+        return _judge_budget(found.latency, self.latency, found, best)
+
+    def __str__(self) -> str:
+        share, what = (self.macs, "MACs") if self.macs is not None else (self.latency, "latency")
+        return f"most accurate with at most {share:.4g} of the {what}"
+
+
+Objective: TypeAlias = AccuracyCritical | MemoryConstrained | LatencySensitive
+
+
+def _judge_budget(share: float, budget: float, found: Measures, best: Measures | None) -> Verdict:
+    within = share <= budget
+    return Verdict(share >= budget, within and (best is None or found.accuracy >= best.accuracy))

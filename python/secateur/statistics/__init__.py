@@ -1,0 +1,5 @@
+"""What calibration collects: sums over images that serve every method and budget."""
+
+from .statistics import Statistics
+
+__all__ = ["Statistics"]

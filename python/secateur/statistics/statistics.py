@@ -1,0 +1,332 @@
+"""Sums over calibration images, kept in two folds; saved, merged, and read by every method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .. import core
+from ..anatomy.fingerprint import Fingerprint
+from ..errors import InvalidArgument
+from ..files import container
+
+Float = npt.NDArray[np.float64]
+Collect = Literal["scores", "all"]
+FOLDS = ("even", "odd")
+SAMPLED_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the sums depend on besides the images; only equal settings can be merged.
+
+    ``data`` is the model's data configuration (input size, mean, std, interpolation), ``dtype`` the type of the
+    queries and keys that were scored.
+    """
+
+    fingerprint: Fingerprint
+    gamma: int
+    collect: Collect
+    token_fraction: float
+    dtype: str
+    data: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**vars(self), "fingerprint": self.fingerprint.to_dict(), "data": dict(self.data)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Settings:
+        """Back from JSON values."""
+        return cls(**{**fields, "fingerprint": Fingerprint.from_dict(fields["fingerprint"])})
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First two moments of row vectors: ``mean`` (d,) and ``second`` (d, d) = E[x xᵀ], float64, over ``rows`` rows."""
+
+    rows: int
+    mean: Float
+    second: Float
+
+    @property
+    def covariance(self) -> Float:
+        """Centred second moment, (d, d)."""
+        covariance: Float = np.outer(self.mean, self.mean)
+        return np.subtract(self.second, covariance, out=covariance)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two estimates of a group's importance agree.
+
+    ``spearman`` is the rank correlation over a head's neurons, averaged over heads; ``overlap`` the share of the lower
+    half that both would prune.
+    """
+
+    spearman: float
+    overlap: float
+
+
+class Statistics:
+    """What calibration measured, as sums over images in two folds (even and odd images).
+
+    Arrays are float64, symmetric matrices packed (upper triangle, row by row). ``tensors`` maps
+    ``fold/group/what`` to its array, for example ``even/blocks.0.qk/score_sum`` (heads, qk_dim). Beside the folds stand
+    ``sample/…``, float32 Grams of the first images one by one, and ``sensitivity/…``, sums and, last, the images.
+    """
+
+    def __init__(self, settings: Settings, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+        self.settings = settings
+        self.tensors = dict(tensors)
+
+    @property
+    def images(self) -> int:
+        """Images seen."""
+        return sum(self.images_by_fold)
+
+    @property
+    def images_by_fold(self) -> tuple[int, int]:
+        """Images seen in each fold."""
+        first = next(name for name in self.tensors if name.startswith("even/") and name.endswith("/images")).split("/")[
+            1
+        ]
+        even, odd = (int(self.tensors[f"{fold}/{first}/images"][0]) for fold in FOLDS)
+        return even, odd
+
+    @property
+    def groups(self) -> list[str]:
+        """Names of what was observed."""
+        return list(dict.fromkeys(name.split("/")[1] for name in self.tensors))
+
+    def importance(self, group: str, fold: str | None = None) -> Float:
+        """Mean query/key importance per image, (heads, qk_dim); SNP's ω (Shim et al., ECCV 2024).
+
+        Raises:
+            InvalidArgument: no such query/key group, or no image in the fold.
+        """
+        images = int(self._sum(group, "images", fold)[0])
+        if images == 0:
+            raise InvalidArgument(f"fold: expected one with images, got {fold!r} with none")
+        return self._sum(group, "score_sum", fold) / images
+
+    def gram(
+        self, group: str, which: Literal["query_gram", "key_gram", "score_gram"], fold: str | None = None
+    ) -> Float:
+        """Sums over images of QᵀQ, K_cᵀK_c (keys centred per image) or their elementwise product, (heads, d, d).
+
+        Raises:
+            InvalidArgument: not collected, or no such matrix.
+        """
+        if which not in ("query_gram", "key_gram", "score_gram"):
+            raise InvalidArgument(f"which: expected query_gram, key_gram or score_gram, got {which!r}")
+        return unpack(self._sum(group, which, fold))
+
+    def moments(self, group: str, fold: str | None = None, out: Float | None = None) -> Moments:
+        """Moments of values ("blocks.0.v"), FFN hidden units, a projection's input, or a norm's ("blocks.0.norm1").
+
+        A norm's input x counts as x̂ = x √D / ‖x‖, centred first for LayerNorm. ``out``, contiguous float64 (d, d), is
+        where the second moment is written to: new memory for many large ones takes as long as what is done with them.
+
+        Raises:
+            InvalidArgument: not collected.
+        """
+        rows, mean = self._rows(group, fold), self.mean(group, fold)
+        second = unpack(self._sum(group, "second_moment", fold), out, rows)
+        return Moments(rows, mean, second)
+
+    def mean(self, group: str, fold: str | None = None) -> Float:
+        """The mean alone of what ``moments`` returns, (d,).
+
+        Raises:
+            InvalidArgument: not collected.
+        """
+        found: Float = self._sum(group, "sum", fold) / self._rows(group, fold)
+        return found
+
+    def image_grams(self, group: str) -> tuple[Float, Float]:
+        """QᵀQ and K_cᵀK_c (keys centred per image) of each of the first 64 images: twice (images, heads, d, d).
+
+        Raises:
+            InvalidArgument: not collected.
+        """
+        found = []
+        for what in ("query_gram", "key_gram"):
+            name = f"sample/{group}/{what}"
+            if name not in self.tensors:
+                raise InvalidArgument(f"group: expected {what} of images of {group!r}, got statistics without it")
+            found.append(unpack(self.tensors[name].astype(np.float64)))
+        return found[0], found[1]
+
+    def sensitivity(self, group: str) -> float:
+        """How much the output moves when a group's part of the model is off by a small share of its variance.
+
+        The mean over images of the divergence between the undisturbed and the disturbed model's class probabilities
+        (Kullback-Leibler, in nats), over that share. Without a classifier: the relative squared change of the features.
+
+        Raises:
+            InvalidArgument: not collected (``calibrate(sensitivity=True)``).
+        """
+        return float(self._per_image(group, "divergence")[0])
+
+    def removal(self, layer: str) -> tuple[float, float]:
+        """How much the output moves when an attention or FFN layer ("blocks.0.attn") adds nothing, or only its mean.
+
+        The unit is that of ``sensitivity``.
+
+        Raises:
+            InvalidArgument: not collected (``calibrate(sensitivity=True)``).
+        """
+        return float(self._per_image(layer, "divergence")[0]), float(self._per_image(layer, "mean_kept")[0])
+
+    def head_importance(self, group: str) -> Float:
+        """E |Att_h · ∂L/∂Att_h| of each head of a group of heads ("blocks.0.heads"), (heads,).
+
+        Michel et al., 2019, arXiv:1905.10650; L is the cross-entropy of the model's own answer.
+
+        Raises:
+            InvalidArgument: not collected (``calibrate(head_gradients=True)``).
+        """
+        return self._per_image(group, "gradient")
+
+    def _per_image(self, group: str, what: str) -> Float:
+        name = f"sensitivity/{group}/{what}"
+        if name not in self.tensors:
+            which = ("gradients", "head_gradients") if what == "gradient" else ("sensitivity", "sensitivity")
+            raise InvalidArgument(f"stats: expected the {which[0]} of {group!r}, got none: calibrate({which[1]}=True)")
+        sums = self.tensors[name]
+        mean: Float = sums[:-1] / sums[-1]
+        return mean
+
+    @property
+    def sensitive(self) -> bool:
+        """Was the sensitivity of the groups measured?"""
+        return any(name.startswith("sensitivity/") and name.endswith("/divergence") for name in self.tensors)
+
+    def agreement(self, other: Statistics | None = None) -> dict[str, Agreement]:
+        """Compare the query/key importance with another calibration's, or one fold's with the other's.
+
+        Raises:
+            InvalidArgument: ``other`` is of another model.
+        """
+        if other is not None and not isinstance(other, Statistics):
+            raise InvalidArgument(f"other: expected Statistics, got {type(other).__name__}")
+        if other is not None:
+            self.settings.fingerprint.require(other.settings.fingerprint, "other", strict=True)
+        found = {}
+        for group in self.groups:
+            if f"even/{group}/score_sum" in self.tensors:
+                if other is None:
+                    pair = (self.importance(group, "even"), self.importance(group, "odd"))
+                else:
+                    pair = (self.importance(group), other.importance(group))
+                found[group] = _agreement(*pair)
+        return found
+
+    @staticmethod
+    def merge(parts: Sequence[Statistics]) -> Statistics:
+        """Add the sums of several calibrations of one model over different images.
+
+        Raises:
+            InvalidArgument: nothing to merge, or different models, settings or observations.
+        """
+        if not isinstance(parts, Sequence) or not all(isinstance(part, Statistics) for part in parts):
+            raise InvalidArgument(f"parts: expected a list of Statistics, got {parts!r}")
+        if not parts:
+            raise InvalidArgument("parts: expected at least one Statistics, got none")
+        first = parts[0]
+        for part in parts[1:]:
+            first.settings.fingerprint.require(part.settings.fingerprint, "parts", strict=True)
+            for name, mine in first.settings.to_dict().items():
+                found = part.settings.to_dict()[name]
+                if found != mine:
+                    raise InvalidArgument(f"parts: expected {name} = {mine!r} in all, got {found!r}")
+            if part.tensors.keys() != first.tensors.keys():
+                raise InvalidArgument("parts: expected the same observations in all, got different ones")
+        summed = {
+            # The Grams of single images are no sums: the first of them stay, as in one long calibration.
+            name: np.concatenate([part.tensors[name] for part in parts])[:SAMPLED_IMAGES]
+            if name.startswith("sample/")
+            else np.sum([part.tensors[name] for part in parts], axis=0)
+            for name in first.tensors
+        }
+        return Statistics(first.settings, summed)
+
+    def save(self, path: str | Path) -> None:
+        """Write one .safetensors file with checksums.
+
+        Raises:
+            InvalidArgument: the folder does not exist.
+        """
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in self.tensors.items()}
+        container.write(path, "statistics", self.settings.to_dict(), tensors)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read a file that ``save`` wrote.
+
+        Raises:
+            InvalidArgument: not such a file, or a damaged one.
+        """
+        fields, tensors = container.read(path, "statistics")
+        with container.understood("path: expected a secateur statistics file"):
+            counts = [name for name in tensors if name.startswith("even/") and name.endswith("/images")]
+            if not counts or not all(name.count("/") == 2 for name in tensors):
+                raise ValueError("expected sums by fold, group and name, got others")
+            found = cls(Settings.from_dict(fields), {name: tensor.numpy() for name, tensor in tensors.items()})
+            if found.images < 1:
+                raise ValueError("expected at least one image, got none")
+            return found
+
+    def _rows(self, group: str, fold: str | None) -> int:
+        rows = int(self._sum(group, "rows", fold)[0])
+        if rows == 0:
+            raise InvalidArgument(f"group: expected one that was observed, got {group!r} with no rows")
+        return rows
+
+    def _sum(self, group: str, what: str, fold: str | None) -> Float:
+        if fold is not None and fold not in FOLDS:
+            raise InvalidArgument(f"fold: expected even, odd or None, got {fold!r}")
+        folds = FOLDS if fold is None else (fold,)
+        try:
+            parts = [self.tensors[f"{name}/{group}/{what}"] for name in folds]
+            total: Float = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        except KeyError as error:
+            raise InvalidArgument(
+                f"group: expected {what} of {group!r}, got statistics of {self.settings.collect!r} without it"
+            ) from error
+        return total
+
+    def __repr__(self) -> str:
+        return (
+            f"Statistics({self.settings.fingerprint.architecture}, {self.images} images, "
+            f"collect={self.settings.collect!r}, gamma={self.settings.gamma})"
+        )
+
+
+def unpack(packed: Float, out: Float | None = None, divisor: float = 1.0) -> Float:
+    """Full symmetric matrices (..., d, d) of packed upper triangles (..., d(d+1)/2), in ``out`` if there is one."""
+    size = int((np.sqrt(8 * packed.shape[-1] + 1) - 1) / 2)
+    full = np.empty((*packed.shape[:-1], size, size)) if out is None else out
+    core.unpack(np.ascontiguousarray(packed), full, divisor)
+    return full
+
+
+def _agreement(first: Float, second: Float) -> Agreement:
+    correlations, overlaps = [], []
+    for mine, theirs in zip(first, second, strict=True):
+        ranks, other = _ranks(mine), _ranks(theirs)
+        half = max(1, len(mine) // 2)
+        correlations.append(1.0 if len(mine) < 2 else float(np.corrcoef(ranks, other)[0, 1]))
+        overlaps.append(float(np.mean((ranks < half)[other < half])))
+    return Agreement(float(np.mean(correlations)), float(np.mean(overlaps)))
+
+
+def _ranks(scores: Float) -> Float:
+    return np.argsort(np.argsort(scores, kind="stable"), kind="stable").astype(np.float64)

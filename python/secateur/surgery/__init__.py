@@ -1,0 +1,1 @@
+"""Cuts a model. Knows sizes and structure, and no plan."""

@@ -1,0 +1,119 @@
+"""Accuracy and loss of a classifier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.utils import accuracy
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .. import check
+from ..data.model_input import images_in, model_input, split_batch
+from ..errors import InvalidArgument, NumericalError
+from ..runtime.devices import borrowed
+from ..runtime.progress import progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Evaluation", "check_targets", "evaluate", "full_precision"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy in percent, mean cross entropy in nats, and the number of images they were taken over.
+
+    ``top5`` counts the five highest logits, or all of them where the model has fewer classes.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+    def __str__(self) -> str:
+        return f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %, loss {self.loss:.4f}, {self.images:,} images"
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    device: torch.device | str | None = None,
+    max_images: int | None = None,
+) -> Evaluation:
+    """Measure a classifier in evaluation mode; its mode and device are what they were afterwards.
+
+    Args:
+        model: maps images (B, C, H, W) to logits (B, classes), in any floating-point type.
+        loader: an iterable of (images, targets), targets (B,) class indices; the images are cast to the model's type.
+        device: where to run; the model's own by default.
+        max_images: stop after exactly so many images.
+
+    Raises:
+        InvalidArgument: no model with weights, no such device, or a loader that yields nothing, images of another
+            shape, no targets, or targets that are no class of the model.
+        NumericalError: a logit is NaN or infinite.
+    """
+    max_images = check.integer("max_images", max_images, optional=True)
+    images_seen, top1, top5, loss = 0, 0, 0, 0.0
+    total = images_in(loader, max_images)
+    with borrowed(model, device) as place, progress(total, "evaluate") as advance, torch.inference_mode():
+        for batch in loader:
+            images, targets = split_batch(batch)
+            if targets is None:
+                raise InvalidArgument("loader: expected (images, targets), got images alone")
+            left = len(images) if max_images is None else max_images - images_seen
+            images, targets = model_input(model, images[:left], place), targets[:left].to(place)
+            logits = full_precision(model(images))
+            targets = check_targets(targets, logits, soft=False)
+            if not torch.isfinite(logits).all():
+                first = images_seen + int((~torch.isfinite(logits)).any(dim=1).nonzero()[0])
+                raise NumericalError(f"model: expected finite logits, got nan or inf for image {first}")
+            count = len(images)
+            hits = [round(float(percent) * count / 100) for percent in accuracy(logits, targets, topk=(1, 5))]
+            top1, top5 = top1 + hits[0], top5 + hits[1]
+            loss += float(functional.cross_entropy(logits.double(), targets, reduction="sum"))
+            images_seen += count
+            advance(count)
+            if images_seen == max_images:
+                break
+    if images_seen == 0:
+        raise InvalidArgument("loader: expected at least one batch, got none")
+    return Evaluation(100 * top1 / images_seen, 100 * top5 / images_seen, loss / images_seen, images_seen)
+
+
+def check_targets(targets: Tensor, logits: Tensor, *, soft: bool) -> Tensor:
+    """Return class indices (B,) of the logits (B, classes) as int64, with ``soft`` class probabilities as they are.
+
+    Raises:
+        InvalidArgument: they are not.
+    """
+    if logits.ndim != 2:
+        raise InvalidArgument(f"model: expected logits (B, classes), got an output of shape {tuple(logits.shape)}")
+    if soft and targets.is_floating_point() and targets.shape == logits.shape:
+        return targets
+    if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise InvalidArgument(
+            f"loader: expected targets (B,) of class indices, got {tuple(targets.shape)} {targets.dtype}"
+        )
+    targets = targets.long()  # of uint64, what does not fit is below 0
+    low, high = (int(value) for value in targets.aminmax())
+    if low < 0 or high >= logits.shape[1]:
+        got = low if low < 0 else high
+        raise InvalidArgument(f"loader: expected class indices from 0 to {logits.shape[1] - 1}, got {got}")
+    return targets
+
+
+def full_precision(logits: object) -> Tensor:
+    """Return what a model gave as float32, or as float64 if it is: a loss taken in half precision underflows.
+
+    Raises:
+        InvalidArgument: it is no tensor.
+    """
+    if not isinstance(logits, Tensor):
+        raise InvalidArgument(f"model: expected logits (B, classes), got a {type(logits).__name__}")
+    return logits if logits.dtype == torch.float64 else logits.float()
