@@ -19,7 +19,8 @@ from torch import nn
 from .. import __version__, check
 from ..budgets.target import Target
 from ..core.bindings import cmake_dir
-from ..data.loader import default_split, loader
+from ..data.loader import loader
+from ..data.sources import default_split
 from ..errors import Error, InvalidArgument
 from ..exports.native import load as load_
 from ..exports.native import save as save_
