@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ..searches.objectives import Objective
-    from ..statistics.statistics import Collect
+    from ..statistics.settings import Collect
 
 app = typer.Typer(
     help="Structured pruning of vision transformers: cut a trained timm model to a smaller dense one.",
