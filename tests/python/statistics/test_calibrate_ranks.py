@@ -16,7 +16,7 @@ import torch
 from finetuning import quiet
 from launch import on_ranks, start_ranks
 from secateur.data.loader import loader
-from test_statistics import assert_close
+from sums import assert_close
 
 HEAD = """
 import os, signal, sys, time

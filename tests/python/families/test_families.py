@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.utils.prune
 from models import KINDS, images, make
-from test_exactness import plan_of
+from pruning import plan_of
 from timm.layers import Attention, HybridEmbed, LayerNorm, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn

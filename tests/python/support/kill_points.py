@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import secateur as sc
-import test_search
 import torch
 from finetuning import batches, quiet, tiny, weights
 from safetensors.torch import load_file, save_file
+from searching import TUNING, tuned
 from secateur.data.loader import loader
 from secateur.files import container
 
@@ -54,7 +54,7 @@ def finetune(folder: Path) -> None:
 
 
 def search(folder: Path) -> None:
-    found = test_search.tuned(3, batches(), {**test_search.TUNING, "checkpoint_every": 2}, resume=folder / "file")
+    found = tuned(3, batches(), {**TUNING, "checkpoint_every": 2}, resume=folder / "file")
     history = json.dumps([str(row) for row in found.history]).encode()
     digest = torch.frombuffer(bytearray(hashlib.sha256(history).digest()), dtype=torch.uint8)
     save_file({**weights(found.model), "history": digest}, folder / "result")

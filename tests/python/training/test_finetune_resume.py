@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from finetuning import Breaking, Killed, batches, same, tiny, weights
+from launch import SUPPORT
 from secateur.data.loader import loader
 from secateur.errors import InvalidArgument
 from secateur.training.finetune import FinetuneResult, finetune
@@ -84,7 +85,7 @@ SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from finetuning import tiny, batches
-from secateur.finetune import finetune
+from secateur.training.finetune import finetune
 
 class Kill(list):
     seen = 0
@@ -102,7 +103,7 @@ finetune(tiny(), Kill(batches(size=5)), epochs=4, resume={path!r}, checkpoint_ev
 def test_a_killed_process_leaves_a_checkpoint_that_resumes(tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     options = {"mixup": 0.4, "cutmix": 1.0, "ema": 0.9, "label_smoothing": 0.1}
-    code = SCRIPT.format(tests=str(Path(__file__).parent), path=str(path), options=options)
+    code = SCRIPT.format(tests=str(SUPPORT), path=str(path), options=options)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [item.name for item in tmp_path.iterdir()] == ["run.safetensors"]

@@ -15,10 +15,10 @@ import secateur as sc
 import timm
 import torch
 from models import BASE, KINDS, images, make
+from pruning import plan_of, random_keep
 from safetensors import safe_open
 from safetensors.torch import save_file
 from secateur.files import container
-from test_exactness import plan_of, random_keep
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 

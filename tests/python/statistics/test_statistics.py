@@ -10,19 +10,12 @@ import secateur as sc
 import torch
 from secateur.methods import refit
 from secateur.statistics.statistics import unpack
+from sums import assert_close
 
 
 @pytest.fixture
 def stats(digits_model, digits_images):
     return sc.calibrate(digits_model, [digits_images])
-
-
-def assert_close(first, second, tolerance=1e-12):
-    assert first.settings == second.settings
-    assert first.tensors.keys() == second.tensors.keys()
-    for name, array in first.tensors.items():
-        scale = max(1e-300, float(np.abs(array).max()))
-        np.testing.assert_allclose(array, second.tensors[name], rtol=0, atol=tolerance * scale, err_msg=name)
 
 
 def test_save_and_load(stats, tmp_path):

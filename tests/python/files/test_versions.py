@@ -17,7 +17,7 @@ import torch
 from finetuning import batches, quiet
 from torch import nn
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[2] / "data"
 FORMATS = sorted(folder.name for folder in DATA.iterdir())
 OPTIONS = {"steps": 4, "lr": 1e-3, "ema": 0.9}
 

@@ -7,12 +7,12 @@ import pytest
 import secateur as sc
 import timm
 import torch
+from dlpack import FakeTensor
 from models import images, make
 from secateur import core, errors
 from secateur.core import fallback
 from secateur.families.vision_transformer.modules import PrunedAttention
 from secateur.statistics.calibrate import _Collector
-from test_core import FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

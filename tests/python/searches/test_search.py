@@ -10,21 +10,21 @@ import signal
 import subprocess
 import sys
 from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import secateur as sc
 import torch
 from finetuning import Breaking, Killed, batches, same, tiny, weights
+from launch import SUPPORT
 from models import images, make
+from searching import ALL, TUNING, calibration, tuned
 from secateur.data.loader import loader as data_loader
 from secateur.searches.objectives import Measures
 from secateur.searches.stepper import Stepper
 
 # `secateur.search` is the function.
 module = importlib.import_module("secateur.searches.search")
-ALL = ("qk", "v", "ffn", "width")
 FAST = {"method": "snp", "groups": ALL, "round_to": 1}
 
 
@@ -415,23 +415,6 @@ def test_without_labels_it_is_the_agreement_with_the_dense_model(digits_model, d
 
 # --- With fine-tuning -------------------------------------------------------------------------------------------------
 
-TUNING = {"epochs": 1, "lr": 1e-3, "warmup": 0, "alpha": 0.5}
-SEARCH = {"objective": sc.AccuracyCritical(100.0), "rounds": 3, "step": 0.125, "groups": ALL, "round_to": 1}
-
-
-def calibration():
-    return [x.clamp(-1, 1) for x, _ in batches(3, 6, seed=5)]
-
-
-def tuned(rounds=3, train=None, tuning=TUNING, objective=None, **arguments):
-    """A search with fine-tuning in every round, on a model of 16 channels."""
-    model = tiny().eval()
-    return sc.search(
-        model, sc.calibrate(model, calibration(), sensitivity=True), loader=batches(4, 6, seed=9), finetune=tuning,
-        train_loader=batches() if train is None else train, calibration_loader=calibration(),
-        **{**SEARCH, "rounds": rounds, **({} if objective is None else {"objective": objective})}, **arguments,
-    )  # fmt: skip
-
 
 def test_each_round_cuts_the_trained_model_before_it():
     """Calibrate, plan, prune, fine-tune round after round through the public functions: the same bits."""
@@ -487,8 +470,8 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(2)
-import test_search
 from finetuning import batches
+from searching import tuned
 
 class Kill(list):
     seen = 0
@@ -499,7 +482,7 @@ class Kill(list):
             Kill.seen += 1
             yield batch
 
-test_search.tuned(4, Kill(batches()), {tuning!r}, resume={path!r})
+tuned(4, Kill(batches()), {tuning!r}, resume={path!r})
 """
 
 
@@ -508,7 +491,7 @@ def test_a_killed_search_ends_as_one_that_was_not(tmp_path, every):
     """Killed by the system in the training of round 3; with ``checkpoint_every`` that training goes on, too."""
     path = tmp_path / "search.safetensors"
     tuning = {**TUNING, **({} if every is None else {"checkpoint_every": every})}
-    code = SCRIPT.format(tests=str(Path(__file__).parent), after=13, tuning=tuning, path=str(path))
+    code = SCRIPT.format(tests=str(SUPPORT), after=13, tuning=tuning, path=str(path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = {"search.safetensors"} | ({"search.round3.safetensors"} if every else set())

@@ -19,12 +19,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import BASE, KINDS, images, make
+from pruning import check, plan_of, random_keep, set_fused
 from safetensors.torch import save_file
 from secateur.data.loader import loader
 from secateur.families.vision_transformer.modules import PrunedAttention
 from secateur.files import container
 from secateur.surgery import stock_layout as layout
-from test_exactness import check, plan_of, random_keep, set_fused
 from timm.layers import Attention, AttentionPoolLatent, LayerNorm, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn

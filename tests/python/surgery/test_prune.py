@@ -8,18 +8,18 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import secateur as sc
 import timm
 import torch
+from launch import SUPPORT
 from models import KINDS, images, make
+from pruning import plan_of, random_keep, set_fused
 from safetensors.torch import load_file, save_file
 from secateur.anatomy import fingerprint as identity
 from secateur.families.vision_transformer.modules import HeadNorm, PrunedAttention
-from test_exactness import plan_of, random_keep, set_fused
 from torch import nn
 
 
@@ -126,7 +126,7 @@ def test_peak_memory_is_the_largest_new_tensor(how):
         import re, sys, numpy as np, timm, torch
         sys.path.insert(0, sys.argv[1])
         import secateur as sc
-        from test_exactness import plan_of, random_keep
+        from pruning import plan_of, random_keep
         torch.set_num_threads(2)
         model = timm.create_model("vit_base_patch16_224", depth=7).eval()
         if sys.argv[2] == "transposed":
@@ -150,7 +150,7 @@ def test_peak_memory_is_the_largest_new_tensor(how):
         # What is held twice is not extra: the old values are still someone's.
         print(peak - before, max(new) if held is None else sum(new) + max(new))
     """)
-    arguments = [sys.executable, "-c", script, str(Path(__file__).parent), how]
+    arguments = [sys.executable, "-c", script, str(SUPPORT), how]
     run = subprocess.run(arguments, capture_output=True, text=True, check=True)
     added, largest = map(float, run.stdout.split())
     assert added <= largest + 1024

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["on_ranks", "start_ranks"]
+__all__ = ["SUPPORT", "on_ranks", "start_ranks"]
+
+# What scripts of tests import besides secateur.
+SUPPORT = Path(__file__).parent
 
 
 def start_ranks(script: str, folder: Path, ranks: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
@@ -18,7 +21,7 @@ def start_ranks(script: str, folder: Path, ranks: int = 2, **environment: str) -
         port = free.getsockname()[1]
     shared = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join([str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
