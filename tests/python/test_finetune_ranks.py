@@ -25,7 +25,7 @@ from torch import distributed
 from safetensors.torch import save_file
 from finetuning import Breaking, Killed, batches, quiet, tiny, weights
 from secateur.data import loader
-from secateur.finetune import finetune
+from secateur.training.finetune import finetune
 
 RANK, OUT = int(os.environ["RANK"]), sys.argv[1]
 torch.set_num_threads(1)

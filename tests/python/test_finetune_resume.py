@@ -84,7 +84,7 @@ SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from finetuning import tiny, batches
-from secateur.finetune import finetune
+from secateur.training.finetune import finetune
 
 class Kill(list):
     seen = 0

@@ -276,7 +276,7 @@ from safetensors.torch import save_file
 from finetuning import Killed, quiet, tiny, weights
 from secateur.data import loader
 from secateur.errors import InvalidArgument
-from secateur.finetune import finetune
+from secateur.training.finetune import finetune
 from secateur.training import Run
 
 warnings.filterwarnings("ignore", "left out an image")
