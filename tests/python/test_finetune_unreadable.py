@@ -277,7 +277,7 @@ from finetuning import Killed, quiet, tiny, weights
 from secateur.data import loader
 from secateur.errors import InvalidArgument
 from secateur.training.finetune import finetune
-from secateur.training import Run
+from secateur.training.loop import Run
 
 warnings.filterwarnings("ignore", "left out an image")
 warnings.filterwarnings("ignore", "Grad strides do not match")  # torch, of batches of one
