@@ -54,7 +54,7 @@ Tuning: TypeAlias = Mapping[str, Any] | Callable[[nn.Module], object]
 _KIND = "search"
 _OBJECTIVES = (AccuracyCritical, MemoryConstrained, LatencySensitive)
 # What search itself gives to finetune.
-_NOT_OPTIONS = ("model", "loader", "val_loader", "resume")
+_NOT_OPTIONS = ("model", "loader", "val_loader", "resume", "hooks")
 
 
 def search(
