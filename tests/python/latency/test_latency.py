@@ -19,7 +19,7 @@ from secateur.latency import table as latency
 from secateur.latency.machine import Machine
 from secateur.latency.predict import Latency
 from secateur.latency.table import Grid, LatencyTable, Layer
-from secateur.surgery import cut as surgery
+from secateur.surgery.structure import Structure
 from timm.models.vision_transformer import VisionTransformer
 
 
@@ -558,7 +558,7 @@ def make_shape(model, sizes):
     import copy
 
     cut = copy.deepcopy(model)
-    surgery.shape(cut, family_of(model), sizes)
+    Structure(sizes).apply(cut)
     return cut
 
 
