@@ -1,0 +1,115 @@
+"""Pruning block by block: what each block is fitted to, that nothing is changed before the end, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import secateur as sc
+import torch
+from models import images, make
+from secateur.data.loader import loader
+from secateur.statistics.calibrate import calibrate_block
+
+ALL = {"qk": 0.5, "v": 0.5, "ffn": 0.5, "width": 0.2}
+
+
+def divergence(model, dense, x):
+    with torch.no_grad():
+        first, second = dense(x).log_softmax(1), model(x).log_softmax(1)
+    return float((first.exp() * (first - second)).sum(1).mean())
+
+
+@pytest.mark.parametrize("kind", ["plain", "qk_norm", "inner_norms", "gate", "swiglu_packed", "registers_layer_scale"])
+@pytest.mark.parametrize("method", ["project", "refit", "snp"])
+def test_block_by_block_by_hand(kind, method):
+    """Calibrate, plan and prune one block after the other through the public functions: the same bits."""
+    model = make(kind)
+    batches = [images(model, 5, seed) for seed in range(2)]
+    by_hand = copy.deepcopy(model)
+    sizes = {group.name: group for group in sc.inspect(model).groups}
+    for block in ("blocks.0", "blocks.1", "width"):
+        ratios = {name: ALL.get(group.kind, 0) for name, group in sizes.items() if name.startswith(block)}
+        sc.prune(by_hand, sc.plan(by_hand, sc.calibrate(by_hand, batches), method=method, ratios=ratios))
+    report = sc.prune_sequential(model, batches, method, ratios=ALL)
+    x = images(model, 3, 9)
+    with torch.no_grad():
+        assert torch.equal(model(x), by_hand(x))
+    assert report.params[1] == sum(p.numel() for p in model.parameters()) == sc.inspect(model).params
+    assert report.macs[1] == sc.inspect(model).macs
+
+
+def test_a_block_is_calibrated_alone(digits_model, digits_images):
+    """The same sums as a whole calibration, of that block's groups only, and the rest of the model is never run."""
+    whole = sc.calibrate(digits_model, [digits_images])
+    seen = []
+    handle = digits_model.blocks[2].register_forward_pre_hook(lambda *_: seen.append(1))
+    part = calibrate_block(digits_model, [digits_images], 1, max_images=None, token_fraction=1.0)
+    handle.remove()
+    assert not seen
+    assert part.groups
+    assert all(name.startswith("blocks.1.") for name in part.groups)
+    assert all((part.tensors[name] == whole.tensors[name]).all() for name in part.tensors)
+
+
+@pytest.fixture(scope="module")
+def calibration(make_digits_model):
+    """Batches of one half of the digits, and their statistics."""
+    model = make_digits_model()
+    batches = [images for images, _ in loader("digits", model, split="train", batch_size=64, max_images=512)]
+    return batches, sc.calibrate(model, batches, sensitivity=True)
+
+
+@pytest.mark.parametrize("macs", [0.5, 0.35])
+def test_it_loses_no_more_than_one_shot(digits_model, digits_loader, calibration, macs):
+    """Calibrated on one half of the digits, compared on the other."""
+    batches, stats = calibration
+    held_out = torch.cat([images for images, _ in digits_loader])
+    arguments = {"target": sc.Target(macs=macs), "round_to": 3}
+    at_once = copy.deepcopy(digits_model)
+    sc.prune(at_once, sc.plan(at_once, stats, method="project", **arguments))
+    by_block = copy.deepcopy(digits_model)
+    report = sc.prune_sequential(by_block, batches, "project", **arguments)
+    assert sc.inspect(by_block).sizes == sc.inspect(at_once).sizes
+    assert macs - 0.03 < report.macs[1] / report.macs[0] <= macs
+    # A few 1e-4 nats: which of the two is ahead is chance, a block fitted to the wrong inputs is not.
+    lost = [divergence(model, digits_model, held_out) for model in (by_block, at_once)]
+    assert lost[0] <= 1.15 * lost[1]
+    right = [sc.evaluate(model, digits_loader).top1 for model in (by_block, at_once)]
+    assert right[0] >= right[1] - 0.12  # one of 899
+
+
+def test_nothing_changes_before_the_end(digits_model, digits_images):
+    before = {name: value.clone() for name, value in digits_model.state_dict().items()}
+
+    class Failing:
+        reads = 0
+
+        def __iter__(self):
+            self.reads += 1
+            yield digits_images[:8]
+            if self.reads == 3:
+                raise OSError("the disk is gone")
+
+    for batches, error, text in (
+        (Failing(), OSError, "gone"),
+        (iter([digits_images]), sc.InvalidArgument, "loader: expected batches that can be read several times"),
+        ((x for x in [digits_images]), sc.InvalidArgument, "generator, an iterator"),
+        (3, sc.InvalidArgument, "loader"),
+    ):
+        with pytest.raises(error, match=text):
+            sc.prune_sequential(digits_model, batches, ratios=ALL)
+    for arguments, text in (
+        ({}, "target, ratios"),
+        ({"ratios": ALL, "allocation": "error"}, "allocation"),
+        ({"target": 0.5}, "target"),
+        ({"ratios": ALL, "method": "none"}, "method"),
+        ({"ratios": ALL, "max_images": 0}, "max_images"),
+        ({"ratios": ALL, "token_fraction": 0}, "token_fraction"),
+        ({"ratios": {"head": 0.5}}, "ratios"),
+        ({"ratios": {"layer": 0.5}}, "ratios"),
+    ):
+        with pytest.raises(sc.InvalidArgument, match=text):
+            sc.prune_sequential(digits_model, [digits_images], **arguments)
+    assert all(torch.equal(value, before[name]) for name, value in digits_model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in digits_model.modules())
