@@ -16,7 +16,8 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from secateur.cli.app import _load_state, _model, main
+from secateur.cli.app import main
+from secateur.cli.model import load_state, model_from
 from secateur.data.loader import loader
 from secateur.training.evaluate import evaluate
 from torch import nn
@@ -79,13 +80,14 @@ def test_the_whole_way(
     assert secateur.Statistics.load(stats).images == 96
 
     found = run_json("plan", *model, "--stats", stats, "--target-macs", 0.7, "--round-to", 1, "--out", plan)
-    assert found["method"] == "snp"
+    assert found["method"] == "project"
     assert found["macs"][1] <= 0.7 * found["macs"][0]
     # The same by the functions, on the same images in the same order.
     images = loader("digits", digits_model, split="train", batch_size=64, max_images=96, shuffle=True)
     expected = secateur.plan(
         digits_model,
         secateur.calibrate(digits_model, images, max_images=96, gamma=4),
+        method="project",
         target=secateur.Target(macs=0.7),
         round_to=1,
     )
@@ -165,7 +167,7 @@ def test_json_is_alone_on_stdout(run: Run, dense: Path, monkeypatch: pytest.Monk
         print("a library has something to say")
         return inspect(model)
 
-    monkeypatch.setattr("secateur.cli.app.inspect_", talkative)
+    monkeypatch.setattr(secateur, "inspect", talkative)
     code, out, err = run("inspect", "--checkpoint", dense, "--json")
     assert code == 0
     assert json.loads(out)["params"] > 0
@@ -269,7 +271,7 @@ def test_a_state_dict_from_elsewhere(tmp_path: Path, metadata: dict[str, str] | 
     expected = timm.create_model(NAME, num_classes=10, **KWARGS)
     path = state_of(expected, tmp_path / "state", metadata, padding)
     assert load_file(path).keys() == expected.state_dict().keys()  # safetensors takes it
-    found = _model(NAME, path, None, 10, json.dumps(KWARGS))
+    found = model_from(NAME, path, None, 10, json.dumps(KWARGS))
     assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in expected.state_dict().items())
 
 
@@ -300,7 +302,7 @@ def test_nothing_is_kept_of_a_state_dict(tmp_path: Path) -> None:
         held = []
         for reads in (5, 50):
             for _ in range(reads):
-                _load_state(model, "model", tmp_path / "state", "--checkpoint")
+                load_state(model, "model", tmp_path / "state", "--checkpoint")
             gc.collect()
             held.append(tracemalloc.get_traced_memory()[0])
     finally:
@@ -311,7 +313,7 @@ def test_nothing_is_kept_of_a_state_dict(tmp_path: Path) -> None:
 def test_files_that_cannot_be_written_are_refused_before_the_work(
     run: Run, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("secateur.cli.app.load_", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("secateur.cli.model.load", lambda *_: pytest.fail("work was done"))
     nowhere = tmp_path / "none" / "file"
     data = ["--checkpoint", dense, "--data", "digits"]
     for command in (
@@ -388,7 +390,7 @@ def test_random_weights_are_the_same_in_every_command(
     assert torch.equal(torch.get_rng_state(), generator)
     torch.rand(3)
     arguments = ["--stats", tmp_path / "s.st", "--target-macs", 0.7, "--out", tmp_path / "p.json"]
-    assert run_json("plan", *model, *arguments)["method"] == "snp"
+    assert run_json("plan", *model, *arguments)["method"] == "project"
 
 
 def test_a_mistake_of_ours_is_one_line_too_and_a_traceback_on_request(
@@ -397,7 +399,7 @@ def test_a_mistake_of_ours_is_one_line_too_and_a_traceback_on_request(
     def broken(*_: object) -> None:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr("secateur.cli.app.inspect_", broken)
+    monkeypatch.setattr(secateur, "inspect", broken)
     assert failure(run, "inspect", "--checkpoint", dense) == "secateur: RuntimeError: first line second line\n"
     monkeypatch.setenv("SECATEUR_TRACEBACK", "1")
     with pytest.raises(RuntimeError):
@@ -457,7 +459,7 @@ def test_version_and_help(run: Run) -> None:
 
 
 def test_cmake_dir_of_a_build_without_library(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(secateur.core._core, "__file__", str(tmp_path / "_core.so"))
+    monkeypatch.setattr(secateur.core.bindings._core, "__file__", str(tmp_path / "_core.so"))
     expected = (
         f"cmake_dir: expected a package built with SECATEUR_INSTALL=ON, got none in {tmp_path}/lib/cmake/secateur"
     )
@@ -545,7 +547,7 @@ def test_a_budget_in_time(
     assert (loaded.batch_size, loaded.machine.to_dict()) == (3, found["machine"])
     monkeypatch.setattr("secateur.plans.on_the_clock.measured_ratio", lambda *_: (0.98, (0.97, 0.99)))
     run_json("calibrate", *model, "--data", "digits", "--max-images", 8, "--collect", "scores", "--out", stats)
-    budget = ["--target-latency", 0.99, "--latency-table", table, "--groups", "ffn"]
+    budget = ["--target-latency", 0.99, "--latency-table", table, "--groups", "ffn", "--method", "snp"]
     found = run_json("plan", *model, "--stats", stats, *budget, "--out", plan)
     assert found["latency"]["measured"] == 0.98
     assert found["latency"] == secateur.Plan.load(plan).to_dict()["latency"]

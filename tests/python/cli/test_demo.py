@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import secateur
-import secateur.cli.demo as module
+import secateur.cli.digits as module
 from rich.console import Console
 from secateur.cli.app import main
 from secateur.errors import Error, InvalidArgument
@@ -21,7 +21,7 @@ def test_quick_demo_does_the_whole_job(
 ) -> None:
     # On one thread the processor's time is that of the work, whatever else the machine does.
     clock = SimpleNamespace(perf_counter=time.process_time)
-    monkeypatch.setattr(importlib.import_module("secateur.latency.bench"), "time", clock)
+    monkeypatch.setattr(importlib.import_module("secateur.latency.stopwatch"), "time", clock)
     assert main(["demo", "--quick", "--threads", "1", "--out", str(tmp_path / "demo"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     model = secateur.load(found["file"])

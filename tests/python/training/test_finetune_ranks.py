@@ -13,7 +13,8 @@ import torch
 from finetuning import quiet, tiny
 from launch import on_ranks
 from safetensors.torch import load_file
-from secateur.data.loader import ImageLoader, _Stream, loader
+from secateur.data.batches import Stream
+from secateur.data.loader import ImageLoader, loader
 from secateur.errors import InvalidArgument, Unsupported
 from secateur.training.finetune import finetune
 from torch import Tensor
@@ -336,4 +337,4 @@ def test_shards_that_cannot_be() -> None:
     with pytest.raises(InvalidArgument, match=r"^rank: expected less than the 2 ranks, got 2$"):
         source.sharded(2, 2)
     with pytest.raises(Unsupported, match=r"^loader: expected a data set that can be shared out, got the stream some$"):
-        ImageLoader(object.__new__(_Stream), None, 4, "some").sharded(0, 2)
+        ImageLoader(object.__new__(Stream), None, 4, "some").sharded(0, 2)

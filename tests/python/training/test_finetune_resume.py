@@ -83,7 +83,9 @@ def test_buffers_are_in_the_checkpoint(tmp_path: Path) -> None:
 
 SCRIPT = """
 import os, signal, sys
+import torch
 sys.path.insert(0, {tests!r})
+torch.set_num_threads(2)  # as the tests' own process
 from finetuning import tiny, batches
 from secateur.training.finetune import finetune
 
