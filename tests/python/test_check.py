@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import secateur as sc
 import torch
 from secateur import check
 from secateur.errors import InvalidArgument
+from small_vits import small_batches, small_vit
 
 NO_NUMBERS = [True, False, "3", None, math.nan, math.inf, -math.inf, 1j, [1], np.bool_(True), torch.tensor(1)]
 
@@ -77,3 +79,22 @@ def test_files_that_can_be_written(tmp_path: Path) -> None:
             check.writable("out", path)
     with pytest.raises(InvalidArgument, match=r"^out: expected a file in an existing folder, got 3$"):
         check.writable("out", 3)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    model = small_vit()
+    path = tmp_path / "statistics"
+    stats = sc.calibrate(
+        model, small_batches(), gamma=np.int64(4), token_fraction=np.float32(0.5), max_images=np.int32(12), resume=path
+    )
+    stats.save(path)
+    assert sc.Statistics.load(path).settings == stats.settings
+    plan = sc.plan(model, stats, target=sc.Target(macs=np.float32(0.7)), round_to=np.int64(1))
+    plan.save(tmp_path / "plan.json")
+    assert sc.Plan.load(tmp_path / "plan.json").options["target"]["macs"] == pytest.approx(0.7)
+    for objective in (
+        sc.AccuracyCritical(np.float32(20)),
+        sc.MemoryConstrained(np.float64(0.5)),
+        sc.LatencySensitive(latency=np.float32(0.5), batch_size=np.int64(2), repeats=np.int16(3)),
+    ):
+        assert all(type(value) in (float, int, str, type(None)) for value in vars(objective).values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from prepared import prepared
 from secateur.budgets.allocate import allocate
 from secateur.budgets.limits import kept_count
 from secateur.budgets.ratios import counts_from_ratios
 from secateur.budgets.snp_names import shipped_configurations
 from secateur.surgery.structure import Structure
+from small_vits import small_batches, small_vit
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -460,3 +463,60 @@ def test_round_to_a_number_is_about_channels():
     ).sizes
     assert all(kept[g.name] % 16 == 0 for g in anatomy.groups if g.kind in ("qk", "v", "ffn"))
     assert any(kept[f"blocks.{i}.heads"] % 16 for i in range(2))
+
+
+@pytest.mark.parametrize("method", ["refit", "project"])
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_biases_that_a_method_adds_are_within_the_budget(method, share):
+    model = small_vit(qkv_bias=False, proj_bias=False)
+    stats = sc.calibrate(model, small_batches())
+    plan = sc.plan(model, stats, method=method, target=sc.Target(params=share), round_to=1)
+    assert any(name not in dict(model.named_parameters()) for name in plan.weights)
+    sc.prune(model, plan)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == plan.params[1] <= share * plan.params[0]
+    assert count > share * plan.params[0] - 200  # a step of every kind is less
+
+
+def test_a_budget_that_is_a_count_of_parameters_ends():
+    """Shares such as 14085 / 46965 times their divisor are an ulp below a whole number, or above it."""
+    model = small_vit(embed_dim=40, num_heads=2, depth=2, qkv_bias=False, proj_bias=False)
+    stats = sc.calibrate(model, small_batches())
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    for wanted in range(dense * 3 // 5, dense * 3 // 5 + 40):
+        plan = sc.plan(model, stats, method="refit", target=sc.Target(params=wanted / dense), round_to=1)
+        assert plan.params[1] <= wanted
+    # The least that the groups reach has no room for the biases.
+    with pytest.raises(sc.InvalidArgument, match="the least these groups reach") as refused:
+        sc.plan(model, stats, method="refit", target=sc.Target(params=1e-3))
+    least = float(re.search(r"params >= (\S+) ", str(refused.value))[1])
+    with pytest.raises(sc.InvalidArgument, match=rf"target: expected room for \d+ biases .* got params = {least:g}$"):
+        sc.plan(model, stats, method="refit", target=sc.Target(params=least))
+
+
+def test_the_width_alone_may_be_cut_by_its_loss():
+    model = small_vit()
+    stats = sc.calibrate(model, small_batches(), sensitivity=True)
+    for more in ({"groups": ("width",)}, {"groups": ("width", "qk"), "freeze": ("qk",)}):
+        plan = sc.plan(model, stats, method="project", target=sc.Target(macs=0.6), round_to=1, **more)
+        assert set(plan.keep) == {"width"}
+        assert plan.macs[1] <= 0.6 * plan.macs[0]
+    whole = sc.plan(model, stats, method="project", target=sc.Target(macs=1.0), freeze=("*",))
+    assert not whole.keep
+
+
+def test_what_is_left_after_exchanges_is_spent():
+    """No step of any group that lowers the loss fits any more."""
+    model = small_vit()
+    stats = sc.calibrate(model, small_batches(), sensitivity=True)
+    anatomy = sc.inspect(model)
+    method = prepared(model, stats, "snp")
+    losses = {g.name: stats.sensitivity(g.name) * method.errors(g) for g in anatomy.groups if g.kind == "ffn"}
+    for share in np.linspace(0.6, 0.95, 29):
+        plan = sc.plan(model, stats, method="snp", target=sc.Target(macs=float(share)), groups=("ffn",), round_to=1)
+        sizes = {**anatomy.sizes, **{name: kept.shape[1] for name, kept in plan.keep.items()}}
+        for name, loss in losses.items():
+            for wider in range(sizes[name] + 1, len(loss)):
+                if loss[wider] < loss[sizes[name]]:
+                    assert anatomy.macs_at({**sizes, name: wider}) > share * anatomy.macs, (share, name)
+                    break

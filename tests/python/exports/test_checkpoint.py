@@ -19,6 +19,8 @@ from pruning import plan_of, random_keep
 from safetensors import safe_open
 from safetensors.torch import save_file
 from secateur.files import container
+from small_vits import SMALL, small_batches, small_vit
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -423,3 +425,50 @@ def test_the_eps_of_a_norm_of_the_stream_comes_back(tmp_path):
     again = sc.load(tmp_path / "m.safetensors")
     assert again.blocks[1].norm2.eps == 0.5
     assert again.blocks[0].norm2.eps == model.blocks[0].norm2.eps == 1e-6
+
+
+def test_switches_of_training_do_not_keep_a_model_from_being_saved(tmp_path):
+    model = VisionTransformerDistilled(**SMALL)
+    model.set_distilled_training(True)
+    sc.save(model, tmp_path / "model", factory=("VisionTransformerDistilled", SMALL))
+
+
+@pytest.mark.parametrize(
+    ("built", "more"),
+    [
+        ({"global_pool": "avg", "reg_tokens": 2}, {"pool_include_prefix": True}),
+        ({}, {"dynamic_img_size": True}),
+        ({"dynamic_img_size": True}, {"dynamic_img_pad": True}),
+        ({"pos_embed": "none"}, {"img_size": 16}),
+    ],
+)
+def test_what_would_compute_something_else_is_not_saved(tmp_path, built, more):
+    model = VisionTransformer(**SMALL | built | more).eval()
+    (name,) = more
+    with pytest.raises(
+        sc.InvalidArgument, match=r"model: expected what VisionTransformer with its recorded arguments is"
+    ):
+        sc.save(model, tmp_path / "other", factory=("VisionTransformer", SMALL | built))
+    assert not list(tmp_path.iterdir())
+    sc.save(model, tmp_path / "same", factory=("VisionTransformer", SMALL | built | more))
+    assert getattr(sc.load(tmp_path / "same"), name, more[name]) == more[name]
+
+
+def test_what_users_hang_on_a_model_is_no_reason_to_refuse(tmp_path):
+    model = small_vit()
+    model.class_names = ("a", "b")
+    model.blocks[0].note = "first"
+    model.train()
+    sc.save(model, tmp_path / "model", factory=("VisionTransformer", SMALL | {"mlp_ratio": 2.2}))
+    images = small_batches()[0]
+    assert torch.equal(sc.load(tmp_path / "model")(images), model.eval()(images))
+
+
+def test_hooks_are_not_lost_without_a_word(tmp_path):
+    model = small_vit()
+    model.blocks[1].register_forward_hook(lambda *_: None)
+    with pytest.warns(
+        UserWarning, match=r"model: expected no forward hooks, .* got some at blocks\.1; saved without them"
+    ):
+        sc.save(model, tmp_path / "model", factory=("VisionTransformer", SMALL | {"mlp_ratio": 2.2}))
+    assert (tmp_path / "model").is_file()

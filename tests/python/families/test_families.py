@@ -14,7 +14,9 @@ import torch
 import torch.nn.utils.prune
 from models import KINDS, images, make
 from pruning import plan_of
+from small_vits import SMALL, small_vit
 from timm.layers import Attention, HybridEmbed, LayerNorm, Mlp
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -223,3 +225,27 @@ def test_norm_layer_of_torch_is_taken():
     assert type(model.norm) is nn.LayerNorm
     assert type(model.norm) is not LayerNorm
     assert sc.inspect(model).norms[0].centred
+
+
+def test_parameters_that_hooks_compute_are_refused_by_name():
+    for module, parameter, name in (
+        ("", "pos_embed", "pos_embed"),
+        ("blocks.1.ls2", "gamma", r"blocks\.1\.ls2\.gamma"),
+    ):
+        model = small_vit(init_values=0.1)
+        torch.nn.utils.prune.random_unstructured(model.get_submodule(module), parameter, 0.3)
+        with pytest.raises(sc.Unsupported, match=rf"^{name}: expected a parameter, got a tensor that a hook computes"):
+            sc.inspect(model)
+
+
+def test_a_model_of_no_size_is_refused_with_words():
+    model = VisionTransformer(**SMALL | {"img_size": None, "pos_embed": "none", "no_embed_class": True})
+    with pytest.raises(sc.Unsupported, match="patch_embed: expected a size of images"):
+        sc.inspect(model)
+
+
+def test_a_norm_that_is_never_run_is_refused():
+    with pytest.raises(
+        sc.Unsupported, match="fc_norm: expected none in a VisionTransformerDistilled, which leaves it out"
+    ):
+        sc.inspect(VisionTransformerDistilled(**SMALL, fc_norm=True))

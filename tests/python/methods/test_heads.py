@@ -14,6 +14,7 @@ import torch
 from models import images, make
 from secateur.methods.linalg.heads import eliminate_heads, head_errors
 from secateur.searches.search import _rebuilt, _structure
+from small_vits import small_batches, small_vit
 from torch.nn import functional
 
 EMPTY = np.empty((1, 0), np.int64)
@@ -451,3 +452,23 @@ def test_a_plan_that_leaves_no_layer_is_refused(digits_model, digits_images):
         sc.prune(digits_model, plan)
     with torch.no_grad():
         assert torch.equal(digits_model(digits_images[:2]), before(digits_images[:2]))
+
+
+def test_layers_behind_layer_scales_that_half_precision_cannot_undo():
+    model = small_vit(init_values=1e-5)
+    with torch.no_grad():
+        for block in model.blocks:
+            for scale in (block.ls1, block.ls2):
+                scale.gamma.copy_(3e-5 * torch.randn_like(scale.gamma))
+        model.blocks[1].ls1.gamma.normal_()
+        model.blocks[1].attn.proj.bias.add_(1.0)
+    images = torch.cat(small_batches())
+    for dtype in (torch.float16, torch.float32):
+        half = copy.deepcopy(model).to(dtype)
+        stats = sc.calibrate(half, small_batches())
+        for method in ("refit", "project"):
+            pruned = copy.deepcopy(half)
+            plan = sc.plan(pruned, stats, method=method, ratios={"blocks.1.attn": 1})
+            assert all(bool(value.isfinite().all()) for value in plan.weights.values())
+            sc.prune(pruned, plan)
+            assert bool(pruned(images.to(dtype)).isfinite().all())

@@ -12,10 +12,11 @@ import reference
 import secateur as sc
 import torch
 from models import BASE, KINDS, images, make
+from prepared import prepared
 from secateur.families.vision_transformer.modules import PrunedAttention
 from secateur.methods.handlers.width import unexplained
 from secateur.methods.linalg import bases as project
-from prepared import prepared
+from small_vits import small_batches, small_vit
 from torch import nn
 
 # What a change of the residual stream's basis is refused for, and the word that names it.
@@ -495,3 +496,19 @@ def test_bad_arguments(digits_model, digits_statistics, digits_images):
     ):
         with pytest.raises(sc.InvalidArgument, match=text):
             sc.plan(digits_model, stats, **arguments)
+
+
+def test_a_width_that_cannot_be_turned_may_stay():
+    model = make("no_final_norm").float()
+    stats = sc.calibrate(model, [images(model, 8).float()], sensitivity=True)
+    arguments = {"target": sc.Target(macs=0.8), "groups": ("ffn", "width"), "freeze": ("width",), "round_to": 1}
+    plan = sc.plan(model, stats, method="project", **arguments)
+    assert "width" not in plan.keep
+
+
+def test_one_channel_of_layer_norms_is_refused_with_words():
+    model = small_vit()
+    stats = sc.calibrate(model, small_batches())
+    with pytest.raises(sc.InvalidArgument, match="width: expected at least 2 channels of a model of LayerNorms, got 1"):
+        sc.plan(model, stats, method="project", ratios={"width": 0.98})
+    assert sc.plan(model, stats, method="project", ratios={"width": 0.93}).keep["width"].shape[1] == 2

@@ -10,9 +10,9 @@ import reference
 import secateur as sc
 import torch
 from models import BASE, images, make
+from prepared import prepared
 from secateur.families.vision_transformer.modules import HeadNorm
 from secateur.methods.linalg import bases as project
-from prepared import prepared
 from timm.layers import RmsNorm
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 

@@ -7,7 +7,17 @@ import pytest
 import secateur as sc
 import torch
 from secateur.methods.linalg import regression
-from secateur.methods.linalg.regression import RIDGES, Moment, cholesky, choose_ridge, inverse, solve, square_root
+from secateur.methods.linalg.heads import head_errors
+from secateur.methods.linalg.regression import (
+    RIDGES,
+    Moment,
+    cholesky,
+    choose_ridge,
+    inverse,
+    ridged_cholesky,
+    solve,
+    square_root,
+)
 
 
 def rows(count, size, outputs, noise, seed, rank=None):
@@ -169,3 +179,15 @@ def test_a_refitted_layer_of_a_trained_model_is_least_squares_over_the_rows(digi
     best = design @ np.linalg.lstsq(design, wanted, rcond=None)[0]
     lost, least = (np.sum((wanted - each) ** 2) for each in (found, best))
     assert 0 < least <= lost <= 1.05 * least
+
+
+def test_values_that_do_not_vary_are_no_reason_to_hang():
+    covariance = torch.full((6, 6), -1e-20, dtype=torch.float64)
+    covariance[0, 1] = covariance[1, 0] = 1.0
+    weight = torch.ones(4, 6, dtype=torch.float64)
+    assert head_errors(weight, covariance, torch.arange(3)).tolist() == [0, 0, 0, 0]
+    factor, added = ridged_cholesky(torch.zeros(3, 3, dtype=torch.float64), -1.0)
+    assert added > 0
+    assert bool(factor.isfinite().all())
+    with pytest.raises(sc.NumericalError, match="covariance: expected finite values"):
+        ridged_cholesky(torch.full((2, 2), torch.nan, dtype=torch.float64), 1.0)

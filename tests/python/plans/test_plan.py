@@ -10,6 +10,7 @@ import pytest
 import secateur as sc
 import torch
 from models import KINDS, images, make
+from small_vits import small_batches, small_vit
 
 
 @pytest.fixture
@@ -231,3 +232,35 @@ def test_the_plan_is_readable_json(digits_model, stats, tmp_path):
         "target": {"macs": 0.5, "params": None, "latency": None},
     }
     assert len(plan["keep"]["blocks.0.qk"]) == 3
+
+
+@pytest.mark.parametrize("method", ["snp", "project"])
+def test_names_may_come_from_an_iterator(method):
+    model = small_vit()
+    stats = sc.calibrate(model, small_batches(), sensitivity=True)
+    limits = {"groups": ("qk", "v", "ffn"), "freeze": ["blocks.0.*"]}
+    once = {name: (each for each in names) for name, names in limits.items()}
+    target = sc.Target(macs=0.7)
+    wanted = sc.plan(model, stats, method=method, target=target, round_to=1, **limits)
+    found = sc.plan(model, stats, method=method, target=target, round_to=1, **once)
+    assert {name: kept.tolist() for name, kept in found.keep.items()} == {
+        name: kept.tolist() for name, kept in wanted.keep.items()
+    }
+    twins = [copy.deepcopy(model) for _ in range(2)]
+    reports = [
+        sc.prune_sequential(
+            twin, small_batches(), method, target, round_to=1, **{name: make(names) for name, names in limits.items()}
+        )
+        for twin, make in zip(twins, (list, iter), strict=True)
+    ]
+    assert reports[0].groups == reports[1].groups
+    assert not any(name.startswith("blocks.0.") for name in found.keep)
+
+
+def test_plans_compare_by_identity():
+    model = small_vit()
+    stats = sc.calibrate(model, small_batches())
+    first, second = (sc.plan(model, stats, ratios={"ffn": 0.3}) for _ in range(2))
+    assert first == first
+    assert first != second
+    assert len({first, second}) == 2

@@ -11,6 +11,7 @@ import timm
 import torch
 from models import images, make
 from scores import mean_scores, queries_and_keys
+from small_vits import small_batches, small_vit
 from torch import nn
 
 
@@ -454,3 +455,14 @@ def test_one_image_and_few_tokens(shape):
     np.testing.assert_allclose(stats.importance("blocks.0.qk"), mean_scores(q, k, 8), atol=1e-5)
     sc.prune(model, sc.plan(model, stats, ratios={"qk": 0.5, "v": 0.5, "ffn": 0.5, "width": 0.5}))
     assert model(x).shape == (1, 7)
+
+
+@pytest.mark.parametrize("labels", [["a"] * 16, {"y": 1}, torch.tensor(3), torch.zeros(5)])
+def test_calibrate_does_not_look_at_labels(labels):
+    model = small_vit()
+    images = torch.cat(small_batches())
+    found = sc.calibrate(model, [(images, labels)])
+    wanted = sc.calibrate(model, [images])
+    assert np.array_equal(found.importance("blocks.0.qk"), wanted.importance("blocks.0.qk"))
+    with pytest.raises(sc.InvalidArgument, match="loader: expected"):
+        sc.evaluate(model, [(images, labels)])

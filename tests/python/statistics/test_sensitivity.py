@@ -10,6 +10,7 @@ import secateur as sc
 import torch
 from models import images, make
 from scores import queries_and_keys
+from small_vits import small_batches, small_vit
 
 
 def literal(model, x, change):
@@ -121,3 +122,18 @@ def test_grams_of_the_first_images(request, kind):
             np.testing.assert_allclose(grams, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
     with pytest.raises(sc.InvalidArgument, match="image"):
         sc.calibrate(model, [x[:2]], collect="scores").image_grams("blocks.1.qk")
+
+
+def test_blocks_that_are_compiled_are_measured_as_they_are_written():
+    model = small_vit()
+    compiled = copy.deepcopy(model)
+    for block in compiled.blocks:
+        block.compile(backend="eager")
+    wanted = sc.calibrate(model, small_batches(), sensitivity=True)
+    found = sc.calibrate(compiled, small_batches(), sensitivity=True)
+    for group in [group for group in sc.inspect(model).groups if group.kind == "layer"]:
+        assert wanted.removal(group.name)[0] > 0
+        assert found.removal(group.name) == wanted.removal(group.name)
+    assert all(block._compiled_call_impl is not None for block in compiled.blocks)  # and again afterwards
+    with torch.no_grad():
+        assert torch.equal(compiled(small_batches()[0]), model(small_batches()[0]))

@@ -10,6 +10,7 @@ import secateur as sc
 import torch
 from secateur.methods import refit
 from secateur.statistics.statistics import unpack
+from small_vits import small_batches, small_vit
 from sums import assert_close
 
 
@@ -161,3 +162,9 @@ def test_damaged_files(stats, tmp_path):
         sc.Statistics.load(tmp_path / "none")
     with pytest.raises(sc.InvalidArgument, match="path: expected a file in an existing folder"):
         stats.save(tmp_path / "no_folder" / "stats.safetensors")
+
+
+def test_matrices_are_asked_for_by_their_names():
+    stats = sc.calibrate(small_vit(), small_batches())
+    with pytest.raises(sc.InvalidArgument, match="which: expected query_gram, key_gram or score_gram, got 'gram'"):
+        stats.gram("blocks.0.qk", "gram")

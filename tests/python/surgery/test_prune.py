@@ -20,6 +20,7 @@ from pruning import plan_of, random_keep, set_fused
 from safetensors.torch import load_file, save_file
 from secateur.anatomy import fingerprint as identity
 from secateur.families.vision_transformer.modules import HeadNorm, PrunedAttention
+from small_vits import SMALL, small_batches, small_vit
 from torch import nn
 
 
@@ -340,3 +341,51 @@ def test_nothing_of_the_old_weights_is_kept_alive(digits_model):
     gc.collect()
     assert sum(p.untyped_storage().nbytes() for p in digits_model.parameters()) < 0.5 * before
     assert np.isfinite(before)
+
+
+@pytest.mark.parametrize("loss", ["kept", "gone"])
+@pytest.mark.parametrize("layout", ["exact", "stock"])
+def test_a_model_that_was_trained_trains_on_after_the_cut(loss, layout):
+    """A loss that somebody holds keeps the nodes that take its parameters' gradients."""
+    model = small_vit(qkv_bias=True)
+    images, targets = torch.cat(small_batches()), torch.arange(16) % 5
+    kept = nn.functional.cross_entropy(model.train()(images), targets)
+    kept.backward()
+    if loss == "gone":
+        del kept
+    model.eval()
+    plan = sc.plan(
+        model, sc.calibrate(model, small_batches()), method="project", ratios={"qk": 0.4, "v": 0.4, "ffn": 0.5}
+    )
+    sc.prune(model, plan, layout=layout)
+    sc.finetune(model, [(images, targets)], steps=1)
+    nn.functional.cross_entropy(model(images), targets).backward()
+    assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+
+
+def test_pruned_and_loaded_within_inference_mode_a_model_can_be_trained(tmp_path):
+    model = small_vit()
+    plan = sc.plan(model, sc.calibrate(model, small_batches()), method="project", ratios={"v": 0.4, "ffn": 0.5})
+    with torch.inference_mode():
+        sc.prune(model, plan)
+        sc.save(model, tmp_path / "small", factory=("VisionTransformer", SMALL | {"mlp_ratio": 2.2}))
+        loaded = sc.load(tmp_path / "small")
+    for each in (model, loaded):
+        each(small_batches()[0]).sum().backward()
+
+
+def test_a_model_that_was_made_in_inference_mode_is_pruned_there(tmp_path):
+    with torch.inference_mode():
+        model = small_vit()
+        plan = sc.plan(model, sc.calibrate(model, small_batches()), method="project", ratios={"qk": 0.5, "ffn": 0.5})
+        sc.prune(model, plan)
+        found = model(small_batches()[0])
+        sc.save(model, tmp_path / "small", factory=("VisionTransformer", SMALL | {"mlp_ratio": 2.2}))
+        assert torch.equal(sc.load(tmp_path / "small")(small_batches()[0]), found)
+        other = small_vit()
+        sc.prune_sequential(other, small_batches(), "refit", ratios={"ffn": 0.3})
+        assert bool(other(small_batches()[0]).isfinite().all())
+    third = small_vit()
+    with torch.inference_mode():
+        sc.prune_sequential(third, small_batches(), "refit", ratios={"ffn": 0.3})
+    third(small_batches()[0]).sum().backward()

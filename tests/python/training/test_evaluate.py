@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 
 import pytest
+import secateur as sc
 import torch
 from secateur.data.loader import ImageLoader
 from secateur.errors import InvalidArgument, NumericalError
 from secateur.runtime.devices import borrowed, place_for
 from secateur.runtime.progress import progress
 from secateur.training.evaluate import Evaluation, evaluate
+from small_vits import small_batches, small_vit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -218,3 +221,17 @@ def test_progress_knows_the_length_of_torchs_loader(monkeypatch: pytest.MonkeyPa
     evaluate(Echo(), source)
     evaluate(Echo(), source, max_images=9)
     assert totals == [7, 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.uint16, torch.uint64])
+def test_class_indices_of_any_integer_type(dtype):
+    model = small_vit()
+    images, targets = torch.cat(small_batches()), torch.arange(16) % 5
+    wanted = sc.evaluate(model, [(images, targets)])
+    assert sc.evaluate(model, [(images, targets.to(dtype))]) == wanted
+    twin = copy.deepcopy(model)
+    first = sc.finetune(model, [(images, targets)], steps=2)
+    second = sc.finetune(twin, [(images, targets.to(dtype))], steps=2)
+    assert first.history == second.history
+    with pytest.raises(sc.InvalidArgument, match="loader: expected class indices from 0 to 4, got"):
+        sc.evaluate(model, [(images, (targets + 100).to(dtype))])

@@ -6,12 +6,14 @@ import random
 
 import numpy as np
 import pytest
+import secateur as sc
 import torch
 from finetuning import batches, quiet, same, tiny, weights
 from secateur.data.loader import ImageLoader, loader
 from secateur.errors import InvalidArgument, NumericalError
 from secateur.training.evaluate import evaluate
 from secateur.training.finetune import finetune
+from small_vits import small_batches, small_vit
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -452,3 +454,23 @@ def test_none_is_no_end_of_a_pass() -> None:
     first, second = batches(2)
     with pytest.raises(InvalidArgument, match="^loader: expected batches of images"):
         finetune(quiet(), [first, None, second], steps=2)
+
+
+def test_what_can_be_read_only_once_is_refused_before_anything_is_trained():
+    model = small_vit()
+    before = copy.deepcopy(model.state_dict())
+    images, targets = torch.cat(small_batches()), torch.arange(16) % 5
+    with pytest.raises(sc.InvalidArgument, match="val_loader: expected batches that can be read after every pass"):
+        sc.finetune(model, [(images, targets)], epochs=2, val_loader=iter([(images, targets)]))
+    stats = sc.calibrate(model, [images])
+    with pytest.raises(sc.InvalidArgument, match=r"finetune\['checkpoint_every'\]: expected resume="):
+        sc.search(
+            model,
+            stats,
+            objective=sc.MemoryConstrained(0.5),
+            loader=[(images, targets)],
+            finetune={"steps": 1, "checkpoint_every": 1},
+            train_loader=[(images, targets)],
+            calibration_loader=[images],
+        )
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
