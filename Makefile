@@ -73,7 +73,7 @@ sanitize: build-asan
 # What calls the core; what -k leaves out trains a model first. The interpreter is not instrumented: the sanitizers'
 # library, that of the compiler which built the extension, has to be there before it, with libstdc++ for what is thrown,
 # and what it never frees is not ours. Reports go to the descriptor of stderr, which pytest is not to keep.
-CORE_TESTS := $(addprefix tests/python/test_,core.py core_properties.py eliminate.py runtime.py scores.py)
+CORE_TESTS := $(addprefix tests/python/core/test_,core.py core_properties.py eliminate.py runtime.py scores.py)
 sanitize-python: build-asan
 	core="$$(echo $(abspath build/asan/python/bindings)/_core*.so)" && \
 	compiler="$$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' build/asan/CMakeCache.txt)" && \

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .statistics.statistics import Statistics
     from .training.evaluate import Evaluation, evaluate
     from .training.finetune import FinetuneResult, finetune
+    from .training.hooks import LoopHook
 
 # Name to the module that defines it, which is imported when the name is asked for: `secateur --help` needs no torch.
 _MODULES = {
@@ -45,6 +46,7 @@ _MODULES = {
     "InvalidArgument": "errors",
     "LatencySensitive": "searches.objectives",
     "LatencyTable": "latency.table",
+    "LoopHook": "training.hooks",
     "MemoryConstrained": "searches.objectives",
     "NumericalError": "errors",
     "Plan": "plans.plan",
@@ -77,6 +79,7 @@ __all__ = [
     "InvalidArgument",
     "LatencySensitive",
     "LatencyTable",
+    "LoopHook",
     "MemoryConstrained",
     "NumericalError",
     "Plan",

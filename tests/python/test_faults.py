@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-SCRIPT = Path(__file__).with_name("kill_points.py")
+from launch import SUPPORT
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="fork and kill -9")
@@ -18,7 +17,7 @@ SCRIPT = Path(__file__).with_name("kill_points.py")
 def test_runs_killed_at_random_points_are_resumed(tmp_path: Path, points: int) -> None:
     """So many kills of each of calibrate, finetune, search and save; of the last, 52."""
     seed = random.randrange(2**32)
-    command = [sys.executable, str(SCRIPT), str(tmp_path), str(points), str(seed)]
+    command = [sys.executable, str(SUPPORT / "kill_points.py"), str(tmp_path), str(points), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
     found = json.loads(done.stdout)
@@ -32,7 +31,7 @@ def test_runs_killed_at_random_points_are_resumed(tmp_path: Path, points: int) -
 @pytest.mark.parametrize("rounds", [60, pytest.param(10_000, marks=pytest.mark.faults)])
 def test_nothing_grows_with_rounds_of_work(tmp_path: Path, rounds: int) -> None:
     """Calibrate, plan, prune, save, load: no memory, file, thread or object is left of a round."""
-    command = [sys.executable, str(Path(__file__).with_name("rounds_of_work.py")), str(tmp_path), str(rounds)]
+    command = [sys.executable, str(SUPPORT / "rounds_of_work.py"), str(tmp_path), str(rounds)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=7200)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -8,28 +8,26 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from rich import box
 from rich.table import Table
-from torch import nn
 
 from ..errors import InvalidArgument
 from . import costs as cost
-from .groups import Group, Indices, Member, parameter_name
-from .layers import AttentionSite, FfnSite, NormSite, Source, Stream
+from .groups import Group, Member, named, parameter_name
+from .layers import Layer, LayerKind, NormSite, Source, Stream
 from .show import render, units
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Anatomy:
-    """What can be cut out of a model: groups, the places to observe them, and the exact costs.
+    """What can be cut out of a model: groups, layers, the places to observe them, and the exact costs.
 
     ``refused`` maps a kind that this model cannot lose to the reason. ``input_size`` is (channels, height, width).
-    ``stream`` says how the residual stream can be turned to another basis, or why it cannot.
+    ``shapes`` and ``buffers`` map the names of parameters, and of buffers that lose entries, to their shapes.
+    ``streams`` says of each residual stream, by the group of its channels, how it can be rotated, or why it cannot.
     ``architecture`` and ``arguments`` build the dense form; where ``handmade`` nobody recorded how, and they are the
-    class and nothing. ``embedding`` is what gives all tokens what enters the first block, None
-    where a norm follows it. ``absent`` names the layers (groups of kind "block") that the dense form has and this model
-    lost.
+    class and nothing. ``embedding`` is what gives all tokens what enters the first block, None where a norm follows it.
+    ``absent`` names the layers that the dense form has and this model lost.
     """
 
     family: str
@@ -37,14 +35,14 @@ class Anatomy:
     arguments: Mapping[str, Any]
     input_size: tuple[int, int, int]
     groups: tuple[Group, ...]
-    attention: tuple[AttentionSite, ...]
-    ffn: tuple[FfnSite, ...]
+    layers: Mapping[str, Layer]
     norms: tuple[NormSite, ...]
     products: tuple[cost.Product, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     handmade: bool = False
-    stream: Stream | str = "not described"
+    streams: Mapping[str, Stream | str] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     embedding: Source | None = None
 
@@ -60,31 +58,41 @@ class Anatomy:
 
     @cached_property
     def members_of(self) -> dict[str, tuple[tuple[Group, Member], ...]]:
-        """Parameter name to the group members that live in it."""
+        """Name of a parameter or buffer to the group members that live in it."""
         found: dict[str, list[tuple[Group, Member]]] = {}
         for group in self.groups:
             for member in group.members:
-                found.setdefault(parameter_name(member.module, member.parameter), []).append((group, member))
+                found.setdefault(member.tensor, []).append((group, member))
         return {name: tuple(pairs) for name, pairs in found.items()}
 
     @cached_property
-    def layers(self) -> dict[str, AttentionSite | FfnSite]:
-        """The attention and FFN layers by their group of kind "block", in the order of the data."""
-        every: list[AttentionSite | FfnSite] = [*self.attention, *self.ffn]
-        sites = {site.layer: site for site in every}
-        return {group.name: sites[group.name] for group in self.groups if group.name in sites}
+    def attention(self) -> tuple[Layer, ...]:
+        """The attention layers, first to last."""
+        return self.layers_of("attention")
+
+    @cached_property
+    def ffn(self) -> tuple[Layer, ...]:
+        """The FFN layers, first to last."""
+        return self.layers_of("ffn")
+
+    def layers_of(self, kind: LayerKind) -> tuple[Layer, ...]:
+        """The layers of one kind, first to last."""
+        return tuple(layer for layer in self.layers.values() if layer.kind == kind)
+
+    @cached_property
+    def widths(self) -> tuple[Group, ...]:
+        """The groups that many layers share: channels of residual streams."""
+        return tuple(group for group in self.groups if group.traits.shared)
 
     @cached_property
     def head_norms(self) -> tuple[str, ...]:
         """The norms of queries and keys."""
-        return tuple(name for site in self.attention for name in (site.q_norm, site.k_norm) if name is not None)
+        return tuple(name for layer in self.layers.values() for name in layer.norms.values())
 
     @cached_property
     def layer_of(self) -> dict[str, str]:
         """Name of a group to that of the layer that it is a part of."""
-        parts = {site.layer: [site.qk, site.v, site.heads_group] for site in self.attention}
-        parts |= {site.layer: [site.ffn] for site in self.ffn}
-        return {name: layer for layer, names in parts.items() for name in names}
+        return {name: layer.name for layer in self.layers.values() for name in layer.groups.values()}
 
     @cached_property
     def layer_of_parameter(self) -> dict[str, str]:
@@ -104,23 +112,24 @@ class Anatomy:
         Raises:
             InvalidArgument: they do.
         """
-        for what, sites in (("attention", self.attention), ("FFN", self.ffn)):
-            if not any(sizes.get(site.layer, 1) for site in sites):
+        for what, layers in (("attention", self.attention), ("FFN", self.ffn)):
+            if layers and not any(sizes.get(layer.name, 1) for layer in layers):
                 raise InvalidArgument(f"{argument}: expected at least one {what} layer to stay, got none")
 
     def before(self, layer: str, gone: Container[str] = ()) -> Source | None:
-        """What writes last to the residual stream before a layer, but for the layers ``gone``.
+        """What writes last to the residual stream before a layer, except the layers ``gone``.
 
         None where nothing can be added there, because a norm follows.
         """
         names = list(self.layers)
-        if self.layers[layer].post_norm:
+        here = self.layers[layer]
+        if here.post_norm:
             return None
         for name in reversed(names[: names.index(layer)]):
-            if name not in gone:
-                site = self.layers[name]
-                return None if site.post_norm else Source({site.writer: site.scale})
-        return self.embedding
+            other = self.layers[name]
+            if other.stream == here.stream and name not in gone:
+                return None if other.post_norm else Source({other.writer: other.scale})
+        return self.embedding if here.stream == self.layers[names[0]].stream else None
 
     def group(self, name: str) -> Group:
         """Return the group called ``name``.
@@ -128,9 +137,9 @@ class Anatomy:
         Raises:
             InvalidArgument: there is none.
         """
-        for group in self.groups:
-            if group.name == name:
-                return group
+        found = named(self.groups, name)
+        if found is not None:
+            return found
         raise InvalidArgument(f"group: expected one of {', '.join(self.sizes)}, got {name!r}")
 
     def numel(self, name: str, sizes: Mapping[str, cost.Size]) -> cost.Size:
@@ -139,13 +148,13 @@ class Anatomy:
         extra: cost.Size = 1
         for group, member in self.members_of.get(name, ()):
             kept = sizes.get(group.name, group.size)
-            heads = group.heads if group.heads_group is None else sizes.get(group.heads_group, group.heads)
+            heads = group.heads if group.within is None else sizes.get(group.within, group.heads)
             if member.shared:
                 # A norm that serves every head is given to each of them once it is cut.
-                shape[member.dim] = kept
+                shape[member.axis] = kept
                 extra = 1 + (kept != group.size) * (heads - 1)
             else:
-                shape[member.dim] -= group.size * group.heads - kept * heads
+                shape[member.axis] -= (group.size * group.heads - kept * heads) * member.copies
         layer = self.layer_of_parameter.get(name)
         return math.prod(shape, start=extra) * (1 if layer is None else sizes.get(layer, 1))
 
@@ -189,51 +198,23 @@ class Anatomy:
     def __str__(self) -> str:
         size = "x".join(map(str, self.input_size))
         title = f"{self.architecture}: {units(self.params)} parameters, {units(self.macs)} MACs at {size}"
+        channels = [group for group in self.groups if not group.traits.counted and not group.traits.shared]
+        kinds = dict.fromkeys(group.kind for group in channels)
+        per_head = {group.kind for group in channels if group.per_head}
         table = Table(box=box.SIMPLE)
         table.add_column("block")
-        for column in ("heads", "qk per head", "v per head", "ffn"):
+        for column in [*(["heads"] if per_head else []), *(f"{k} per head" if k in per_head else k for k in kinds)]:
             table.add_column(column, justify="right")
-        blocks: dict[int, dict[str, Group]] = {}
-        for group in self.groups:
-            if group.block is not None and group.kind in ("qk", "v", "ffn"):
-                blocks.setdefault(group.block, {})[group.kind] = group
-        for block, kinds in blocks.items():
-            heads = next((g.heads for g in kinds.values() if g.per_head), "")
-            sizes = (str(kinds[kind].size) if kind in kinds else "" for kind in ("qk", "v", "ffn"))
-            table.add_row(str(block), str(heads), *sizes)
-        notes = [f"residual width {g.size}" for g in self.groups if g.kind == "width"]
+        rows: dict[str, dict[str, Group]] = {}
+        for group in channels:
+            # Filters of CNNs are in no block.
+            rows.setdefault(group.name if group.block is None else str(group.block), {})[group.kind] = group
+        for name, found in rows.items():
+            heads = next((str(group.heads) for group in found.values() if group.per_head), "")
+            sizes = (str(found[kind].size) if kind in found else "" for kind in kinds)
+            table.add_row(name, *([heads] if per_head else []), *sizes)
+        widths = self.widths
+        notes = [f"residual width {group.size}" + (f" ({group.name})" if len(widths) > 1 else "") for group in widths]
         notes += [f"without {', '.join(self.absent)}"] if self.absent else []
         notes += [f"{kind} cannot be cut: {reason}" for kind, reason in self.refused.items()]
         return "\n".join([title, render(table), *notes])
-
-
-def kept_along_axes(anatomy: Anatomy, name: str, keep: Mapping[str, Indices]) -> dict[int, torch.Tensor]:
-    """Axis to the entries of parameter ``name`` that stay, for the axes that lose any."""
-    axes: dict[int, torch.Tensor] = {}
-    masks: dict[int, torch.Tensor] = {}
-    for group, member in anatomy.members_of.get(name, ()):
-        whole_heads = group.heads_group is None or group.heads_group not in keep
-        if group.name not in keep and (whole_heads or member.shared):
-            continue
-        heads = torch.arange(group.heads) if whole_heads else torch.from_numpy(keep[str(group.heads_group)][0])
-        every = torch.arange(group.size).expand(group.heads, -1)
-        indices = torch.from_numpy(keep[group.name]) if group.name in keep else every
-        if member.shared:
-            # One entry served every head; now each head has its own.
-            axes[member.dim] = indices[heads].flatten()
-            continue
-        mask = masks.setdefault(member.dim, torch.ones(anatomy.shapes[name][member.dim], dtype=torch.bool))
-        mask[member.offset : member.offset + group.heads * group.size] = False
-        mask[member.offset + _flat(group, heads, indices)] = True
-    return axes | {dim: mask.nonzero().flatten() for dim, mask in masks.items()}
-
-
-def _flat(group: Group, heads: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    return (heads[:, None] * group.size + indices[heads]).flatten()
-
-
-def parameter_of(model: nn.Module, member: Member) -> nn.Parameter:
-    """The parameter that a member lives in."""
-    parameter = getattr(model.get_submodule(member.module), member.parameter)
-    assert isinstance(parameter, nn.Parameter)
-    return parameter

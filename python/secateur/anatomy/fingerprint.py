@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import InvalidArgument
 from ..files.container import digests
 from .anatomy import Anatomy
+from .entries import tensor_of
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,11 @@ class Fingerprint:
         Raises:
             InvalidArgument: a parameter without values (the meta device).
         """
-        for name in anatomy.members_of:
-            if model.get_parameter(name).is_meta:
+        tensors = {name: tensor_of(model, name) for name in anatomy.members_of}
+        for name, tensor in tensors.items():
+            if tensor.is_meta:
                 raise InvalidArgument(f"model: expected weights, got none in {name} (device meta)")
-        read = {name: model.get_parameter(name) for name in anatomy.members_of} if weights else {}
+        read = tensors if weights else {}
         return replace(cls.without_weights(anatomy), digests=digests(read))
 
     @classmethod

@@ -2,46 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from .kinds import KINDS, Kind, Traits
+
 Indices = npt.NDArray[np.int64]
-
-
-Kind = Literal["qk", "v", "ffn", "heads", "width", "conv", "block"]
-
-
 Role = Literal["writer", "reader", "norm", "elementwise"]
+# What a tensor is to its layer: methods ask for rows by part, and only families know which module holds them.
+Part = Literal["query", "key", "value", "output", "hidden", "gate", "bias_table", "stream"]
 
 
-@dataclass(frozen=True)
+def unit_entries(size: int, heads: int = 1, *, start: int = 0, copies: int = 1, stride: int = 0) -> Indices:
+    """Where units are along an axis: head after head and unit after unit from ``start`` on, (heads, size, copies).
+
+    Each unit has ``copies`` entries, ``stride`` apart: the two rows of a gated unit, the four places of a channel after
+    patches are merged.
+    """
+    first = start + np.arange(heads * size, dtype=np.int64).reshape(heads, size, 1)
+    return first + stride * np.arange(copies, dtype=np.int64)
+
+
+def shared_entries(size: int, heads: int) -> Indices:
+    """Entries that serve every head, as those of a query/key norm do: (heads, size, 1)."""
+    return np.tile(np.arange(size, dtype=np.int64)[None, :, None], (heads, 1, 1))
+
+
+@dataclass(frozen=True, eq=False)
 class Member:
-    """One axis of one parameter that loses entries when its group does.
+    """One axis of one parameter or buffer that loses entries when its group loses units.
 
-    Unit u of the group is entry ``offset + u`` of axis ``dim``; in a per-head group u = head · size + i. A ``shared``
-    parameter (a query/key norm) has one entry per i that serves every head; it is given one per head when cut.
-    Role ``writer`` produces the units (and is scored), ``reader`` consumes them, ``norm`` normalises over them.
+    ``tensor`` is its dotted name. ``entries``, (heads, units, k), says where along ``axis`` unit u of head h is: k = 1
+    for a row, 2 for the two rows of a gated unit or a rotary pair, height · width after a flatten. Where all heads have
+    the same entries, one entry serves every head; each is given its own when units are removed.
+    Role ``writer`` produces the units (and is scored), ``reader`` consumes them, ``norm`` normalises over them,
+    ``elementwise`` acts on each of them alone.
     """
 
-    module: str
-    parameter: str
-    dim: int
+    tensor: str
+    axis: int
+    entries: Indices
+    part: Part
     role: Role
-    offset: int = 0
-    shared: bool = False
+
+    @property
+    def module(self) -> str:
+        """Name of the module that holds the tensor; the model itself is ''."""
+        return self.tensor.rpartition(".")[0]
+
+    @property
+    def parameter(self) -> str:
+        """The tensor's name in its module."""
+        return self.tensor.rpartition(".")[2]
+
+    @cached_property
+    def shared(self) -> bool:
+        """Does one entry serve every head?"""
+        return len(self.entries) > 1 and bool((self.entries == self.entries[:1]).all())
+
+    @property
+    def copies(self) -> int:
+        """Entries of one unit."""
+        return int(self.entries.shape[2])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
-    """Units that can only leave together, with every parameter axis they live in.
+    """Units that can only be removed together, with every axis they live in.
 
-    ``size`` counts units per head where ``per_head``, else all of them. Kept counts are multiples of ``multiple``.
-    The units of kind "heads" are the heads of one attention layer: they live where the units of the per-head groups do
-    that name them as ``heads_group``. A group of kind "block" is one attention or FFN layer, with size 1: it is the
-    only kind of which nothing may stay, and takes ``modules`` with it.
+    ``size`` counts units per head where the group has heads, else all of them. Kept counts are multiples of
+    ``multiple``. The units of kind "heads" are the heads of one attention layer: the groups that are ``within`` it lose
+    theirs with a head. A group of kind "layer" is one attention or FFN layer, with size 1: it is the only kind of which
+    nothing may stay, and takes ``modules`` with it.
     """
 
     name: str
@@ -50,17 +87,39 @@ class Group:
     size: int
     members: tuple[Member, ...]
     heads: int = 1
-    per_head: bool = False
     multiple: int = 1
-    heads_group: str | None = None
+    within: str | None = None
     modules: tuple[str, ...] = ()
+
+    @property
+    def traits(self) -> Traits:
+        """What is particular to its kind."""
+        return KINDS[self.kind]
 
     @property
     def least(self) -> int:
         """Fewest units that can stay."""
-        return 0 if self.kind == "block" else 1
+        return self.traits.least
+
+    @property
+    def per_head(self) -> bool:
+        """Are the units counted in each head?"""
+        return self.within is not None
+
+    def of(self, role: Role, part: Part | None = None, parameter: str = "weight") -> list[Member]:
+        """Its members of a role, and of a part where one is named, in their weights unless told otherwise."""
+        return [
+            member
+            for member in self.members
+            if member.role == role and part in (None, member.part) and member.parameter == parameter
+        ]
 
 
 def parameter_name(module: str, parameter: str) -> str:
     """Dotted name of a module's parameter; the model itself is module ''."""
     return f"{module}.{parameter}" if module else parameter
+
+
+def named(groups: Iterable[Group], name: str) -> Group | None:
+    """The group called ``name``; None where there is none."""
+    return next((group for group in groups if group.name == name), None)

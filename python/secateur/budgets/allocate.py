@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..anatomy.anatomy import Anatomy
+from ..anatomy import Anatomy, Group
 from ..anatomy.costs import Cost
-from ..anatomy.groups import Group
 from ..errors import InvalidArgument
-from ..statistics.statistics import Float
+from ..statistics.settings import Float
 from .budget import Allocation, Budget
 from .least_loss import of_least_loss
-from .limits import DEFAULT_GROUPS, TARGET_MULTIPLES, FreeGroups
+from .limits import TARGET_MULTIPLES, FreeGroups, default_groups
 from .target import Target
 from .uniform import Step, bundles_of
 
@@ -46,11 +45,11 @@ def allocate(
         Unsupported: a kind that this model cannot lose.
     """
     free = FreeGroups(
-        anatomy, DEFAULT_GROUPS if groups is None else groups, freeze, min_keep, round_to, TARGET_MULTIPLES
+        anatomy, default_groups(anatomy) if groups is None else groups, freeze, min_keep, round_to, TARGET_MULTIPLES
     )
-    if any(group.kind == "block" for group in free.groups):
+    if any(group.traits.whole for group in free.groups):
         if losses is None:
-            raise InvalidArgument("groups: expected no 'block' in a uniform allocation, which cannot tell layers apart")
+            raise InvalidArgument("groups: expected no 'layer' in a uniform allocation, which cannot tell layers apart")
         free.hold_one_of_each(lambda group: float(losses(group)[0]))
     assert (target.latency is None) == (latency is None), "what a target limits comes with a prediction"
     budget = Budget(anatomy, target, latency)
@@ -86,7 +85,7 @@ def allocate(
 
 def free_groups(anatomy: Anatomy, limits: Mapping[str, Any]) -> list[Group]:
     """The groups that a target may cut; errors are those of ``allocate``."""
-    groups = DEFAULT_GROUPS if limits["groups"] is None else limits["groups"]
+    groups = default_groups(anatomy) if limits["groups"] is None else limits["groups"]
     return FreeGroups(anatomy, **{**limits, "groups": groups}, default_multiples=TARGET_MULTIPLES).groups
 
 
@@ -106,7 +105,7 @@ def check_target(
         Unsupported: a kind that this model cannot lose.
     """
     free = FreeGroups(
-        anatomy, DEFAULT_GROUPS if groups is None else groups, freeze, min_keep, round_to, TARGET_MULTIPLES
+        anatomy, default_groups(anatomy) if groups is None else groups, freeze, min_keep, round_to, TARGET_MULTIPLES
     )
     # Which layer of each kind is the last to go is not known yet, and their costs are alike.
     free.hold_one_of_each(lambda _group: 0.0)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..anatomy.anatomy import Anatomy
+from ..anatomy import Anatomy
 from ..anatomy.costs import Cost, Size, Sizes
-from ..statistics.statistics import Float
+from ..statistics.settings import Float
 from .target import Target
 
 

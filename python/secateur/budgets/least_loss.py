@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from ..anatomy.anatomy import Anatomy
-from ..anatomy.groups import Group
-from ..statistics.statistics import Float
+from ..anatomy import Anatomy, Group
+from ..statistics.settings import Float
 from .budget import Allocation, Budget
 from .limits import FreeGroups
 from .uniform import bundles_of
@@ -21,16 +20,16 @@ _EXCHANGES = 100
 
 def of_least_loss(anatomy: Anatomy, free: FreeGroups, budget: Budget, losses: Callable[[Group], Float]) -> Allocation:
     """Sizes of the least total loss that meet the budget, and what no choice can go below."""
-    width = next((group for group in free.groups if group.kind == "width"), None)
+    widths = [group for group in free.groups if group.traits.shared]
     choices = _choices(anatomy, free, losses)
     best: Allocation | None = None
     best_base = anatomy.sizes
     bound = math.inf
-    for base in [anatomy.sizes] if width is None else [{**anatomy.sizes, width.name: n} for n in free.options(width)]:
+    for base in _widths(anatomy, free, widths):
         found = _at_width(base, choices, budget)
         if found is None:
             continue
-        narrower = 0.0 if width is None else float(losses(width)[base[width.name]])
+        narrower = sum(float(losses(width)[base[width.name]]) for width in widths)
         loss = found.loss + narrower
         bound = min(bound, found.bound + narrower)
         if best is None or loss < best.loss:
@@ -49,17 +48,30 @@ def of_least_loss(anatomy: Anatomy, free: FreeGroups, budget: Budget, losses: Ca
     return Allocation(kept, loss, min(bound, loss))
 
 
+def _widths(anatomy: Anatomy, free: FreeGroups, widths: list[Group]) -> list[dict[str, int]]:
+    """Sizes of the model at every width that it may have; where each stage has its own, all lose the same fraction."""
+    if not widths:
+        return [anatomy.sizes]
+    first = max(widths, key=lambda width: len(free.options(width)))
+    bases = []
+    for option in free.options(first):
+        removed = 1 - option / first.size
+        bases.append(
+            {**anatomy.sizes, **{width.name: free.count(width, removed) for width in widths}, first.name: option}
+        )
+    return bases
+
+
 def _choices(anatomy: Anatomy, free: FreeGroups, losses: Callable[[Group], Float]) -> list[_Choices]:
     """What is decided apart: groups whose costs add up."""
     together: dict[str, list[list[Group]]] = {}
     for bundle in bundles_of(free, anatomy.sizes):
-        if bundle[0].kind != "width":
+        if not bundle[0].traits.shared:
             layer = anatomy.layer_of.get(bundle[0].name, bundle[0].name)
             together.setdefault(layer, []).append(bundle)
     found = []
     for bundles in together.values():
-        kinds = {group.kind for bundle in bundles for group in bundle}
-        if kinds & {"heads", "block"}:
+        if any(group.traits.counted for bundle in bundles for group in bundle):
             found.append(_Choices(bundles, free, losses))
         else:
             found += [_Choices([bundle], free, losses) for bundle in bundles]
@@ -196,8 +208,8 @@ class _Choices:
     """
 
     def __init__(self, bundles: list[list[Group]], free: FreeGroups, losses: Callable[[Group], Float]) -> None:
-        inner = [bundle for bundle in bundles if bundle[0].kind != "block"]
-        layer = next((bundle[0] for bundle in bundles if bundle[0].kind == "block"), None)
+        inner = [bundle for bundle in bundles if not bundle[0].traits.whole]
+        layer = next((bundle[0] for bundle in bundles if bundle[0].traits.whole), None)
         options = [free.options(bundle[0]) for bundle in inner]
         grid = [axis.flatten() for axis in np.meshgrid(*options, indexing="ij")] if inner else []
         total = np.zeros(len(grid[0]) if inner else 1)

@@ -9,14 +9,17 @@ from types import MappingProxyType
 from typing import Any
 
 from .. import check
-from ..anatomy.anatomy import Anatomy
-from ..anatomy.groups import Group
+from ..anatomy import KINDS, Anatomy, Group
+from ..anatomy.kinds import current
 from ..errors import InvalidArgument, Unsupported
 
-DEFAULT_GROUPS = ("qk", "v", "ffn")
+# Hardware-friendly sizes, which plans for a target keep to.
+TARGET_MULTIPLES = {kind: traits.multiple for kind, traits in KINDS.items()}
 
 
-TARGET_MULTIPLES = {"qk": 8, "v": 8, "ffn": 32, "width": 32}
+def default_groups(anatomy: Anatomy) -> list[str]:
+    """The kinds of this model that a target cuts unless told otherwise."""
+    return list(dict.fromkeys(group.kind for group in anatomy.groups if group.traits.in_target))
 
 
 def kept_count(size: int, fraction: float, multiple: int = 1) -> int:
@@ -67,12 +70,12 @@ class FreeGroups:
         default_multiples: Mapping[str, int],
     ) -> None:
         self.anatomy = anatomy
-        named = None if groups is None else set(_sequence("groups", groups))
+        named = None if groups is None else {current(name) for name in _sequence("groups", groups)}
         if named is not None:
             check_kinds(anatomy, "groups", named)
             if not named:
                 raise InvalidArgument("groups: expected at least one kind or group, got none")
-        frozen = _matching(anatomy, "freeze", _sequence("freeze", freeze))
+        frozen = _matching(anatomy, "freeze", map(current, _sequence("freeze", freeze)))
         self.groups = [
             group
             for group in anatomy.groups
@@ -87,7 +90,7 @@ class FreeGroups:
         elif round_to is not None:
             # Of channels: heads and layers are counted one by one unless they are named.
             multiple = check.integer("round_to", round_to)
-            self._multiple |= {g.name: multiple for g in anatomy.groups if g.kind not in ("heads", "block")}
+            self._multiple |= {g.name: multiple for g in anatomy.groups if not g.traits.counted}
         for group in anatomy.groups:
             self._multiple[group.name] = math.lcm(self._multiple[group.name], group.multiple)
 
@@ -110,7 +113,7 @@ class FreeGroups:
         """
         free = {group.name for group in self.groups}
         for layers in (self.anatomy.attention, self.anatomy.ffn):
-            found = [self.anatomy.group(site.layer) for site in layers]
+            found = [self.anatomy.group(layer.name) for layer in layers]
             if any(g.name not in free or self._minimum.get(g.name) or stays.get(g.name) for g in found):
                 continue
             undecided = [group for group in found if group.name not in stays]
@@ -161,6 +164,7 @@ def _per_group(anatomy: Anatomy, argument: str, values: Mapping[str, int]) -> di
     """Spread positive integers by kind or group name over groups; a group's own name wins over its kind."""
     if not isinstance(values, Mapping):
         raise InvalidArgument(f"{argument}: expected a dict by kind or group, got {values!r}")
+    values = {current(name): value for name, value in values.items()}
     check_kinds(anatomy, argument, values)
     return {
         group.name: check.integer(f"{argument}[{key!r}]", values[key])
@@ -171,7 +175,7 @@ def _per_group(anatomy: Anatomy, argument: str, values: Mapping[str, int]) -> di
 
 
 def removed_fraction(anatomy: Anatomy, key: str, name: str, value: object) -> float:
-    """The fraction that leaves of a kind or group, which the user calls ``key``."""
+    """The fraction removed of a kind or group, which the user calls ``key``."""
     layer = name in anatomy.layers
     fraction = check.fraction(f"ratios[{key!r}]", value, open_high=not layer)
     if layer and fraction not in (0, 1):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from ..anatomy.anatomy import Anatomy
-from ..anatomy.groups import Group
+from ..anatomy import Anatomy, Group
+from ..anatomy.kinds import current
 from ..errors import InvalidArgument
 from .limits import FreeGroups, check_kinds, removed_fraction
 from .snp_names import fractions_from_file
+
+_LAYERS = "layer"
 
 
 def counts_from_ratios(
@@ -24,20 +26,21 @@ def counts_from_ratios(
 ) -> dict[str, int]:
     """Kept units by group, from the fraction removed of each kind or group, or from a per-block file.
 
-    Of the kind "block" that fraction of all attention and FFN layers leaves, those of the least ``removal`` first; one
-    of each stays.
+    Of the kind "layer" that fraction of all attention and FFN layers is removed, those of the least ``removal`` first;
+    one of each stays.
 
     Raises:
         InvalidArgument: a key or value that does not fit; the text names it.
         Unsupported: a kind that this model cannot lose.
     """
     if isinstance(ratios, Mapping):
+        ratios = {current(name): value for name, value in ratios.items()}
         fractions = _fractions(anatomy, ratios)
     else:
         fractions = fractions_from_file(anatomy, ratios)
     free = FreeGroups(anatomy, groups, freeze, min_keep, round_to, default_multiples={})
-    if isinstance(ratios, Mapping) and "block" in ratios:
-        fractions |= _layers_to_leave(free, fractions, {*ratios}, removal)
+    if isinstance(ratios, Mapping) and _LAYERS in ratios:
+        fractions |= _layers_to_remove(free, fractions, {*ratios}, removal)
     sizes = {
         group.name: free.count(group, fractions.get(group.name, 0.0)) if group in free.groups else group.size
         for group in anatomy.groups
@@ -46,15 +49,15 @@ def counts_from_ratios(
     return sizes
 
 
-def _layers_to_leave(
+def _layers_to_remove(
     free: FreeGroups, fractions: Mapping[str, float], named: set[str], removal: Callable[[Group], float] | None
 ) -> dict[str, float]:
-    """1 for the layers that leave of those that no ratio of their own names, 0 for the others."""
-    layers = [group for group in free.groups if group.kind == "block" and group.name not in named]
+    """1 for the layers to remove, of those that no ratio of their own names; 0 for the others."""
+    layers = [group for group in free.groups if group.traits.whole and group.name not in named]
     wanted = round(sum(fractions[group.name] for group in layers))
     if wanted and removal is None:
         raise InvalidArgument(
-            "ratios['block']: expected layers by their names, or statistics that say which of them matter "
+            f"ratios['{_LAYERS}']: expected layers by their names, or statistics that say which of them matter "
             "(calibrate(sensitivity=True)), got a fraction"
         )
     if removal is not None:

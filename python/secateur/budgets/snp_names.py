@@ -8,8 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..anatomy.anatomy import Anatomy
-from ..anatomy.groups import Group
+from ..anatomy import Anatomy
 from ..errors import InvalidArgument, Unsupported
 from ..files import documents
 from .limits import removed_fraction
@@ -42,8 +41,7 @@ def fractions_from_file(anatomy: Anatomy, source: str | Path) -> dict[str, float
     if not isinstance(values, dict):
         raise InvalidArgument(f"ratios: expected a JSON object in {source}, got {type(values).__name__}")
     values.pop("source", None)
-    published = [group for group in anatomy.groups if group.kind not in ("heads", "block")]
-    group_of = {_published_name(anatomy, group): group.name for group in published}
+    group_of = _published_names(anatomy)
     if not any(key in group_of for key in values):
         group_of = {name: name for name in anatomy.sizes}
     _check_file_keys(anatomy, source, values, group_of)
@@ -57,15 +55,20 @@ def _check_file_keys(anatomy: Anatomy, source: str | Path, values: Mapping[str, 
         if key not in names:
             raise InvalidArgument(f"ratios: expected keys of this model in {source}, got the extra key {key!r}")
     for key, name in names.items():
-        if key not in values and anatomy.group(name).kind in ("qk", "v", "ffn"):
+        if key not in values and anatomy.group(name).traits.in_target:
             raise InvalidArgument(f"ratios: expected the key {key!r} in {source}, got none")
 
 
-def _published_name(anatomy: Anatomy, group: Group) -> str:
-    if group.block is None:
-        index = 2 * len({g.block for g in anatomy.groups if g.block is not None})
-        return f"add_{index}" if group.kind == "width" else group.name
-    if group.kind == "ffn":
-        return f"blocks_{group.block}_mlp_fc1"
-    index = 2 * group.block + (group.kind == "v")
-    return f"matmul_{index}" if index else "matmul"
+# By kind; {0} is twice the block's index, {1} one more, {2} the block's index.
+_PUBLISHED: Mapping[str, str] = {"qk": "matmul_{0}", "v": "matmul_{1}", "ffn": "blocks_{2}_mlp_fc1", "width": "add_{0}"}
+
+
+def _published_names(anatomy: Anatomy) -> dict[str, str]:
+    blocks = len({group.block for group in anatomy.groups if group.block is not None})
+    found = {}
+    for group in anatomy.groups:
+        if group.kind in _PUBLISHED:
+            index = blocks if group.block is None else group.block
+            name = _PUBLISHED[group.kind].format(2 * index, 2 * index + 1, index)
+            found["matmul" if name == "matmul_0" else name] = group.name
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..anatomy.groups import Group
+from ..anatomy import Group
 from .limits import FreeGroups
 
 
@@ -27,18 +27,21 @@ class Step:
 
 def bundles_of(free: FreeGroups, kept: Mapping[str, int]) -> list[list[Group]]:
     """Groups to step together: query/key and value of a layer where they are and stay equal, others alone."""
-    by_block: dict[int, Group] = {
-        group.block: group for group in free.groups if group.kind == "v" and group.block is not None
+    layer_of = free.anatomy.layer_of
+    followers = {
+        (layer_of[group.name], group.traits.steps_with): group
+        for group in free.groups
+        if group.traits.steps_with is not None and group.name in layer_of
     }
     bundles: list[list[Group]] = []
     paired: set[str] = set()
     for group in free.groups:
-        value = by_block.get(group.block) if group.kind == "qk" and group.block is not None else None
-        if value is not None and (group.size, kept[group.name], free.multiple(group)) == (
-            value.size,
-            kept[value.name],
-            free.multiple(value),
+        follower = followers.get((layer_of.get(group.name, ""), group.kind))
+        if follower is not None and (group.size, kept[group.name], free.multiple(group)) == (
+            follower.size,
+            kept[follower.name],
+            free.multiple(follower),
         ):
-            bundles.append([group, value])
-            paired |= {group.name, value.name}
+            bundles.append([group, follower])
+            paired |= {group.name, follower.name}
     return bundles + [[group] for group in free.groups if group.name not in paired]

@@ -1,7 +1,8 @@
 """Images for a model: folders, tars, Hugging Face data sets and scikit-learn's digits, as the model wants them."""
 
-from .loader import ImageLoader, default_split, loader
+from .loader import ImageLoader, loader
 from .model_input import data_config, images_in, input_dtype, model_input, split_batch
+from .sources import default_split
 
 __all__ = [
     "ImageLoader",

@@ -15,13 +15,11 @@ from torch import nn
 from .. import check, core
 from ..errors import Error, InvalidArgument
 from ..families.registry import family_named, family_of
-from ..families.vision_transformer.modules import HeadNorm, PrunedAttention, is_uncentred
 from ..files import container
-from ..surgery import cut as surgery
+from ..surgery.structure import Structure
 
 # Where weights came from: a pruned model must never be taken for its dense source.
 _WEIGHT_SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "custom_load")
-_LINEAR = (nn.Linear, nn.Conv2d)
 # Even without weights a block takes memory.
 _MAX_DEPTH = 512
 # Rates that matter in training alone may be changed by hand.
@@ -66,28 +64,18 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
     for argument, value in arguments.items():
         if not _is_json(value):
             raise InvalidArgument(f"factory: expected (name, kwargs) of JSON values, got {argument} = {value!r}")
-    norms = [*(norm.name for norm in anatomy.norms), *anatomy.head_norms]
+    dense = _built(anatomy.family, architecture, arguments)
+    structure = Structure.of(model, anatomy, dict(dense.named_parameters()))
     header = {
         "family": anatomy.family,
         "architecture": architecture,
         "arguments": dict(arguments),
         "handmade": handmade,
-        "sizes": anatomy.remains,
-        "layouts": {site.name: site.layout for site in anatomy.attention},
-        "softmax_scales": {site.name: site.softmax_scale for site in anatomy.attention if site.layout == "exact"},
-        "eps": {name: getattr(model.get_submodule(name), "eps") for name in norms},  # noqa: B009
-        "uncentred": [name for name in anatomy.head_norms if is_uncentred(model.get_submodule(name))],
-        "biases": [],
+        **structure.to_dict(),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "pretrained_cfg": _without_sources(getattr(model, "pretrained_cfg", None)),
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
-    plain = dict(_skeleton(header).named_parameters())
-    header["biases"] = [
-        f"{name}.bias"
-        for name, module in model.named_modules()
-        if isinstance(module, _LINEAR) and module.bias is not None and f"{name}.bias" not in plain
-    ]
     difference = _difference(model, _skeleton(header))
     if difference:
         raise InvalidArgument(f"model: expected what {architecture} with its recorded arguments is, got {difference}")
@@ -122,6 +110,7 @@ def load(path: str | Path, *, verify: bool = True) -> nn.Module:
     model.load_state_dict(tensors, strict=True, assign=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
+    _compute_buffers(model, header)
     if config is not None:
         restored: Any = _tuples(config)
         model.pretrained_cfg = model.default_cfg = restored
@@ -129,6 +118,17 @@ def load(path: str | Path, *, verify: bool = True) -> nn.Module:
         factory: Any = (header["architecture"], header["arguments"])
         model.secateur_factory = factory
     return model.eval()
+
+
+def _compute_buffers(model: nn.Module, header: Mapping[str, Any]) -> None:
+    """Give buffers that are no part of the state, such as position indices, the values that the dense model has."""
+    missing = {name for name, buffer in model.named_buffers() if buffer.is_meta}
+    if not missing:
+        return
+    dense = dict(_built(header["family"], header["architecture"], header["arguments"], "cpu").named_buffers())
+    for name in missing:
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, dense[name])
 
 
 def _checked(factory: Any, architecture: str) -> tuple[str, Mapping[str, Any]]:
@@ -142,49 +142,31 @@ def _checked(factory: Any, architecture: str) -> tuple[str, Mapping[str, Any]]:
     return str(factory[0]), factory[1]
 
 
-@core.host_by_default()
 def _skeleton(header: Mapping[str, Any]) -> nn.Module:
     """The model of a header, without weights."""
-    family = family_named(header["family"])
-    arguments = {name: _tuples(value) for name, value in header["arguments"].items()}
-    depth = arguments.get("depth", 1)
-    if isinstance(depth, (int, float)) and depth > _MAX_DEPTH:
-        raise InvalidArgument(f"arguments: expected a depth of at most {_MAX_DEPTH}, got {depth}")
+    model = _built(header["family"], header["architecture"], header["arguments"])
     try:
-        model = family.build(header["architecture"], arguments, torch.device("meta"))
-        surgery.shape(model, family, header["sizes"], header.get("layouts", {}))
-        _adjust(model, header)
+        Structure.from_dict(header).apply(model)
     except Error:
         raise
-    except Exception as error:  # timm's constructors raise what they like
+    except Exception as error:  # sizes that come from a file may be anything
         raise InvalidArgument(f"arguments: expected those of {header['architecture']}, got {error}") from error
     return model.eval()
 
 
-def _adjust(model: nn.Module, header: Mapping[str, Any]) -> None:
-    """What rounds of pruning leave besides sizes.
-
-    The softmax scale of a model that was in the stock layout before, other eps in the norms, query/key norms that take
-    no mean off any more, biases where there were none.
-    """
-    for name, value in header.get("softmax_scales", {}).items():
-        attn = model.get_submodule(name)
-        if type(attn) is not PrunedAttention:
-            raise InvalidArgument(f"softmax_scales: expected attention modules of the exact layout, got {name!r}")
-        attn.scale = check.number(f"softmax_scales[{name!r}]", value, open_low=True)
-    for name, value in header.get("eps", {}).items():
-        norm: Any = model.get_submodule(name)
-        norm.eps = value
-    for name in header.get("uncentred", []):
-        head_norm = model.get_submodule(name)
-        if not isinstance(head_norm, HeadNorm):
-            raise InvalidArgument(f"uncentred: expected norms of cut queries and keys, got {name!r}")
-        head_norm.centred = False
-    for name in header.get("biases", []):
-        layer = model.get_submodule(name.removesuffix(".bias"))
-        if not isinstance(layer, _LINEAR):
-            raise InvalidArgument(f"biases: expected those of linear layers, got {name!r}")
-        layer.bias = nn.Parameter(torch.empty(len(layer.weight), dtype=layer.weight.dtype, device=layer.weight.device))
+@core.host_by_default()
+def _built(family: str, architecture: str, arguments: Mapping[str, Any], device: str = "meta") -> nn.Module:
+    """The dense model, without weights."""
+    arguments = {name: _tuples(value) for name, value in arguments.items()}
+    depth = arguments.get("depth", 1)
+    if isinstance(depth, (int, float)) and depth > _MAX_DEPTH:
+        raise InvalidArgument(f"arguments: expected a depth of at most {_MAX_DEPTH}, got {depth}")
+    try:
+        return family_named(family).build(architecture, arguments, torch.device(device))
+    except Error:
+        raise
+    except Exception as error:  # timm's constructors raise what they like
+        raise InvalidArgument(f"arguments: expected those of {architecture}, got {error}") from error
 
 
 def _difference(model: nn.Module, built: nn.Module) -> str | None:

@@ -2,46 +2,163 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
+import timm
 import torch
+from timm.layers import LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32
 from torch import nn
 
-from ..anatomy.anatomy import Anatomy
+from ..anatomy import Anatomy
+from ..errors import InvalidArgument, Unsupported
+
+__all__ = ["NORMS", "Family", "fit_modules", "refuse_computed", "refuse_tied", "unsupported"]
+
+# Norms over channels by exact class: centred (LayerNorm) or not (RMSNorm).
+NORMS: Mapping[type[nn.Module], bool] = {
+    nn.LayerNorm: True,
+    LayerNorm: True,
+    LayerNormFp32: True,
+    RmsNorm: False,
+    RmsNormFp32: False,
+}
+# What timm.create_model takes besides: it would read files or return something else than the model.
+_NOT_ARCHITECTURE = ("checkpoint_path", "cache_dir", "features_only", "scriptable", "exportable", "device", "dtype")
 
 
-class Family(Protocol):
-    """What a module of this package offers."""
+class Family(ABC):
+    """A family of models; a subclass registers itself with ``families.register``.
 
-    NAME: str
+    ``name`` is written into files. ``models`` are accepted by exact class: a subclass may compute anything. With
+    ``verified``, ``prune`` compares every cut model with the dense one before it returns.
+    """
+
+    name: ClassVar[str]
+    models: ClassVar[tuple[type[nn.Module], ...]]
+    verified: ClassVar[bool] = False
 
     def accepts(self, model: nn.Module) -> bool:
         """Is the model of this family's classes?"""
+        return type(model) in self.models
 
+    @abstractmethod
     def inspect(self, model: nn.Module) -> Anatomy:
         """Describe the model, or raise Unsupported naming the module and the reason."""
 
+    def build(self, architecture: str, arguments: Mapping[str, Any], device: torch.device) -> nn.Module:
+        """Build the dense model: a timm model name, or the name of one of the family's classes. Nothing is fetched.
+
+        Raises:
+            InvalidArgument: an argument that would make timm read or fetch weights.
+            Unsupported: neither timm nor the family knows the architecture.
+        """
+        for name in arguments:
+            if name in _NOT_ARCHITECTURE or name.startswith("pretrained"):
+                raise InvalidArgument(f"arguments: expected those of the architecture, got {name!r}")
+        for cls in self.models:
+            if architecture == cls.__name__:
+                with device:
+                    return cls(**arguments)
+        if not timm.is_model(architecture):
+            names = " or ".join(cls.__name__ for cls in self.models)
+            raise Unsupported(
+                f"architecture: expected one that timm {timm.__version__} knows, {names}, got {architecture!r}"
+            )
+        with device:
+            model: nn.Module = timm.create_model(architecture, pretrained=False, **arguments)
+        return model
+
     def adapt(self, model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
         """Make modules and attributes fit parameters that were just cut from ``anatomy`` to ``sizes``."""
+        del anatomy, sizes
+        fit_modules(model)
 
     def stock_sizes(self, model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, int]:
         """What a cut to ``sizes`` leaves in the stock layout, or raise Unsupported naming the module and the reason."""
+        del sizes
+        if any(layer.layout is not None for layer in anatomy.layers.values()):
+            raise Unsupported(f"layout: expected 'exact' for {type(model).__name__}, got 'stock'")
+        return dict(anatomy.sizes)
 
     def make_stock(self, model: nn.Module, head_dims: Mapping[str, int]) -> None:
         """Make attention modules the library's own; their parameters already have the given size per head."""
+        if head_dims:
+            raise Unsupported(f"layout: expected 'exact' for {type(model).__name__}, got 'stock'")
 
     def alone(self, model: nn.Module, block: int | None) -> nn.Module:
-        """A copy of the model with that block alone, or without any."""
+        """A copy of the model with that block alone, or without any.
+
+        Raises:
+            Unsupported: models of this family cannot be timed layer by layer.
+        """
+        del block
+        raise Unsupported(f"latency: expected a model that can be timed layer by layer, got {type(model).__name__}")
 
     def layers(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """Attention and FFN layers by name, each with norm and residual sum: (B, N, width) to the same. No copies."""
+        """Attention and FFN layers by name, each with norm and residual sum: (B, N, width) to the same. No copies.
+
+        Raises:
+            Unsupported: models of this family cannot be timed layer by layer.
+        """
+        raise Unsupported(f"latency: expected a model that can be timed layer by layer, got {type(model).__name__}")
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The blocks, first to last."""
+        """The blocks, first to last, for passes that begin at one of them; none where these run the whole model."""
+        del model
+        return []
 
     def from_block(self, model: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
-        """The output of the model, given what enters a block: (B, N, width)."""
+        """The output of the model, given what enters one of its ``blocks``."""
+        raise AssertionError(f"{type(model).__name__} has no block {index} that takes {tuple(x.shape)}")
 
-    def build(self, architecture: str, arguments: Mapping[str, Any], device: torch.device) -> nn.Module:
-        """Build a dense model with arbitrary weights."""
+
+def fit_modules(model: nn.Module) -> None:
+    """Make the attributes of linear layers, convolutions and norms say what the shapes of their parameters are."""
+    module: Any
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, nn.Conv2d):
+            if module.groups > 1 and module.groups == module.in_channels:  # depthwise: a group is a channel
+                module.groups = len(module.weight) * module.groups // module.out_channels
+            module.out_channels, module.in_channels = len(module.weight), module.weight.shape[1] * module.groups
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            module.num_features = len(module.running_mean)
+        elif type(module) in NORMS and getattr(module, "weight", None) is not None:
+            module.normalized_shape = tuple(module.weight.shape)
+
+
+def unsupported(name: str, module: nn.Module, expected: str) -> Unsupported:
+    """The error for a module of another class than the family knows."""
+    return Unsupported(f"{name}: expected {expected}, got {type(module).__name__}")
+
+
+def refuse_computed(name: str, module: nn.Module, *parameters: str) -> None:
+    """Refuse tensors that are made anew before each forward pass, whatever the module's class.
+
+    torch.nn.utils.prune, weight_norm and spectral_norm keep the class but compute the weight.
+
+    Raises:
+        Unsupported: one is no parameter.
+    """
+    for parameter in parameters or ("weight", "bias"):
+        if getattr(module, parameter, None) is not None and parameter not in module._parameters:
+            raise Unsupported(
+                f"{f'{name}.{parameter}' if name else parameter}: expected a parameter, got a tensor that a hook "
+                "computes (torch.nn.utils.prune, weight_norm or spectral_norm; make it permanent first)"
+            )
+
+
+def refuse_tied(model: nn.Module) -> None:
+    """Refuse parameters that two modules share.
+
+    Raises:
+        Unsupported: there are some.
+    """
+    seen: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = seen.setdefault(id(parameter), name)
+        if first != name:
+            raise Unsupported(f"{name}: expected a parameter of its own, got one tied to {first}")

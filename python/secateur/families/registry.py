@@ -1,15 +1,18 @@
-"""The model families secateur knows: everything that is particular to timm's model code lives here."""
+"""The families of models that secateur knows."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from ..anatomy.anatomy import Anatomy
+from ..anatomy import Anatomy
 from ..errors import InvalidArgument, Unsupported
+from ..registry import Registry
 from .base import Family
-from .vision_transformer import inspect as vision_transformer
 
-_FAMILIES: tuple[Family, ...] = (vision_transformer,)
+__all__ = ["families", "family_named", "family_of", "inspect", "register"]
+
+families: Registry[Family] = Registry("family", "secateur.families", "secateur.families", members=("models", "inspect"))
+register = families.register
 
 
 def inspect(model: nn.Module) -> Anatomy:
@@ -34,10 +37,11 @@ def family_of(model: nn.Module) -> Family:
     """
     if not isinstance(model, nn.Module):
         raise InvalidArgument(f"model: expected a timm model, got {type(model).__name__}")
-    for family in _FAMILIES:
+    for family in families:
         if family.accepts(model):
             return family
-    raise Unsupported(f"model: expected {_supported()}, got {_describe(model)}")
+    classes = sorted(cls.__name__ for family in families for cls in family.models)
+    raise Unsupported(f"model: expected timm's {' or '.join(classes)}, by exact class, got {_describe(model)}")
 
 
 def family_named(name: str) -> Family:
@@ -46,14 +50,10 @@ def family_named(name: str) -> Family:
     Raises:
         Unsupported: there is none (a file from a later version).
     """
-    for family in _FAMILIES:
-        if name == family.NAME:
-            return family
-    raise Unsupported(f"family: expected one of {', '.join(f.NAME for f in _FAMILIES)}, got {name!r}")
-
-
-def _supported() -> str:
-    return "timm's VisionTransformer or VisionTransformerDistilled, by exact class"
+    try:
+        return families.named(name)
+    except InvalidArgument as error:
+        raise Unsupported(str(error)) from error
 
 
 def _describe(model: nn.Module) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .. import check
-from ..anatomy.anatomy import Anatomy
-from ..anatomy.groups import Group
+from ..anatomy import Anatomy, Group
+from ..anatomy.kinds import current
 from ..errors import InvalidArgument
 from .table import ALIGNED
 
@@ -18,9 +18,6 @@ _FRACTIONS = {2: (0.125, 0.25, 0.5, 0.75, 1.0), 3: (0.25, 0.5, 0.75, 1.0), 4: (0
 
 
 _UNEVEN = {2: (0.25, 0.625, 1.0), 3: (0.375, 1.0), 4: (0.375, 1.0)}
-
-
-_MULTIPLES = {"qk": 8, "v": 8, "ffn": 32, "width": 32}
 
 
 @dataclass(frozen=True)
@@ -50,21 +47,21 @@ class Levels:
         for axis, group in free.items():
             even[axis] = self._even(group, _FRACTIONS[number])
             # Heads are whole, and what goes in fours is never uneven.
-            whole = group.kind == "heads" or group.multiple % ALIGNED == 0
+            whole = group.traits.counted or group.multiple % ALIGNED == 0
             uneven[axis] = even[axis] if whole else _uneven(group, _UNEVEN[number])
         own = any(group.kind in self.given for group in free.values())
         return even, {} if own or uneven == even else uneven
 
     def steps(self, group: Group) -> list[int]:
         """What a plan may leave of a group, between the least and the greatest size that are measured."""
-        if group.kind not in self.named or group.kind == "block":
+        if group.kind not in self.named or group.traits.whole:
             return [group.size]
-        multiple = math.lcm(group.multiple, _MULTIPLES.get(group.kind, 1))
+        multiple = math.lcm(group.multiple, group.traits.multiple)
         least = min(self._even(group, _FRACTIONS[4]))
         return sorted({*(each for each in range(multiple, group.size, multiple) if each >= least), group.size})
 
     def _even(self, group: Group, fractions: Sequence[float]) -> tuple[int, ...]:
-        multiple = math.lcm(group.multiple, _MULTIPLES.get(group.kind, 1))
+        multiple = math.lcm(group.multiple, group.traits.multiple)
         spread = [max(1, round(part * group.size / multiple)) * multiple for part in fractions]
         return _up_to(self.given.get(group.kind, spread), group.size)
 
@@ -85,7 +82,7 @@ def levels_for(anatomy: Anatomy, groups: Iterable[str] | None, grid: Mapping[str
     kinds = list(dict.fromkeys(group.kind for group in anatomy.groups))
     if isinstance(groups, str) or not isinstance(groups, (Iterable, type(None))):
         raise InvalidArgument(f"groups: expected a sequence of kinds, got {groups!r}")
-    named = kinds if groups is None else list(groups)
+    named = kinds if groups is None else [current(name) for name in groups]
     grid = {} if grid is None else grid
     if not isinstance(grid, Mapping):
         raise InvalidArgument(f"grid: expected a dict of sizes by kind, got {grid!r}")
@@ -111,5 +108,6 @@ def _up_to(sizes: Iterable[int], size: int) -> tuple[int, ...]:
 
 
 def _width(anatomy: Anatomy) -> int:
-    site = anatomy.attention[0]
-    return anatomy.shapes[f"{site.qkv}.weight"][1]
+    """Channels of the residual stream, which the first attention layer reads."""
+    group = anatomy.group(anatomy.attention[0].groups["qk"])
+    return anatomy.shapes[group.of("writer", "query")[0].tensor][1]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import check, core
-from ..anatomy.anatomy import Anatomy
+from ..anatomy import Anatomy
 from ..anatomy.costs import AttentionProduct
 from ..anatomy.fingerprint import Fingerprint
 from ..data.model_input import input_dtype
@@ -23,7 +23,7 @@ from ..families.base import Family
 from ..families.registry import family_of
 from ..runtime.devices import place_for
 from ..runtime.progress import Advance, progress
-from ..surgery.cut import shape
+from ..surgery.structure import Structure
 from .bench import bench
 from .levels import Levels, levels_for
 from .machine import Machine
@@ -101,7 +101,7 @@ def measure_latency(
         clock = _Clock(layers[0].dense(batch_size), repeats, engine, advance)
         measured = [layer.measure(clock, batch_size) for layer in layers]
         images = torch.randn(batch_size, *anatomy.input_size, generator=_generator(), device="cpu").to(place, wanted)
-        whole, ratios = clock.beside(dense, [_shaped(dense, family, sizes) for sizes in cuts], images)
+        whole, ratios = clock.beside(dense, [_shaped(dense, sizes) for sizes in cuts], images)
     table = LatencyTable(
         model=Fingerprint.without_weights(anatomy),
         input_size=anatomy.input_size,
@@ -138,7 +138,7 @@ def measured_ratio(
     Batch size, type and engine are those of the table.
     """
     dense = copy.deepcopy(model).requires_grad_(False).to(_DTYPES[table.dtype])
-    cut = _shaped(dense, family_of(model), sizes)
+    cut = _shaped(dense, sizes)
     found = bench(cut, dense, batch_size=table.batch_size, repeats=repeats, runtime=table.runtime)
     assert found.speedup is not None
     assert found.speedup_quartiles is not None
@@ -146,9 +146,9 @@ def measured_ratio(
     return 1 / found.speedup, (1 / high, 1 / low)
 
 
-def _shaped(dense: nn.Module, family: Family, sizes: Mapping[str, int]) -> nn.Module:
+def _shaped(dense: nn.Module, sizes: Mapping[str, int]) -> nn.Module:
     cut = copy.deepcopy(dense)
-    shape(cut, family, sizes)
+    Structure(sizes).apply(cut)
     return cut
 
 
@@ -231,7 +231,8 @@ class _Source:
         """A copy of the layer with these sizes, and an input of random numbers."""
         lone = self.family.alone(self.model, self.block)
         groups = {axis if axis == "width" else f"blocks.0.{axis}": size for axis, size in sizes.items()}
-        shape(lone, self.family, {n: size for n, size in groups.items() if size < self.axes[n.rpartition(".")[2]][-1]})
+        cut = {n: size for n, size in groups.items() if size < self.axes[n.rpartition(".")[2]][-1]}
+        Structure(cut).apply(lone)
         module = lone if self.block is None else self.family.layers(lone)[self.name]
         size = self.input_size if self.block is None else (*self.input_size, sizes["width"])
         like = next(lone.parameters())
@@ -257,7 +258,7 @@ def _distinct(family: Family, dense: nn.Module, anatomy: Anatomy, levels: Levels
     """Every kind of layer once, the attention of the first block first; what stands around the blocks last."""
     modules = family.layers(dense)
     queries = {each.module: each.queries for each in anatomy.products if isinstance(each, AttentionProduct)}
-    around = {anatomy.group(site.qk).block: site for site in anatomy.attention}
+    around = {anatomy.group(layer.name).block: layer for layer in anatomy.attention}
     found: dict[tuple[object, ...], _Source] = {}
     for name, place in _places(anatomy):
         groups = {axis: group for axis, group in place.items() if axis != PRESENT}
@@ -265,7 +266,7 @@ def _distinct(family: Family, dense: nn.Module, anatomy: Anatomy, levels: Levels
         # Blocks without attention have as many tokens as the others.
         attention = around.get(block, anatomy.attention[0])
         sizes = {axis: anatomy.sizes[group] for axis, group in groups.items()}
-        key = (repr(modules[name]), attention.heads, *sizes.items())
+        key = (repr(modules[name]), anatomy.sizes[attention.groups["heads"]], *sizes.items())
         if key in found:
             found[key] = replace(found[key], places=(*found[key].places, place))
             continue
@@ -279,11 +280,8 @@ def _distinct(family: Family, dense: nn.Module, anatomy: Anatomy, levels: Levels
 
 def _places(anatomy: Anatomy) -> list[tuple[str, dict[str, str]]]:
     """Name of every layer, and the groups of its axes and of its presence, as far as the model has them."""
-    found: list[tuple[str, dict[str, str]]] = []
-    for attention in anatomy.attention:
-        axes = {"qk": attention.qk, "v": attention.v, "heads": attention.heads_group}
-        found.append((attention.name, {**axes, PRESENT: attention.layer}))
-    return found + [(ffn.name, {"ffn": ffn.ffn, PRESENT: ffn.layer}) for ffn in anatomy.ffn]
+    layers = [*anatomy.attention, *anatomy.ffn]
+    return [(layer.name, {**layer.groups, PRESENT: layer.name}) for layer in layers]
 
 
 def _random_cuts(anatomy: Anatomy, levels: Levels) -> list[dict[str, int]]:
@@ -296,9 +294,11 @@ def _random_cuts(anatomy: Anatomy, levels: Levels) -> list[dict[str, int]]:
             options = levels.steps(group)
             end = max(1, math.ceil(high * len(options)))
             options = options[min(end - 1, int(low * len(options))) : end]
-            queries = sizes.get(group.name.removesuffix("v") + "qk", 0) if group.kind == "v" else 0
+            layer = anatomy.layers.get(anatomy.layer_of.get(group.name, ""))
+            followed = None if layer is None or group.traits.steps_with is None else group.traits.steps_with
+            queries = 0 if followed is None or layer is None else sizes.get(layer.groups[followed], 0)
             # Width, since it costs everywhere, only in every other.
-            if options != [group.size] and (group.kind != "width" or number % 2):
+            if options != [group.size] and (not group.traits.shared or number % 2):
                 sizes[group.name] = queries if queries in options else int(random.choice(options))
         if sizes:
             cuts.append(sizes)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ..anatomy.anatomy import Anatomy
+from ..anatomy import Anatomy
 from ..anatomy.costs import Sizes
-from ..statistics.statistics import Float
+from ..statistics.settings import Float
 from .table import LatencyTable
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from .. import check
-from ..anatomy.anatomy import Anatomy
+from ..anatomy import Anatomy
 from ..anatomy.costs import Sizes
 from ..anatomy.fingerprint import Fingerprint
 from ..errors import InvalidArgument
 from ..files import container, documents
-from ..statistics.statistics import Float
+from ..statistics.settings import Float
 from .machine import Machine
 
 __all__ = ["LatencyTable"]

@@ -1,19 +1,30 @@
-"""What every method answers: how much is lost at each size, and what the model becomes at those that were chosen."""
+"""What every method offers: errors at each size, and what the model becomes at the sizes that were chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
 
-from .. import core
-from ..anatomy.anatomy import Anatomy
-from ..anatomy.groups import Group, Indices
-from ..statistics.statistics import Float, Statistics
-from .selection_error import of_selection
+from ..anatomy import Anatomy, Group, Indices, Kind
+from ..errors import InvalidArgument
+from ..statistics.settings import Float
+from ..statistics.statistics import Statistics
+from .weights import Weights
+
+__all__ = ["Bound", "Decision", "Handler", "Method", "NoOptions", "Prepared"]
+
+# Heads are chosen before their values, which are refitted when a head is removed.
+_ORDER = ("heads", "qk", "v", "ffn")
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a method without options."""
 
 
 @dataclass(frozen=True)
@@ -26,49 +37,107 @@ class Decision:
     uncentred: tuple[str, ...] = ()
 
 
-class Prepared(Protocol):
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """One model with what was measured on it, and the options of the method that plans for it."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    statistics: Statistics
+    options: Any
+
+
+class Handler(ABC):
+    """What a method does with the groups of one kind.
+
+    With ``follows_heads`` it is asked again for groups that stay whole, where heads that they are within are removed.
+    """
+
+    follows_heads: ClassVar[bool] = False
+
+    @abstractmethod
+    def errors(self, group: Group) -> Float | None:
+        """Share of the group's output lost when 0 … size units stay, (size + 1,); None where the method only ranks."""
+
+    @abstractmethod
+    def cut(self, weights: Weights, group: Group, count: int) -> Indices:
+        """Choose the ``count`` units of each head that stay, (heads, count), and change the weights accordingly."""
+
+
+class Method(ABC):
+    """A pruning method; a subclass registers itself with ``methods.register``.
+
+    ``paper`` names its source, ``needs`` what ``calibrate`` has to collect for it: "scores" or "moments", and nothing
+    for a method that looks at weights alone. ``Options`` is a frozen dataclass of what it takes, a field's
+    ``metadata["help"]`` a line about it. With ``changes_weights`` the plan holds new weights.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    Options: ClassVar[type] = NoOptions
+    needs: ClassVar[tuple[str, ...]] = ()
+    changes_weights: ClassVar[bool] = False
+
+    @abstractmethod
+    def handlers(self, bound: Bound) -> Mapping[Kind, Handler]:
+        """What to do with each kind; kinds that are not in it cannot be cut by this method.
+
+        Raises:
+            InvalidArgument: the statistics lack what the method needs.
+        """
+
+    def prepare(self, bound: Bound) -> Prepared:
+        """Bind the method to a model.
+
+        Raises:
+            InvalidArgument: the statistics lack what the method needs.
+        """
+        return Prepared(bound, self.handlers(bound))
+
+
+class Prepared:
     """A method bound to one model and its statistics."""
+
+    def __init__(self, bound: Bound, handlers: Mapping[Kind, Handler]) -> None:
+        self._bound, self._handlers = bound, handlers
+        self._errors: dict[str, Float | None] = {}
 
     def errors(self, group: Group) -> Float | None:
         """Share of the group's output lost when 0 … size units stay, (size + 1,); None where the method cannot say."""
+        if group.name not in self._errors:
+            self._errors[group.name] = self._handler(group).errors(group)
+        return self._errors[group.name]
 
     def decide(self, sizes: Mapping[str, int]) -> Decision:
-        """Choose what stays at these sizes."""
+        """Choose what stays at these sizes, layer after layer in the order of the data."""
+        anatomy = self._bound.anatomy
+        weights = Weights(self._bound.model, anatomy)
+        keep = weights.keep
+        for name, layer in anatomy.layers.items():
+            if not sizes[name]:
+                keep[name] = np.empty((1, 0), np.int64)
+                continue
+            for kind in sorted(layer.groups, key=_ORDER.index):
+                group = anatomy.group(layer.groups[kind])
+                handler = self._handler(group) if sizes[group.name] < group.size or group.within in keep else None
+                smaller = sizes[group.name] < group.size
+                if handler is not None and (smaller or handler.follows_heads):
+                    kept = handler.cut(weights, group, sizes[group.name])
+                    if smaller:
+                        keep[group.name] = kept
+        # Means of removed layers last, onto the biases that the layers before them were given.
+        for name in anatomy.layers:
+            if name in keep:
+                group = anatomy.group(name)
+                self._handler(group).cut(weights, group, 0)
+        for group in anatomy.groups:
+            inside = group.name in anatomy.layers or group.name in anatomy.layer_of
+            if not inside and sizes[group.name] < group.size:
+                keep[group.name] = self._handler(group).cut(weights, group, sizes[group.name])
+        return Decision(dict(keep), weights.finish(), weights.eps, tuple(weights.uncentred))
 
-
-class Method(Protocol):
-    """What a module of this package offers."""
-
-    NAME: str
-    OPTIONS: Mapping[str, tuple[str, ...]]
-
-    def prepare(
-        self, model: nn.Module, anatomy: Anatomy, statistics: Statistics, options: Mapping[str, str]
-    ) -> Prepared:
-        """Bind the method to a model."""
-
-
-class Ranking:
-    """A method that only selects: the units of the highest score stay."""
-
-    def __init__(
-        self, model: nn.Module, anatomy: Anatomy, statistics: Statistics, score: Callable[[Group], Float]
-    ) -> None:
-        self._model, self._anatomy, self._statistics, self._score = model, anatomy, statistics, score
-
-    def errors(self, group: Group) -> Float | None:
-        """What is lost with the units of the lowest scores; a score itself only orders them."""
-        if group.kind == "block":
-            return np.array([1.0, 0.0])
-        order = np.argsort(-self._score(group), axis=1, kind="stable")
-        return of_selection(self._model, self._anatomy, self._statistics, group, order)
-
-    def decide(self, sizes: Mapping[str, int]) -> Decision:
-        """Keep the highest scores of each group, as many per head."""
-        keep: dict[str, Indices] = {}
-        for group in self._anatomy.groups:
-            if group.kind == "block" and not sizes[group.name]:
-                keep[group.name] = np.empty((1, 0), np.int64)
-            elif sizes[group.name] < group.size and sizes.get(self._anatomy.layer_of.get(group.name, ""), 1):
-                keep[group.name] = core.select(self._score(group), sizes[group.name])
-        return Decision(keep)
+    def _handler(self, group: Group) -> Handler:
+        if group.kind not in self._handlers:
+            kinds = ", ".join(self._handlers)
+            raise InvalidArgument(f"groups: expected kinds that this method cuts ({kinds}), got {group.kind!r}")
+        return self._handlers[group.kind]

@@ -1,4 +1,4 @@
-"""Float64 copies of the weights that a plan changes; the model itself is not touched."""
+"""Float64 copies of the weights that a plan changes, by part of a layer; the model itself is not touched."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..anatomy.anatomy import Anatomy, kept_along_axes
-from ..anatomy.groups import Indices, parameter_name
+from ..anatomy import Anatomy, Group, Indices, Member, Part, kept_along_axes, parameter_name
 from ..errors import NumericalError
 
-__all__ = ["Draft"]
+__all__ = ["Weights"]
 
 
-class Draft:
-    """The dense-shaped weights of a model as they will be before the cut, by parameter name, and what norms become.
+class Weights:
+    """The dense-shaped weights of a model as they will be before the cut, what stays of them, and what norms become.
 
-    ``eps`` maps norms to the eps that they get, ``uncentred`` lists those that take no mean off any more.
+    ``keep`` maps groups to the units that stay. ``eps`` maps norms to the eps that they get, ``uncentred`` lists those
+    that no longer subtract the mean.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        self.keep: dict[str, Indices] = {}
         self.eps: dict[str, float] = {}
         self.uncentred: list[str] = []
         self._model, self._anatomy = model, anatomy
@@ -41,6 +42,36 @@ class Draft:
         if name in self._changed or layer.bias is not None:
             return self.weight(module, "bias")
         return torch.zeros(len(layer.weight), dtype=torch.float64)
+
+    def rows(self, group: Group, part: Part) -> Tensor:
+        """What computes a part of a layer's units, head after head: (heads · size, inputs)."""
+        member = _writer(group, part)
+        return self.weight(member.module)[_places(member)]
+
+    def set_rows(self, group: Group, part: Part, value: Tensor) -> None:
+        """Draft these rows anew."""
+        member = _writer(group, part)
+        weight = self.weight(member.module).clone()
+        weight[_places(member)] = value
+        self.set(member.module, weight)
+
+    def row_bias(self, group: Group, part: Part) -> Tensor:
+        """The bias of a part, (heads · size,), zeros where there is none."""
+        member = _writer(group, part)
+        return self.bias(member.module)[_places(member)]
+
+    def set_row_bias(self, group: Group, part: Part, value: Tensor) -> None:
+        """Draft this bias anew; one that the layer does not have is added, unless it is zero."""
+        member = _writer(group, part)
+        bias = self.bias(member.module).clone()
+        bias[_places(member)] = value
+        self.set(member.module, bias, "bias")
+
+    def heads(self, group: Group) -> Tensor:
+        """The heads of a group that stay as decided so far, sorted."""
+        if group.within in self.keep:
+            return torch.from_numpy(self.keep[group.within][0])
+        return torch.arange(group.heads)
 
     def largest(self, module: str) -> float:
         """The largest number that a layer's parameters can be."""
@@ -82,13 +113,13 @@ class Draft:
         """What a LayerScale multiplies by; 1 where there is none."""
         return 1.0 if module is None else self.weight(module, "gamma")
 
-    def finish(self, keep: Mapping[str, Indices]) -> dict[str, Tensor]:
+    def finish(self) -> dict[str, Tensor]:
         """The changed parameters with only what is kept, in the model's types.
 
         Raises:
             NumericalError: a value that is no finite number of its type.
         """
-        found = {}
+        found, keep = {}, self.keep
         gone = {name for name, indices in keep.items() if indices.shape[1] == 0}
         for name, value in sorted(self._changed.items()):
             if self._anatomy.layer_holding(name) in gone:
@@ -116,5 +147,14 @@ class Draft:
         """What stays of (heads, size) values of a parameter that served every head."""
         group = self._anatomy.members_of[name][0][0]
         kept = torch.from_numpy(keep[group.name])
-        heads = torch.from_numpy(keep[str(group.heads_group)][0]) if group.heads_group in keep else slice(None)
-        return values.gather(1, kept)[heads].flatten()
+        return values.gather(1, kept)[self.heads(group)].flatten()
+
+
+def _writer(group: Group, part: Part) -> Member:
+    """The one layer that computes a part."""
+    (member,) = group.of("writer", part)
+    return member
+
+
+def _places(member: Member) -> Tensor:
+    return torch.from_numpy(member.entries.flatten())

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .. import check, core
-from ..anatomy.anatomy import Anatomy
+from ..anatomy import Anatomy, Group
 from ..anatomy.fingerprint import Fingerprint
-from ..anatomy.groups import Group
 from ..budgets.allocate import allocate, free_groups
 from ..budgets.budget import Allocation
 from ..budgets.limits import limits_of
@@ -23,9 +22,10 @@ from ..errors import InvalidArgument
 from ..families.registry import family_of
 from ..latency.runtimes.registry import RUNTIMES
 from ..latency.table import LatencyTable
-from ..methods.base import Prepared
-from ..methods.registry import method_named
-from ..statistics.statistics import Float, Statistics
+from ..methods.base import Bound, Prepared
+from ..methods.registry import method_named, options_of
+from ..statistics.settings import Float
+from ..statistics.statistics import Statistics
 from .on_the_clock import LatencyReport, sizes_on_the_clock, table_for
 from .plan import Plan
 
@@ -35,7 +35,7 @@ def plan(
     model: nn.Module,
     stats: Statistics,
     *,
-    method: str = "snp",
+    method: str = "project",
     target: Target | None = None,
     ratios: Mapping[str, float] | str | Path | None = None,
     groups: Iterable[str] | None = None,
@@ -47,7 +47,7 @@ def plan(
     batch_size: int | None = None,
     runtime: str | None = None,
     strict: bool = True,
-    **options: str,
+    **options: Any,
 ) -> Plan:
     """Choose which units stay. The same model, statistics and arguments give the same plan, but for a latency's.
 
@@ -65,9 +65,9 @@ def plan(
             ``target`` and ``ratios`` is given.
         ratios: fraction removed by kind or group, {"qk": .5, "v": .5, "ffn": .5, "width": .1}, or a per-block file: the
             name of a shipped one ("snp_deit_t", "snp_deit_s_1.3g") or a path. {"blocks.3.attn": 1} removes a layer,
-            {"block": .25} a quarter of all layers, those whose removal moves the output least.
+            {"layer": .25} a quarter of all layers, those whose removal moves the output least.
         groups: kinds or names of groups that may be cut; with a target ("qk", "v", "ffn") unless given. "heads" are
-            whole heads, as many in a layer as pays; "block" is whole attention and FFN layers, of which one of each
+            whole heads, as many in a layer as pays; "layer" is whole attention and FFN layers, of which one of each
             stays, and with a target takes ``allocation="error"``.
         freeze: kinds, names or patterns ("blocks.0.*") of groups that stay whole.
         min_keep: fewest units to keep, by kind or group.
@@ -97,18 +97,18 @@ def plan(
         raise InvalidArgument(f"stats: expected Statistics from calibrate, got {type(stats).__name__}")
     check_budget(target, ratios, allocation, latency_table, batch_size, runtime)
     criterion = method_named(method)
-    chosen = checked_options(options, method)
+    chosen = options_of(criterion, options)
     anatomy = family_of(model).inspect(model)
     fingerprint = Fingerprint.of(model, anatomy)
     stats.settings.fingerprint.require(fingerprint, "model", strict=strict)
-    if not strict and method != "snp":
+    if not strict and criterion.changes_weights:
         raise InvalidArgument(f"strict: expected True for {method!r}, which changes weights, got False")
     limits = limits_of(groups, freeze, min_keep, round_to)
     table = None
     if target is not None and target.latency is not None:
         table = table_for(model, anatomy, target, limits, latency_table, batch_size, runtime)
     with core.torch_threads():
-        prepared = criterion.prepare(model, anatomy, stats, chosen)
+        prepared = criterion.prepare(Bound(model, anatomy, stats, chosen))
         losses = None if target is None else _losses(anatomy, stats, prepared, limits, allocation)
     removal = None if not stats.sensitive else lambda group: _loss(stats, prepared, group)[0]
     wanted, added = target, 0
@@ -137,7 +137,7 @@ def plan(
         wanted = replace(target, params=left)
     return Plan(
         method=method,
-        options={**chosen, "target": None if target is None else vars(target), "gamma": stats.settings.gamma},
+        options={**asdict(chosen), "target": None if target is None else vars(target), "gamma": stats.settings.gamma},
         fingerprint=fingerprint,
         keep=decision.keep,
         params=(anatomy.params, params),
@@ -228,7 +228,7 @@ def _losses(
     cut = free_groups(anatomy, limits)
     for group in cut:
         if prepared.errors(group) is None:
-            if allocation is None and all(other.kind != "block" for other in cut):
+            if allocation is None and not any(other.traits.whole for other in cut):
                 return None
             raise InvalidArgument(f"allocation: expected a method that knows the error of {group.name!r}, got none")
 
@@ -239,18 +239,3 @@ def _loss(stats: Statistics, prepared: Prepared, group: Group) -> Float:
     errors = prepared.errors(group)
     assert errors is not None
     return stats.sensitivity(group.name) * errors
-
-
-def checked_options(given: Mapping[str, str], method: str) -> dict[str, str]:
-    """All options of a method, given or not.
-
-    Raises:
-        InvalidArgument: no such method, option or value.
-    """
-    allowed = method_named(method).OPTIONS
-    for name, value in given.items():
-        if name not in allowed:
-            raise InvalidArgument(f"options: expected {', '.join(allowed) or 'none'}, got {name!r}")
-        if value not in allowed[name]:
-            raise InvalidArgument(f"{name}: expected one of {', '.join(allowed[name])}, got {value!r}")
-    return {name: given.get(name, values[0]) for name, values in allowed.items()}

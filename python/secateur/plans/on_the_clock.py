@@ -12,9 +12,8 @@ import numpy as np
 from torch import nn
 
 from .. import core
-from ..anatomy.anatomy import Anatomy
+from ..anatomy import Anatomy, Group
 from ..anatomy.costs import Cost
-from ..anatomy.groups import Group
 from ..budgets.allocate import allocate, check_target
 from ..budgets.budget import Allocation
 from ..budgets.target import Target
@@ -25,7 +24,7 @@ from ..latency.predict import Latency
 from ..latency.runtimes.registry import RUNTIMES
 from ..latency.table import LatencyTable
 from ..runtime.devices import device_of
-from ..statistics.statistics import Float
+from ..statistics.settings import Float
 
 ROUNDS = 3
 

@@ -13,9 +13,8 @@ import numpy as np
 from torch import Tensor
 
 from .. import check
-from ..anatomy.anatomy import Anatomy, kept_along_axes
+from ..anatomy import Anatomy, Indices, kept_along_axes, parameter_name
 from ..anatomy.fingerprint import Fingerprint
-from ..anatomy.groups import Indices, parameter_name
 from ..anatomy.show import units
 from ..errors import InvalidArgument
 from ..files import container, documents
@@ -98,7 +97,7 @@ class Plan:
                     f"got {value.dtype} of {tuple(value.shape)}"
                 )
         of_heads = {
-            name for site in anatomy.attention if site.qk in self.keep for name in (site.q_norm, site.k_norm) if name
+            name for layer in anatomy.attention if layer.groups["qk"] in self.keep for name in layer.norms.values()
         }
         norms = {norm.name for norm in anatomy.norms} | of_heads
         for name, eps in self.eps.items():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -11,9 +9,9 @@ from .. import core
 from ..anatomy.fingerprint import Fingerprint
 from ..errors import InvalidArgument
 from ..families.registry import family_of
-from ..families.vision_transformer.modules import HeadNorm
 from ..surgery.cut import cut
 from ..surgery.stock_layout import check_layout, pad_heads
+from ..surgery.structure import set_norms
 from .plan import Plan
 from .report import Report
 
@@ -58,18 +56,12 @@ def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool =
     inference = any(parameter.is_inference() for parameter in model.parameters())
     with torch.inference_mode(inference):
         cut(model, family, anatomy, plan.keep, plan.weights)
-    for name, eps in plan.eps.items():
-        norm: Any = model.get_submodule(name)
-        norm.eps = eps
-    for name in plan.uncentred:
-        head_norm = model.get_submodule(name)
-        assert isinstance(head_norm, HeadNorm)
-        head_norm.centred = False
+    set_norms(model, plan.eps, plan.uncentred)
     after = family.inspect(model)
     if layout == "stock":
         with torch.inference_mode(inference):
             pad_heads(model, after, sizes)
-        family.make_stock(model, {site.name: sizes[site.qk] for site in after.attention})
+        family.make_stock(model, {layer.name: sizes[layer.groups["qk"]] for layer in after.attention})
         after = family.inspect(model)
     # A caller's autocast has kept what it cast of the weights before.
     torch.clear_autocast_cache()

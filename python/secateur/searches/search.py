@@ -23,16 +23,17 @@ from ..budgets.target import Target
 from ..data.model_input import images_in, model_input, split_batch
 from ..errors import InvalidArgument
 from ..families.registry import family_of
-from ..families.vision_transformer.modules import is_uncentred
 from ..files import container
 from ..latency.bench import bench
-from ..plans.make import checked_options, plan
+from ..methods.registry import method_named, options_of
+from ..plans.make import plan
 from ..plans.plan import Plan
 from ..plans.prune import prune
 from ..runtime.devices import borrowed
 from ..runtime.progress import progress
 from ..statistics.calibrate import calibrate
 from ..statistics.statistics import Statistics
+from ..surgery.structure import Structure
 from ..training import checkpoint as resumption
 from ..training.evaluate import evaluate, full_precision
 from ..training.finetune import finetune as finetune_
@@ -44,7 +45,7 @@ from .stepper import Stepper
 if TYPE_CHECKING:
     import os
 
-    from ..anatomy.anatomy import Anatomy
+    from ..anatomy import Anatomy
 
 __all__ = ["search"]
 
@@ -53,7 +54,7 @@ Tuning: TypeAlias = Mapping[str, Any] | Callable[[nn.Module], object]
 _KIND = "search"
 _OBJECTIVES = (AccuracyCritical, MemoryConstrained, LatencySensitive)
 # What search itself gives to finetune.
-_NOT_OPTIONS = ("model", "loader", "val_loader", "resume")
+_NOT_OPTIONS = ("model", "loader", "val_loader", "resume", "hooks")
 
 
 def search(
@@ -74,7 +75,7 @@ def search(
     train_loader: Iterable[Any] | None = None,
     calibration_loader: Iterable[Any] | None = None,
     resume: str | os.PathLike[str] | None = None,
-    **options: str,
+    **options: Any,
 ) -> SearchResult:
     """Find the model that an objective asks for; after AAP (Zhao, Jain and Zhao, 2023, arXiv:2303.08595).
 
@@ -146,7 +147,7 @@ def search(
         raise InvalidArgument(f"allocation: expected 'uniform' or 'error', got {allocation!r}")
     limits: dict[str, Any] = {"groups": _listed(groups), "freeze": _listed(freeze)}
     limits |= {"min_keep": min_keep, "round_to": round_to}
-    method_options: dict[str, Any] = checked_options(options, method)
+    method_options = asdict(options_of(method_named(method), options))
     anatomy = family_of(model).inspect(model)
     if getattr(model, "num_classes", None) == 0:
         raise InvalidArgument("model: expected a classifier, got one without classes")
@@ -290,7 +291,7 @@ class _File:
         shapes = {}
         for number, model in sorted(models.items()):
             tensors |= {f"{number}.{name}": value for name, value in model.state_dict().items()}
-            shapes[str(number)] = _shape(model, dense)
+            shapes[str(number)] = _structure(model, dense).to_dict()
         header = {
             "settings": self.settings,
             "origin": self.origin,
@@ -323,7 +324,7 @@ class _File:
         models = {}
         for number, shape in header["models"].items():
             state = {n.removeprefix(f"{number}."): t for n, t in tensors.items() if n.startswith(f"{number}.")}
-            models[int(number)] = _rebuilt(dense, shape, state)
+            models[int(number)] = _rebuilt(dense, Structure.from_dict(shape), state)
         return [Round(**row) for row in header["history"]], models
 
 
@@ -594,38 +595,13 @@ def _origin(course: _Course) -> dict[str, Any]:
     return found
 
 
-def _shape(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
-    """What a pruned model has otherwise than the dense one, but for its values."""
-    anatomy = family_of(model).inspect(model)
-    norms = [*(norm.name for norm in anatomy.norms), *anatomy.head_norms]
-    eps = {name: getattr(model.get_submodule(name), "eps", None) for name in norms}
-    before = {name: getattr(dense.get_submodule(name), "eps", None) for name in eps}
-    names = dict(dense.named_parameters())
-    return {
-        "sizes": anatomy.remains,
-        "eps": {name: value for name, value in eps.items() if value != before[name]},
-        "uncentred": [
-            name
-            for name in anatomy.head_norms
-            if is_uncentred(model.get_submodule(name)) and not is_uncentred(dense.get_submodule(name))
-        ],
-        "biases": [name for name, _ in model.named_parameters() if name not in names],
-    }
+def _structure(model: nn.Module, dense: nn.Module) -> Structure:
+    return Structure.of(model, family_of(model).inspect(model), dict(dense.named_parameters()))
 
 
-def _rebuilt(dense: nn.Module, shape: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
-    """Make a model of a file again: a copy of the dense one with its sizes, and then its values."""
+def _rebuilt(dense: nn.Module, structure: Structure, state: Mapping[str, Tensor]) -> nn.Module:
+    """Make a model of a file again: a copy of the dense one with its structure, and then its values."""
     model = copy.deepcopy(dense)
-    anatomy = family_of(model).inspect(model)
-    keep = {
-        group.name: np.tile(np.arange(shape["sizes"][group.name], dtype=np.int64), (group.heads, 1))
-        for group in anatomy.groups
-        if shape["sizes"].get(group.name, group.size) < group.size
-    }
-    added = {name: state[name] for name in shape["biases"]}
-    fingerprint = Fingerprint.of(model, anatomy)
-    costs = (anatomy.params, anatomy.macs)
-    uncentred = tuple(shape.get("uncentred", ()))
-    prune(model, Plan("", {}, fingerprint, keep, costs, costs, added, shape["eps"], uncentred))
+    structure.apply(model)
     model.load_state_dict(state)
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import check, core
-from ..anatomy.anatomy import Anatomy
+from ..anatomy import Anatomy
 from ..anatomy.fingerprint import Fingerprint
 from ..anatomy.groups import Indices
 from ..budgets.limits import limits_of
@@ -19,7 +20,8 @@ from ..budgets.target import Target
 from ..errors import InvalidArgument
 from ..families.registry import family_of
 from ..latency.table import LatencyTable
-from ..plans.make import check_budget, checked_options, plan, sizes_for
+from ..methods.registry import method_named, options_of
+from ..plans.make import check_budget, plan, sizes_for
 from ..plans.on_the_clock import table_for
 from ..plans.plan import Plan
 from ..plans.prune import prune
@@ -50,7 +52,7 @@ def prune_sequential(
     max_images: int | None = 1024,
     token_fraction: float = 1.0,
     layout: str = "exact",
-    **options: str,
+    **options: Any,
 ) -> Report:
     """Prune a model in place, block by block, so that each block is fitted to what the pruned ones before it give.
 
@@ -93,7 +95,7 @@ def prune_sequential(
     max_images = check.integer("max_images", max_images, optional=True)
     token_fraction = check.fraction("token_fraction", token_fraction, open_low=True)
     check_budget(target, ratios, allocation, latency_table, batch_size, runtime)
-    chosen: dict[str, Any] = checked_options(options, method)
+    chosen = asdict(options_of(method_named(method), options))
     if chosen.get("head_score") == "michel":
         raise InvalidArgument("head_score: expected one that takes no gradients block by block, got 'michel'")
     anatomy = family_of(model).inspect(model)

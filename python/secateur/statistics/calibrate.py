@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from .. import check, core
-from ..anatomy.anatomy import Anatomy
+from .. import check
 from ..anatomy.fingerprint import Fingerprint
-from ..anatomy.layers import AttentionSite, FfnSite, NormSite
-from ..core import fallback
 from ..data.loader import ImageLoader
-from ..data.model_input import data_config, images_in, model_input, split_batch
-from ..errors import InvalidArgument, NumericalError, Unsupported
+from ..data.model_input import data_config
+from ..errors import InvalidArgument, Unsupported
 from ..families.registry import family_of
-from ..runtime.progress import progress
 from ..runtime.ranks import Ranks, joined
-from .sensitivity import DISTURBED_IMAGES, measure
-from .sensitivity import head_gradients as gradients_of_heads
-from .statistics import FOLDS, SAMPLED_IMAGES, Collect, Float, Settings, Statistics
+from .measurements import measurements
+from .observer import Observer
+from .passes import run
+from .settings import Collect, Settings
+from .statistics import Statistics
+
+__all__ = ["calibrate", "calibrate_block"]
 
 
 def calibrate(
@@ -106,7 +101,7 @@ def calibrate(
                 dtype="",
                 data=_data_configuration(model),
             )
-            collector = _Collector(anatomy, settings)
+            observer = Observer(anatomy, settings)
             if ranks.size > 1 and path is not None and not isinstance(loader, ImageLoader):
                 # Which images the others would have had cannot be told from it.
                 raise Unsupported(
@@ -120,17 +115,15 @@ def calibrate(
             sensitivity=sensitivity,
             head_gradients=head_gradients,
         )
-        further: list[_Measurement] = []
-        if sensitivity:
-            further.append(("divergence", lambda first, *share: measure(model, family, anatomy, first, *share)))
-        if head_gradients:
-            further.append(("gradient", lambda first, *share: gradients_of_heads(model, anatomy, first, *share)))
-        return _run(
+        asked = (("divergence", sensitivity), ("gradient", head_gradients))
+        return run(
             model,
             loader,
-            collector,
+            observer,
             max_images=max_images,
-            further=further,
+            anatomy=anatomy,
+            family=family,
+            further=[measurements.named(name) for name, wanted in asked if wanted],
             path=path,
             every=checkpoint_every,
             ranks=ranks,
@@ -168,191 +161,7 @@ def calibrate_block(
     """
     anatomy = family_of(model).inspect(model)
     settings = Settings(Fingerprint.of(model, anatomy), 8, "all", token_fraction, "", _data_configuration(model))
-    return _run(model, loader, _Collector(anatomy, settings, only=block, norms=block is None), max_images=max_images)
-
-
-@contextmanager
-def _as_written(model: nn.Module) -> Iterator[None]:
-    """Modules that are compiled in place may leave out hooks, on those that do nothing for one: run none of them so."""
-    compiled: list[tuple[Any, Any]] = [
-        (module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl is not None
-    ]
-    for module, _ in compiled:
-        module._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        for module, run in compiled:
-            module._compiled_call_impl = run
-
-
-# What takes a measurement: the first images, a rank and the number of ranks; and what the measurement is called.
-_Take = Callable[[list[torch.Tensor], int, int], dict[str, Float]]
-_Measurement = tuple[str, _Take]
-_ALONE = Ranks()
-# No batch, not even None.
-_END = object()
-
-
-class _EnoughError(Exception):
-    """Everything that is observed has been seen; the rest of the forward pass is of no interest."""
-
-
-def _run(
-    model: nn.Module,
-    loader: Iterable[Any],
-    collector: _Collector,
-    *,
-    max_images: int | None,
-    further: Sequence[_Measurement] = (),
-    path: Path | None = None,
-    every: int | None = None,
-    ranks: Ranks = _ALONE,
-) -> Statistics:
-    total = images_in(loader, max_images)
-    with ranks.together():
-        if ranks.size > 1 and isinstance(loader, ImageLoader):
-            loader = loader.sharded(ranks.rank, ranks.size, whole_batches=True)
-        if ranks.rank == 0 and path is not None and path.is_file():
-            collector.restore(Statistics.load(path))
-        if max_images is not None and collector.images > max_images:
-            raise InvalidArgument(f"resume: expected a file of at most {max_images} images, got {collector.images}")
-    collector.follow(ranks)
-    seen = collector.images
-    end = 0
-    first: dict[int, torch.Tensor] = {}
-    missing = [take for what, take in further if not any(name.endswith(what) for name in collector.sensitivity)]
-    with (
-        _as_written(model),
-        core.host_by_default(),
-        _evaluating(model),
-        _kept(collector, path, ranks),
-        core.torch_threads(),
-        torch.inference_mode(),
-    ):
-        shown = progress(total, "calibrate", silent=ranks.rank > 0)
-        with collector.observing(model), shown as advance:
-            for index, (start, images, stop) in enumerate(_batches(model, loader, max_images, seen, ranks)):
-                advance(stop - end)
-                end = stop
-                if missing and start < DISTURBED_IMAGES and len(images) > 0:
-                    first[start] = images[: DISTURBED_IMAGES - start].detach().clone()
-                if index == 0:
-                    with ranks.together():  # a warning may be an error
-                        if ranks.rank == 0:
-                            _warn_unless_normalised(images, collector.settings.data)
-                if end <= seen:
-                    continue
-                skip = min(len(images), max(0, seen - start))
-                with ranks.together(), collector.batch(start + skip, end):
-                    if skip < len(images):
-                        _forward(model, collector, images[skip:])
-                if every and path is not None and (index + 1) % every == 0:
-                    _save(collector.statistics(ranks), path, ranks)
-        if missing and end >= seen:
-            _measure(model, collector, missing, first, ranks)
-    if end < seen:
-        raise InvalidArgument(f"resume: expected a loader of at least {seen} images, got {seen - end} fewer")
-    if collector.images == 0:
-        raise InvalidArgument("loader: expected at least one image, got none")
-    statistics = collector.statistics(ranks)
-    if path is not None and (collector.images > seen or collector.sensitivity):
-        _save(statistics, path, ranks)
-    return statistics
-
-
-def _forward(model: nn.Module, collector: _Collector, images: torch.Tensor) -> None:
-    with suppress(_EnoughError):
-        model(images)
-    try:
-        collector.wait()
-    except NumericalError:
-        # A device was not waited for: once more, to learn which value of which layer it is.
-        with collector.waiting(), suppress(_EnoughError):
-            model(images)
-        raise
-
-
-def _measure(
-    model: nn.Module,
-    collector: _Collector,
-    missing: Sequence[_Take],
-    first: Mapping[int, torch.Tensor],
-    ranks: Ranks,
-) -> None:
-    """Take the measurements on the first images; all ranks have these, and a share of the work."""
-    parts = ranks.gather({start: images.cpu() for start, images in first.items()}) if ranks.size > 1 else [first]
-    found = dict(sorted(item for part in parts for item in part.items()))
-    if not found:
-        return
-    with ranks.together():
-        batches = [model_input(model, images) for images in found.values()]
-        shares = [take(batches, ranks.rank, ranks.size) for take in missing]
-    for share in ranks.gather({name: sums for part in shares for name, sums in part.items()}):
-        for name, sums in share.items():
-            collector.sensitivity[name] = collector.sensitivity.get(name, 0) + sums
-
-
-@contextmanager
-def _kept(collector: _Collector, path: Path | None, ranks: Ranks) -> Iterator[None]:
-    """Write what was collected when the block fails, as long as every layer of every rank has seen its images."""
-    before = collector.images
-    try:
-        yield
-    except BaseException as error:
-        # Of several ranks only what all of them raise leaves them at one place.
-        if path is None or (ranks.size > 1 and (ranks.lost or not isinstance(error, Exception))):
-            raise
-        if all(ranks.gather(collector.whole)) and (collector.images > before or collector.sensitivity):
-            _save(collector.statistics(ranks), path, ranks)
-        raise
-
-
-def _save(statistics: Statistics, path: Path, ranks: Ranks) -> None:
-    with ranks.together():
-        if ranks.rank == 0:
-            statistics.save(path)
-
-
-def _refuse_non_finite(images: torch.Tensor, start: int) -> None:
-    finite = images.isfinite().flatten(1).all(1)
-    if not bool(finite.all()):
-        first = int((~finite).nonzero()[0, 0])
-        value = images[first][~images[first].isfinite()][0].item()
-        raise NumericalError(f"patch_embed: expected finite values, got {value} in image {start + first}")
-
-
-def _batches(
-    model: nn.Module, loader: Iterable[Any], max_images: int | None, seen: int, ranks: Ranks
-) -> Iterator[tuple[int, torch.Tensor, int]]:
-    """This rank's batches as the model takes them, with the number of their first image and of the round's images.
-
-    In each round every rank has a batch, or has come to its end; the images are numbered as if the batches of a round
-    followed one another. Exactly ``max_images`` in all, and no round is begun behind them. The first ``seen`` images
-    may hold anything.
-    """
-    source = iter(loader)
-    start = 0
-    while max_images is None or start < max_images:
-        with ranks.together(2 * ranks.size) as told:
-            batch = next(source, _END)
-            images = torch.empty(0) if batch is _END else split_batch(batch, empty=ranks.size > 1, labels=False)[0]
-            if len(images) > 0:
-                images = model_input(model, images)
-            told[ranks.rank] = len(images)
-            told[ranks.size + ranks.rank] = batch is not _END
-        if not any(told[ranks.size :]):
-            return
-        own = start + int(sum(told[: ranks.rank]))
-        start += int(sum(told[: ranks.size]))
-        if max_images is not None:
-            start = min(start, max_images)
-            images = images[: max(0, max_images - own)]
-        with ranks.together():
-            skip = max(0, seen - own)
-            if skip < len(images):
-                _refuse_non_finite(images[skip:], own + skip)
-        yield own, images, start
+    return run(model, loader, Observer(anatomy, settings, only=block, norms=block is None), max_images=max_images)
 
 
 def _data_configuration(model: nn.Module) -> dict[str, Any]:
@@ -361,302 +170,3 @@ def _data_configuration(model: nn.Module) -> dict[str, Any]:
         return {}
     config = data_config(model)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in sorted(config.items())}
-
-
-def _warn_unless_normalised(images: torch.Tensor, data: Any) -> None:
-    """Pixels in [0, 1] become (x − mean) / std: say so when these cannot have. NaN and Inf are the layers' to name."""
-    if not data or len(images) == 0 or not bool(images.isfinite().all()):
-        return
-    mean, std = np.asarray(data["mean"]), np.asarray(data["std"])
-    low, high = float(((0 - mean) / std).min()), float(((1 - mean) / std).max())
-    least, most = float(images.min()), float(images.max())
-    slack = 0.05 * (high - low)
-    raw = least >= 0 and low < -slack
-    if raw or least < low - slack or most > high + slack:
-        warnings.warn(
-            f"calibration images range over [{least:.3g}, {most:.3g}], but normalised as the model's data configuration"
-            f" says (mean {tuple(data['mean'])}, std {tuple(data['std'])}) they would lie in [{low:.3g}, {high:.3g}]",
-            stacklevel=3,
-        )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; undone whatever happens."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-class _Accumulator(Protocol):
-    """What the core's accumulators have in common."""
-
-    def wait(self) -> None: ...
-
-    def state(self) -> dict[str, np.ndarray[Any, Any]]: ...
-
-    def load_state(self, state: Any) -> None: ...
-
-
-_SAMPLES = ("query_gram", "key_gram")
-_T = TypeVar("_T")
-
-
-class _Collector:
-    """Two accumulators, one a fold, for everything that is observed."""
-
-    def __init__(
-        self, anatomy: Anatomy, settings: Settings, *, only: int | None = None, norms: bool | None = None
-    ) -> None:
-        """Observe all of a model, or the groups of block ``only``, or with ``norms`` the norms (and one attention)."""
-        self.images = 0
-        self.whole = True
-        self.anatomy = anatomy
-        self.settings = settings
-        first = anatomy.group(anatomy.attention[0].qk).block
-        blocks = None if norms is None else {first if only is None else only}
-        self._attention = [s for s in anatomy.attention if blocks is None or anatomy.group(s.qk).block in blocks]
-        self._ffn = [s for s in anatomy.ffn if blocks is None or anatomy.group(s.ffn).block in blocks]
-        # In front of query/key norms, whose inputs a change of basis has to know.
-        normed = {site.norm for site in self._attention if site.q_norm and site.k_norm}
-        self._norms = [norm for norm in anatomy.norms if norms is None or norms or norm.name in normed]
-        writers = [*(site.fc2 for site in self._ffn), *(site.proj for site in self._attention)]
-        self._last = writers[0] if norms is False else None
-        self._dtype = settings.dtype
-        self._all = settings.collect == "all"
-        self._stride = round(1 / settings.token_fraction)
-        self._scorers: dict[str, tuple[core.AttentionScorer, ...]] = {}
-        self._moments: dict[str, tuple[core.MomentAccumulator, ...]] = {}
-        self._queries: dict[str, torch.Tensor] = {}
-        self._samples: dict[str, dict[int, torch.Tensor]] = {}  # by the number of the first image
-        self._wait = False  # for the device, layer after layer
-        self.sensitivity: dict[str, Float] = {}
-        for site in self._attention:
-            self._scorers[site.qk] = tuple(
-                core.AttentionScorer(site.heads, site.qk_dim, settings.gamma, moments=self._all, name=site.name)
-                for _ in FOLDS
-            )
-            self._accumulate(site.v, site.heads * site.v_dim, f"{site.name} v")
-            self._accumulate(site.proj, site.heads * site.v_dim, site.proj)
-        for ffn in self._ffn:
-            self._accumulate(ffn.ffn, ffn.size, ffn.fc2)
-        for norm in self._norms:
-            self._accumulate(norm.name, norm.size, norm.name)
-
-    def _accumulate(self, name: str, size: int, layer: str) -> None:
-        if self._all and name not in self._moments:
-            self._moments[name] = tuple(core.MomentAccumulator(size, name=layer) for _ in FOLDS)
-
-    def _accumulators(self) -> Iterator[tuple[str, _Accumulator]]:
-        pairs: dict[str, tuple[_Accumulator, ...]] = {**self._scorers, **self._moments}
-        for name, pair in pairs.items():
-            for fold, accumulator in zip(FOLDS, pair, strict=True):
-                yield f"{fold}/{name}", accumulator
-
-    @contextmanager
-    def batch(self, start: int, end: int) -> Iterator[None]:
-        """One forward pass of images from number ``start`` on; ``end`` have been seen when all ranks are through.
-
-        If it fails halfway, some layers have seen images that others have not.
-        """
-        self.whole = False
-        self.images = start
-        yield
-        self.images = end
-        self.whole = True
-
-    def wait(self) -> None:
-        """Wait for what a device has been given to do.
-
-        Raises:
-            NumericalError: a value that was not finite.
-        """
-        first: NumericalError | None = None
-        for _, accumulator in self._accumulators():
-            # All of them: what one is left with would be taken for the next batch's.
-            try:
-                accumulator.wait()
-            except NumericalError as error:
-                first = first or error
-        if first is not None:
-            raise first
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Wait for every layer, so that errors come from where they are."""
-        self._wait = True
-        try:
-            yield
-        finally:
-            self._wait = False
-
-    def statistics(self, ranks: Ranks = _ALONE) -> Statistics:
-        """What all ranks have seen; all must ask."""
-        tensors = {
-            f"{name}/{what}": array
-            for name, accumulator in self._accumulators()
-            for what, array in accumulator.state().items()
-        }
-        tensors |= self._sampled()
-        ranks.add(torch.from_numpy(array) for array in tensors.values())
-        tensors |= {f"sensitivity/{name}": sums for name, sums in self.sensitivity.items()}
-        dtypes = sorted({dtype for dtype in ranks.gather(self._dtype) if dtype})
-        if len(dtypes) > 1:
-            raise InvalidArgument(f"model: expected queries and keys of one type on all ranks, got {dtypes}")
-        settings = Settings(**{**vars(self.settings), "dtype": "".join(dtypes)})
-        return Statistics(settings, tensors)
-
-    def _sampled(self) -> dict[str, np.ndarray[Any, Any]]:
-        """The Grams of the first images at their places; zeros where another rank has them."""
-        if not self._all:
-            return {}
-        found = {}
-        for site in self._attention:
-            shape = (min(self.images, SAMPLED_IMAGES), site.heads, site.qk_dim * (site.qk_dim + 1) // 2)
-            for what in _SAMPLES:
-                parts = self._samples.get(f"sample/{site.qk}/{what}", {})
-                first = parts.get(0)
-                if first is not None and first.is_cuda and len(first) == shape[0]:
-                    found[f"sample/{site.qk}/{what}"] = first.cpu().numpy()  # all came at once: no zeros before
-                    continue
-                grams = np.zeros(shape, np.float32)
-                for start, part in parts.items():
-                    grams[start : start + len(part)] = part.cpu()
-                found[f"sample/{site.qk}/{what}"] = grams
-        return found
-
-    def follow(self, ranks: Ranks) -> None:
-        """Go on from where the first rank is: its sums stay its own."""
-        if ranks.size > 1:
-            self.images, self._dtype, self.sensitivity = ranks.gather((self.images, self._dtype, self.sensitivity))[0]
-
-    def restore(self, statistics: Statistics) -> None:
-        settings = statistics.settings
-        self.settings.fingerprint.require(settings.fingerprint, "resume", strict=True)
-        for name in ("gamma", "collect", "token_fraction", "data"):
-            mine, found = getattr(self.settings, name), getattr(settings, name)
-            if mine != found:
-                raise InvalidArgument(f"resume: expected a file of {name} = {mine!r}, got {found!r}")
-        for name, accumulator in self._accumulators():
-            prefix = f"{name}/"
-            state = {k.removeprefix(prefix): v for k, v in statistics.tensors.items() if k.startswith(prefix)}
-            accumulator.load_state(state)
-        for name, array in statistics.tensors.items():
-            kind, _, rest = name.partition("/")
-            if kind == "sample":
-                self._samples[name] = {0: torch.from_numpy(array)}
-            elif kind == "sensitivity":
-                self.sensitivity[rest] = array
-        self.images, self._dtype = statistics.images, settings.dtype
-
-    @contextmanager
-    def observing(self, model: nn.Module) -> Iterator[None]:
-        """Every forward pass meanwhile is counted."""
-        handles: list[RemovableHandle] = []
-        try:
-            self._attach(model, handles)
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _attach(self, model: nn.Module, handles: list[RemovableHandle]) -> None:
-        for site in self._attention:
-            self._attach_attention(model, site, handles)
-        if not self._all:
-            return
-        for ffn in self._ffn:
-            handles.append(_on_input(model, ffn.fc2, self._hidden(ffn)))
-        for norm in self._norms:
-            handles.append(_on_input(model, norm.name, self._norm_input(norm)))
-        if self._last is not None:
-            handles.append(_on_output(model, self._last, _enough))
-
-    def _attach_attention(self, model: nn.Module, site: AttentionSite, handles: list[RemovableHandle]) -> None:
-        split = [site.heads * site.qk_dim, site.heads * site.qk_dim, site.heads * site.v_dim]
-
-        def on_qkv(qkv: torch.Tensor) -> None:
-            q, k, v = qkv.split(split, dim=-1)
-            if site.q_norm is None:
-                self._queries[site.name] = q.unflatten(-1, (site.heads, -1))
-            if site.k_norm is None:
-                self._score(site, k.unflatten(-1, (site.heads, -1)))
-            if self._all:
-                self._add(site.v, v)
-
-        # Queries come first in every forward pass; the scores are taken when the keys are there.
-        handles.append(_on_output(model, site.qkv, on_qkv))
-        if site.q_norm is not None:
-            handles.append(
-                _on_output(model, site.q_norm, lambda q: self._queries.update({site.name: q.transpose(1, 2)}))
-            )
-        if site.k_norm is not None:
-            handles.append(_on_output(model, site.k_norm, lambda k: self._score(site, k.transpose(1, 2))))
-        if self._all:
-            handles.append(_on_input(model, site.proj, lambda z: self._add(site.proj, z)))
-
-    def _hidden(self, site: FfnSite) -> Callable[[torch.Tensor], None]:
-        return lambda hidden: self._add(site.ffn, hidden)
-
-    def _norm_input(self, site: NormSite) -> Callable[[torch.Tensor], None]:
-        """Of a norm's input what the norm lets through: x̂ = x √D / ‖x‖, centred for LayerNorm."""
-
-        def observe(x: torch.Tensor) -> None:
-            self._add(site.name, x[:, None] if x.ndim == 2 else x, "layer" if site.centred else "rms")
-
-        return observe
-
-    def _score(self, site: AttentionSite, k: torch.Tensor) -> None:
-        q = self._queries.pop(site.name)
-        dtype = str(q.dtype).removeprefix("torch.")
-        if self._dtype not in ("", dtype):
-            raise InvalidArgument(f"resume: expected queries and keys of {self._dtype}, got {dtype}")
-        self._dtype = dtype
-        q, k = q.detach(), k.detach()
-        if self._all and self.images < SAMPLED_IMAGES:
-            self._sample(site, q[: SAMPLED_IMAGES - self.images], k[: SAMPLED_IMAGES - self.images])
-        fallback.update_scores(self._in_turn(self._scorers[site.qk]), q, k, wait=self._wait)
-
-    def _in_turn(self, pair: Sequence[_T]) -> list[_T]:
-        """What the next image is added to, then what the one behind it is."""
-        first = self.images % 2
-        return [pair[first], pair[1 - first]]
-
-    def _sample(self, site: AttentionSite, q: torch.Tensor, k: torch.Tensor) -> None:
-        """Keep the Grams of the first images one by one: what a cut does to an image's own scores needs both at once.
-
-        Packed, in float32: they only measure errors.
-        """
-        q, k = fallback.at_hand(q), fallback.at_hand(k).double()
-        rows, columns = torch.triu_indices(site.qk_dim, site.qk_dim, device=q.device)
-        for what, x in zip(_SAMPLES, (q.double(), k - k.mean(1, keepdim=True)), strict=True):
-            grams = torch.einsum("bnhi,bnhj->bhij", x, x)
-            packed = grams[..., rows, columns].to(torch.float32)
-            self._samples.setdefault(f"sample/{site.qk}/{what}", {})[self.images] = packed
-
-    def _add(self, name: str, x: torch.Tensor, norm: fallback.RowNorm = "none") -> None:
-        """Add the chosen tokens of (B, N, d) to the fold of their image.
-
-        Image g gives every stride-th token from (g // 2) mod stride on, so both folds see all positions, and the
-        choice does not depend on how images are split into batches.
-        """
-        pair = self._in_turn(self._moments[name])
-        stride = min(self._stride, x.shape[1])
-        phases = [(self.images + turn) // 2 for turn in range(len(pair))]
-        fallback.update_moments(pair, x.detach(), norm=norm, stride=stride, phases=phases, wait=self._wait)
-
-
-def _enough(_output: torch.Tensor) -> None:
-    raise _EnoughError
-
-
-def _on_output(model: nn.Module, name: str, observe: Callable[[torch.Tensor], None]) -> RemovableHandle:
-    return model.get_submodule(name).register_forward_hook(lambda _module, _args, output: observe(output))
-
-
-def _on_input(model: nn.Module, name: str, observe: Callable[[torch.Tensor], None]) -> RemovableHandle:
-    return model.get_submodule(name).register_forward_pre_hook(lambda _module, args: observe(args[0]))

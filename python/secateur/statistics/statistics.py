@@ -12,39 +12,13 @@ import numpy.typing as npt
 import torch
 
 from .. import core
-from ..anatomy.fingerprint import Fingerprint
 from ..errors import InvalidArgument
 from ..files import container
+from .collectors import collectors
+from .settings import FOLDS, Float, Settings
 
-Float = npt.NDArray[np.float64]
-Collect = Literal["scores", "all"]
-FOLDS = ("even", "odd")
-SAMPLED_IMAGES = 64
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the sums depend on besides the images; only equal settings can be merged.
-
-    ``data`` is the model's data configuration (input size, mean, std, interpolation), ``dtype`` the type of the
-    queries and keys that were scored.
-    """
-
-    fingerprint: Fingerprint
-    gamma: int
-    collect: Collect
-    token_fraction: float
-    dtype: str
-    data: Mapping[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {**vars(self), "fingerprint": self.fingerprint.to_dict(), "data": dict(self.data)}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Settings:
-        """Back from JSON values."""
-        return cls(**{**fields, "fingerprint": Fingerprint.from_dict(fields["fingerprint"])})
+# The observation that counts images, where no layer has one map an image.
+IMAGES = "calibration"
 
 
 @dataclass(frozen=True)
@@ -97,6 +71,8 @@ class Statistics:
         first = next(name for name in self.tensors if name.startswith("even/") and name.endswith("/images")).split("/")[
             1
         ]
+        if f"even/{IMAGES}/images" in self.tensors:
+            first = IMAGES
         even, odd = (int(self.tensors[f"{fold}/{first}/images"][0]) for fold in FOLDS)
         return even, odd
 
@@ -249,13 +225,7 @@ class Statistics:
                     raise InvalidArgument(f"parts: expected {name} = {mine!r} in all, got {found!r}")
             if part.tensors.keys() != first.tensors.keys():
                 raise InvalidArgument("parts: expected the same observations in all, got different ones")
-        summed = {
-            # The Grams of single images are no sums: the first of them stay, as in one long calibration.
-            name: np.concatenate([part.tensors[name] for part in parts])[:SAMPLED_IMAGES]
-            if name.startswith("sample/")
-            else np.sum([part.tensors[name] for part in parts], axis=0)
-            for name in first.tensors
-        }
+        summed = {name: _merged(name, [part.tensors[name] for part in parts]) for name in first.tensors}
         return Statistics(first.settings, summed)
 
     def save(self, path: str | Path) -> None:
@@ -308,6 +278,16 @@ class Statistics:
             f"Statistics({self.settings.fingerprint.architecture}, {self.images} images, "
             f"collect={self.settings.collect!r}, gamma={self.settings.gamma})"
         )
+
+
+def _merged(name: str, arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Sums over images add up; what is none is its collector's to merge."""
+    for collector in collectors:
+        found = collector.merge(name, arrays)
+        if found is not None:
+            return found
+    total: npt.NDArray[Any] = np.sum(arrays, axis=0)
+    return total
 
 
 def unpack(packed: Float, out: Float | None = None, divisor: float = 1.0) -> Float:

@@ -46,6 +46,13 @@ def compact_parameter(parameter: nn.Parameter, axes: Mapping[int, torch.Tensor])
         assign(parameter, _gather(parameter.detach(), axes))
 
 
+def compact_buffer(model: nn.Module, name: str, axes: Mapping[int, torch.Tensor]) -> None:
+    """Keep some entries of a buffer, which gets a storage of its own."""
+    module, _, leaf = name.rpartition(".")
+    holder = model.get_submodule(module)
+    setattr(holder, leaf, _gather(getattr(holder, leaf), axes))
+
+
 def _gather(data: torch.Tensor, axes: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """A new tensor of the kept entries; rows and columns at once, so that nothing between is ever whole."""
     if set(axes) == {0, 1}:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import get_args
 
+import numpy as np
 import torch
 from torch import nn
 
-from ..anatomy.anatomy import Anatomy
-from ..anatomy.layers import AttentionSite, Layout
+from ..anatomy import Anatomy, Layer, Layout
 from ..errors import InvalidArgument
 
 __all__ = ["LAYOUTS", "check_layout", "pad_heads"]
@@ -45,8 +45,8 @@ def pad_heads(model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> N
         if places:
             parameter = model.get_parameter(name)
             assign(parameter, _spread(parameter.detach(), places))
-    for site in anatomy.attention:
-        _rescale_queries(model, site, sizes[site.qk])
+    for layer in anatomy.attention:
+        _rescale_queries(model, anatomy, layer, sizes[layer.groups["qk"]])
 
 
 def assign(parameter: nn.Parameter, data: torch.Tensor) -> None:
@@ -63,17 +63,18 @@ def assign(parameter: nn.Parameter, data: torch.Tensor) -> None:
 def _places(anatomy: Anatomy, name: str, sizes: Mapping[str, int]) -> dict[int, torch.Tensor]:
     """Axis to where the entries that parameter ``name`` has will stand, and the new length, for axes that grow."""
     axes: dict[int, torch.Tensor] = {}
-    for dim in {member.dim for group, member in anatomy.members_of[name] if sizes[group.name] > group.size}:
-        pieces: list[torch.Tensor] = []
-        end = 0
-        here = [(member.offset, group) for group, member in anatomy.members_of[name] if member.dim == dim]
-        for offset, group in sorted(here, key=lambda pair: pair[0]):
-            pieces.append(torch.ones(offset - end, dtype=torch.bool))
-            head = torch.arange(sizes[group.name]) < group.size
-            pieces.append(head.repeat(group.heads))
-            end = offset + group.heads * group.size
-        pieces.append(torch.ones(anatomy.shapes[name][dim] - end, dtype=torch.bool))
-        axes[dim] = torch.cat(pieces)
+    here = anatomy.members_of[name]
+    for axis in {member.axis for group, member in here if sizes[group.name] > group.size}:
+        # How many entries stand in front of each one that is there.
+        added = np.zeros(anatomy.shapes[name][axis] + 1, np.int64)
+        for group, member in here:
+            if member.axis == axis:
+                # After the last unit of every head.
+                np.add.at(added, member.entries[:, -1].flatten() + 1, sizes[group.name] - group.size)
+        shift = added.cumsum()
+        place = torch.zeros(len(shift) - 1 + int(shift[-1]), dtype=torch.bool)
+        place[torch.from_numpy(np.arange(len(shift) - 1) + shift[:-1])] = True
+        axes[axis] = place
     return axes
 
 
@@ -86,16 +87,16 @@ def _spread(data: torch.Tensor, places: Mapping[int, torch.Tensor]) -> torch.Ten
     return data
 
 
-def _rescale_queries(model: nn.Module, site: AttentionSite, size: int) -> None:
-    factor = site.softmax_scale / size**-0.5
+def _rescale_queries(model: nn.Module, anatomy: Anatomy, layer: Layer, size: int) -> None:
+    factor = layer.softmax_scale / size**-0.5
     if factor == 1:
         return
-    layer: Any = model.get_submodule(site.qkv)
-    for parameter in (layer.weight, layer.bias):
-        if parameter is None:
-            continue
-        # Never in place: a state_dict that someone holds may share the storage.
-        data = parameter.detach().clone()
-        queries = data[: site.heads * size]
-        queries.copy_(queries.to("cpu", torch.float64) * factor)
-        parameter.data = data
+    for member in anatomy.group(layer.groups["qk"]).members:
+        if member.part == "query" and member.role == "writer":
+            parameter = model.get_parameter(member.tensor)
+            # Never in place: a state_dict that someone holds may share the storage.
+            data = parameter.detach().clone()
+            # The queries come first, and have grown.
+            rows = data.narrow(member.axis, int(member.entries[0, 0, 0]), len(member.entries) * size)
+            rows.copy_(rows.to("cpu", torch.float64) * factor)
+            parameter.data = data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -15,9 +16,44 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-__all__ = ["length", "origin", "read", "state", "write"]
+__all__ = ["Progress", "Settings", "length", "origin", "read", "state", "write"]
 
 _KIND = "fine-tuning"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What must not change between a checkpoint and its continuation, beside the settings of hooks."""
+
+    steps: int
+    opt: str
+    lr: float
+    min_lr: float
+    warmup: int
+    weight_decay: float
+    clip_grad: float | None
+    distilled: bool
+    temperature: float
+    alpha: float
+    label_smoothing: float
+    mixup: float
+    cutmix: float
+    ema: float | None
+    amp: str | None
+    ranks: int
+    seed: int
+
+
+@dataclass
+class Progress:
+    """Where a run is: ``batch`` batches into ``epoch``, whose losses so far sum to ``loss`` over ``images``."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    loss: float = 0.0
+    images: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -90,11 +126,12 @@ def _matched(
     origin: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    for name, value in settings.items():
-        if header["settings"].get(name) != value:
+    # Of a run without hooks, neither the file nor the settings name any.
+    for name in {**settings, "hooks": None}:
+        before, now = header["settings"].get(name), settings.get(name)
+        if before != now:
             raise InvalidArgument(
-                f"resume: expected a checkpoint of this run, got one with {name}={header['settings'].get(name)!r} "
-                f"where it is {value!r} now"
+                f"resume: expected a checkpoint of this run, got one with {name}={before!r} where it is {now!r} now"
             )
     mine = state(model)
     found = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
@@ -144,7 +181,8 @@ def _pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
         return {"list" if isinstance(value, list) else "tuple": items}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise Unsupported(f"opt: expected an optimizer whose state can be saved, got a {type(value).__name__} in {name}")
+    argument, what = ("hooks", "hooks") if name.startswith("hooks.") else ("opt", "an optimizer")
+    raise Unsupported(f"{argument}: expected {what} whose state can be saved, got a {type(value).__name__} in {name}")
 
 
 def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -20,11 +20,15 @@ from ..runtime import generators
 from ..runtime.devices import borrowed, place_for
 from ..runtime.ranks import joined
 from . import checkpoint as resumption
-from .loop import Run, Settings
+from .checkpoint import Settings
+from .hooks import Hooks
+from .loop import Run
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable
+
+    from .hooks import LoopHook
 
 __all__ = ["FinetuneResult", "finetune"]
 
@@ -77,6 +81,7 @@ def finetune(
     val_loader: Iterable[Any] | None = None,
     resume: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
+    hooks: Iterable[LoopHook] = (),
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> FinetuneResult:
@@ -139,13 +144,17 @@ def finetune(
             attention add up in any order. It is written every ``checkpoint_every`` steps and at the end, and holds the
             trained weights beside their average.
         checkpoint_every: in steps; None writes at the end alone.
+        hooks: what takes part in each step, in this order, such as a trained method; see `LoopHook`. Checkpoints hold
+            their state, and are refused where a hook or its settings are others. With them ``loss`` in the history is
+            what they make of it. They are done with the model when this returns or raises.
         seed: of order, augmentation, dropout and stochastic depth.
         device: where to train; the model's own by default. On several ranks "cuda" is the GPU of LOCAL_RANK.
 
     Raises:
         InvalidArgument: an argument or a batch is not as described, more images cannot be read than the loader allows,
             or the checkpoint is damaged or of another run.
-        Unsupported: the optimizer's state cannot be saved, or the loader's data not be shared out.
+        Unsupported: the optimizer's state or a hook's cannot be saved, the loader's data cannot be shared out, or a
+            hook refuses the model.
         NumericalError: the loss or the gradient is NaN or infinite (with a GradScaler, the gradient at a scale of 1);
             the weights are those of the last good step.
         Error: another rank raised something that is not of secateur.
@@ -160,6 +169,7 @@ def finetune(
             if teacher is not None:
                 place_for(teacher, argument="teacher")
             refuse_wrapped(loader)
+            attached = Hooks(hooks)
             if isinstance(val_loader, Iterator):
                 raise InvalidArgument("val_loader: expected batches that can be read after every pass, got an iterator")
             if ranks.size > 1 and isinstance(loader, ImageLoader):
@@ -208,12 +218,18 @@ def finetune(
             checkpoint_every=checkpoint_every,
             max_unreadable=getattr(loader, "max_unreadable", 0),
             **asdict(settings),
+            hooks=attached.settings,
         )
 
-        with generators.kept(*_cuda_devices()), _heads_apart(model, settings), borrowed(model, place, training=True):
+        with (
+            generators.kept(*_cuda_devices()),
+            _heads_apart(model, settings),
+            borrowed(model, place, training=True),
+            attached.hold(model, ranks),
+        ):
             with ranks.together():
-                optimizer = _optimizer(model, settings)
-            run = Run(model, teacher, optimizer, settings, place, origin, ranks)
+                optimizer = _optimizer(model, settings, attached)
+            run = Run(model, teacher, optimizer, settings, place, origin, ranks, attached)
             with ranks.together():
                 resumed = run.load(path) if path is not None and written else 0
             ranks.agree(resume=resumed)
@@ -274,9 +290,12 @@ def _total_steps(loader: Iterable[Any], epochs: int | None, steps: int | None) -
     return length * (1 if epochs is None else epochs)
 
 
-def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, settings: Settings, hooks: Hooks) -> torch.optim.Optimizer:
     try:
-        return create_optimizer_v2(model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay)
+        optimizer = create_optimizer_v2(model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay)
+        if hooks.parameters:
+            optimizer.add_param_group({"params": hooks.parameters, "weight_decay": 0.0})
+        return optimizer
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise InvalidArgument(f"opt: expected an optimizer of timm.optim, got {settings.opt!r} ({error})") from error
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,7 +20,10 @@ from ..files import container
 from ..runtime import generators
 from ..runtime.progress import progress
 from . import checkpoint as resumption
+from .average import Average, overwrite
+from .checkpoint import Progress, Settings
 from .evaluate import check_targets, evaluate, full_precision
+from .hooks import Batch, Hooks
 from .losses import distillation
 from .mixing import Mixing
 
@@ -32,59 +34,10 @@ if TYPE_CHECKING:
 
     from ..runtime.ranks import Ranks
 
-__all__ = ["Run", "Settings"]
+__all__ = ["Run"]
 
 # The end of a pass; None would be a batch, and a wrong one.
 _END = object()
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What must not change between a checkpoint and its continuation."""
-
-    steps: int
-    opt: str
-    lr: float
-    min_lr: float
-    warmup: int
-    weight_decay: float
-    clip_grad: float | None
-    distilled: bool
-    temperature: float
-    alpha: float
-    label_smoothing: float
-    mixup: float
-    cutmix: float
-    ema: float | None
-    amp: str | None
-    ranks: int
-    seed: int
-
-
-@dataclass
-class _Progress:
-    """Where a run is: ``batch`` batches into ``epoch``, whose losses so far sum to ``loss`` over ``images``."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    loss: float = 0.0
-    images: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-
-@dataclass
-class _Batch:
-    """Images on their device, and how they were mixed; ``together`` counts those of all ranks.
-
-    ``uneven``: another rank's batch, or this one's, is empty, and not all are.
-    """
-
-    images: Tensor
-    targets: Tensor | None
-    shares: Tensor | None
-    together: int = 0
-    uneven: bool = False
 
 
 class Run:
@@ -99,11 +52,13 @@ class Run:
         place: torch.device,
         origin: Mapping[str, Any] | None,
         ranks: Ranks,
+        hooks: Hooks,
     ) -> None:
-        self.at = _Progress()
+        self.at = Progress()
         self._model = model
         # Once: a walk through the modules takes longer than many of a GPU's kernels.
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._every = [*self._trained, *hooks.parameters]
         self._forward = ranks.parallel(model)
         self._teacher = teacher
         self._optimizer = optimizer
@@ -111,12 +66,16 @@ class Run:
         self._place = place
         self._origin = origin
         self._ranks = ranks
+        self._hooks = hooks
         self._generators: Any = None
         # The loader that may leave out images, and what it had left out of the pass where the checkpoint is.
         self._gaps: ImageLoader | None = None
         self._left_out: list[str] = []
         self._mixing = Mixing(settings.mixup, settings.cutmix) if settings.mixup or settings.cutmix else None
-        self._average = None if settings.ema is None else _average(model, settings.ema)
+        whole = model
+        if hooks.parameters:
+            whole = nn.ModuleDict({"model": model, "hooks": nn.ParameterList(hooks.parameters)})
+        self._average = None if settings.ema is None else Average(whole, settings.ema)
         self._scaler = torch.amp.GradScaler(place.type, enabled=settings.amp == "float16")
         self._schedule = CosineLRScheduler(
             optimizer,
@@ -149,7 +108,7 @@ class Run:
             if path is not None and begun < steps:
                 self.save(path)
         if self._average is not None:
-            _overwrite(self._model.state_dict(), self._average.module.state_dict())
+            self._average.take_over()
         self._ranks.share(resumption.state(self._model).values())
         torch.clear_autocast_cache()
 
@@ -174,9 +133,9 @@ class Run:
             self._generators = None
         yield from batches
 
-    def _next(self, batches: Iterator[Any]) -> _Batch | None:
+    def _next(self, batches: Iterator[Any]) -> Batch | None:
         """Return the next batch, None at the end of the pass; what is wrong with it is found before the ranks wait."""
-        found: _Batch | None = None
+        found: Batch | None = None
         with self._ranks.together(3) as totals:
             batch = next(batches, _END)
             if batch is not _END:
@@ -192,10 +151,10 @@ class Run:
             found.uneven = 0 < totals[2] < self._ranks.size
         return found
 
-    def _prepare(self, batch: Any) -> _Batch:
+    def _prepare(self, batch: Any) -> Batch:
         images, targets = split_batch(batch, empty=self._gaps is not None)
         if len(images) == 0:
-            return _Batch(images, None, None)
+            return Batch(images, None, None)
         images = images.to(self._place)
         model_input(self._model, images, self._place)
         if targets is None and self._settings.alpha < 1:
@@ -206,9 +165,9 @@ class Run:
         shares = None
         if self._mixing is not None:
             images, shares = self._mixing.images(images)
-        return _Batch(images, None if targets is None else targets.to(self._place), shares)
+        return Batch(images, None if targets is None else targets.to(self._place), shares)
 
-    def _step(self, batch: _Batch) -> float | None:
+    def _step(self, batch: Batch) -> float | None:
         """Take one step and return its loss; None of a batch without images, which changes nothing."""
         at, settings = self.at, self._settings
         count = len(batch.images)
@@ -220,7 +179,7 @@ class Run:
             at.batch += 1
             return None
         with self._ranks.together(1) as totals:
-            loss = self._loss(batch) if count else torch.zeros((), device=self._place)
+            loss = self._hooks.loss(batch, self._loss(batch)) if count else torch.zeros((), device=self._place)
             totals[0] = float(loss.detach()) * count
         value = totals[0] / batch.together
         self._finite("loss", value)
@@ -233,14 +192,16 @@ class Run:
             scaled.backward()
         if batch.uneven:
             self._ranks.average(self._trained)
+        self._ranks.average(self._hooks.parameters)
         self._scaler.unscale_(self._optimizer)
+        self._hooks.after_backward()
         limit = float("inf") if settings.clip_grad is None else settings.clip_grad
-        norm = nn.utils.clip_grad_norm_([p for p in self._trained if p.grad is not None], limit)
+        norm = nn.utils.clip_grad_norm_([p for p in self._every if p.grad is not None], limit)
         # Above 1 the scaler leaves the step out and halves the scale; at 1 it is the gradient itself that is bad.
         if self._scaler.get_scale() <= 1:
             self._finite("gradient", float(norm))
         self._schedule.step_update(at.step)
-        narrow = [p for p in self._trained if p.dtype == torch.float16 and p.grad is not None]
+        narrow = [p for p in self._every if p.dtype == torch.float16 and p.grad is not None]
         before = [p.detach().clone() for p in narrow]
         self._scaler.step(self._optimizer)
         self._scaler.update()
@@ -257,11 +218,12 @@ class Run:
         at.batch += 1
         at.loss += totals[0]
         at.images += batch.together
+        self._hooks.after_step(at.step)
         if self._average is not None:
-            self._average.update(self._model, step=at.step)
+            self._average.update(at.step)
         return value
 
-    def _loss(self, batch: _Batch) -> Tensor:
+    def _loss(self, batch: Batch) -> Tensor:
         settings = self._settings
         with self._precision():
             # Not all ranks have a forward pass, which DistributedDataParallel would wait for.
@@ -318,7 +280,7 @@ class Run:
         with self._ranks.together(5) as totals:
             totals[4] = 0.0 if self._gaps is None else float(len(self._gaps.unreadable))
             if val_loader is not None and self._ranks.rank == 0:
-                with self._averaged():
+                with nullcontext() if self._average is None else self._average.lent():
                     found = evaluate(self._model, val_loader)
                 totals[:4] = [1.0, found.top1, found.top5, found.loss]
         if self._gaps is not None:
@@ -328,40 +290,31 @@ class Run:
         at.history.append(entry)
         at.epoch, at.batch, at.loss, at.images = at.epoch + 1, 0, 0.0, 0
 
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Have the model hold the average, in its own type: what is measured is what a run would end with."""
-        if self._average is None:
-            yield
-            return
-        mine = self._model.state_dict()
-        trained = {name: tensor.clone() for name, tensor in mine.items()}
-        _overwrite(mine, self._average.module.state_dict())
-        try:
-            yield
-        finally:
-            _overwrite(mine, trained)
-
     def save(self, path: Path) -> None:
         """Write the checkpoint; all ranks must call it."""
         rest = {
             "optimizer": self._optimizer.state_dict(),
             "generators": self._ranks.gather(generators.get(self._place)),
             "scaler": self._scaler.state_dict(),
-            "average": {} if self._average is None else resumption.state(self._average.module),
+            "average": {} if self._average is None else self._average.state(),
+            **self._hooks.state(),
         }
         if self._gaps is not None:
             # A resumed pass does not read the batches behind it again, and has its limit still.
             rest["unreadable"] = self._ranks.gather(self._gaps.unreadable)
         with self._ranks.together():
             if self._ranks.rank == 0:
-                resumption.write(path, self._model, self._origin, asdict(self._settings), asdict(self.at), rest)
+                resumption.write(path, self._model, self._origin, self._fixed(), asdict(self.at), rest)
+
+    def _fixed(self) -> dict[str, Any]:
+        hooks = self._hooks.settings
+        return asdict(self._settings) | ({} if hooks is None else {"hooks": hooks})
 
     def load(self, path: Path) -> int:
         """Take up a checkpoint and return its step; nothing is changed unless all of it fits."""
-        found, position, rest = resumption.read(path, self._model, self._origin, asdict(self._settings))
+        found, position, rest = resumption.read(path, self._model, self._origin, self._fixed())
         with container.understood("resume: expected a checkpoint of this run"):
-            at, drawn = _Progress(**position), rest["generators"][self._ranks.rank]
+            at, drawn = Progress(**position), rest["generators"][self._ranks.rank]
             left_out = [str(text) for text in rest["unreadable"][self._ranks.rank]] if "unreadable" in rest else []
             try:
                 self._optimizer.load_state_dict(rest["optimizer"])
@@ -369,25 +322,14 @@ class Run:
                 raise InvalidArgument(
                     f"resume: expected a checkpoint of the parameters that require a gradient, got others ({error})"
                 ) from error
-            _overwrite(resumption.state(self._model), found)
+            self._hooks.load_state(rest)
+            overwrite(resumption.state(self._model), found)
             if self._average is not None:
-                _overwrite(resumption.state(self._average.module), rest["average"])
+                overwrite(self._average.state(), rest["average"])
             if self._scaler.is_enabled():
                 self._scaler.load_state_dict(rest["scaler"])
             self.at, self._generators, self._left_out = at, drawn, left_out
         return self.at.step
-
-
-def _average(model: nn.Module, decay: float) -> ModelEmaV3:
-    # In half precision a step of the average rounds to nothing.
-    half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in model.parameters())
-    return ModelEmaV3(model, decay=decay, use_warmup=True, dtype=torch.float32 if half else None)
-
-
-@torch.no_grad()
-def _overwrite(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        tensor.copy_(values[name])
 
 
 def _seed_generators(seed: int, epoch: int, rank: int, place: torch.device) -> None:

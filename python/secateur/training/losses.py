@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 from torch.nn import functional
-
-if TYPE_CHECKING:
-    pass
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -1,0 +1,44 @@
+"""What commands use besides the public names, imported when it is first asked for.
+
+`secateur plan --help` waits for no torch that way.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import set_num_threads
+
+    from ..methods.registry import method_named
+    from ..runtime.devices import place_for
+    from ..runtime.ranks import first, joined
+    from ..searches.result import check_figure
+    from .digits import demo
+    from .model import model_from
+
+_MODULES = {
+    "check_figure": "secateur.searches.result",
+    "demo": "secateur.cli.digits",
+    "first": "secateur.runtime.ranks",
+    "joined": "secateur.runtime.ranks",
+    "method_named": "secateur.methods.registry",
+    "model_from": "secateur.cli.model",
+    "place_for": "secateur.runtime.devices",
+    "set_num_threads": "torch",
+}
+__all__ = [
+    "check_figure",
+    "demo",
+    "first",
+    "joined",
+    "method_named",
+    "model_from",
+    "place_for",
+    "set_num_threads",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

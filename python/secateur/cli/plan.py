@@ -1,0 +1,124 @@
+"""`secateur plan`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import secateur as sc
+
+from . import lazy
+from .method_options import parsed
+from .options import (
+    Allocation,
+    Checkpoint,
+    Classes,
+    Device,
+    Freeze,
+    Groups,
+    Json,
+    Kwargs,
+    Loose,
+    Method,
+    MethodOptions,
+    MinKeep,
+    Model,
+    Out,
+    Pretrained,
+    RoundTo,
+    Stats,
+    Threads,
+    json_object,
+    names,
+    number_or_object,
+)
+from .output import collected, named
+
+__all__ = ["plan"]
+
+# Options of methods had flags of their own before there was --option.
+_Old = Annotated[str | None, typer.Option(hidden=True)]
+
+
+def plan(
+    stats: Stats,
+    out: Out,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    num_classes: Classes = None,
+    model_kwargs: Kwargs = None,
+    method: Method = "project",
+    option: MethodOptions = None,
+    target_macs: Annotated[float | None, typer.Option(help="Fraction of the MACs to keep.")] = None,
+    target_params: Annotated[float | None, typer.Option(help="Fraction of the parameters to keep.")] = None,
+    target_latency: Annotated[
+        float | None, typer.Option(help="Fraction of a batch's time to keep; checked by measuring.")
+    ] = None,
+    latency_table: Annotated[
+        Path | None, typer.Option(help="The file of bench --table; without it a table is measured first.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Batch size of --target-latency; the table's by default, or 1.")
+    ] = None,
+    ratios: Annotated[
+        str | None,
+        typer.Option(help='Fractions to remove, as {"qk": 0.5}, the name of a shipped configuration, or a file.'),
+    ] = None,
+    groups: Groups = None,
+    freeze: Freeze = "",
+    min_keep: MinKeep = None,
+    round_to: RoundTo = None,
+    allocation: Allocation = None,
+    similarity: _Old = None,
+    selection: _Old = None,
+    head_score: _Old = None,
+    strict: Loose = True,
+    device: Device = None,
+    _threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Choose what stays, for a budget (--target-macs, --target-params, --target-latency) or by --ratios."""
+    kinds = None if groups is None else names(groups)
+    if kinds == []:
+        raise typer.BadParameter("expected --groups of kinds or groups, got none")
+    targets = target_macs, target_params, target_latency
+    if (ratios is None) == (targets == (None, None, None)):
+        raise typer.BadParameter("expected either --ratios, or --target-macs, --target-params and/or --target-latency")
+    if target_latency is None and (latency_table is not None or batch_size is not None):
+        raise typer.BadParameter("--latency-table and --batch-size need --target-latency")
+    flags = {"similarity": similarity, "selection": selection, "head_score": head_score}
+    with collected(as_json) as output:
+        options = parsed(method, option, {name: value for name, value in flags.items() if value is not None})
+        net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs)
+        with named("--stats"):
+            statistics = sc.Statistics.load(stats)
+        net.to(lazy.place_for(net, device))
+        chosen = sc.plan(
+            net,
+            statistics,
+            method=method,
+            target=sc.Target(*targets) if ratios is None else None,
+            ratios=json_object(ratios) if ratios is not None and ratios.lstrip().startswith("{") else ratios,
+            groups=kinds,
+            freeze=names(freeze),
+            min_keep=None if min_keep is None else json_object(min_keep),
+            round_to=None if round_to is None else number_or_object(round_to),
+            strict=strict,
+            allocation=allocation,
+            latency_table=latency_table,
+            batch_size=batch_size,
+            **options,
+        )
+        chosen.save(out)
+        kept = {name: int(keep.shape[1]) for name, keep in chosen.keep.items()}
+        output.show(
+            f"{chosen} -> {out}",
+            method=chosen.method,
+            params=list(chosen.params),
+            macs=list(chosen.macs),
+            kept=kept,
+            latency=chosen.to_dict()["latency"],
+            loss=chosen.to_dict()["loss"],
+            file=str(out),
+        )

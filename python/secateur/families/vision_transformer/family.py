@@ -1,0 +1,63 @@
+"""The family of timm's VisionTransformer with plain blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from ...anatomy import Anatomy
+from ..base import Family
+from ..registry import register
+from . import fit, run
+from .inspect import Inspection
+
+__all__ = ["PlainViT"]
+
+
+@register
+class PlainViT(Family):
+    """VisionTransformer and VisionTransformerDistilled with plain blocks."""
+
+    name = "vision_transformer"
+    models = (VisionTransformer, VisionTransformerDistilled)
+
+    def inspect(self, model: nn.Module) -> Anatomy:
+        """Describe the model, or raise Unsupported naming the module and the reason."""
+        return Inspection(_vit(model)).anatomy(self.name)
+
+    def adapt(self, model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
+        """Make modules and attributes fit parameters that were just cut."""
+        fit.adapt(_vit(model), anatomy, sizes)
+
+    def stock_sizes(self, model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The sizes after a cut to ``sizes`` whose attention modules are timm's own."""
+        return fit.stock_sizes(_vit(model), anatomy, sizes)
+
+    def make_stock(self, model: nn.Module, head_dims: Mapping[str, int]) -> None:
+        """Make the attention modules timm's own, the same objects."""
+        fit.make_stock(_vit(model), head_dims)
+
+    def alone(self, model: nn.Module, block: int | None) -> nn.Module:
+        """A copy of the model with that block alone, or without any."""
+        return run.alone(_vit(model), block)
+
+    def layers(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """Attention and FFN layers by name, as timm's blocks run them, dropping no paths."""
+        return run.layers(_vit(model))
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks, first to last."""
+        return run.blocks(_vit(model))
+
+    def from_block(self, model: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
+        """The output of the model, given what enters a block: (B, N, width)."""
+        return run.from_block(_vit(model), index, x)
+
+
+def _vit(model: nn.Module) -> VisionTransformer:
+    assert isinstance(model, VisionTransformer)
+    return model

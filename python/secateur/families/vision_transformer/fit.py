@@ -1,0 +1,161 @@
+"""Makes a VisionTransformer's modules fit parameters that were cut, in the exact and in the stock layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.layers import Attention, AttentionPoolLatent
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from torch import nn
+
+from ...anatomy import Anatomy, Layer
+from ...errors import Unsupported
+from ..base import NORMS, fit_modules, unsupported
+from .modules import HeadNorm, PrunedAttention, PrunedAttentionPoolLatent, PrunedBlock, PrunedResPostBlock
+from .norms import FP32_NORMS, is_there
+
+__all__ = ["adapt", "make_stock", "stock_sizes"]
+
+
+def adapt(model: VisionTransformer, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
+    """Make modules and attributes fit parameters that were just cut."""
+    for group in anatomy.groups:
+        if group.traits.whole and sizes[group.name] == 0:
+            _drop_layer(model, group.name)
+    for layer in anatomy.attention:
+        if sizes[layer.name]:
+            _fit_attention(model.get_submodule(layer.name), anatomy, layer, sizes)
+    _fit_layers(model)
+    if "width" in sizes and sizes["width"] != model.embed_dim:
+        _fit_width(model, sizes["width"])
+
+
+def stock_sizes(model: VisionTransformer, anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes after a cut to ``sizes`` whose attention modules are timm's own: each layer has one size per head.
+
+    Raises:
+        Unsupported: padding a norm's channels would change what it computes, or timm's pool cannot hold the cut width.
+    """
+    padded = dict(sizes)
+    for layer in anatomy.attention:
+        if not sizes[layer.name]:
+            continue
+        qk, v = sizes[layer.groups["qk"]], sizes[layer.groups["v"]]
+        size = padded[layer.groups["qk"]] = padded[layer.groups["v"]] = max(qk, v)
+        attn: Any = model.get_submodule(layer.name)
+        for name in layer.norms.values():
+            # The softmax scale would have to pass through the norm, cut channels have a scale for each head.
+            if qk < size or size**-0.5 != layer.softmax_scale or type(model.get_submodule(name)) is HeadNorm:
+                raise Unsupported(
+                    f"{name}: expected whole queries and keys for the stock layout, whose norm is one for all heads "
+                    f"and counts zeros, got {qk} channels per head padded to {size}; use layout='exact'"
+                )
+        if is_there(attn.norm) and v < size:
+            raise Unsupported(
+                f"{layer.name}.norm: expected as many values as queries for the stock layout, whose norm would count "
+                f"zeros, got {v} values per head padded to {size}; use layout='exact'"
+            )
+    pool: Any = model.attn_pool
+    width = sizes.get("width", model.embed_dim)
+    if pool is not None and width != pool.num_heads * pool.head_dim:
+        raise Unsupported(
+            f"attn_pool: expected a width of {pool.num_heads * pool.head_dim} for the stock layout, because timm's "
+            f"{AttentionPoolLatent.__name__} takes it for that of its heads, got {width}; use layout='exact'"
+        )
+    return padded
+
+
+def make_stock(model: VisionTransformer, head_dims: Mapping[str, int]) -> None:
+    """Make the attention modules timm's own, the same objects: parameters already have the given size per head.
+
+    Raises:
+        Unsupported: query/key norms that timm's class does not have.
+    """
+    for name in head_dims:
+        for norm in ("q_norm", "k_norm"):
+            found = model.get_submodule(f"{name}.{norm}")
+            if type(found) is HeadNorm:
+                raise unsupported(f"{name}.{norm}", found, "a norm of timm's for the stock layout")
+    for name, head_dim in head_dims.items():
+        attn: Any = model.get_submodule(name)
+        attn.__class__ = Attention
+        for attribute in ("qk_dim", "v_dim"):
+            vars(attn).pop(attribute, None)
+        attn.head_dim, attn.attn_dim = head_dim, attn.num_heads * head_dim
+        attn.scale = head_dim**-0.5
+    _fit_layers(model)
+
+
+def _fit_layers(model: VisionTransformer) -> None:
+    fit_modules(model)
+    block: Any
+    for block in model.blocks:
+        if block.attn is not None:
+            _fit_norm(block.attn.norm, block.attn.attn_dim)
+        if block.mlp is not None:
+            _fit_norm(block.mlp.norm, block.mlp.fc2.in_features)
+
+
+def _fit_norm(norm: Any, size: int) -> None:
+    if type(norm) in NORMS:
+        norm.normalized_shape = (size,)
+
+
+def _fit_width(model: VisionTransformer, width: int) -> None:
+    model.embed_dim = model.num_features = model.head_hidden_size = width
+    for info in model.feature_info:
+        info["num_chs"] = width
+    model.patch_embed.proj.out_channels = width
+    block: Any
+    for block in model.blocks:
+        _fit_norm(block.norm1, width)
+        _fit_norm(block.norm2, width)
+    for norm in (model.norm_pre, model.norm, model.fc_norm, getattr(model.patch_embed, "norm", None)):
+        if norm is not None:
+            _fit_norm(norm, width)
+    pool: Any = model.attn_pool
+    if pool is not None:
+        pool.out_features = width
+        _fit_norm(pool.norm, width)
+        # The same module object, so that references and hooks stay; only the final reshape differs.
+        pool.__class__ = PrunedAttentionPoolLatent
+
+
+def _drop_layer(model: VisionTransformer, name: str) -> None:
+    """Take the attention or the FFN out of its block, with the modules around it."""
+    _, index, child = name.split(".")
+    block: Any = model.blocks[int(index)]
+    number = 1 if child == "attn" else 2
+    setattr(block, child, None)
+    for other in (f"norm{number}", f"ls{number}", f"drop_path{number}"):
+        if hasattr(block, other):
+            setattr(block, other, nn.Identity())
+    block.__class__ = PrunedResPostBlock if isinstance(block, ResPostBlock) else PrunedBlock
+
+
+def _fit_attention(attn: Any, anatomy: Anatomy, layer: Layer, sizes: Mapping[str, int]) -> None:
+    heads, qk_dim, v_dim = (sizes[layer.groups[kind]] for kind in ("heads", "qk", "v"))
+    before = {kind: anatomy.sizes[layer.groups[kind]] for kind in ("heads", "qk", "v")}
+    if qk_dim != before["qk"] or v_dim != before["v"]:
+        _adopt_attention(attn, before["heads"], before["qk"], qk_dim, v_dim)
+    if heads != before["heads"]:
+        attn.num_heads, attn.attn_dim = heads, heads * v_dim
+        for norm in (attn.q_norm, attn.k_norm):
+            if isinstance(norm, HeadNorm):
+                norm.heads = heads
+
+
+def _adopt_attention(attn: Any, heads: int, before: int, qk_dim: int, v_dim: int) -> None:
+    def head_norm(norm: Any) -> nn.Module:
+        if qk_dim == before or isinstance(norm, nn.Identity):
+            unchanged: nn.Module = norm
+            return unchanged
+        if isinstance(norm, HeadNorm):
+            centred, upcast = norm.centred, norm.upcast
+        else:
+            centred, upcast = NORMS[type(norm)], type(norm) in FP32_NORMS
+        bias = getattr(norm, "bias", None)
+        return HeadNorm(heads, qk_dim, norm.eps, centred, upcast, norm.weight, bias).train(norm.training)
+
+    PrunedAttention.adopt(attn, qk_dim, v_dim, head_norm(attn.q_norm), head_norm(attn.k_norm))

@@ -1,0 +1,32 @@
+"""What secateur has to know of a VisionTransformer's norms."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from timm.layers import LayerNormFp32, RmsNormFp32
+from torch import nn
+
+from ..base import NORMS
+from .modules import HeadNorm
+
+__all__ = ["FP32_NORMS", "is_there", "score_norm"]
+
+FP32_NORMS = (LayerNormFp32, RmsNormFp32)
+
+
+def is_there(module: nn.Module | None) -> bool:
+    """Is it a module that does anything?"""
+    return module is not None and type(module) is not nn.Identity
+
+
+def score_norm(*norms: Any) -> Literal["layer", "rms"] | None:
+    """What query and key norms both are, with a scale; None where they are not."""
+    kinds = set()
+    for norm in norms:
+        if type(norm) is nn.Identity or norm.weight is None:
+            return None
+        kinds.add(norm.centred if type(norm) is HeadNorm else NORMS[type(norm)])
+    if len(kinds) > 1:
+        return None
+    return "layer" if kinds.pop() else "rms"

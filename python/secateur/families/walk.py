@@ -1,0 +1,78 @@
+"""What a walk over a model's modules has in common for all families: members of groups, checked by exact class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models import get_model_args
+from torch import nn
+
+from ..anatomy import Indices, Member, NormSite, Part, Role, parameter_name, unit_entries
+from .base import NORMS, refuse_computed, unsupported
+
+__all__ = ["Walk", "identity"]
+
+
+class Walk:
+    """Collects members of groups, and refuses modules of other classes than those it knows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def rows(self, name: str, members: list[Member], role: Role, part: Part, entries: Indices) -> None:
+        """The rows of a linear layer's or convolution's weight, and those of its bias."""
+        layer: Any = self.linear(name)
+        members.append(Member(f"{name}.weight", 0, entries, part, role))
+        if layer.bias is not None:
+            members.append(Member(f"{name}.bias", 0, entries, part, role))
+
+    def columns(self, name: str, members: list[Member], part: Part, entries: Indices) -> None:
+        """The inputs of a linear layer or convolution."""
+        self.linear(name)
+        members.append(Member(f"{name}.weight", 1, entries, part, "reader"))
+
+    def linear(self, name: str) -> Any:
+        """A linear layer or convolution by exact class: adapters and quantised layers keep their weights elsewhere."""
+        layer: Any = self.model.get_submodule(name)
+        if type(layer) not in (nn.Linear, nn.Conv2d):
+            raise unsupported(name, layer, "nn.Linear")
+        refuse_computed(name, layer)
+        return layer
+
+    def norm(self, name: str, members: list[Member], part: Part, entries: Indices) -> bool | None:
+        """A norm over channels: is it centred? None where there is none."""
+        norm = self.model.get_submodule(name)
+        if type(norm) is nn.Identity:
+            return None
+        if type(norm) not in NORMS:
+            raise unsupported(name, norm, "LayerNorm or RmsNorm")
+        self.norm_members(name, norm, members, part, entries)
+        return NORMS[type(norm)]
+
+    def norm_members(self, name: str, norm: nn.Module, members: list[Member], part: Part, entries: Indices) -> None:
+        """Scale and shift of a norm, where it has them."""
+        refuse_computed(name, norm)
+        for parameter in ("weight", "bias"):
+            if getattr(norm, parameter, None) is not None:
+                members.append(Member(f"{name}.{parameter}", 0, entries, part, "norm"))
+
+    def parameter(self, module: str, name: str, axis: int, members: list[Member], size: int) -> None:
+        """A parameter of a residual stream's channels: a token, a position embedding, a LayerScale."""
+        refuse_computed(module, self.model.get_submodule(module), name)
+        members.append(Member(parameter_name(module, name), axis, unit_entries(size), "stream", "elementwise"))
+
+    def inner(self, name: str, size: int) -> NormSite | None:
+        """A norm over a layer's values or hidden units."""
+        norm = self.model.get_submodule(name)
+        return NormSite(name, size, NORMS[type(norm)], pooled=False) if type(norm) in NORMS else None
+
+
+def identity(model: nn.Module) -> tuple[str, dict[str, Any], bool]:
+    """What builds the model's dense form, as timm recorded it; the class alone for a model built by hand."""
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    recorded: Any = getattr(model, "_model_args", None)
+    if not architecture or recorded is None:
+        return type(model).__name__, {}, True
+    # timm leaves the drop rates out of what it publishes; a model that is trained on needs them back.
+    drop = {name: value for name, value in recorded.items() if "drop" in name}
+    return architecture, get_model_args(model, drop), False

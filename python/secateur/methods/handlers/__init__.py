@@ -1,0 +1,1 @@
+"""What methods do with each kind of group."""

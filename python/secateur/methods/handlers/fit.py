@@ -1,0 +1,259 @@
+"""What the handlers of one method share: moments, orders of removal, ridges, and the refit of a layer's writer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ... import core
+from ...anatomy import Layer, NormSite, Part
+from ...errors import InvalidArgument, NumericalError
+from ...statistics.settings import FOLDS, Float
+from ...statistics.statistics import Moments as Sums
+from ...statistics.statistics import Statistics
+from ..base import Bound
+from ..linalg.bases import Normed
+from ..linalg.regression import RIDGES, SKETCH, Moment, choose_ridge, ridged_inverse, sketch, solve
+from ..selection_error import writer_metric
+from ..weights import Weights
+
+__all__ = ["Fit", "Moments", "costs_to_errors", "eliminate", "falling", "length"]
+
+# Most inputs whose ridge is sought before it is known which stay.
+_FIRST = 512
+# The order of removal, (heads, size) from the first to be removed, and what each removal costs where that is known.
+Order = tuple[Tensor, Float | None]
+_SCORED: tuple[Part, Part] = ("query", "key")
+
+
+class Moments:
+    """Mean and covariance of an observation, over all rows and in each fold that has any."""
+
+    def __init__(self, statistics: Statistics, name: str) -> None:
+        self._statistics, self._name = statistics, name
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Of all rows."""
+        return torch.from_numpy(self._statistics.mean(self._name))
+
+    @cached_property
+    def second(self) -> Tensor:
+        """Second moment about zero."""
+        return torch.from_numpy(self._statistics.moments(self._name).second)
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """Second moment about the mean."""
+        return _centred(self._statistics.moments(self._name))
+
+    @property
+    def folds(self) -> Iterator[Tensor]:
+        """Covariances of the folds, in turn and in the same memory; of none where one is empty."""
+        try:
+            for fold in FOLDS:
+                self._statistics.mean(self._name, fold)
+        except InvalidArgument:
+            return
+        out = None
+        for fold in FOLDS:
+            found = self._statistics.moments(self._name, fold, out)
+            out = found.second
+            yield _centred(found)
+
+
+def _centred(moments: Sums) -> Tensor:
+    mean = torch.from_numpy(moments.mean)
+    return torch.from_numpy(moments.second).addr_(mean, mean, alpha=-1)
+
+
+class Fit:
+    """One method bound to a model and its moments."""
+
+    def __init__(self, bound: Bound) -> None:
+        if bound.statistics.settings.collect != "all":
+            raise InvalidArgument(
+                f"stats: expected moments (calibrate(collect='all')), got collect={bound.statistics.settings.collect!r}"
+            )
+        self.bound = bound
+        self.model, self.anatomy, self.statistics = bound.model, bound.anatomy, bound.statistics
+        # Where the search for the next ridge begins: at the same layer's last one, or at the last of all.
+        self.last_ridge = RIDGES[6]
+        self._ridges: dict[str, float] = {}
+        self._orders: dict[str, Order] = {}
+        self._normed: dict[str, tuple[Normed, Normed] | None] = {}
+
+    def layer(self, group: str) -> Layer:
+        """The layer that a group is a part of."""
+        return self.anatomy.layers[self.anatomy.layer_of[group]]
+
+    def moments(self, name: str) -> Moments:
+        """Of one observation."""
+        return Moments(self.statistics, name)
+
+    def before_writer(self, layer: Layer) -> Moments:
+        """Of what a layer's writer takes."""
+        return self.moments(layer.before_writer.name)
+
+    def metric(self, layer: Layer) -> Tensor:
+        """The weight of a layer's writer in the metric that errors are measured in, (width, inputs)."""
+        return writer_metric(self.model, self.anatomy, layer)
+
+    def order(self, group: str, make: Callable[[], Order]) -> Order:
+        """The order in which units are removed, made once."""
+        if group not in self._orders:
+            self._orders[group] = make()
+        return self._orders[group]
+
+    def score_gram(self, group: str, fold: str | None = None) -> Tensor:
+        """Gram matrix of the neurons' rank-one score maps, (heads, d, d)."""
+        return torch.from_numpy(self.statistics.gram(group, "score_gram", fold))
+
+    def normed(self, layer: Layer) -> tuple[Normed, Normed] | None:
+        """What the norms of queries and keys do, and what enters them; None where that is not known."""
+        if layer.name not in self._normed:
+            self._normed[layer.name] = self._find_normed(layer)
+        return self._normed[layer.name]
+
+    def _find_normed(self, layer: Layer) -> tuple[Normed, Normed] | None:
+        if layer.score_norm is None or layer.input_norm is None:
+            return None
+        # Queries and keys in front of their norms are linear in what the norm before them lets through.
+        weights, moments = Weights(self.model, self.anatomy), self.moments(layer.input_norm)
+        gain, shift = weights.affine(layer.input_norm, len(moments.mean))
+        group = self.anatomy.group(layer.groups["qk"])
+        sides = []
+        for part in _SCORED:
+            (member,) = group.of("writer", part)
+            # All rows at once: sums depend on how many there are, in the last bit.
+            weight = weights.weight(member.module)
+            centre = weight @ (gain * moments.mean + shift) + weights.bias(member.module)
+            rows, centre = (each[torch.from_numpy(member.entries[..., 0])] for each in (weight * gain, centre))
+            second = rows @ moments.covariance @ rows.mT + centre[:, :, None] * centre[:, None]
+            if layer.score_norm == "layer":
+                second = second - second.mean(-1, keepdim=True)
+                second = second - second.mean(-2, keepdim=True)
+            name = layer.norms[part]
+            norm = (weights.per_head(name, group.heads, group.size, each) for each in ("weight", "bias"))
+            sides.append(Normed(second, *norm))
+        return sides[0], sides[1]
+
+    def first_ridge(self, layer: Layer, weight: Tensor) -> float:
+        """The ridge of half of the inputs, those of most energy; before it is known which stay.
+
+        Of many inputs, fewer: it says how far the statistics can be trusted, and more inputs say it no better.
+        """
+        moments = self.before_writer(layer)
+        score = moments.covariance.diagonal() * weight.square().sum(0)
+        order = score.argsort(descending=True)
+        count = min(len(order) // 2, _FIRST)
+        return self._ridge(layer.writer, moments, weight, order[:count].sort().values, order[count:])
+
+    def _ridge(self, module: str, moments: Moments, weight: Tensor, kept: Tensor, cut: Tensor) -> float:
+        """The folds' ridge for what the cut inputs of a layer contribute to its outputs."""
+        # The sketch of the outputs before the products, not after.
+        few = torch.zeros(weight.shape[1], min(len(weight), SKETCH), dtype=weight.dtype)
+        few[cut] = sketch(weight[:, cut].mT)
+        rows = (fold[kept] for fold in moments.folds)
+        folds = [Moment(part[:, kept], part @ few) for part in rows]
+        self.last_ridge = choose_ridge(folds, self._ridges.get(module, self.last_ridge))
+        self._ridges[module] = self.last_ridge
+        return self.last_ridge
+
+    def compensate(self, weights: Weights, layer: Layer, kept: Tensor) -> None:
+        """Give the kept inputs of a layer's last linear one what the others contributed, and the bias its mean."""
+        module, moments = layer.writer, self.before_writer(layer)
+        weight = weights.weight(module)
+        cut = torch.ones(weight.shape[1], dtype=torch.bool)
+        cut[kept] = False
+        cut = cut.nonzero().flatten()
+        ridge = self._ridge(module, moments, weight, kept, cut)
+        part, beside = (moments.covariance[kept[:, None], index] for index in (kept, cut))
+        mean, lost = moments.mean[kept], beside @ weight[:, cut].mT
+        bias = weights.bias(module) + weight[:, cut] @ moments.mean[cut]
+        divisor = 1.0
+        if layer.inner is not None:
+            change, shift, divisor = self._renormalised(weights, layer.inner, moments, kept)
+            # The inputs are x + change @ (x - shift) after the cut.
+            bias -= weight[:, kept] @ change @ (mean - shift)
+            mean = mean + change @ (mean - shift)
+            lost -= part @ change.mT @ weight[:, kept].mT
+            lost = lost + change @ lost
+            part = part + change @ part
+            part = part + part @ change.mT
+        gained = solve(Moment(part, lost), ridge).mT
+        refitted = torch.zeros_like(weight)
+        refitted[:, kept] = (weight[:, kept] + gained) * divisor
+        weights.set(module, refitted)
+        weights.set(module, bias - gained @ mean, "bias")
+
+    def _renormalised(
+        self, weights: Weights, norm: NormSite, moments: Moments, kept: Tensor
+    ) -> tuple[Tensor, Tensor, float]:
+        """What a norm leaves of its kept inputs when it counts no others: x + change @ (x - shift), over a length.
+
+        ``change`` takes off the mean over the kept channels, where that of all had been taken off. The length is folded
+        into the norm's scale, and 1 is returned, where it has one.
+        """
+        gain, shift = weights.affine(norm.name, norm.size)
+        living = gain[kept].abs() > 1e-12 * gain.abs().max()
+        inverse = torch.where(living, 1 / torch.where(living, gain[kept], 1), 0)
+        # Of vectors whose mean square is one.
+        normal = (moments.mean - shift)[kept] * inverse
+        second = moments.covariance[kept[:, None], kept] * inverse * inverse[:, None] + torch.outer(normal, normal)
+        second.diagonal().add_((~living).to(second.dtype))
+        divisor = float(length(second, "layer" if norm.centred else "rms")) or 1.0
+        if getattr(self.model.get_submodule(norm.name), "weight", None) is not None:
+            weights.set(norm.name, gain * divisor)
+            divisor = 1.0
+        change = -torch.outer(gain[kept], inverse) / len(kept)
+        return change if norm.centred else torch.zeros_like(change), shift[kept], divisor
+
+
+def costs_to_errors(order: Order, size: int) -> Float | None:
+    """From what each removal costs to the share lost at each size; None where costs are not known."""
+    costs = order[1]
+    if costs is None:
+        return None
+    return falling(np.concatenate([[0.0], np.cumsum(costs)]), size)
+
+
+def length(second: Tensor, normed: str | None) -> Tensor:
+    """What a norm divides by, at the mean of the squares: of these channels alone."""
+    square = second.diagonal().mean()
+    return (square - second.mean() if normed == "layer" else square).clamp_min(0).sqrt()
+
+
+def eliminate(moment: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Float, float]:
+    """All inputs from the first to leave, what each costs, and the energy of all: tr(Wᵀ C W), without the ridge.
+
+    Dead inputs leave at once: a ridge relative to the mean would have to be large to keep them regular.
+    """
+    diagonal = moment.diagonal()
+    living = diagonal > 1e-12 * diagonal.max().clamp_min(torch.finfo(torch.float64).tiny)
+    alive, dead = living.nonzero().flatten(), (~living).nonzero().flatten()
+    if len(alive) < 2:
+        return torch.cat([dead, alive]), np.zeros(len(moment)), 0.0
+    part = moment if len(dead) == 0 else moment[alive][:, alive]
+    outputs = weights[alive].contiguous()
+    while True:
+        try:
+            inverted, added = ridged_inverse(part, ridge)
+            order, costs = core.eliminate(inverted.numpy(), outputs.numpy(), len(alive))
+            break
+        except NumericalError:
+            ridge *= 10
+    # All costs add up to the energy of the ridged moments.
+    total = max(0.0, float(np.sum(costs)) - added * float(outputs.square().sum()))
+    complete = alive[torch.from_numpy(np.asarray(order, np.int64))]
+    return torch.cat([dead, complete]), np.concatenate([np.zeros(len(dead)), costs]), total
+
+
+def falling(rising: Float, size: int) -> Float:
+    """From the cost of removing 0 … size units to the share lost when 0 … size stay, within [0, 1]."""
+    errors: Float = np.clip(rising[: size + 1][::-1], 0.0, 1.0)
+    return np.minimum.accumulate(errors)

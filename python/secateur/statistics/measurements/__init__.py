@@ -1,0 +1,5 @@
+"""Measurements that take more passes over the first images of a calibration: one module each."""
+
+from .base import MEASURED_IMAGES, Measurement, measurements, register
+
+__all__ = ["MEASURED_IMAGES", "Measurement", "measurements", "register"]

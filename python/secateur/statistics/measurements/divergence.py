@@ -1,0 +1,160 @@
+"""How much the output moves when one part of the model is slightly wrong, or missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...anatomy import Anatomy
+from ...families.base import Family
+from ..settings import Float
+from .base import double, hooked, register
+
+__all__ = ["Divergence"]
+
+# What enters every block is held for so many images at once.
+_CHUNK = 32
+# Of the standard deviation: small enough for the divergence to grow with its square, far above rounding.
+_SHARE = 0.1
+
+_Change = Callable[[Tensor, torch.Generator], Tensor]
+
+
+@register
+class Divergence:
+    """Disturbs or removes one part after the other, and compares the outputs.
+
+    A group's part of the model (queries; what proj or fc2 writes; what every norm of a stream reads) gets a tenth of
+    its own values at other tokens and images added: noise of its own covariance. Divided by that share squared, the
+    divergence is what an error of all its variance would do if the output moved linearly. Whole layers are removed, or
+    replaced by the mean of what they add. What stands before a disturbed block is not run again.
+
+    The sums are "divergence" of each group, per share of variance (of a layer: when it is removed); and "mean_kept",
+    the same of a layer that its mean replaces.
+    """
+
+    name = "divergence"
+
+    @torch.inference_mode()
+    def take(
+        self,
+        model: nn.Module,
+        family: Family,
+        anatomy: Anatomy,
+        batches: Sequence[Tensor],
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> dict[str, Float]:
+        """Measure this rank's share of the model's parts; each rank has all images."""
+        trials = _trials(anatomy)[rank::ranks]
+        if not trials:
+            return {}
+        generators = {trial.name: torch.Generator().manual_seed(0) for trial in trials}
+        totals = dict.fromkeys(generators, 0.0)
+        blocks = family.blocks(model)
+        chunks = [chunk for batch in batches for chunk in batch.split(_CHUNK)]
+        for chunk in chunks:
+            entering: list[Tensor] = []
+            with hooked([block.register_forward_pre_hook(_noted(entering)) for block in blocks]):
+                wanted = double(model(chunk))
+            for trial in trials:
+                with _changed(model, trial.changes, generators[trial.name]):
+                    found = (
+                        model(chunk)
+                        if trial.block is None or not blocks
+                        else family.from_block(model, trial.block, entering[trial.block])
+                    )
+                totals[trial.name] += _divergence(model, wanted, double(found)) / trial.share**2
+        for layer in anatomy.attention:
+            # What is lost with a head is a share of what the projection writes, as with values.
+            value, heads = (f"{layer.groups[kind]}/divergence" for kind in ("v", "heads"))
+            if value in totals:
+                totals[heads] = totals[value]
+        images = float(sum(map(len, chunks)))
+        return {name: np.array([total, images]) for name, total in totals.items()}
+
+
+class _Trial(NamedTuple):
+    """One quantity to measure: what becomes of which modules' outputs, in a block or in all of the model."""
+
+    name: str
+    block: int | None
+    changes: list[tuple[str, _Change]]
+    share: float
+
+
+def _noted(inputs: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda _module, args: inputs.append(args[0])
+
+
+def _trials(anatomy: Anatomy) -> list[_Trial]:
+    trials: list[_Trial] = []
+
+    def disturbed(group: str, block: int | None, *places: tuple[str, _Change]) -> None:
+        trials.append(_Trial(f"{group}/divergence", block, list(places), _SHARE))
+
+    def removed(group: str, block: int | None, branch: str) -> None:
+        trials.append(_Trial(f"{group}/divergence", block, [(branch, _nothing)], 1.0))
+        trials.append(_Trial(f"{group}/mean_kept", block, [(branch, _mean)], 1.0))
+
+    for layer in anatomy.layers_of("attention"):
+        block = anatomy.group(layer.name).block
+        query = layer.taps["query"]
+        # Scores are products: queries count from zero, as in the error of the scores.
+        disturbed(layer.groups["qk"], block, (query.module, _noise(query.channels, centred=False)))
+        disturbed(layer.groups["v"], block, (layer.writer, _noise(None, centred=True)))
+        removed(layer.name, block, layer.branch)
+    for layer in anatomy.layers_of("ffn"):
+        block = anatomy.group(layer.name).block
+        disturbed(layer.groups["ffn"], block, (layer.writer, _noise(None, centred=True)))
+        removed(layer.name, block, layer.branch)
+    for width in anatomy.widths:
+        norms = [norm for norm in anatomy.norms if norm.stream == width.name]
+        if norms:
+            disturbed(width.name, None, *((norm.name, _noise(None, centred=True)) for norm in norms))
+    return trials
+
+
+def _noise(channels: slice | None, *, centred: bool) -> _Change:
+    def disturb(output: Tensor, generator: torch.Generator) -> Tensor:
+        part = output if channels is None else output[..., channels]
+        rows = part.reshape(-1, part.shape[-1])
+        order = torch.randperm(len(rows), generator=generator).to(rows.device)
+        noise = rows[order] - rows.mean(0) if centred else rows[order]
+        changed = output.clone()
+        (changed if channels is None else changed[..., channels]).add_(_SHARE * noise.reshape(part.shape))
+        return changed
+
+    return disturb
+
+
+def _nothing(output: Tensor, _generator: torch.Generator) -> Tensor:
+    return torch.zeros_like(output)
+
+
+def _mean(output: Tensor, _generator: torch.Generator) -> Tensor:
+    return output.mean(tuple(range(output.ndim - 1)), keepdim=True).expand_as(output)
+
+
+@contextmanager
+def _changed(model: nn.Module, changes: Sequence[tuple[str, _Change]], generator: torch.Generator) -> Iterator[None]:
+    def hook(change: _Change) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        return lambda _module, _args, output: change(output, generator)
+
+    with hooked([model.get_submodule(name).register_forward_hook(hook(change)) for name, change in changes]):
+        yield
+
+
+def _divergence(model: nn.Module, wanted: Tensor, found: Tensor) -> float:
+    """Summed over images: of class probabilities, or of features relative to their variance."""
+    if getattr(model, "num_classes", 0):
+        first, second = wanted.log_softmax(-1), found.log_softmax(-1)
+        each = (first.exp() * (first - second)).sum(-1)
+        return float(each.reshape(len(wanted), -1).mean(1).sum())
+    spread = (wanted - wanted.flatten(0, -2).mean(0)).square().mean() if wanted.ndim > 1 else wanted.square().mean()
+    return float((wanted - found).square().mean() / spread * len(wanted))

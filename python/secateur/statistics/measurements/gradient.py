@@ -1,0 +1,89 @@
+"""Importance of heads by gradients (Michel et al., 2019, arXiv:1905.10650)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ... import core
+from ...anatomy import Anatomy
+from ...families.base import Family
+from ..settings import Float
+from .base import double, hooked, register
+
+__all__ = ["Gradient"]
+
+# Gradients need several times the memory of a forward pass.
+_CHUNK = 8
+
+
+@register
+class Gradient:
+    """E |Att_h · ∂L/∂Att_h| of each head.
+
+    L is the cross-entropy of the model's own answer, half the squared features where there is no classifier. Gradients
+    of the model's parameters are neither needed nor left.
+    """
+
+    name = "gradient"
+
+    def take(
+        self,
+        model: nn.Module,
+        family: Family,
+        anatomy: Anatomy,
+        batches: Sequence[Tensor],
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> dict[str, Float]:
+        """Measure this rank's share of the images: "group/gradient" of each group of heads, (heads + 1,)."""
+        del family
+        sums = {f"{group}/gradient": np.zeros(anatomy.sizes[group] + 1) for group in _heads(anatomy)}
+        for images in [chunk for batch in batches for chunk in batch.split(_CHUNK)][rank::ranks]:
+            for name, found in _of_single_images(model, anatomy, images).items():
+                sums[name] += np.append(found, len(images))
+        return sums
+
+
+def _heads(anatomy: Anatomy) -> list[str]:
+    return [layer.groups["heads"] for layer in anatomy.attention]
+
+
+def _of_single_images(model: nn.Module, anatomy: Anatomy, images: Tensor) -> dict[str, Float]:
+    """Sums over images of |Σ over tokens and channels of Att_h · ∂L/∂Att_h|, (heads,) of each layer."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            # The first of them has no gradient of its own where all weights are frozen.
+            outputs[name] = args[0] if args[0].requires_grad else args[0].requires_grad_()
+            return (outputs[name], *args[1:])
+
+        return hook
+
+    hooks = [
+        model.get_submodule(layer.writer).register_forward_pre_hook(keep(layer.groups["heads"]))
+        for layer in anatomy.attention
+    ]
+    with torch.inference_mode(False), torch.enable_grad(), hooked(hooks):
+        logits = double(model(images.clone()))
+        if getattr(model, "num_classes", 0):
+            own = logits.detach().argmax(-1)
+            loss = functional.cross_entropy(logits.flatten(0, -2), own.flatten(), reduction="sum")
+        else:
+            loss = logits.square().sum() / 2
+        with core.subnormals_flushed(images.device):
+            gradients = torch.autograd.grad(loss, list(outputs.values()))
+    found = {}
+    for group, gradient in zip(_heads(anatomy), gradients, strict=True):
+        products = (outputs[group].detach() * gradient).double()
+        # Of windows, all that belong to an image.
+        each = (
+            products.reshape(len(images), -1, products.shape[-1]).unflatten(-1, (anatomy.sizes[group], -1)).sum((1, 3))
+        )
+        found[f"{group}/gradient"] = each.abs().sum(0).cpu().numpy()
+    return found

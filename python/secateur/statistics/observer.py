@@ -1,0 +1,220 @@
+"""Watches a model's forward passes, and hands what its layers' taps read to the collectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..anatomy import Anatomy, Layer, Part, Tap
+from ..errors import InvalidArgument, NumericalError
+from ..runtime.ranks import Ranks
+from .collectors import Accumulator, Position, collectors
+from .settings import FOLDS, Float, Settings
+from .statistics import IMAGES, Statistics
+
+__all__ = ["EnoughError", "Observer"]
+
+_ALONE = Ranks()
+
+
+class EnoughError(Exception):
+    """Everything that is observed has been seen; the rest of the forward pass is of no interest."""
+
+
+class Observer:
+    """The accumulators of everything that is observed, and how far they are."""
+
+    def __init__(
+        self, anatomy: Anatomy, settings: Settings, *, only: int | None = None, norms: bool | None = None
+    ) -> None:
+        """Observe all of a model, or the layers of block ``only``, or with ``norms`` the norms (and one attention)."""
+        self.position = Position()
+        self.whole = True
+        self.settings = settings
+        self.sensitivity: dict[str, Float] = {}
+        first = next((_block(anatomy, layer) for layer in anatomy.attention), None)
+        blocks = None if norms is None else {first if only is None else only}
+        # Attention first: its sums count the images.
+        layers = [*anatomy.attention, *anatomy.ffn]
+        self._layers = [each for each in layers if blocks is None or _block(anatomy, each) in blocks]
+        # In front of query/key norms, whose inputs a change of basis has to know.
+        normed = {layer.input_norm for layer in self._layers if {"query", "key"} <= layer.norms.keys()}
+        self._norms = [norm for norm in anatomy.norms if norms is None or norms or norm.name in normed]
+        self._last = None
+        if norms is False:
+            last = [layer for layer in reversed(self._layers) if layer.kind == "ffn"] or self._layers
+            self._last = last[0].writer
+        seen: list[Mapping[Part, Tap]] = [layer.taps for layer in self._layers]
+        seen += [{"stream": norm.tap} for norm in self._norms]
+        shapes = {g.name: (g.heads, g.size) for g in anatomy.groups}
+        self._accumulators: list[Accumulator] = []
+        for taps in seen:
+            order = list(taps.values())
+            found = [each for collector in collectors for each in collector.open(taps, settings, shapes)]
+            # As the data comes by: errors name what is wrong first.
+            self._accumulators += sorted(found, key=lambda each: order.index(each.taps[0]))
+        if not any(tap.maps_per_image == 1 for layer in anatomy.attention for tap in [layer.taps["query"]]):
+            self._accumulators.append(_Count())
+
+    @property
+    def images(self) -> int:
+        """Images that all ranks have seen."""
+        return self.position.images
+
+    @contextmanager
+    def batch(self, start: int, end: int) -> Iterator[None]:
+        """One forward pass of images from number ``start`` on; ``end`` have been seen when all ranks are through.
+
+        If it fails halfway, some layers have seen images that others have not.
+        """
+        self.whole = False
+        self.position.images = start
+        yield
+        self.position.images = end
+        self.whole = True
+
+    def wait(self) -> None:
+        """Wait for what a device has been given to do.
+
+        Raises:
+            NumericalError: a value that was not finite.
+        """
+        first: NumericalError | None = None
+        for accumulator in self._accumulators:
+            # All of them: what one is left with would be taken for the next batch's.
+            try:
+                accumulator.wait()
+            except NumericalError as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait for every layer, so that errors come from where they are."""
+        self.position.wait = True
+        try:
+            yield
+        finally:
+            self.position.wait = False
+
+    def statistics(self, ranks: Ranks = _ALONE) -> Statistics:
+        """What all ranks have seen; all must ask."""
+        tensors: dict[str, npt.NDArray[Any]] = {}
+        for accumulator in self._accumulators:
+            tensors |= accumulator.state(self.position)
+        ranks.add(torch.from_numpy(array) for array in tensors.values())
+        tensors |= {f"sensitivity/{name}": sums for name, sums in self.sensitivity.items()}
+        dtypes = sorted({dtype for dtype in ranks.gather(self.position.dtype) if dtype})
+        if len(dtypes) > 1:
+            raise InvalidArgument(f"model: expected queries and keys of one type on all ranks, got {dtypes}")
+        settings = Settings(**{**vars(self.settings), "dtype": "".join(dtypes)})
+        return Statistics(settings, tensors)
+
+    def follow(self, ranks: Ranks) -> None:
+        """Go on from where the first rank is: its sums stay its own."""
+        if ranks.size > 1:
+            position, self.sensitivity = ranks.gather((self.position, self.sensitivity))[0]
+            self.position.images, self.position.dtype = position.images, position.dtype
+
+    def restore(self, statistics: Statistics) -> None:
+        """Go on from a file's sums.
+
+        Raises:
+            InvalidArgument: they are another model's, or were collected otherwise.
+        """
+        settings = statistics.settings
+        self.settings.fingerprint.require(settings.fingerprint, "resume", strict=True)
+        for name in ("gamma", "collect", "token_fraction", "data"):
+            mine, found = getattr(self.settings, name), getattr(settings, name)
+            if mine != found:
+                raise InvalidArgument(f"resume: expected a file of {name} = {mine!r}, got {found!r}")
+        for accumulator in self._accumulators:
+            accumulator.load_state(statistics.tensors)
+        for name, array in statistics.tensors.items():
+            kind, _, rest = name.partition("/")
+            if kind == "sensitivity":
+                self.sensitivity[rest] = array
+        self.position.images, self.position.dtype = statistics.images, settings.dtype
+
+    @contextmanager
+    def observing(self, model: nn.Module) -> Iterator[None]:
+        """Every forward pass meanwhile is counted."""
+        handles: list[RemovableHandle] = []
+        try:
+            for accumulator in self._accumulators:
+                pending: dict[int, Tensor] = {}
+                for number, tap in enumerate(accumulator.taps):
+                    handles.append(_on(model, tap, partial(self._seen, accumulator, pending, number)))
+            if self._last is not None:
+                handles.append(model.get_submodule(self._last).register_forward_hook(_enough))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def count(self, images: int) -> None:
+        """Say that a batch of so many images has been run, to what counts images alone."""
+        for accumulator in self._accumulators:
+            if isinstance(accumulator, _Count):
+                accumulator.add(self.position, images)
+
+    def _seen(self, accumulator: Accumulator, pending: dict[int, Tensor], number: int, seen: Tensor) -> None:
+        pending[number] = accumulator.taps[number].read(seen)
+        if number == len(accumulator.taps) - 1:
+            tensors = [pending[each] for each in range(len(accumulator.taps))]
+            pending.clear()
+            accumulator.update(self.position, tensors)
+
+
+class _Count:
+    """The images of each fold, for models whose attention has several maps an image, or none."""
+
+    taps: tuple[Tap, ...] = ()
+
+    def __init__(self) -> None:
+        self._images = np.zeros(len(FOLDS))
+
+    def update(self, position: Position, seen: object) -> None:
+        """It sees nothing."""
+
+    def add(self, position: Position, images: int) -> None:
+        """Add images from the batch's first on."""
+        first = position.images % 2
+        self._images[first] += (images + 1) // 2
+        self._images[1 - first] += images // 2
+
+    def wait(self) -> None:
+        """Nothing is under way."""
+
+    def state(self, position: Position) -> dict[str, npt.NDArray[Any]]:
+        """How many there were."""
+        del position
+        return {f"{fold}/{IMAGES}/images": self._images[index : index + 1].copy() for index, fold in enumerate(FOLDS)}
+
+    def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Go on from these."""
+        self._images = np.array([state[f"{fold}/{IMAGES}/images"][0] for fold in FOLDS])
+
+
+def _block(anatomy: Anatomy, layer: Layer) -> int | None:
+    return anatomy.group(layer.name).block
+
+
+def _enough(_module: nn.Module, _args: object, _output: object) -> None:
+    raise EnoughError
+
+
+def _on(model: nn.Module, tap: Tap, observe: Callable[[Tensor], None]) -> RemovableHandle:
+    module = model.get_submodule(tap.module)
+    if tap.at == "input":
+        return module.register_forward_pre_hook(lambda _module, args: observe(args[0]))
+    return module.register_forward_hook(lambda _module, _args, output: observe(output))

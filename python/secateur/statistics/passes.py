@@ -1,0 +1,241 @@
+"""Runs images through a model while an observer watches, and takes the measurements that need more passes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .. import core
+from ..anatomy import Anatomy
+from ..data.loader import ImageLoader
+from ..data.model_input import images_in, model_input, split_batch
+from ..errors import InvalidArgument, NumericalError
+from ..families.base import Family
+from ..runtime.progress import progress
+from ..runtime.ranks import Ranks
+from .measurements import MEASURED_IMAGES, Measurement
+from .observer import EnoughError, Observer
+from .statistics import Statistics
+
+__all__ = ["run"]
+
+_ALONE = Ranks()
+# No batch, not even None.
+_END = object()
+
+
+def run(
+    model: nn.Module,
+    loader: Iterable[Any],
+    observer: Observer,
+    *,
+    max_images: int | None,
+    anatomy: Anatomy | None = None,
+    family: Family | None = None,
+    further: Sequence[Measurement] = (),
+    path: Path | None = None,
+    every: int | None = None,
+    ranks: Ranks = _ALONE,
+) -> Statistics:
+    """Run the images, the measurements ``further``, and write ``path``; arguments are those of `calibrate`."""
+    total = images_in(loader, max_images)
+    with ranks.together():
+        if ranks.size > 1 and isinstance(loader, ImageLoader):
+            loader = loader.sharded(ranks.rank, ranks.size, whole_batches=True)
+        if ranks.rank == 0 and path is not None and path.is_file():
+            observer.restore(Statistics.load(path))
+        if max_images is not None and observer.images > max_images:
+            raise InvalidArgument(f"resume: expected a file of at most {max_images} images, got {observer.images}")
+    observer.follow(ranks)
+    seen = observer.images
+    end = 0
+    first: dict[int, torch.Tensor] = {}
+    taken = [name.rpartition("/")[2] for name in observer.sensitivity]
+    missing = [measurement for measurement in further if measurement.name not in taken]
+    with (
+        _as_written(model),
+        core.host_by_default(),
+        _evaluating(model),
+        _kept(observer, path, ranks),
+        core.torch_threads(),
+        torch.inference_mode(),
+    ):
+        shown = progress(total, "calibrate", silent=ranks.rank > 0)
+        with observer.observing(model), shown as advance:
+            for index, (start, images, stop) in enumerate(_batches(model, loader, max_images, seen, ranks)):
+                advance(stop - end)
+                end = stop
+                if missing and start < MEASURED_IMAGES and len(images) > 0:
+                    first[start] = images[: MEASURED_IMAGES - start].detach().clone()
+                if index == 0:
+                    with ranks.together():  # a warning may be an error
+                        if ranks.rank == 0:
+                            _warn_unless_normalised(images, observer.settings.data)
+                if end <= seen:
+                    continue
+                skip = min(len(images), max(0, seen - start))
+                with ranks.together(), observer.batch(start + skip, end):
+                    if skip < len(images):
+                        _forward(model, observer, images[skip:])
+                        observer.count(len(images) - skip)
+                if every and path is not None and (index + 1) % every == 0:
+                    _save(observer.statistics(ranks), path, ranks)
+        if missing and end >= seen:
+            assert family is not None
+            assert anatomy is not None
+            _measure(model, family, anatomy, observer, missing, first, ranks)
+    if end < seen:
+        raise InvalidArgument(f"resume: expected a loader of at least {seen} images, got {seen - end} fewer")
+    if observer.images == 0:
+        raise InvalidArgument("loader: expected at least one image, got none")
+    statistics = observer.statistics(ranks)
+    if path is not None and (observer.images > seen or observer.sensitivity):
+        _save(statistics, path, ranks)
+    return statistics
+
+
+def _forward(model: nn.Module, observer: Observer, images: torch.Tensor) -> None:
+    with suppress(EnoughError):
+        model(images)
+    try:
+        observer.wait()
+    except NumericalError:
+        # A device was not waited for: once more, to learn which value of which layer it is.
+        with observer.waiting(), suppress(EnoughError):
+            model(images)
+        raise
+
+
+def _measure(
+    model: nn.Module,
+    family: Family,
+    anatomy: Anatomy,
+    observer: Observer,
+    missing: Sequence[Measurement],
+    first: Mapping[int, torch.Tensor],
+    ranks: Ranks,
+) -> None:
+    """Take the measurements on the first images; all ranks have these, and a share of the work."""
+    parts = ranks.gather({start: images.cpu() for start, images in first.items()}) if ranks.size > 1 else [first]
+    found = dict(sorted(item for part in parts for item in part.items()))
+    if not found:
+        return
+    with ranks.together():
+        batches = [model_input(model, images) for images in found.values()]
+        shares = [each.take(model, family, anatomy, batches, ranks.rank, ranks.size) for each in missing]
+    for share in ranks.gather({name: sums for part in shares for name, sums in part.items()}):
+        for name, sums in share.items():
+            observer.sensitivity[name] = observer.sensitivity.get(name, 0) + sums
+
+
+@contextmanager
+def _kept(observer: Observer, path: Path | None, ranks: Ranks) -> Iterator[None]:
+    """Write what was collected when the block fails, as long as every layer of every rank has seen its images."""
+    before = observer.images
+    try:
+        yield
+    except BaseException as error:
+        # Of several ranks only what all of them raise leaves them at one place.
+        if path is None or (ranks.size > 1 and (ranks.lost or not isinstance(error, Exception))):
+            raise
+        if all(ranks.gather(observer.whole)) and (observer.images > before or observer.sensitivity):
+            _save(observer.statistics(ranks), path, ranks)
+        raise
+
+
+def _save(statistics: Statistics, path: Path, ranks: Ranks) -> None:
+    with ranks.together():
+        if ranks.rank == 0:
+            statistics.save(path)
+
+
+def _refuse_non_finite(images: torch.Tensor, start: int) -> None:
+    finite = images.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        first = int((~finite).nonzero()[0, 0])
+        value = images[first][~images[first].isfinite()][0].item()
+        raise NumericalError(f"patch_embed: expected finite values, got {value} in image {start + first}")
+
+
+def _batches(
+    model: nn.Module, loader: Iterable[Any], max_images: int | None, seen: int, ranks: Ranks
+) -> Iterator[tuple[int, torch.Tensor, int]]:
+    """This rank's batches as the model takes them, with the number of their first image and of the round's images.
+
+    In each round every rank has a batch, or has come to its end; the images are numbered as if the batches of a round
+    followed one another. Exactly ``max_images`` in all, and no round is begun behind them. The first ``seen`` images
+    may hold anything.
+    """
+    source = iter(loader)
+    start = 0
+    while max_images is None or start < max_images:
+        with ranks.together(2 * ranks.size) as told:
+            batch = next(source, _END)
+            images = torch.empty(0) if batch is _END else split_batch(batch, empty=ranks.size > 1, labels=False)[0]
+            if len(images) > 0:
+                images = model_input(model, images)
+            told[ranks.rank] = len(images)
+            told[ranks.size + ranks.rank] = batch is not _END
+        if not any(told[ranks.size :]):
+            return
+        own = start + int(sum(told[: ranks.rank]))
+        start += int(sum(told[: ranks.size]))
+        if max_images is not None:
+            start = min(start, max_images)
+            images = images[: max(0, max_images - own)]
+        with ranks.together():
+            skip = max(0, seen - own)
+            if skip < len(images):
+                _refuse_non_finite(images[skip:], own + skip)
+        yield own, images, start
+
+
+def _warn_unless_normalised(images: torch.Tensor, data: Any) -> None:
+    """Pixels in [0, 1] become (x − mean) / std: say so when these cannot have. NaN and Inf are the layers' to name."""
+    if not data or len(images) == 0 or not bool(images.isfinite().all()):
+        return
+    mean, std = np.asarray(data["mean"]), np.asarray(data["std"])
+    low, high = float(((0 - mean) / std).min()), float(((1 - mean) / std).max())
+    least, most = float(images.min()), float(images.max())
+    slack = 0.05 * (high - low)
+    raw = least >= 0 and low < -slack
+    if raw or least < low - slack or most > high + slack:
+        warnings.warn(
+            f"calibration images range over [{least:.3g}, {most:.3g}], but normalised as the model's data configuration"
+            f" says (mean {tuple(data['mean'])}, std {tuple(data['std'])}) they would lie in [{low:.3g}, {high:.3g}]",
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; undone whatever happens."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _as_written(model: nn.Module) -> Iterator[None]:
+    """Modules that are compiled in place may leave out hooks, on those that do nothing for one: run none of them so."""
+    compiled: list[tuple[Any, Any]] = [
+        (module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl is not None
+    ]
+    for module, _ in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, run in compiled:
+            module._compiled_call_impl = run

@@ -1,0 +1,44 @@
+"""What statistics depend on besides the images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..anatomy.fingerprint import Fingerprint
+
+__all__ = ["FOLDS", "SAMPLED_IMAGES", "Collect", "Float", "Settings"]
+
+Float = npt.NDArray[np.float64]
+Collect = Literal["scores", "all"]
+FOLDS = ("even", "odd")
+SAMPLED_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the sums depend on besides the images; only equal settings can be merged.
+
+    ``data`` is the model's data configuration (input size, mean, std, interpolation), ``dtype`` the type of the
+    queries and keys that were scored.
+    """
+
+    fingerprint: Fingerprint
+    gamma: int
+    collect: Collect
+    token_fraction: float
+    dtype: str
+    data: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**vars(self), "fingerprint": self.fingerprint.to_dict(), "data": dict(self.data)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Settings:
+        """Back from JSON values."""
+        return cls(**{**fields, "fingerprint": Fingerprint.from_dict(fields["fingerprint"])})

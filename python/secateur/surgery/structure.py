@@ -1,0 +1,174 @@
+"""What a pruned model is besides its weights: sizes, layouts, and the settings that its modules have otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .. import check
+from ..anatomy import Anatomy, Indices
+from ..errors import InvalidArgument
+from ..families.registry import family_of
+from .cut import cut
+from .stock_layout import LAYOUTS
+
+__all__ = ["Structure", "set_norms"]
+
+# Of all groups: what a file says a model has is counted out before its weights are looked at. ViT-22B has 1.8 million.
+_MAX_UNITS = 1 << 21
+_LINEAR = (nn.Linear, nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What makes a model of the dense one, except its values; the dense model has the sizes of its groups alone.
+
+    ``sizes`` maps groups to what stays of them, 0 for layers that are gone; a stock attention layer's are those that it
+    is padded to. ``layouts`` maps attention modules to "exact", which is meant where they are not named, or "stock";
+    ``scales`` those of the exact layout to the scale of their softmax. ``eps`` maps norms to theirs, ``uncentred``
+    names query/key norms that no longer subtract the mean, ``biases`` those that the dense model does not have.
+    """
+
+    sizes: Mapping[str, int]
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
+    eps: Mapping[str, float] = field(default_factory=dict)
+    uncentred: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, model: nn.Module, anatomy: Anatomy, dense: Collection[str]) -> Structure:
+        """Read it off a model.
+
+        Args:
+            model: pruned or dense.
+            anatomy: of the model.
+            dense: the names of the dense model's parameters.
+        """
+        norms = [*(norm.name for norm in anatomy.norms), *anatomy.head_norms]
+        return cls(
+            sizes=anatomy.remains,
+            layouts={layer.name: str(layer.layout) for layer in anatomy.attention},
+            scales={layer.name: layer.softmax_scale for layer in anatomy.attention if layer.layout == "exact"},
+            eps={name: getattr(model.get_submodule(name), "eps") for name in norms},  # noqa: B009
+            uncentred=tuple(name for name in anatomy.head_norms if _is_uncentred(model.get_submodule(name))),
+            biases=tuple(
+                f"{name}.bias"
+                for name, module in model.named_modules()
+                if isinstance(module, _LINEAR) and module.bias is not None and f"{name}.bias" not in dense
+            ),
+        )
+
+    def apply(self, model: nn.Module) -> None:
+        """Give the dense model this structure, in place, whatever its weights and its device are.
+
+        Raises:
+            InvalidArgument: a group or module that the model does not have, a size that it cannot be cut to, no layout
+                of that name or for those sizes, or a setting of a module that has none.
+            Unsupported: the stock layout cannot hold a module.
+        """
+        family = family_of(model)
+        anatomy = family.inspect(model)
+        keep = self._keep(anatomy)
+        stock = self._stock_head_dims(anatomy)
+        cut(model, family, anatomy, keep, {})
+        family.make_stock(model, stock)
+        if self.scales:
+            self._set_scales(model, family.inspect(model))
+        set_norms(model, self.eps, self.uncentred)
+        for name in self.biases:
+            layer = model.get_submodule(name.removesuffix(".bias"))
+            if not isinstance(layer, _LINEAR):
+                raise InvalidArgument(f"biases: expected those of linear layers, got {name!r}")
+            weight = layer.weight
+            layer.bias = nn.Parameter(torch.zeros(len(weight), dtype=weight.dtype, device=weight.device))
+
+    def _keep(self, anatomy: Anatomy) -> dict[str, Indices]:
+        units = sum(group.heads * group.size for group in anatomy.groups)
+        if units > _MAX_UNITS:
+            raise InvalidArgument(f"arguments: expected a model of at most {_MAX_UNITS:,} units in all, got {units:,}")
+        keep: dict[str, Indices] = {}
+        for name, size in self.sizes.items():
+            group = anatomy.group(name)
+            if not group.least <= size <= group.size:
+                raise InvalidArgument(f"sizes[{name!r}]: expected {group.least}…{group.size}, got {size}")
+            keep[name] = np.tile(np.arange(size, dtype=np.int64), (group.heads, 1))
+        return keep
+
+    def _stock_head_dims(self, anatomy: Anatomy) -> dict[str, int]:
+        sizes = {**anatomy.sizes, **self.sizes}
+        layers = {layer.name: layer for layer in anatomy.attention}
+        found: dict[str, int] = {}
+        for name, layout in self.layouts.items():
+            if name not in layers:
+                raise InvalidArgument(f"layouts: expected attention modules of this model, got {name!r}")
+            if layout not in LAYOUTS:
+                raise InvalidArgument(f"layouts[{name!r}]: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+            if layout == "stock":
+                qk, v = (sizes[layers[name].groups[kind]] for kind in ("qk", "v"))
+                if qk != v:
+                    raise InvalidArgument(f"layouts[{name!r}]: expected 'exact' for heads of {qk} and {v}, got 'stock'")
+                found[name] = qk
+        return found
+
+    def _set_scales(self, model: nn.Module, anatomy: Anatomy) -> None:
+        """A model that was in the stock layout before has another scale than the dense one."""
+        for name, value in self.scales.items():
+            if name not in anatomy.layers or anatomy.layers[name].layout != "exact":
+                raise InvalidArgument(f"softmax_scales: expected attention modules of the exact layout, got {name!r}")
+            attn: Any = model.get_submodule(name)
+            attn.scale = check.number(f"softmax_scales[{name!r}]", value, open_low=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, in the names that files have."""
+        return {
+            "sizes": dict(self.sizes),
+            "layouts": dict(self.layouts),
+            "softmax_scales": dict(self.scales),
+            "eps": dict(self.eps),
+            "uncentred": list(self.uncentred),
+            "biases": list(self.biases),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Structure:
+        """Back from JSON values; earlier versions wrote fewer of them.
+
+        Raises:
+            KeyError: no sizes.
+        """
+        return cls(
+            sizes=fields["sizes"],
+            layouts=fields.get("layouts", {}),
+            scales=fields.get("softmax_scales", {}),
+            eps=fields.get("eps", {}),
+            uncentred=tuple(fields.get("uncentred", ())),
+            biases=tuple(fields.get("biases", ())),
+        )
+
+
+def set_norms(model: nn.Module, eps: Mapping[str, float], uncentred: Collection[str]) -> None:
+    """Give norms another eps, and have query/key norms no longer subtract the mean.
+
+    Raises:
+        InvalidArgument: such a norm is not of cut queries or keys.
+    """
+    norm: Any
+    for name, value in eps.items():
+        norm = model.get_submodule(name)
+        norm.eps = value
+    for name in uncentred:
+        norm = model.get_submodule(name)
+        if not isinstance(getattr(norm, "centred", None), bool):
+            raise InvalidArgument(f"uncentred: expected norms of cut queries and keys, got {name!r}")
+        norm.centred = False
+
+
+def _is_uncentred(norm: nn.Module) -> bool:
+    # timm's own norms are what their class says.
+    return getattr(norm, "centred", None) is False
