@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .. import check, core
 from ..anatomy import Anatomy
-from ..anatomy.costs import AttentionProduct
+from ..anatomy import Layer as AnatomyLayer
+from ..anatomy.costs import WeightProduct
 from ..anatomy.fingerprint import Fingerprint
 from ..data.model_input import input_dtype
 from ..errors import InvalidArgument
@@ -62,7 +63,7 @@ def measure_latency(
     Every layer is a copy of the model's own, cut as ``prune`` cuts it, with its norm and residual sum; blocks that are
     alike are measured once. Each is timed in turn with one dense attention layer, and its time is the median of the
     paired ratios times the reference's own median, so that a slow minute does not bend the table. Where a layer is
-    quick, as many copies as the model has are run one behind the other: in the model, too, weights come from memory.
+    quick, as many copies as the model has are run one after the other: in the model, too, weights come from memory.
     Sizes that are no multiples of 4 are measured apart, at fewer sizes: they take longer than their neighbours. The
     whole model is timed in turn with four models that are cut at random, every block otherwise, and these say what
     layers alone do not. Nothing is changed.
@@ -75,7 +76,7 @@ def measure_latency(
         compile: measure what ``torch.compile`` makes of the layers, as ``runtime="torch.compile"`` does.
         runtime: the engine that runs the layers: "torch" (the default), "torch.compile", or another that is
             registered. All but the first prepare every layer at every size, which takes about a second for each.
-        groups: kinds that plans will cut ("qk", "v", "ffn", "width", "heads", "block"); all that the model can lose by
+        groups: kinds that plans will cut ("qk", "v", "ffn", "width", "heads", "layer"); all that the model can lose by
             default. The others are measured at the size they have, which takes less time.
         grid: sizes to measure by kind, per head for "qk" and "v"; three to five from an eighth or a quarter to all of
             the units by default, in multiples of 8 per head and 32 elsewhere. The size a layer has is added. Layers
@@ -205,16 +206,16 @@ class _Clock:
 
 @dataclass(frozen=True)
 class _Source:
-    """A kind of layer to measure: a block of the model, or with ``block`` None what the model is without blocks.
+    """One sort of layer to measure, or without ``layer`` what the model is without blocks.
 
-    ``name`` is the layer's in the model that has this block alone; ``axes`` the sizes to measure, ``uneven`` those that
-    are no multiples of 4, or empty.
+    ``axes`` are the sizes to measure by kind of group or name of the residual stream, ``uneven`` those that are no
+    multiples of 4, or empty; ``input_size`` is that of one image without the channels of a stream.
     """
 
     family: Family
     model: nn.Module
     block: int | None
-    name: str
+    layer: AnatomyLayer | None
     places: tuple[Mapping[str, str], ...]
     axes: Mapping[str, tuple[int, ...]]
     uneven: Mapping[str, tuple[int, ...]]
@@ -230,11 +231,12 @@ class _Source:
     def cut(self, sizes: Mapping[str, int], batch_size: int) -> tuple[nn.Module, Tensor]:
         """A copy of the layer with these sizes, and an input of random numbers."""
         lone = self.family.alone(self.model, self.block)
-        groups = {axis if axis == "width" else f"blocks.0.{axis}": size for axis, size in sizes.items()}
-        cut = {n: size for n, size in groups.items() if size < self.axes[n.rpartition(".")[2]][-1]}
-        Structure(cut).apply(lone)
-        module = lone if self.block is None else self.family.layers(lone)[self.name]
-        size = self.input_size if self.block is None else (*self.input_size, sizes["width"])
+        layer = None if self.layer is None else _counterpart(self.family.inspect(lone), self.layer)
+        names = {} if layer is None else layer.groups
+        smaller = {axis: size for axis, size in sizes.items() if size < self.axes[axis][-1]}
+        Structure({names.get(axis, axis): size for axis, size in smaller.items()}).apply(lone)
+        module = lone if layer is None else self.family.layers(lone)[layer.name]
+        size = self.input_size if layer is None else (*self.input_size, sizes[layer.stream])
         like = next(lone.parameters())
         return module, torch.randn(batch_size, *size, generator=_generator(), device="cpu").to(like)
 
@@ -255,33 +257,30 @@ class _Source:
 
 
 def _distinct(family: Family, dense: nn.Module, anatomy: Anatomy, levels: Levels) -> list[_Source]:
-    """Every kind of layer once, the attention of the first block first; what stands around the blocks last."""
+    """Every sort of layer once, the attention of the first block first; what stands around the blocks last."""
     modules = family.layers(dense)
-    queries = {each.module: each.queries for each in anatomy.products if isinstance(each, AttentionProduct)}
-    around = {anatomy.group(layer.name).block: layer for layer in anatomy.attention}
+    tokens = {each.module: each.positions for each in anatomy.products if isinstance(each, WeightProduct)}
+    # A stream that cannot lose channels has no group.
+    widths = {layer.stream: anatomy.shapes[f"{layer.writer}.weight"][0] for layer in anatomy.layers.values()}
     found: dict[tuple[object, ...], _Source] = {}
-    for name, place in _places(anatomy):
-        groups = {axis: group for axis, group in place.items() if axis != PRESENT}
-        block = anatomy.group(next(iter(groups.values()))).block
-        # Blocks without attention have as many tokens as the others.
-        attention = around.get(block, anatomy.attention[0])
-        sizes = {axis: anatomy.sizes[group] for axis, group in groups.items()}
-        key = (repr(modules[name]), anatomy.sizes[attention.groups["heads"]], *sizes.items())
+    for layer in (*anatomy.attention, *anatomy.ffn):
+        place = {**layer.groups, PRESENT: layer.name}
+        sizes = {axis: anatomy.sizes[group] for axis, group in layer.groups.items()}
+        key = (repr(modules[layer.name]), layer.stream, tokens[layer.writer], *sizes.items())
         if key in found:
             found[key] = replace(found[key], places=(*found[key].places, place))
             continue
-        axes, uneven = levels.of({"width": "width", **groups})
-        # Alone, a block is the first.
-        lone = name.replace(f".{block}.", ".0.", 1)
-        found[key] = _Source(family, dense, block, lone, (place,), axes, uneven, (queries[attention.name],))
-    axes, uneven = levels.of({"width": "width"})
-    return [*found.values(), _Source(family, dense, None, "", (), axes, uneven, anatomy.input_size)]
+        axes, uneven = levels.of({layer.stream: layer.stream, **layer.groups}, widths)
+        block = anatomy.group(layer.name).block
+        found[key] = _Source(family, dense, block, layer, (place,), axes, uneven, (tokens[layer.writer],))
+    axes, uneven = levels.of(dict(zip(widths, widths, strict=True)), widths)
+    return [*found.values(), _Source(family, dense, None, None, (), axes, uneven, anatomy.input_size)]
 
 
-def _places(anatomy: Anatomy) -> list[tuple[str, dict[str, str]]]:
-    """Name of every layer, and the groups of its axes and of its presence, as far as the model has them."""
-    layers = [*anatomy.attention, *anatomy.ffn]
-    return [(layer.name, {**layer.groups, PRESENT: layer.name}) for layer in layers]
+def _counterpart(alone: Anatomy, layer: AnatomyLayer) -> AnatomyLayer:
+    """The same layer in the model that has its block alone."""
+    (found,) = (each for each in alone.layers.values() if each.kind == layer.kind)
+    return found
 
 
 def _random_cuts(anatomy: Anatomy, levels: Levels) -> list[dict[str, int]]:

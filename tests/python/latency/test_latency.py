@@ -13,7 +13,9 @@ import torch
 from models import make
 from secateur.anatomy.fingerprint import Fingerprint
 from secateur.budgets.allocate import allocate
+from secateur.families.base import Family
 from secateur.families.registry import family_of
+from secateur.families.vision_transformer.family import PlainViT
 from secateur.latency import measure as timing
 from secateur.latency import table as latency
 from secateur.latency.levels import levels_for
@@ -21,8 +23,9 @@ from secateur.latency.machine import Machine
 from secateur.latency.predict import Latency
 from secateur.latency.runtimes.registry import RUNTIMES
 from secateur.latency.table import Grid, LatencyTable, Layer
+from secateur.methods.base import Method
 from secateur.plans import on_the_clock
-from secateur.surgery import cut as surgery
+from secateur.surgery.structure import Structure
 from timm.models.vision_transformer import VisionTransformer
 
 
@@ -562,7 +565,7 @@ def make_shape(model, sizes):
     import copy
 
     cut = copy.deepcopy(model)
-    surgery.shape(cut, family_of(model), sizes)
+    Structure(sizes).apply(cut)
     return cut
 
 
@@ -608,7 +611,7 @@ def test_every_difference_of_machines_is_named(fields):
         ),
         ({"batch_size": 5}, "latency_table: expected one measured at batch_size 5, got one at 4"),
         ({"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
-        ({"groups": ("head",)}, "groups: expected qk, v, heads, block, ffn, width or a group's name, got 'head'"),
+        ({"groups": ("head",)}, "groups: expected qk, v, heads, layer, ffn, width or a group's name, got 'head'"),
         ({"freeze": ("blocks.9.*",)}, "freeze: expected a kind, group name or pattern"),
         ({"target": sc.Target(latency=0.01)}, r"target: expected latency >= 0\.\d+ .*, got latency = 0.01"),
         ({"freeze": ("qk", "v", "ffn")}, r"target: expected latency >= 1 .*, got latency = 0.5"),
@@ -617,11 +620,9 @@ def test_every_difference_of_machines_is_named(fields):
     ],
 )
 def test_refused_before_any_work(digits_model, digits_stats, digits_table, monkeypatch, arguments, text):
-    from secateur.methods import snp
-
     monkeypatch.setattr(on_the_clock, "measured_ratio", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(on_the_clock, "measure_latency", lambda *_, **__: pytest.fail("measured"))
-    monkeypatch.setattr(snp, "prepare", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr(Method, "prepare", lambda *_: pytest.fail("scored"))
     given = {"target": sc.Target(latency=0.5), "latency_table": digits_table, **arguments}
     with pytest.raises(sc.InvalidArgument, match=text):
         sc.plan(digits_model, digits_stats, **given)
@@ -829,7 +830,7 @@ def test_unlike_blocks_are_measured_apart(by_weights):
 
 def some_plan(model, ratios):
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return sc.plan(model, sc.calibrate(model, [images], collect="scores"), ratios=ratios)
+    return sc.plan(model, sc.calibrate(model, [images], collect="scores"), method="snp", ratios=ratios)
 
 
 def test_groups_that_stay_whole_are_measured_at_their_size_alone(by_weights):
@@ -937,6 +938,15 @@ def test_layers_are_what_timms_blocks_compute():
         assert len(family_of(model).alone(model, None).blocks) == 0
 
 
+def test_a_family_without_layers_to_time_is_refused_by_name(monkeypatch):
+    class Whole(PlainViT):
+        alone, layers = Family.alone, Family.layers
+
+    monkeypatch.setattr(timing, "family_of", lambda _: Whole())
+    with pytest.raises(sc.Unsupported, match="^latency: expected a model that can be timed layer by layer, got Vision"):
+        sc.measure_latency(small())
+
+
 @pytest.mark.alone
 def test_a_real_clock_gives_a_table_and_a_plan(digits_model, digits_images):
     """Loosely: this machine may be busy."""
@@ -949,7 +959,7 @@ def test_a_real_clock_gives_a_table_and_a_plan(digits_model, digits_images):
     ratio, (low, high) = timing.measured_ratio(digits_model, table, {"blocks.0.ffn": 32}, repeats=3)
     assert 0 < low <= ratio <= high
     assert sc.inspect(digits_model).sizes == anatomy.sizes
-    chosen = sc.plan(digits_model, stats, target=sc.Target(latency=1.0), latency_table=table)
+    chosen = sc.plan(digits_model, stats, method="snp", target=sc.Target(latency=1.0), latency_table=table)
     assert chosen.latency.measured == 1.0
 
 
@@ -999,11 +1009,11 @@ def test_sequential_pruning_takes_a_latency(digits_model, digits_images, digits_
         ({"dtype": "int8"}, "dtype: expected one of float32, float64, float16, bfloat16, got 'int8'"),
         ({"device": "gpu"}, "device: expected one that is there, got 'gpu'"),
         ({"groups": "qk"}, "groups: expected a sequence of kinds, got 'qk'"),
-        ({"groups": ("head",)}, "groups: expected kinds of qk, v, heads, block, ffn, width, got 'head'"),
+        ({"groups": ("head",)}, "groups: expected kinds of qk, v, heads, layer, ffn, width, got 'head'"),
         ({"grid": 5}, "grid: expected a dict of sizes by kind, got 5"),
         ({"grid": {"ffn": 5}}, r"grid\['ffn'\]: expected a sequence of sizes, got 5"),
         ({"grid": {"ffn": [0]}}, r"grid\['ffn'\]: expected an integer of at least 1, got 0"),
-        ({"grid": {"blocks": [1]}}, "grid: expected kinds of qk, v, heads, block, ffn, width, got 'blocks'"),
+        ({"grid": {"blocks": [1]}}, "grid: expected kinds of qk, v, heads, layer, ffn, width, got 'blocks'"),
     ],
 )
 def test_wrong_measurements(arguments, text):
