@@ -42,7 +42,7 @@ _RETURNED = "the model returns it"
 
 _aten = torch.ops.aten
 # What torch does not tag as pointwise in every version.
-_POINTWISE = {_aten.hardswish, _aten.hardswish_, _aten.hardtanh_, _aten.mish, _aten.mish_, _aten.expand}
+_POINTWISE = {_aten.hardswish, _aten.hardswish_, _aten.mish, _aten.mish_, _aten._prelu_kernel, _aten.expand}
 _POOLS = {_aten.max_pool2d_with_indices, _aten.adaptive_max_pool2d, _aten.avg_pool2d, _aten._adaptive_avg_pool2d}
 _POOLS |= {_aten.reflection_pad2d, _aten.replication_pad2d}
 _REDUCTIONS = {_aten.mean, _aten.sum, _aten.amax, _aten.amin}
@@ -298,13 +298,11 @@ class _Walk(TorchDispatchMode):
         groups: dict[str, Group] = {}
         refused: dict[str, str] = {}
         for where, found in alike.items():
-            roles = {place: self.uses[place][1] for place, _ in where}
+            roles = {at: self.uses[at][1] for at, _ in where}
             writers = [tensor.rpartition(".")[0] for (tensor, _), role in roles.items() if role == "writer"]
             reason = next((reasons[root] for root in found if root in reasons), None)
-            unread = (
-                "reader" not in roles.values() if reason is None else reason == _RETURNED and len(writers) == len(where)
-            )
-            if len(found) < _LEAST or not writers or unread:
+            is_output = reason == _RETURNED and len(writers) == len(where)
+            if len(found) < _LEAST or not writers or is_output or (reason is None and "reader" not in roles.values()):
                 continue
             width = not summed.isdisjoint(found)
             name = next(name for name in _names(writers, width) if name not in groups and name not in refused)
@@ -313,8 +311,7 @@ class _Walk(TorchDispatchMode):
                 continue
             part: Part = "stream" if width else "hidden"
             members = tuple(
-                Member(*place, _entries(roots[self.uses[place][0]], found, copies), part, roles[place])
-                for place, copies in where
+                Member(*at, _entries(roots[self.uses[at][0]], found, n), part, roles[at]) for at, n in where
             )
             groups[name] = Group(name, "width" if width else "conv", None, len(found), members, fewest=_LEAST)
         return tuple(groups.values()), refused

@@ -71,9 +71,9 @@ def _difference(
     if [output.shape for output in found] != [output.shape for output in expected]:
         return "outputs of another shape"
     for ours, theirs in zip(found, expected, strict=True):
-        error, scale = float((ours - theirs).abs().max()), float(theirs.abs().max())
-        if not error <= _TOLERANCE * scale:
-            return f"outputs that differ by {error:.3g} where the largest is {scale:.3g}"
+        apart, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
+        if not apart <= _TOLERANCE * largest:  # NaN neither
+            return f"outputs that differ by {apart:.3g} where the largest is {largest:.3g}"
     return None
 
 

@@ -206,6 +206,64 @@ def test_channels_before_a_flatten():
     assert pruned.fc.in_features == 6 * pruned.num_features == pruned.fc.weight.shape[1]
 
 
+class Branches(nn.Module):
+    """Two convolutions side by side, and one that both are added to."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.sum = nn.Conv2d(24, 10, 1), nn.Conv2d(24, 14, 1, bias=False), nn.Conv2d(24, 24, 1)
+
+    def forward(self, x):
+        return torch.cat([self.a(x), self.b(x)], dim=1) - self.sum(x)
+
+
+class Twice(nn.Module):
+    """One convolution that runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(24, 24, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(self.conv(x).relu())
+
+
+class Scaled(nn.Module):
+    """A parameter that is viewed, and one for all channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.each, self.all = nn.Parameter(torch.rand(24)), nn.Parameter(torch.rand(1))
+
+    def forward(self, x):
+        return x * self.each.view(1, -1, 1, 1) + self.all
+
+
+FOLLOWED = {
+    "branches": (Branches, {"layer1.1.conv1": 24, "layer1.1.act1.width": 10, "layer1.1.act1.b": 14}),
+    "twice": (Twice, {"layer1.1.conv1": 24}),
+    "scaled": (Scaled, {"layer1.1.conv1": 24}),
+    "prelu": (lambda: nn.PReLU(24), {"layer1.1.conv1": 24}),
+    "hardswish": (lambda: nn.Hardswish(inplace=True), {"layer1.1.conv1": 24}),
+    "depthwise": (lambda: nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False), {"layer1.1.conv1": 24}),
+    "depthwise with more channels": (
+        lambda: nn.Sequential(nn.Conv2d(24, 72, 3, padding=1, groups=24), nn.Conv2d(72, 24, 1)),
+        {"layer1.1.conv1": 24, "layer1.1.act1.1": 24},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_what_can_be_followed(name):
+    make, sizes = FOLLOWED[name]
+    model = small(first=2)
+    model.layer1[1].act1 = make()
+    anatomy, _ = check(live(model))
+    here = {name: size for name, size in anatomy.sizes.items() if name.startswith("layer1.1.")}
+    assert here == sizes
+    assert not anatomy.refused
+
+
 class Shuffle(nn.Module):
     def forward(self, x):
         images, channels, height, width = x.shape
