@@ -136,11 +136,10 @@ class _Walk(TorchDispatchMode):
         self.stuck: dict[str, str] = {}  # parameters and buffers that an operation takes that is not followed
         self.summed: list[Indices] = []
         self.products: list[Product] = []
-        self.channels: dict[str, tuple[int, int]] = {}  # module to what enters it and leaves it
+        self.channels: dict[str, tuple[int, int]] = {}  # of what enters a module and of what it returns
         self.where: list[str] = [""]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation and follow it."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         taken, made = _tensors((args, kwargs)), _tensors(out)
@@ -340,8 +339,8 @@ def _run(model: nn.Module) -> _Walk:
             with walk:
                 out = probe(images)
     except Exception as error:  # whatever a stranger's module raises
-        reason = str(error).partition("\n")[0]
-        raise Unsupported(f"{walk.where[-1] or 'model'}: cannot run without values: {reason}") from error
+        where, reason = walk.where[-1] or "model", str(error).partition("\n")[0]
+        raise Unsupported(f"{where}: cannot run without values: {reason}") from error
     walk.freeze(_tensors(out), _RETURNED)
     return walk
 

@@ -6,16 +6,19 @@ import copy
 
 import numpy as np
 import pytest
+import secateur as sc
 import timm
 import torch
 import torch.nn.utils.prune
+from pruning import plan_of
+from secateur.budgets.limits import FreeGroups
 from secateur.errors import Unsupported
-from secateur.families import inspect
 from secateur.families.traced import Traced
 from secateur.surgery.cut import cut
 from secateur.surgery.verify import verify_cut
 from sklearn.datasets import load_digits
 from timm.layers import BlurPool2d, SEModule
+from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
@@ -28,6 +31,13 @@ def small(block=BasicBlock, first=1, **more):
     """A ResNet of four stages, of odd widths."""
     torch.manual_seed(0)
     return ResNet(block, (first, 1, 1, 1), **{"channels": (24, 37, 20, 29), "num_classes": 5, "stem_width": 16, **more})
+
+
+def efficientnet(*stages, **more):
+    """An EfficientNet of these stages, in timm's notation."""
+    torch.manual_seed(0)
+    blocks = decode_arch_def([[stage] for stage in stages])
+    return EfficientNet(blocks, num_classes=5, num_features=51, stem_size=16, **more)
 
 
 def live(model, size=(33, 41), seed=0):
@@ -173,8 +183,8 @@ VARIANTS = {
     "one colour": lambda: small(in_chans=1),
     "features": lambda: small(num_classes=0),
     "efficientnet": lambda: timm.create_model("test_efficientnet", num_classes=5),
-    "same padding": lambda: timm.create_model("tf_efficientnet_lite0", num_classes=5),
-    "mixed": lambda: timm.create_model("mixnet_s", num_classes=5),
+    "same padding": lambda: efficientnet("ds_r1_k3_s1_c16_noskip", "ir_r2_k5_s2_e3_c24_se0.25", pad_type="same"),
+    "mixed kernels": lambda: efficientnet("ds_r1_k3_s1_c16", "ir_r2_k3.5_s2_e3_c24", "ir_r2_k3_s2_e2_c40"),
 }
 
 
@@ -192,8 +202,10 @@ def test_variants(variant):
         assert head.entries[0, :, 1].tolist() == list(range(29, 58))
     if variant == "features":
         assert anatomy.refused == {"layer4.0.width": "the model returns it"}
-    if variant == "mixed":
-        assert "split" in anatomy.refused["blocks.1.width"]
+    if variant == "mixed kernels":
+        assert anatomy.refused["blocks.1.0.conv_pw"] == (
+            "blocks.1.0.conv_dw: channels are not followed through split_with_sizes"
+        )
 
 
 def test_channels_before_a_flatten():
@@ -426,7 +438,7 @@ def test_classes_are_taken_by_exact_type():
     assert FAMILY.accepts(timm.create_model("test_resnet"))
     assert FAMILY.accepts(timm.create_model("test_efficientnet"))
     assert not FAMILY.accepts(Mine(BasicBlock, (1, 1, 1, 1)))
-    assert inspect(timm.create_model("test_resnet", device="meta")).family == "traced"
+    assert sc.inspect(timm.create_model("test_resnet", device="meta")).family == "traced"
 
 
 @pytest.mark.parametrize(
@@ -478,16 +490,23 @@ def test_two_rounds_end_where_one_does():
     once(torch.randn(1, 3, 33, 41, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("minimum", [{}, {"conv": 1}, {"conv": 5}])
+def test_no_budget_goes_below_the_least(minimum):
+    free = FreeGroups(FAMILY.inspect(small()), None, [], minimum, None, {})
+    least = {group.kind: free.count(group, 1.0) for group in free.groups}
+    assert least == {"conv": max(2, minimum.get("conv", 0)), "width": 2}
+
+
 @pytest.fixture(scope="module")
 def digits_resnet():
     """A ResNet trained on digits for seconds: real batch statistics, dead and outlying channels."""
     torch.manual_seed(0)
     images, targets = load_digits(return_X_y=True)
     images = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
-    images = nn.functional.interpolate(images, scale_factor=4, mode="bilinear")
+    images = nn.functional.interpolate(images, scale_factor=3, mode="bilinear")
     targets = torch.tensor(targets)
-    model = ResNet(BasicBlock, (1, 2, 1, 1), channels=(22, 35, 40, 48), num_classes=10, in_chans=1)
-    model.pretrained_cfg = {"input_size": (1, 32, 32)}
+    model = ResNet(BasicBlock, (1, 2, 1, 1), channels=(22, 27, 31, 40), num_classes=10, in_chans=1)
+    model.pretrained_cfg = {"input_size": (1, 24, 24)}
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.05)
     model.train()
     for _ in range(4):
@@ -513,9 +532,30 @@ def test_a_trained_resnet(digits_resnet, seed):
     assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
-def test_efficientnet_by_hand_is_of_the_family():
-    blocks = timm.models._efficientnet_builder.decode_arch_def([["ds_r1_k3_s1_c16"], ["ir_r2_k3_s2_e3_c24_se0.25"]])
-    torch.manual_seed(0)
-    anatomy, _ = check(live(EfficientNet(blocks, num_classes=5, num_features=48, stem_size=16)))
-    assert anatomy.handmade
-    assert anatomy.architecture == "EfficientNet"
+@pytest.mark.parametrize("name", ["resnet10t", "resnetblur18", "test_efficientnet"])
+def test_pruned_saved_loaded_and_trained(name, tmp_path):
+    model = live(timm.create_model(name, num_classes=5))
+    anatomy = sc.inspect(model)
+    keep = random_keep(anatomy)
+    report = sc.prune(model, plan_of(model, keep))
+    assert report.groups == {group.name: (group.size, keep[group.name].shape[1]) for group in anatomy.groups}
+    assert report.params[1] == sum(parameter.numel() for parameter in model.parameters())
+    sc.save(model, tmp_path / "model")
+    loaded = sc.load(tmp_path / "model")
+    images = torch.randn(4, 3, 33, 41)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    assert sc.inspect(loaded).sizes == sc.inspect(model).sizes
+    loaded.train()(images).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in loaded.parameters())
+
+
+def test_prune_refuses_a_cut_that_is_not_the_masked_model():
+    model = small(first=2)
+    model.layer1[1].act1 = Counted()
+    model = live(model)
+    before = copy.deepcopy(model.state_dict())
+    plan = plan_of(model, random_keep(sc.inspect(model)))
+    with pytest.raises(sc.Unsupported, match=r"^layer1\.1\.conv1: expected a cut that only removes units"):
+        sc.prune(model, plan)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
