@@ -235,7 +235,7 @@ def test_every_page_can_be_found():
 def test_the_changelog_has_one_line_an_entry():
     for line in CHANGELOG.splitlines():
         label = re.fullmatch(r"[A-Z]\S*( \S+){0,3}", line)
-        assert not line or line.startswith("#") or label or line.startswith("- "), line
+        assert not line or label or line.startswith(("#", "- ")), line
         assert len(line) <= 120, line
     groups = re.findall(r"^### (.+)$", CHANGELOG, re.MULTILINE)
     assert set(groups) <= {"Added", "Changed", "Fixed", "Performance", "Removed"}
