@@ -89,7 +89,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     )
     stats.save(path)
     assert sc.Statistics.load(path).settings == stats.settings
-    plan = sc.plan(model, stats, target=sc.Target(macs=np.float32(0.7)), round_to=np.int64(1))
+    plan = sc.plan(model, stats, method="snp", target=sc.Target(macs=np.float32(0.7)), round_to=np.int64(1))
     plan.save(tmp_path / "plan.json")
     assert sc.Plan.load(tmp_path / "plan.json").options["target"]["macs"] == pytest.approx(0.7)
     for objective in (

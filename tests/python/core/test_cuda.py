@@ -341,7 +341,7 @@ def test_statistics_and_cuts_on_a_device(digits_model, digits_images):
     found = sc.calibrate(model, [digits_images.cuda()])
     for name in (name for name in expected.tensors if name.endswith("score_sum")):
         np.testing.assert_allclose(found.tensors[name], expected.tensors[name], rtol=0, atol=0.05 * 64)
-    plan = sc.plan(model, found, ratios={"qk": 0.5, "v": 0.25, "ffn": 0.5})
+    plan = sc.plan(model, found, method="snp", ratios={"qk": 0.5, "v": 0.25, "ffn": 0.5})
     with CopiesToHost() as copies:
         sc.prune(model, plan, strict=False)
     assert copies.found == []

@@ -570,7 +570,7 @@ def make_shape(model, sizes):
 
 
 def test_a_plan_without_a_latency_has_none(digits_model, digits_stats, tmp_path):
-    chosen = sc.plan(digits_model, digits_stats, target=sc.Target(macs=0.5))
+    chosen = sc.plan(digits_model, digits_stats, method="snp", target=sc.Target(macs=0.5))
     assert chosen.latency is None
     assert "latency" not in str(chosen)
     chosen.save(tmp_path / "plan.json")
@@ -585,7 +585,7 @@ def test_a_table_of_another_machine_is_named_and_not_measured_against(
     with pytest.warns(
         UserWarning, match=r"latency_table: expected one of this machine, got one of Abacus 3000, 7 threads"
     ):
-        chosen = sc.plan(digits_model, digits_stats, target=sc.Target(latency=0.5), latency_table=other)
+        chosen = sc.plan(digits_model, digits_stats, method="snp", target=sc.Target(latency=0.5), latency_table=other)
     assert chosen.latency.measured is None
     assert chosen.latency.predicted <= 0.5
     assert chosen.latency.machine == other.machine
@@ -653,7 +653,7 @@ def test_a_table_of_another_model_is_refused(digits_model, digits_stats, digits_
         ),
     ):
         with pytest.raises(sc.InvalidArgument, match=text):
-            sc.plan(digits_model, digits_stats, target=target, latency_table=other)
+            sc.plan(digits_model, digits_stats, method="snp", target=target, latency_table=other)
         with pytest.raises(sc.InvalidArgument, match=text):
             other.predict(anatomy)
     # Other weights are as fast.
@@ -670,6 +670,7 @@ def test_frozen_names_may_come_from_an_iterator():
         plan = sc.plan(
             model,
             stats,
+            method="snp",
             target=sc.Target(latency=0.9),
             groups=iter(["ffn"]),
             freeze=(name for name in ["blocks.0.*"]),
@@ -974,11 +975,11 @@ def test_without_a_table_one_is_measured_for_the_batch_and_the_groups(
 
     monkeypatch.setattr(on_the_clock, "measure_latency", measured)
     monkeypatch.setattr(on_the_clock, "measured_ratio", lambda *_: (0.49, (0.48, 0.5)))
-    chosen = sc.plan(digits_model, digits_stats, target=sc.Target(latency=0.5), freeze=("v",))
+    chosen = sc.plan(digits_model, digits_stats, method="snp", target=sc.Target(latency=0.5), freeze=("v",))
     assert asked["batch_size"] == 1
     assert set(asked["groups"]) == {"qk", "ffn"}
     assert (chosen.latency.batch_size, chosen.latency.measured, chosen.latency.rounds) == (1, 0.49, 1)
-    sc.plan(digits_model, digits_stats, target=sc.Target(latency=0.5), batch_size=6)
+    sc.plan(digits_model, digits_stats, method="snp", target=sc.Target(latency=0.5), batch_size=6)
     assert asked["batch_size"] == 6
 
 

@@ -39,7 +39,7 @@ def doubled(model, x):
 
 def test_neurons_make_a_heads_score(digits_model, digits_images):
     stats = sc.calibrate(digits_model, [digits_images])
-    kept = sc.plan(digits_model, stats, ratios={"heads": 0.4}).keep
+    kept = sc.plan(digits_model, stats, method="snp", ratios={"heads": 0.4}).keep
     for index, block in enumerate(digits_model.blocks):
         rows = block.attn.qkv.weight.detach()[2 * 93 :].double().numpy()
         rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -90,7 +90,7 @@ def test_gradient_scores_are_michels(request, kind):
         found = [stats.head_importance(f"blocks.{i}.heads") for i in range(len(model.blocks))]
         np.testing.assert_allclose(found, expected, rtol=1e-8)
         assert all(parameter.grad is None for parameter in model.parameters())
-    plan = sc.plan(model, stats, ratios={"heads": 0.4}, head_score="michel")
+    plan = sc.plan(model, stats, method="snp", ratios={"heads": 0.4}, head_score="michel")
     for index, scores in enumerate(expected):
         np.testing.assert_array_equal(plan.keep[f"blocks.{index}.heads"], [np.sort(np.argsort(-scores)[:2])])
 
@@ -316,17 +316,17 @@ def test_a_fraction_of_all_layers_takes_those_that_matter_least(digits_model, di
         group.name: stats.removal(group.name)[0] for group in sc.inspect(digits_model).groups if group.kind == "layer"
     }
     for fraction, count in ((0.2, 1), (0.34, 2)):
-        plan = sc.plan(digits_model, stats, ratios={"layer": fraction})
+        plan = sc.plan(digits_model, stats, method="snp", ratios={"layer": fraction})
         assert set(plan.keep) == set(sorted(removal, key=removal.get)[:count])
     # One of each stays, whatever is asked for, and a name of its own is not overruled.
-    plan = sc.plan(digits_model, stats, ratios={"layer": 0.99})
+    plan = sc.plan(digits_model, stats, method="snp", ratios={"layer": 0.99})
     assert len(plan.keep) == 4
     assert all(sum(f"blocks.{i}.{layer}" in plan.keep for i in range(3)) == 2 for layer in ("attn", "mlp"))
     most = max(removal, key=removal.get)
-    assert most in sc.plan(digits_model, stats, ratios={"layer": 0.2, most: 1}).keep
+    assert most in sc.plan(digits_model, stats, method="snp", ratios={"layer": 0.2, most: 1}).keep
     plain = sc.calibrate(digits_model, [digits_images])
-    with pytest.raises(sc.InvalidArgument, match=r"ratios\['block'\]: expected layers by their names"):
-        sc.plan(digits_model, plain, ratios={"layer": 0.5})
+    with pytest.raises(sc.InvalidArgument, match=r"ratios\['layer'\]: expected layers by their names"):
+        sc.plan(digits_model, plain, method="snp", ratios={"layer": 0.5})
 
 
 # After the cut
@@ -430,22 +430,22 @@ def test_torch_takes_what_is_left(cut, digits_images):
 def test_ratios_that_leave_nothing(digits_model, digits_images, ratios, text):
     stats = sc.calibrate(digits_model, [digits_images[:8]])
     with pytest.raises(sc.InvalidArgument, match=text):
-        sc.plan(digits_model, stats, ratios=ratios)
+        sc.plan(digits_model, stats, method="snp", ratios=ratios)
 
 
 def test_targets_need_to_tell_layers_apart(digits_model, digits_images):
     stats = sc.calibrate(digits_model, [digits_images[:8]])
-    with pytest.raises(sc.InvalidArgument, match="groups: expected no 'block' in a uniform allocation"):
-        sc.plan(digits_model, stats, target=sc.Target(macs=0.5), groups=("qk", "layer"))
+    with pytest.raises(sc.InvalidArgument, match="groups: expected no 'layer' in a uniform allocation"):
+        sc.plan(digits_model, stats, method="snp", target=sc.Target(macs=0.5), groups=("qk", "layer"))
     with pytest.raises(sc.InvalidArgument, match="stats: expected the gradients of 'blocks.0.heads'"):
-        sc.plan(digits_model, stats, ratios={"heads": 0.5}, head_score="michel")
-    plan = sc.plan(digits_model, stats, target=sc.Target(macs=0.7), groups=("heads", "ffn"))
+        sc.plan(digits_model, stats, method="snp", ratios={"heads": 0.5}, head_score="michel")
+    plan = sc.plan(digits_model, stats, method="snp", target=sc.Target(macs=0.7), groups=("heads", "ffn"))
     assert {plan.keep[f"blocks.{i}.heads"].shape[1] for i in range(3)} == {2}
 
 
 def test_a_plan_that_leaves_no_layer_is_refused(digits_model, digits_images):
     stats = sc.calibrate(digits_model, [digits_images[:8]])
-    plan = sc.plan(digits_model, stats, ratios={"blocks.0.mlp": 1, "ffn": 0.5})
+    plan = sc.plan(digits_model, stats, method="snp", ratios={"blocks.0.mlp": 1, "ffn": 0.5})
     plan.keep["blocks.1.mlp"] = plan.keep["blocks.2.mlp"] = EMPTY
     before = copy.deepcopy(digits_model)
     with pytest.raises(sc.InvalidArgument, match="plan.keep: expected at least one FFN layer to stay, got none"):

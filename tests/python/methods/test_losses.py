@@ -108,7 +108,7 @@ def test_nothing_is_said_without_moments(digits_model, digits_images):
     order = shuffled(3, 31)
     assert losses.of_selection(digits_model, anatomy, stats, anatomy.group("blocks.0.qk"), order) is None
     with pytest.raises(sc.InvalidArgument, match="allocation: expected a method that knows"):
-        sc.plan(digits_model, stats, target=sc.Target(macs=0.5), allocation="error")
+        sc.plan(digits_model, stats, method="snp", target=sc.Target(macs=0.5), allocation="error")
 
 
 @pytest.fixture(scope="module")

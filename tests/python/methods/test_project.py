@@ -86,7 +86,7 @@ def test_a_target_says_why_the_width_cannot_be_turned(allocation):
     dense = make("norm_pre")
     stats = calibrated(dense, sensitivity=True)
     for groups in (KINDS_CUT, ("width",)):
-        with pytest.raises(sc.Unsupported, match="width: expected a residual stream that can be turned.*norm_pre"):
+        with pytest.raises(sc.Unsupported, match="width: expected a residual stream that can be rotated.*norm_pre"):
             sc.plan(dense, stats, method="project", target=sc.Target(macs=0.7), groups=groups, allocation=allocation)
 
 

@@ -37,7 +37,7 @@ def lowest_removed(scores, kept):
 
 
 def test_what_snp_keeps_in_a_trained_model(digits_model, stats):
-    plan = sc.plan(digits_model, stats, ratios={"qk": 0.5, "v": 0.4, "ffn": 0.6, "width": 0.2})
+    plan = sc.plan(digits_model, stats, method="snp", ratios={"qk": 0.5, "v": 0.4, "ffn": 0.6, "width": 0.2})
     for index, block in enumerate(digits_model.blocks):
         lowest_removed(stats.importance(f"blocks.{index}.qk"), plan.keep[f"blocks.{index}.qk"])
         values = value_scores(block.attn.qkv.weight.detach()[186:]).reshape(3, 31)
@@ -53,14 +53,14 @@ def test_what_snp_keeps_in_a_trained_model(digits_model, stats):
 
 
 def test_similarity_of_activations(digits_model, stats):
-    plan = sc.plan(digits_model, stats, ratios={"v": 0.5, "ffn": 0.5}, similarity="activations")
+    plan = sc.plan(digits_model, stats, method="snp", ratios={"v": 0.5, "ffn": 0.5}, similarity="activations")
     for group in ("blocks.1.v", "blocks.2.ffn"):
         second = stats.moments(group).second
         norms = np.sqrt(np.diag(second))
         assert (norms > 0).all()
         scores = (1 - np.abs(second / np.outer(norms, norms))).sum(1)
         lowest_removed(scores.reshape(plan.keep[group].shape[0], -1), plan.keep[group])
-    weights = sc.plan(digits_model, stats, ratios={"v": 0.5, "ffn": 0.5})
+    weights = sc.plan(digits_model, stats, method="snp", ratios={"v": 0.5, "ffn": 0.5})
     assert not np.array_equal(weights.keep["blocks.1.v"], plan.keep["blocks.1.v"])
 
 
@@ -70,7 +70,7 @@ def test_gated_units_are_scored_by_both_branches():
         ("swiglu_split", lambda mlp: torch.cat([mlp.fc1_g.weight, mlp.fc1_x.weight], dim=1)),
     ):
         model = make(kind)
-        plan = sc.plan(model, sc.calibrate(model, [images(model)]), ratios={"ffn": 0.5})
+        plan = sc.plan(model, sc.calibrate(model, [images(model)]), method="snp", ratios={"ffn": 0.5})
         lowest_removed(value_scores(rows(model.blocks[1].mlp).detach()).numpy(), plan.keep["blocks.1.ffn"])
 
 
@@ -83,7 +83,7 @@ def test_every_kind_goes_the_whole_way(kind):
     target = sc.Target(macs=0.95 if kind == "hybrid" else 0.6)
     groups = ("qk", "v", "ffn", "width")
     round_to = {"qk": 2, "v": 2, "ffn": 3, "width": 3}
-    plan = sc.plan(model, stats, target=target, groups=groups, round_to=round_to)
+    plan = sc.plan(model, stats, method="snp", target=target, groups=groups, round_to=round_to)
     report = sc.prune(model, plan)
     assert report.macs == plan.macs
     assert report.params == plan.params
@@ -98,12 +98,12 @@ def test_every_kind_goes_the_whole_way(kind):
 def test_the_same_plan_byte_for_byte(digits_model, digits_images, tmp_path):
     for name in ("a", "b"):
         stats = sc.calibrate(digits_model, digits_images.split(16))
-        sc.plan(digits_model, stats, target=sc.Target(macs=0.5)).save(tmp_path / name)
+        sc.plan(digits_model, stats, method="snp", target=sc.Target(macs=0.5)).save(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_save_and_load(digits_model, stats, tmp_path):
-    plan = sc.plan(digits_model, stats, ratios={"qk": 0.3, "width": 0.1})
+    plan = sc.plan(digits_model, stats, method="snp", ratios={"qk": 0.3, "width": 0.1})
     plan.save(tmp_path / "plan.json")
     loaded = sc.Plan.load(tmp_path / "plan.json")
     assert loaded.to_dict() == plan.to_dict()
@@ -131,7 +131,7 @@ def test_save_and_load(digits_model, stats, tmp_path):
 )
 def test_damaged_plans(digits_model, stats, tmp_path, change, text):
     path = tmp_path / "plan.json"
-    sc.plan(digits_model, stats, ratios={"qk": 0.3}).save(path)
+    sc.plan(digits_model, stats, method="snp", ratios={"qk": 0.3}).save(path)
     change(path)
     with pytest.raises(sc.InvalidArgument, match=text):
         sc.Plan.load(path)
@@ -141,26 +141,26 @@ def test_another_model_is_refused(digits_model, stats):
     other = copy.deepcopy(digits_model)
     with torch.no_grad():
         other.blocks[1].attn.qkv.bias[3] += 1e-3
-    plan = sc.plan(digits_model, stats, ratios={"qk": 0.5})
+    plan = sc.plan(digits_model, stats, method="snp", ratios={"qk": 0.5})
     text = r"model: expected the same model, got other weights of blocks\.1\.attn\.qkv\.bias"
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(sc.InvalidArgument, match=text):
-        sc.plan(other, stats, ratios={"qk": 0.5})
+        sc.plan(other, stats, method="snp", ratios={"qk": 0.5})
     with pytest.raises(sc.InvalidArgument, match=text):
         sc.prune(other, plan)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
-    sc.plan(other, stats, ratios={"qk": 0.5}, strict=False)
+    sc.plan(other, stats, method="snp", ratios={"qk": 0.5}, strict=False)
     assert sc.prune(other, plan, strict=False).params == plan.params
 
 
 def test_other_dimensions_are_refused_even_if_not_strict(digits_model, stats):
-    plan = sc.plan(digits_model, stats, ratios={"qk": 0.5})
+    plan = sc.plan(digits_model, stats, method="snp", ratios={"qk": 0.5})
     sc.prune(digits_model, plan)
     text = r"size of group blocks\.0\.qk = 15 where it was 31"
     with pytest.raises(sc.InvalidArgument, match=text):
         sc.prune(digits_model, plan, strict=False)
     with pytest.raises(sc.InvalidArgument, match=text):
-        sc.plan(digits_model, stats, ratios={"qk": 0.5}, strict=False)
+        sc.plan(digits_model, stats, method="snp", ratios={"qk": 0.5}, strict=False)
     with pytest.raises(sc.InvalidArgument, match="got architecture 'VisionTransformer'"):
         sc.prune(make("plain"), plan, strict=False)
 
@@ -182,16 +182,16 @@ def test_other_dimensions_are_refused_even_if_not_strict(digits_model, stats):
 )
 def test_wrong_arguments(digits_model, stats, arguments, text):
     with pytest.raises(sc.InvalidArgument, match=text):
-        sc.plan(digits_model, stats, **arguments)
+        sc.plan(digits_model, stats, method="snp", **arguments)
     with pytest.raises(sc.InvalidArgument, match="stats: expected Statistics from calibrate, got dict"):
-        sc.plan(digits_model, {}, ratios={"qk": 0.1})
+        sc.plan(digits_model, {}, method="snp", ratios={"qk": 0.1})
 
 
 def test_activations_need_moments(digits_model, digits_images):
     stats = sc.calibrate(digits_model, [digits_images], collect="scores")
-    assert sc.plan(digits_model, stats, ratios={"v": 0.5}).keep
+    assert sc.plan(digits_model, stats, method="snp", ratios={"v": 0.5}).keep
     with pytest.raises(sc.InvalidArgument, match="expected rows of 'blocks.0.v'"):
-        sc.plan(digits_model, stats, ratios={"v": 0.5}, similarity="activations")
+        sc.plan(digits_model, stats, method="snp", ratios={"v": 0.5}, similarity="activations")
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_activations_need_moments(digits_model, digits_images):
     ],
 )
 def test_a_plan_that_does_not_fit_changes_nothing(digits_model, stats, keep, text):
-    plan = sc.plan(digits_model, stats, ratios={"qk": 0.5})
+    plan = sc.plan(digits_model, stats, method="snp", ratios={"qk": 0.5})
     plan.keep["blocks.1.qk"] = keep if isinstance(keep, np.ndarray) else np.asarray(keep, np.int64)
     before = copy.deepcopy(digits_model.state_dict())
     with pytest.raises(sc.InvalidArgument, match=text):
@@ -222,7 +222,7 @@ def test_methods():
 
 
 def test_the_plan_is_readable_json(digits_model, stats, tmp_path):
-    sc.plan(digits_model, stats, target=sc.Target(macs=0.5)).save(tmp_path / "plan.json")
+    sc.plan(digits_model, stats, method="snp", target=sc.Target(macs=0.5)).save(tmp_path / "plan.json")
     plan = json.loads((tmp_path / "plan.json").read_text())["plan"]
     assert plan["method"] == "snp"
     assert plan["options"] == {
@@ -260,7 +260,7 @@ def test_names_may_come_from_an_iterator(method):
 def test_plans_compare_by_identity():
     model = small_vit()
     stats = sc.calibrate(model, small_batches())
-    first, second = (sc.plan(model, stats, ratios={"ffn": 0.3}) for _ in range(2))
+    first, second = (sc.plan(model, stats, method="snp", ratios={"ffn": 0.3}) for _ in range(2))
     assert first == first
     assert first != second
     assert len({first, second}) == 2

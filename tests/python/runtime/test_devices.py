@@ -21,7 +21,7 @@ def test_another_device_by_default_changes_nothing(tmp_path):
             model, stats, method="project", target=sc.Target(macs=0.6), groups=("qk", "v", "ffn", "width"), round_to=1
         )
         sc.prune(model, plan)
-        snp = sc.plan(model, sc.calibrate(model, images), ratios={"ffn": 0.3})
+        snp = sc.plan(model, sc.calibrate(model, images), method="snp", ratios={"ffn": 0.3})
         sc.prune(model, snp, layout="stock")
         sc.prune_sequential(model, images, "refit", ratios={"ffn": 0.3})
         assert sc.measure_latency(model, batch_size=1, groups=("ffn",), repeats=1).batch_size == 1
@@ -42,7 +42,7 @@ def test_another_device_by_default_changes_nothing(tmp_path):
 
 def test_a_pruned_model_is_saved_whatever_the_device_by_default(tmp_path):
     model = small_vit()
-    plan = sc.plan(model, sc.calibrate(model, small_batches()), ratios={"qk": 0.4, "ffn": 0.4})
+    plan = sc.plan(model, sc.calibrate(model, small_batches()), method="snp", ratios={"qk": 0.4, "ffn": 0.4})
     sc.prune(model, plan)
     factory = ("VisionTransformer", SMALL | {"mlp_ratio": 2.2})
     with torch.device("meta"):

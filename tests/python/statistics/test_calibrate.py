@@ -38,7 +38,7 @@ def test_scores_of_random_models(kind):
 def test_scores_of_a_pruned_model(digits_model, digits_images):
     """Uneven query/key and value sizes: calibrated again, the columns are still told apart."""
     stats = sc.calibrate(digits_model, [digits_images])
-    sc.prune(digits_model, sc.plan(digits_model, stats, ratios={"qk": 0.6, "v": 0.3}))
+    sc.prune(digits_model, sc.plan(digits_model, stats, method="snp", ratios={"qk": 0.6, "v": 0.3}))
     again = sc.calibrate(digits_model, [digits_images])
     attn = digits_model.blocks[0].attn
     with torch.no_grad():
@@ -262,7 +262,7 @@ def test_the_cores_threads_are_put_back(digits_model, digits_images):
     before = sc.core.runtime.threads()
     sc.core.runtime.set_threads(3)
     stats = sc.calibrate(digits_model, [digits_images])
-    sc.plan(digits_model, stats, ratios={"qk": 0.5})
+    sc.plan(digits_model, stats, method="snp", ratios={"qk": 0.5})
     assert sc.core.runtime.threads() == 3
     sc.core.runtime.set_threads(before)
 
@@ -453,7 +453,7 @@ def test_one_image_and_few_tokens(shape):
     stats = sc.calibrate(model, [x])
     q, k = queries_and_keys(model, x)[0]
     np.testing.assert_allclose(stats.importance("blocks.0.qk"), mean_scores(q, k, 8), atol=1e-5)
-    sc.prune(model, sc.plan(model, stats, ratios={"qk": 0.5, "v": 0.5, "ffn": 0.5, "width": 0.5}))
+    sc.prune(model, sc.plan(model, stats, method="snp", ratios={"qk": 0.5, "v": 0.5, "ffn": 0.5, "width": 0.5}))
     assert model(x).shape == (1, 7)
 
 

@@ -38,7 +38,7 @@ def _plan(path: Path) -> None:
 
 
 def _ratios(path: Path) -> None:
-    sc.plan(_MODEL, STATISTICS, ratios=path)
+    sc.plan(_MODEL, STATISTICS, method="snp", ratios=path)
 
 
 def _table(path: Path) -> None:
@@ -74,7 +74,7 @@ def seeds(folder: Path) -> dict[str, bytes]:
     found = {"header": path.read_bytes()}
     STATISTICS.save(path)
     found["statistics"] = path.read_bytes()
-    sc.plan(_MODEL, STATISTICS, ratios={"qk": 0.5, "ffn": 0.5}).save(path)
+    sc.plan(_MODEL, STATISTICS, method="snp", ratios={"qk": 0.5, "ffn": 0.5}).save(path)
     found["plan"] = path.read_bytes()
     names = {f"blocks.{block}.{kind}": 0.5 for block in range(2) for kind in ("qk", "v", "ffn")}
     found["ratios"] = json.dumps({"source": "a test", **names}).encode()
