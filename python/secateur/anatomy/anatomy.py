@@ -143,8 +143,8 @@ class Anatomy:
         raise InvalidArgument(f"group: expected one of {', '.join(self.sizes)}, got {name!r}")
 
     def numel(self, name: str, sizes: Mapping[str, cost.Size]) -> cost.Size:
-        """Number of entries that parameter ``name`` has when each group has the given size."""
-        shape: list[cost.Size] = list(self.shapes[name])
+        """Number of entries that a parameter or buffer has when each group has the given size."""
+        shape: list[cost.Size] = list(self.shapes[name] if name in self.shapes else self.buffers[name])
         extra: cost.Size = 1
         for group, member in self.members_of.get(name, ()):
             kept = sizes.get(group.name, group.size)

@@ -78,7 +78,7 @@ class Group:
     ``size`` counts units per head where the group has heads, else all of them. Kept counts are multiples of
     ``multiple``. The units of kind "heads" are the heads of one attention layer: the groups that are ``within`` it lose
     theirs with a head. A group of kind "layer" is one attention or FFN layer, with size 1: it is the only kind of which
-    nothing may stay, and takes ``modules`` with it.
+    nothing may stay, and takes ``modules`` with it. ``fewest`` units stay where that is more than the kind asks for.
     """
 
     name: str
@@ -90,6 +90,7 @@ class Group:
     multiple: int = 1
     within: str | None = None
     modules: tuple[str, ...] = ()
+    fewest: int = 0
 
     @property
     def traits(self) -> Traits:
@@ -99,7 +100,7 @@ class Group:
     @property
     def least(self) -> int:
         """Fewest units that can stay."""
-        return self.traits.least
+        return max(self.traits.least, self.fewest)
 
     @property
     def per_head(self) -> bool:

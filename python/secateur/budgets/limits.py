@@ -101,7 +101,8 @@ class FreeGroups:
     def count(self, group: Group, fraction: float) -> int:
         """Units that stay when ``fraction`` of the group is removed."""
         multiple = self.multiple(group)
-        least = min(group.size, math.ceil(self._minimum.get(group.name, group.least) / multiple) * multiple)
+        least = max(self._minimum.get(group.name, 0), group.least)
+        least = min(group.size, math.ceil(least / multiple) * multiple)
         return max(least, 0 if fraction >= 1 else kept_count(group.size, fraction, multiple))
 
     def hold_one_of_each(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
 from ..errors import InvalidArgument
 from . import lazy
+
+if TYPE_CHECKING:
+    from ..methods.base import Method
 
 __all__ = ["MethodOption", "options_of", "parsed"]
 
@@ -56,10 +59,8 @@ class MethodOption:
             raise typer.BadParameter(f"expected {self.values} for --option {self.name}, got {text!r}") from error
 
 
-def options_of(method: Any) -> list[MethodOption]:
+def options_of(method: Method) -> list[MethodOption]:
     """Return a method's options: the fields of its ``Options``, a frozen dataclass."""
-    if not hasattr(method, "Options"):
-        return [MethodOption(name, values[0], str, tuple(values)) for name, values in method.OPTIONS.items()]
     hints = get_type_hints(method.Options)
     return [
         _option(field.name, hints[field.name], field.default, field.metadata.get("help", ""))

@@ -15,8 +15,9 @@ from .options import Json
 from .output import collected
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Sequence
 
+    from ..methods.base import Method
     from .method_options import MethodOption
 
 __all__ = ["methods"]
@@ -36,31 +37,36 @@ def methods(
         options = options_of(method)
         lines = [
             f"{name}: {_summary(method)}",
-            f"Paper: {getattr(method, 'paper', '')}",
-            f"Statistics it needs: {', '.join(getattr(method, 'needs', ())) or 'none'}",
-            f"Changes weights: {'yes' if getattr(method, 'changes_weights', None) else 'no'}",
+            f"Paper: {method.paper}",
+            f"Statistics it needs: {', '.join(method.needs) or 'none'}",
+            f"Changes weights: {'yes' if method.changes_weights else 'no'}",
             "Options, each as --option NAME=VALUE:" if options else "Options: none",
-            *_columns((f"  {option.name}", _described(option)) for option in options),
+            *_described(options),
         ]
         output.show(
             *lines,
             name=name,
             summary=_summary(method),
-            paper=getattr(method, "paper", ""),
-            needs=list(getattr(method, "needs", ())),
-            changes_weights=getattr(method, "changes_weights", None),
+            paper=method.paper,
+            needs=list(method.needs),
+            changes_weights=method.changes_weights,
             options=[_fields(option) for option in options],
         )
 
 
-def _summary(method: Any) -> str:
+def _summary(method: Method) -> str:
     """Return the first paragraph of a method's description, on one line."""
     paragraph, _, _ = (inspect.getdoc(method) or "").partition("\n\n")
     return " ".join(paragraph.split())
 
 
-def _described(option: MethodOption) -> str:
-    return f"{option.help} ".lstrip() + f"({option.values}; {_text(option.default)} by default)"
+def _described(options: Sequence[MethodOption]) -> Iterator[str]:
+    """Each option with its values, and its help below them."""
+    width = max((len(option.name) for option in options), default=0)
+    for option in options:
+        yield f"  {option.name:<{width}}  {option.values}; {_text(option.default)} by default"
+        if option.help:
+            yield f"  {'':<{width}}  {option.help}"
 
 
 def _text(value: Any) -> str:

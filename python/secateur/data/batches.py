@@ -1,4 +1,4 @@
-"""From a source to batches: images decoded and transformed, those that cannot be read named, streams cut to length."""
+"""From a source to batches: decode and transform images, name the unreadable ones, cut streams to length."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Images(Dataset["tuple[Tensor, int] | str"]):
         self._seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
-        """Return the image and its class; of one that cannot be read its name and why."""
+        """Return the image and its class; if it cannot be read, its name and the reason."""
         epoch, index = key
         try:
             image, target = self._open(index)
-        except Exception as error:  # Pillow's decoders raise what they like
-            # timm would put the next image in its place, which counts that one twice. Returned, not raised: a worker
-            # process wraps what it raises in its own traceback.
+        except Exception as error:  # Pillow's decoders raise anything
+            # timm would take the next image instead, and so count that one twice. Returned, not raised: a worker
+            # process wraps an exception in a traceback of its own.
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return f"{self._name(index)!r} ({reason})"
         if self._seed is None:
@@ -75,7 +75,7 @@ class Batches:
             num_workers=workers,
             collate_fn=_collate,
             persistent_workers=workers > 0,
-            generator=torch.Generator(),  # of the workers' seeds, else drawn from the caller's
+            generator=torch.Generator(),  # for the workers' seeds, which torch draws from the caller's otherwise
         )
 
     def __iter__(self) -> Iterator[Any]:
@@ -157,7 +157,7 @@ class Stream:
 
 
 def _collate(samples: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
-    """Return images and targets, and what is said of samples that are none."""
+    """Return images and targets of the readable samples, and the texts about the others."""
     readable = [sample for sample in samples if not isinstance(sample, str)]
     unreadable = [sample for sample in samples if isinstance(sample, str)]
     if not readable:
@@ -167,7 +167,7 @@ def _collate(samples: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tenso
 
 
 def _on_host(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Iterate over a loader whatever the device by default, which torch's own take for that of their generator."""
+    """Iterate over a loader under any default device, which torch would take for that of the generator."""
     with core.host_by_default():
         batches = iter(loader)
     while True:
@@ -180,7 +180,7 @@ def _on_host(loader: DataLoader[Any]) -> Iterator[Any]:
 
 @contextmanager
 def _seeded(seed: int) -> Generator[None, None, None]:
-    """Seed the generators that transforms draw from, and put them back: the caller's dropout is not ours to move."""
+    """Seed the generators that transforms draw from, and restore them: the caller's dropout must not change."""
     with generators.kept():
         generators.seed(seed)
         yield

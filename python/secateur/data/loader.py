@@ -1,9 +1,9 @@
 """Images for a model: folders, tars, Hugging Face data sets and scikit-learn's digits, as the model wants them.
 
-timm's readers find the images and timm's transforms prepare them; this package adds what a measurement needs on top:
-an order that depends on the seed alone, exact image counts, no image twice, and augmentation that is a function of
-(seed, epoch, image), so that neither the number of worker processes nor an interruption changes a training run.
-Streamed data sets are shuffled by their reader, and augmented by position in place of image.
+timm's readers find the images and timm's transforms prepare them. This package adds what a measurement needs: an order
+that depends on the seed alone, exact image counts, no image twice, and augmentation that is a function of (seed, epoch,
+image), so that neither the number of worker processes nor an interruption changes a training run. Streamed data sets
+are shuffled by their reader, and augmented by position instead of image.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _DIGITS_TRAIN = {"scale": (0.7, 1.0), "ratio": (0.85, 1.18), "hflip": 0.0, "colo
 class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
     """Batches of (images (B, C, H, W) float32, targets (B,) int64) in an order fixed by seed and epoch.
 
-    Iterating again repeats the same batches until `set_epoch` says otherwise. ``images`` is the number of images in
-    one pass (None for a streamed data set of unknown length), ``description`` names the source. ``unreadable`` names
-    the images that the last pass left out, and why; ``images`` counts them.
+    Iterating again repeats the same batches until `set_epoch` is called. ``images`` is the number of images in one pass
+    (None for a streamed data set of unknown length), ``description`` names the source. ``unreadable`` names the images
+    that the last pass skipped, with the reason; ``images`` counts them.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
                 yield images, targets
 
     def every_batch(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over as many batches as ``len`` says: one of unreadable images alone is empty, not left out.
+        """Iterate over exactly ``len`` batches: a batch of only unreadable images is empty, not skipped.
 
-        For what counts batches, as `finetune` does. An empty batch is images (0, 0, 0, 0) and targets (0,).
+        For code that counts batches, as `finetune` does. An empty batch is images (0, 0, 0, 0) and targets (0,).
         """
         yield from self._every_batch()
 
@@ -98,10 +98,10 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
         return f"ImageLoader({self.description}, images={self.images}, batch_size={self.batch_size})"
 
     def set_epoch(self, epoch: int, start: int = 0, unreadable: Iterable[str] = ()) -> None:
-        """Choose the order and augmentation of the next passes; the very next pass leaves out ``start`` batches.
+        """Set the epoch, which decides order and augmentation; the next pass skips its first ``start`` batches.
 
-        It begins with ``unreadable``, the images that were left out of these batches before, which are counted and
-        named again without a warning.
+        ``unreadable`` names the images that were skipped in those batches before; they are counted and listed again,
+        without a warning.
         """
         self._batches.set_epoch(epoch, start)
         self._before = list(unreadable)
@@ -109,12 +109,12 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
     def sharded(self, rank: int, ranks: int, *, whole_batches: bool = False) -> ImageLoader:
         """Return a loader of one rank's share; the batches of all ranks together are those of ``ranks * batch_size``.
 
-        Each pass gives every image to exactly one rank, as evenly as the last batch allows, except that a last batch
-        of fewer images than ranks is left out. ``images`` is the number of this rank. ``finetune`` does this itself.
+        In each pass every image goes to exactly one rank, as evenly as the last batch allows; a last batch of fewer
+        images than ranks is dropped. ``images`` is the number of this rank. ``finetune`` does this itself.
 
-        With ``whole_batches`` a rank has every ``ranks``-th of this loader's own batches from number ``rank`` on, and
-        nothing is left out: what is computed of a batch is the same on any number of ranks; a batch of unreadable
-        images alone is empty, not left out. ``calibrate`` does this. ``max_unreadable`` counts for each rank.
+        With ``whole_batches`` a rank reads every ``ranks``-th of this loader's own batches, starting at ``rank``, and
+        nothing is dropped: the result of a batch is the same on any number of ranks. A batch of only unreadable images
+        is empty, not skipped. ``calibrate`` does this. ``max_unreadable`` applies to each rank.
 
         Raises:
             InvalidArgument: ``rank`` is not below ``ranks``.
@@ -151,20 +151,20 @@ def loader(
         source: A folder with one sub-folder of images per class; a ``.tar`` of such folders; ``hfds:NAME`` or, read as
             a stream, ``hfids:NAME`` for a Hugging Face data set; ``digits`` for scikit-learn's 1,797 handwritten
             digits (8 x 8 pixels, 10 classes).
-        model: gives size, channels, normalisation, interpolation and crop (see `data_config`).
-        split: sub-folder or split name. By default a folder that holds both a training and a validation folder is
-            read from the one or the other by ``train``; digits are split in ``train`` and ``test``, half each,
-            stratified and always the same; a Hugging Face data set has ``train`` and ``validation``.
+        model: its data configuration decides size, channels, normalisation, interpolation and crop (see `data_config`).
+        split: sub-folder or split name. By default, if a folder holds both a training and a validation folder,
+            ``train`` decides which of them is read; digits are split into ``train`` and ``test``, half each, stratified
+            and always the same; a Hugging Face data set has ``train`` and ``validation``.
         batch_size: the last batch may be smaller; nothing is dropped.
-        max_images: exactly so many images, or all when there are fewer: the first ones, with ``shuffle`` a choice
-            fixed by ``seed``.
+        max_images: exactly this many images, or all if there are fewer: the first ones, or with ``shuffle`` a random
+            choice that ``seed`` fixes.
         shuffle: draw the order from seed and epoch. Image folders are otherwise sorted by class.
-        workers: processes that decode while the model computes; with 0 it waits for every batch. The images do not
+        workers: processes that decode while the model runs; with 0 the model waits for every batch. The images do not
             depend on it.
-        train: use timm's random training transforms (which differ by epoch) in place of the evaluation transforms.
-        seed: of order and augmentation.
-        max_unreadable: leave out as many images that cannot be read or decoded in a pass, with a warning each, before
-            that is an error; ``ImageLoader.unreadable`` names them. A batch is smaller by those it lacks. Not for
+        train: use timm's random training transforms (which differ by epoch) instead of the evaluation transforms.
+        seed: the seed of order and augmentation.
+        max_unreadable: skip up to this many images of a pass that cannot be read or decoded, with a warning for each;
+            one more is an error. ``ImageLoader.unreadable`` names them. A batch that lacks some is smaller. Not for
             ``hfids:``.
         **transform: further arguments of `timm.data.create_transform`, such as ``scale``, ``hflip``, ``auto_augment``
             or ``crop_pct``.

@@ -15,7 +15,7 @@ __all__ = ["Order", "mix"]
 
 
 class Order:
-    """Batches of (epoch, image index), a function of seed and epoch; of ``ranks`` shares the one of ``rank``.
+    """Batches of (epoch, image index), a function of seed and epoch; with several ``ranks``, the share of ``rank``.
 
     A share is a part of every batch of ``ranks * batch_size``, or every ``ranks``-th batch.
     """
@@ -43,7 +43,7 @@ class Order:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         indices = torch.arange(self._images, device="cpu")
         if self._seed is not None:
-            # Which images is the seed's choice, in which order the epoch's as well.
+            # The seed chooses the images; seed and epoch choose their order.
             indices = _permutation(self._available, self._seed)[: self._images]
             if self.epoch > 0:
                 indices = indices[_permutation(self._images, self._seed, self.epoch)]
@@ -66,7 +66,7 @@ class Order:
 
     @property
     def images(self) -> int:
-        """Of this rank, in one pass."""
+        """Number of images of this rank in one pass."""
         if self._whole_batches:
             last = -(-self._images // self._batch_size) - 1
             missing = (last + 1) * self._batch_size - self._images if last % self._ranks == self._rank else 0

@@ -26,7 +26,7 @@ _EVAL_FOLDERS = ("val", "valid", "validation", "eval", "evaluation", "test")
 
 
 def default_split(source: str | os.PathLike[str], *, train: bool) -> str | None:
-    """Return the split that `loader` reads of a source unless told: the one for training, or the one for evaluation.
+    """Return the split that `loader` reads by default: the one for training, or the one for evaluation.
 
     None stands for the whole source: a tar, or a folder that does not hold both a training and a validation folder.
     """
@@ -52,7 +52,7 @@ class Reader(Protocol):
 
 
 class Digits:
-    """scikit-learn's digits with a reader's face."""
+    """scikit-learn's digits as one of timm's readers."""
 
     def __init__(self, split: str) -> None:
         if split not in ("train", "test"):
@@ -113,7 +113,7 @@ def files(name: str, split: str | None) -> tuple[Reader, str]:
 
 
 def _close(tar: Any) -> None:
-    """Close what timm's reader opened, which it leaves to the garbage collector."""
+    """Close the files that timm's reader opened and never closes itself."""
     for state in (*tar.children.values(), tar):
         if state.tf is not None:
             state.tf.close()
@@ -140,7 +140,7 @@ def hub(prefix: str, name: str, split: str, mode: str, seed: int, shuffle: bool,
             if prefix == "hfds" or "num_samples" not in str(error) or max_images is None or shuffle:
                 raise
             return create_dataset(f"{prefix}/{name}", num_samples=max_images, **arguments)
-    except Exception as error:  # whatever the hub, the disk or the network raise, it is this source that failed
+    except Exception as error:  # hub, disk and network raise anything: this source failed
         if "num_samples" in str(error):
             raise InvalidArgument(
                 f"max_images: expected a number, and no shuffle, for a stream of unknown length, got {max_images}, "

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .. import check, core
+from ..anatomy import tensor_of
 from ..errors import Error, InvalidArgument
 from ..families.registry import family_named, family_of
 from ..files import container
@@ -54,7 +55,10 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
                 stacklevel=2,
             )
             break
-    for name, tensor in model.state_dict().items():
+    tensors = model.state_dict()
+    # What was cut cannot be computed anew.
+    tensors |= {name: tensor_of(model, name) for name in anatomy.buffers if name not in tensors}
+    for name, tensor in tensors.items():
         if tensor.is_meta:
             raise InvalidArgument(f"model: expected weights, got none in {name} (device meta)")
     architecture, arguments = anatomy.architecture, anatomy.arguments
@@ -79,7 +83,7 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
     difference = _difference(model, _skeleton(header))
     if difference:
         raise InvalidArgument(f"model: expected what {architecture} with its recorded arguments is, got {difference}")
-    container.write(path, "model", header, model.state_dict())
+    container.write(path, "model", header, tensors)
 
 
 @torch.inference_mode(False)  # inference tensors could never be trained
@@ -103,11 +107,16 @@ def load(path: str | Path, *, verify: bool = True) -> nn.Module:
     except InvalidArgument as error:
         raise InvalidArgument(f"{expected}, got {str(error).removeprefix(f'{expected}, got ')}") from error
     built = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    buffers = {name: tuple(b.shape) for name, b in model.named_buffers() if name in tensors and name not in built}
+    built |= buffers
     for name in sorted(built.keys() | tensors.keys()):
         found = tuple(tensors[name].shape) if name in tensors else None
         if built.get(name) != found:
             raise InvalidArgument(f"{expected}, got {name} of shape {found} where it builds {built.get(name)}")
-    model.load_state_dict(tensors, strict=True, assign=True)
+    model.load_state_dict({n: t for n, t in tensors.items() if n not in buffers}, strict=True, assign=True)
+    for name in buffers:
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, tensors[name])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     _compute_buffers(model, header)

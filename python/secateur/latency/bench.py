@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,11 @@ from ..data.model_input import data_config, input_dtype
 from ..errors import InvalidArgument
 from ..runtime.devices import borrowed, place_for
 from ..runtime.progress import progress
-from .stopwatch import compiled, in_turn, quartiles, torch_threads_set, warm
+from .runtimes.registry import chosen
+from .stopwatch import in_turn, prepared, quartiles, torch_threads_set, warm
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 __all__ = ["Benchmark", "bench"]
 
@@ -45,6 +46,7 @@ class Benchmark:
     repeats: int
     threads: int
     device: str
+    runtime: str = "torch"
 
     def __str__(self) -> str:
         shape = "x".join(str(size) for size in (self.batch_size, *self.input_size))
@@ -54,7 +56,7 @@ class Benchmark:
             low, high = self.speedup_quartiles
             line += f", reference {self.reference_images_per_second:,.1f} images/s"
             line += f", {self.speedup:.2f}x [{low:.2f}, {high:.2f}]"
-        return f"{line}  {shape} on {self.device}, {self.threads} threads, {self.repeats} repeats"
+        return f"{line}  {shape} on {self.device} by {self.runtime}, {self.threads} threads, {self.repeats} repeats"
 
 
 def bench(
@@ -68,6 +70,7 @@ def bench(
     threads: int | None = None,
     device: torch.device | str | None = None,
     compile: bool = False,  # noqa: A002  # torch's own word for it
+    runtime: str | None = None,
 ) -> Benchmark:
     """Time inference on random images; with a reference, both in turn, so that a busy machine slows both.
 
@@ -82,17 +85,20 @@ def bench(
         warmup: batches before the first measured one, for each model.
         threads: of torch; its present number by default.
         device: where to run; the model's own by default.
-        compile: time what ``torch.compile`` makes of the models; they themselves stay as they are. What else the
-            process has compiled is forgotten (``torch.compiler.reset``), and compiled again when it is called.
+        compile: time what ``torch.compile`` makes of the models, as ``runtime="torch.compile"`` does.
+        runtime: the engine that runs the models: "torch" (the default), "torch.compile", or another that is
+            registered; the models themselves stay as they are.
 
     Raises:
-        InvalidArgument: a number is out of range, there is no such device, or a model is none or does not take the
-            input.
+        InvalidArgument: a number is out of range, there is no such device or engine, or a model is none or does not
+            take the input.
+        Unsupported: the engine does not run on this device or in the models' type.
     """
     batch_size = check.integer("batch_size", batch_size)
     repeats = check.integer("repeats", repeats)
     warmup = check.integer("warmup", warmup, 0)
     threads = check.integer("threads", threads, optional=True)
+    engine = chosen(runtime, compile)
     place = place_for(model, device)
     if reference is not None:
         place_for(reference, argument="reference")
@@ -106,8 +112,10 @@ def bench(
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(batch_size, *size, generator=generator, device="cpu").to(place)
         inputs = [images.to(input_dtype(each)) for each in models]
-        runs: Sequence[Callable[[Tensor], object]] = compiled(models) if compile else models
-        loops = [warm(each, batch, warmup, name) for each, batch, name in zip(runs, inputs, _NAMES, strict=False)]
+        runs, loops = [], []
+        for each, batch, name in zip(models, inputs, _NAMES, strict=False):
+            runs.append(prepared(engine, each, batch, name))
+            loops.append(warm(runs[-1], batch, warmup))
         with progress(repeats, "bench", unit="repeats") as advance:
             times = in_turn(runs, inputs, loops, repeats, advance)
         used = torch.get_num_threads()
@@ -127,6 +135,7 @@ def bench(
         repeats=repeats,
         threads=used,
         device=str(place),
+        runtime=engine.name,
     )
 
 

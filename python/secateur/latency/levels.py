@@ -13,10 +13,8 @@ from ..errors import InvalidArgument
 from .table import ALIGNED
 
 # Of the dense size, rounded to what plans round to: the fewer, the more sizes of a layer can change, since all
-# combinations are measured. "heads" count linearly but for what does not depend on them.
+# combinations are measured. Heads count linearly, except for what does not depend on them.
 _FRACTIONS = {2: (0.125, 0.25, 0.5, 0.75, 1.0), 3: (0.25, 0.5, 0.75, 1.0), 4: (0.25, 0.5, 1.0)}
-
-
 _UNEVEN = {2: (0.25, 0.625, 1.0), 3: (0.375, 1.0), 4: (0.375, 1.0)}
 
 
@@ -24,31 +22,34 @@ _UNEVEN = {2: (0.25, 0.625, 1.0), 3: (0.375, 1.0), 4: (0.375, 1.0)}
 class Levels:
     """Sizes to measure.
 
-    ``named`` are the kinds that change, ``given`` the sizes that were asked for by kind, ``width`` that of the model.
+    ``named`` are the kinds that change, ``given`` the sizes that were asked for by kind.
     """
 
     anatomy: Anatomy
     named: frozenset[str]
     given: Mapping[str, Sequence[int]]
-    width: int
 
-    def of(self, axes: Mapping[str, str]) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-        """Levels of a layer's axes, the present size last, and those of uneven sizes; axis to group name given.
+    def of(
+        self, axes: Mapping[str, str], whole: Mapping[str, int]
+    ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+        """Levels of a layer's axes, the present size last, and those of uneven sizes.
 
-        A model that cannot lose width has no group of it, but an axis.
+        Args:
+            axes: axis to the name of a group; a model that cannot lose width has none of it.
+            whole: axis to its size where there is no group.
         """
         groups = {axis: self.anatomy.group(name) if name in self.anatomy.sizes else None for axis, name in axes.items()}
         free = {axis: group for axis, group in groups.items() if group is not None and group.kind in self.named}
         number = min(max(len(free), 2), 4)
         even: dict[str, tuple[int, ...]] = {
-            axis: (self.width if group is None else group.size,) for axis, group in groups.items()
+            axis: (whole[axis] if group is None else group.size,) for axis, group in groups.items()
         }
         uneven = dict(even)
         for axis, group in free.items():
             even[axis] = self._even(group, _FRACTIONS[number])
-            # Heads are whole, and what goes in fours is never uneven.
-            whole = group.traits.counted or group.multiple % ALIGNED == 0
-            uneven[axis] = even[axis] if whole else _uneven(group, _UNEVEN[number])
+            # Heads are no channels, and what goes in fours is never uneven.
+            never = group.traits.counted or group.multiple % ALIGNED == 0
+            uneven[axis] = even[axis] if never else _uneven(group, _UNEVEN[number])
         own = any(group.kind in self.given for group in free.values())
         return even, {} if own or uneven == even else uneven
 
@@ -94,7 +95,7 @@ def levels_for(anatomy: Anatomy, groups: Iterable[str] | None, grid: Mapping[str
         kind: sorted({check.integer(f"grid[{kind!r}]", size) for size in _sizes(kind, sizes)})
         for kind, sizes in grid.items()
     }
-    return Levels(anatomy, frozenset(named), given, _width(anatomy))
+    return Levels(anatomy, frozenset(named), given)
 
 
 def _sizes(kind: str, sizes: object) -> Sequence[object]:
@@ -105,9 +106,3 @@ def _sizes(kind: str, sizes: object) -> Sequence[object]:
 
 def _up_to(sizes: Iterable[int], size: int) -> tuple[int, ...]:
     return tuple(sorted({each for each in sizes if each < size} | {size}))
-
-
-def _width(anatomy: Anatomy) -> int:
-    """Channels of the residual stream, which the first attention layer reads."""
-    group = anatomy.group(anatomy.attention[0].groups["qk"])
-    return anatomy.shapes[group.of("writer", "query")[0].tensor][1]

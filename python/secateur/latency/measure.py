@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from .. import check, core
 from ..anatomy import Anatomy
-from ..anatomy.costs import AttentionProduct
+from ..anatomy import Layer as AnatomyLayer
+from ..anatomy.costs import WeightProduct
 from ..anatomy.fingerprint import Fingerprint
 from ..data.model_input import input_dtype
 from ..errors import InvalidArgument
@@ -26,11 +28,15 @@ from ..surgery.structure import Structure
 from .bench import bench
 from .levels import Levels, levels_for
 from .machine import Machine
-from .stopwatch import SHORTEST_SAMPLE_S, Times, compiled, in_turn, warm
+from .runtimes.base import Runtime
+from .runtimes.registry import chosen
+from .stopwatch import Times, in_turn, prepared, warm
 from .table import PRESENT, Grid, LatencyTable, Layer
 
 __all__ = ["measure_latency", "measured_ratio"]
 
+# What runs a module on an engine, and what it takes.
+_Run: TypeAlias = tuple[Callable[[Tensor], object], Tensor]
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # On a busy machine runs are repeated until the median is known to about this part of it, at most so often, and not
 # after so many seconds for one of many layers, or for the whole models, by which all are corrected.
@@ -47,6 +53,7 @@ def measure_latency(
     dtype: str | torch.dtype | None = None,
     device: torch.device | str | None = None,
     compile: bool = False,  # noqa: A002  # torch's own word for it
+    runtime: str | None = None,
     groups: Iterable[str] | None = None,
     grid: Mapping[str, Sequence[int]] | None = None,
     repeats: int = 7,
@@ -56,7 +63,7 @@ def measure_latency(
     Every layer is a copy of the model's own, cut as ``prune`` cuts it, with its norm and residual sum; blocks that are
     alike are measured once. Each is timed in turn with one dense attention layer, and its time is the median of the
     paired ratios times the reference's own median, so that a slow minute does not bend the table. Where a layer is
-    quick, as many copies as the model has are run one behind the other: in the model, too, weights come from memory.
+    quick, as many copies as the model has are run one after the other: in the model, too, weights come from memory.
     Sizes that are no multiples of 4 are measured apart, at fewer sizes: they take longer than their neighbours. The
     whole model is timed in turn with four models that are cut at random, every block otherwise, and these say what
     layers alone do not. Nothing is changed.
@@ -66,8 +73,10 @@ def measure_latency(
         batch_size: images in a batch; 1 is the time that one image has to wait.
         dtype: "float32", "float16", "bfloat16" or "float64"; the model's own by default.
         device: where to run; the model's own by default.
-        compile: measure what ``torch.compile`` makes of the layers; takes seconds for each.
-        groups: kinds that plans will cut ("qk", "v", "ffn", "width", "heads", "block"); all that the model can lose by
+        compile: measure what ``torch.compile`` makes of the layers, as ``runtime="torch.compile"`` does.
+        runtime: the engine that runs the layers: "torch" (the default), "torch.compile", or another that is
+            registered. All but the first prepare every layer at every size, which takes about a second for each.
+        groups: kinds that plans will cut ("qk", "v", "ffn", "width", "heads", "layer"); all that the model can lose by
             default. The others are measured at the size they have, which takes less time.
         grid: sizes to measure by kind, per head for "qk" and "v"; three to five from an eighth or a quarter to all of
             the units by default, in multiples of 8 per head and 32 elsewhere. The size a layer has is added. Layers
@@ -76,10 +85,11 @@ def measure_latency(
 
     Raises:
         InvalidArgument: an argument that does not fit, or a model without weights.
-        Unsupported: the model is of no supported family.
+        Unsupported: the model is of no supported family, or the engine does not run on this device or in this type.
     """
     batch_size = check.integer("batch_size", batch_size)
     repeats = check.integer("repeats", repeats)
+    engine = chosen(runtime, compile)
     family = family_of(model)
     place = place_for(model, device)
     wanted = _dtype(model, dtype)
@@ -89,7 +99,7 @@ def measure_latency(
     layers = _distinct(family, dense, anatomy, levels)
     cuts = _random_cuts(anatomy, levels)
     with progress(sum(layer.count for layer in layers) + 1, "latency table", unit="layers") as advance:
-        clock = _Clock(layers[0].dense(batch_size), repeats, compile, advance)
+        clock = _Clock(layers[0].dense(batch_size), repeats, engine, advance)
         measured = [layer.measure(clock, batch_size) for layer in layers]
         images = torch.randn(batch_size, *anatomy.input_size, generator=_generator(), device="cpu").to(place, wanted)
         whole, ratios = clock.beside(dense, [_shaped(dense, sizes) for sizes in cuts], images)
@@ -98,7 +108,8 @@ def measure_latency(
         input_size=anatomy.input_size,
         batch_size=batch_size,
         dtype=str(wanted).removeprefix("torch."),
-        compiled=compile,
+        runtime=engine.name,
+        runtime_version=engine.version,
         machine=Machine.here(place),
         layers=tuple(each.times(clock.seconds) for each in measured),
         scale=1.0,
@@ -125,11 +136,11 @@ def measured_ratio(
 ) -> tuple[float, tuple[float, float]]:
     """Time of a copy of the model cut to ``sizes`` over the model's: median of paired runs, and quartiles.
 
-    Batch size, type and backend are those of the table.
+    Batch size, type and engine are those of the table.
     """
     dense = copy.deepcopy(model).requires_grad_(False).to(_DTYPES[table.dtype])
     cut = _shaped(dense, sizes)
-    found = bench(cut, dense, batch_size=table.batch_size, repeats=repeats, compile=table.compiled)
+    found = bench(cut, dense, batch_size=table.batch_size, repeats=repeats, runtime=table.runtime)
     assert found.speedup is not None
     assert found.speedup_quartiles is not None
     low, high = found.speedup_quartiles
@@ -143,31 +154,35 @@ def _shaped(dense: nn.Module, sizes: Mapping[str, int]) -> nn.Module:
 
 
 class _Clock:
-    """Times modules, each in turn with one reference."""
+    """Times modules on an engine, each in turn with one reference."""
 
-    def __init__(self, reference: tuple[nn.Module, Tensor], repeats: int, compiled: bool, advance: Advance) -> None:
-        self._reference, self._input = reference
-        self._repeats, self._compiled, self._advance = repeats, compiled, advance
+    def __init__(self, reference: tuple[nn.Module, Tensor], repeats: int, runtime: Runtime, advance: Advance) -> None:
+        self._repeats, self._runtime, self._advance = repeats, runtime, advance
         self._seconds: list[float] = []
+        self._reference = self._prepared(*reference)
 
     def ratio(self, module: nn.Module, x: Tensor) -> float:
         """Median of the paired ratios of a module's time to the reference's."""
-        times = self._in_turn([module, self._reference], [x, self._input], _LAYER_S)
+        times = self._in_turn([self._prepared(module, x), self._reference], _LAYER_S)
         self._seconds += times[:, 1].tolist()
         self._advance(1)
         return float(np.median(times[:, 0] / times[:, 1]))
 
     def beside(self, model: nn.Module, others: Sequence[nn.Module], images: Tensor) -> tuple[float, list[float]]:
         """Seconds of one batch of a model, and the medians of the other models' paired ratios to it."""
-        times = self._in_turn([*others, model], [images] * (len(others) + 1), _MODELS_S)
+        times = self._in_turn([self._prepared(each, images) for each in (*others, model)], _MODELS_S)
         self._advance(1)
         return float(np.median(times[:, -1])), np.median(times[:, :-1] / times[:, -1:], axis=0).tolist()
 
-    def _in_turn(self, modules: Sequence[nn.Module], inputs: Sequence[Tensor], longest: float) -> Times:
-        """The last is what ratios are taken to; more repeats only before ``longest`` seconds have passed."""
-        runs: Sequence[Callable[[Tensor], object]] = compiled(modules) if self._compiled else modules
+    def _prepared(self, module: nn.Module, x: Tensor) -> _Run:
         with torch.inference_mode():
-            loops = [warm(run, images, 1, "model") for run, images in zip(runs, inputs, strict=True)]
+            return prepared(self._runtime, module.eval(), x, "model"), x
+
+    def _in_turn(self, timed: Sequence[_Run], longest: float) -> Times:
+        """The last is what ratios are taken to; more repeats only before ``longest`` seconds have passed."""
+        runs, inputs = [run for run, _ in timed], [x for _, x in timed]
+        with torch.inference_mode():
+            loops = [warm(run, x, 1) for run, x in timed]
             start = time.perf_counter()
             times = in_turn(runs, inputs, loops, self._repeats, _unheard)
             most = _MOST_REPEATS * self._repeats
@@ -176,12 +191,12 @@ class _Clock:
         return times
 
     def copies(self, module: nn.Module, x: Tensor, most: int) -> int:
-        """How many of a layer to run behind each other: what fills a sample, but no more than the model has."""
-        if self._compiled:
+        """How many of a layer to run one after the other: what fills a sample, but no more than the model has."""
+        run, _ = self._prepared(module, x)
+        if run is not module:  # an engine that compiles or exports would do so with every copy
             return 1
         with torch.inference_mode():
-            seconds = SHORTEST_SAMPLE_S / warm(module, x, 1, "model")
-        return min(most, math.ceil(SHORTEST_SAMPLE_S / seconds))
+            return min(most, warm(run, x, 1))
 
     @property
     def seconds(self) -> float:
@@ -191,16 +206,16 @@ class _Clock:
 
 @dataclass(frozen=True)
 class _Source:
-    """A kind of layer to measure: a block of the model, or with ``block`` None what the model is without blocks.
+    """One sort of layer to measure, or without ``layer`` what the model is without blocks.
 
-    ``name`` is the layer's in the model that has this block alone; ``axes`` the sizes to measure, ``uneven`` those that
-    are no multiples of 4, or empty.
+    ``axes`` are the sizes to measure by kind of group or name of the residual stream, ``uneven`` those that are no
+    multiples of 4, or empty; ``input_size`` is that of one image without the channels of a stream.
     """
 
     family: Family
     model: nn.Module
     block: int | None
-    name: str
+    layer: AnatomyLayer | None
     places: tuple[Mapping[str, str], ...]
     axes: Mapping[str, tuple[int, ...]]
     uneven: Mapping[str, tuple[int, ...]]
@@ -216,11 +231,12 @@ class _Source:
     def cut(self, sizes: Mapping[str, int], batch_size: int) -> tuple[nn.Module, Tensor]:
         """A copy of the layer with these sizes, and an input of random numbers."""
         lone = self.family.alone(self.model, self.block)
-        groups = {axis if axis == "width" else f"blocks.0.{axis}": size for axis, size in sizes.items()}
-        cut = {n: size for n, size in groups.items() if size < self.axes[n.rpartition(".")[2]][-1]}
-        Structure(cut).apply(lone)
-        module = lone if self.block is None else self.family.layers(lone)[self.name]
-        size = self.input_size if self.block is None else (*self.input_size, sizes["width"])
+        layer = None if self.layer is None else _counterpart(self.family.inspect(lone), self.layer)
+        names = {} if layer is None else layer.groups
+        smaller = {axis: size for axis, size in sizes.items() if size < self.axes[axis][-1]}
+        Structure({names.get(axis, axis): size for axis, size in smaller.items()}).apply(lone)
+        module = lone if layer is None else self.family.layers(lone)[layer.name]
+        size = self.input_size if layer is None else (*self.input_size, sizes[layer.stream])
         like = next(lone.parameters())
         return module, torch.randn(batch_size, *size, generator=_generator(), device="cpu").to(like)
 
@@ -241,33 +257,30 @@ class _Source:
 
 
 def _distinct(family: Family, dense: nn.Module, anatomy: Anatomy, levels: Levels) -> list[_Source]:
-    """Every kind of layer once, the attention of the first block first; what stands around the blocks last."""
+    """Every sort of layer once, the attention of the first block first; what stands around the blocks last."""
     modules = family.layers(dense)
-    queries = {each.module: each.queries for each in anatomy.products if isinstance(each, AttentionProduct)}
-    around = {anatomy.group(layer.name).block: layer for layer in anatomy.attention}
+    tokens = {each.module: each.positions for each in anatomy.products if isinstance(each, WeightProduct)}
+    # A stream that cannot lose channels has no group.
+    widths = {layer.stream: anatomy.shapes[f"{layer.writer}.weight"][0] for layer in anatomy.layers.values()}
     found: dict[tuple[object, ...], _Source] = {}
-    for name, place in _places(anatomy):
-        groups = {axis: group for axis, group in place.items() if axis != PRESENT}
-        block = anatomy.group(next(iter(groups.values()))).block
-        # Blocks without attention have as many tokens as the others.
-        attention = around.get(block, anatomy.attention[0])
-        sizes = {axis: anatomy.sizes[group] for axis, group in groups.items()}
-        key = (repr(modules[name]), anatomy.sizes[attention.groups["heads"]], *sizes.items())
+    for layer in (*anatomy.attention, *anatomy.ffn):
+        place = {**layer.groups, PRESENT: layer.name}
+        sizes = {axis: anatomy.sizes[group] for axis, group in layer.groups.items()}
+        key = (repr(modules[layer.name]), layer.stream, tokens[layer.writer], *sizes.items())
         if key in found:
             found[key] = replace(found[key], places=(*found[key].places, place))
             continue
-        axes, uneven = levels.of({"width": "width", **groups})
-        # Alone, a block is the first.
-        lone = name.replace(f".{block}.", ".0.", 1)
-        found[key] = _Source(family, dense, block, lone, (place,), axes, uneven, (queries[attention.name],))
-    axes, uneven = levels.of({"width": "width"})
-    return [*found.values(), _Source(family, dense, None, "", (), axes, uneven, anatomy.input_size)]
+        axes, uneven = levels.of({layer.stream: layer.stream, **layer.groups}, widths)
+        block = anatomy.group(layer.name).block
+        found[key] = _Source(family, dense, block, layer, (place,), axes, uneven, (tokens[layer.writer],))
+    axes, uneven = levels.of(dict(zip(widths, widths, strict=True)), widths)
+    return [*found.values(), _Source(family, dense, None, None, (), axes, uneven, anatomy.input_size)]
 
 
-def _places(anatomy: Anatomy) -> list[tuple[str, dict[str, str]]]:
-    """Name of every layer, and the groups of its axes and of its presence, as far as the model has them."""
-    layers = [*anatomy.attention, *anatomy.ffn]
-    return [(layer.name, {**layer.groups, PRESENT: layer.name}) for layer in layers]
+def _counterpart(alone: Anatomy, layer: AnatomyLayer) -> AnatomyLayer:
+    """The same layer in the model that has its block alone."""
+    (found,) = (each for each in alone.layers.values() if each.kind == layer.kind)
+    return found
 
 
 def _random_cuts(anatomy: Anatomy, levels: Levels) -> list[dict[str, int]]:

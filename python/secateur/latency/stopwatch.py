@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..errors import InvalidArgument
+from ..errors import Error, InvalidArgument
 from ..runtime.progress import Advance
+from .agreement import difference, largest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor, nn
+    from torch import nn
+
+    from .runtimes.base import Runtime
 
 
 Times: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -24,6 +28,8 @@ Times: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 # Shorter samples measure the clock and the scheduler.
 SHORTEST_SAMPLE_S = 0.02
+# Shares of the largest output: an engine may round otherwise, but has to compute the same.
+_FAR = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.2}
 
 
 def in_turn(
@@ -51,29 +57,51 @@ def in_turn(
     return times
 
 
-def compiled(modules: Sequence[nn.Module]) -> list[Callable[[Tensor], object]]:
-    """Return what ``torch.compile`` makes of modules; what else the process has compiled is forgotten."""
-    # torch compiles one piece of code for a few models only, and then quietly no more.
-    torch.compiler.reset()
-    return [torch.compile(module, dynamic=False) for module in modules]
-
-
-def warm(model: Callable[[Tensor], object], images: Tensor, warmup: int, name: str) -> int:
-    """Run the warm-up and return how many batches make a sample.
+def prepared(runtime: Runtime, model: nn.Module, images: Tensor, name: str) -> Callable[[Tensor], object]:
+    """Return what runs the model on an engine, after a first run, whose output is compared with the model's.
 
     Raises:
-        InvalidArgument: the model fails on such images; ``name`` is the argument it was.
+        InvalidArgument: the model fails on such images (``name`` is the argument it was); or only the engine does, or
+            computes something else; or what the engine itself raises.
+        Unsupported: what the engine itself raises.
     """
     try:
-        model(images)
+        run = runtime.prepare(model, images)
+        found = run(images)
+    except Error:
+        raise
+    except Exception as error:  # engines raise what they like
+        _require_takes(model, images, name)
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        raise InvalidArgument(f"runtime: expected one that runs the {name}, got {runtime.name}'s {reason}") from error
+    if run is not model:
+        expected = _require_takes(model, images, name)
+        if isinstance(expected, Tensor):
+            apart = difference(found, expected)
+            if not apart <= _FAR.get(expected.dtype, 0.0) * largest(expected):
+                raise InvalidArgument(
+                    f"runtime: expected one that computes what the {name} does, got outputs of {runtime.name} that "
+                    f"differ by {apart:.3g}"
+                )
+    return run
+
+
+def _require_takes(model: nn.Module, images: Tensor, name: str) -> object:
+    """The output of the model."""
+    try:
+        return model(images)
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         shape = tuple(images.shape)
         raise InvalidArgument(
             f"{name}: expected a model that takes images of {shape}, got one that fails ({error})"
         ) from error
+
+
+def warm(run: Callable[[Tensor], object], images: Tensor, warmup: int) -> int:
+    """Run the warm-up and return how many batches make a sample."""
     for _ in range(warmup):
-        model(images)
-    return max(1, int(np.ceil(SHORTEST_SAMPLE_S / _sample(model, images, 1))))
+        run(images)
+    return max(1, int(np.ceil(SHORTEST_SAMPLE_S / _sample(run, images, 1))))
 
 
 def _sample(model: Callable[[Tensor], object], images: Tensor, batches: int) -> float:

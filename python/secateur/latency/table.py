@@ -23,8 +23,8 @@ from .machine import Machine
 
 __all__ = ["LatencyTable"]
 
-# Format 2 knows uneven sizes and places that may be empty; of format 1 it lacks nothing but these.
-_FORMAT = 2
+# Format 2 knows uneven sizes and places that may be empty, format 3 engines, of which older ones had two.
+_FORMAT = 3
 # In a place of a layer, the group that says whether the layer is there.
 PRESENT = "present"
 # Rows that start at multiples of so many numbers are read whole; all others take longer.
@@ -157,19 +157,25 @@ class LatencyTable:
     their norms and residual sums, once for blocks that are alike, and what stands before and after the blocks by
     (width). The model takes ``scale`` times their sum and ``overhead`` seconds, as found on the dense model and on some
     that are cut at random. All is for one batch of
-    ``batch_size`` images of ``input_size`` (channels, height, width) in ``dtype``, by eager torch or, if ``compiled``,
-    by torch.compile.
+    ``batch_size`` images of ``input_size`` (channels, height, width) in ``dtype``, run by the engine ``runtime`` of
+    version ``runtime_version``.
     """
 
     model: Fingerprint
     input_size: tuple[int, int, int]
     batch_size: int
     dtype: str
-    compiled: bool
+    runtime: str
+    runtime_version: str
     machine: Machine
     layers: tuple[Layer, ...]
     scale: float
     overhead: float
+
+    @property
+    def compiled(self) -> bool:
+        """Was torch.compile the engine?"""
+        return self.runtime == "torch.compile"
 
     def predict(self, anatomy: Anatomy, sizes: Mapping[str, int] | None = None) -> float:
         """Seconds of one batch when each named group has the given size; of the model as it is without ``sizes``.
@@ -204,8 +210,8 @@ class LatencyTable:
         # A model that cannot lose width has no group of it, and one level in the table.
         return wanted.get(place.get(axis, axis), grid.axes[axis][-1])
 
-    def require(self, anatomy: Anatomy, batch_size: int | None = None) -> None:
-        """Refuse another model or batch size.
+    def require(self, anatomy: Anatomy, batch_size: int | None = None, runtime: str | None = None) -> None:
+        """Refuse another model, batch size or engine.
 
         Raises:
             InvalidArgument: the table is not for these; the text names the first difference.
@@ -219,6 +225,8 @@ class LatencyTable:
             raise InvalidArgument(
                 f"latency_table: expected one measured at batch_size {batch_size}, got one at {self.batch_size}"
             )
+        if runtime not in (None, self.runtime):
+            raise InvalidArgument(f"latency_table: expected one of runtime {runtime!r}, got one of {self.runtime!r}")
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON with a checksum, whole or not at all.
@@ -231,7 +239,8 @@ class LatencyTable:
             "input_size": list(self.input_size),
             "batch_size": self.batch_size,
             "dtype": self.dtype,
-            "compiled": self.compiled,
+            "runtime": self.runtime,
+            "runtime_version": self.runtime_version,
             "machine": self.machine.to_dict(),
             "layers": [layer.to_dict() for layer in self.layers],
             "scale": self.scale,
@@ -261,13 +270,19 @@ class LatencyTable:
             if outer["sha256"] != _digest(values):
                 raise ValueError("one that does not match its checksum")
             channels, height, width = values["input_size"]
+            machine = Machine.from_dict(values["machine"])
+            if "runtime" not in values:
+                runtime, version = "torch.compile" if values["compiled"] else "torch", machine.pytorch
+            else:
+                runtime, version = values["runtime"], values["runtime_version"]
             return cls(
                 model=Fingerprint.from_dict(values["model"]),
                 input_size=(channels, height, width),
                 batch_size=check.integer("batch_size", values["batch_size"]),
                 dtype=str(values["dtype"]),
-                compiled=bool(values["compiled"]),
-                machine=Machine.from_dict(values["machine"]),
+                runtime=str(runtime),
+                runtime_version=str(version),
+                machine=machine,
                 layers=tuple(Layer.from_dict(each) for each in values["layers"]),
                 scale=float(values["scale"]),
                 overhead=float(values["overhead"]),
@@ -283,8 +298,9 @@ class LatencyTable:
         shape = "x".join(map(str, (self.batch_size, *self.input_size)))
         grids = [grid for layer in self.layers for grid in (layer.grid, layer.uneven) if grid is not None]
         count = sum(grid.seconds.size for grid in grids)
-        backend = "torch.compile" if self.compiled else "eager"
-        return f"{self.model.architecture}: {count} layer times, {shape} {self.dtype}, {backend}, on {self.machine}"
+        version = "" if self.runtime_version == self.machine.pytorch else f" {self.runtime_version}"
+        times = f"{self.model.architecture}: {count} layer times, {shape} {self.dtype}"
+        return f"{times}, by {self.runtime}{version}, on {self.machine}"
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from ..budgets.ratios import counts_from_ratios
 from ..budgets.target import Target
 from ..errors import InvalidArgument
 from ..families.registry import family_of
+from ..latency.runtimes.registry import RUNTIMES
 from ..latency.table import LatencyTable
 from ..methods.base import Bound, Prepared
 from ..methods.registry import method_named, options_of
@@ -44,6 +45,7 @@ def plan(
     allocation: str | None = None,
     latency_table: LatencyTable | str | Path | None = None,
     batch_size: int | None = None,
+    runtime: str | None = None,
     strict: bool = True,
     **options: Any,
 ) -> Plan:
@@ -74,10 +76,12 @@ def plan(
         allocation: how a target is shared out: "uniform", one removed fraction for all groups, or "error", the counts
             of the least loss: a group's error at every size times the sensitivity of the output to it
             (``calibrate(sensitivity=True)``), added up. Unless given, "error" where the statistics allow it.
-        latency_table: what ``measure_latency`` measured, or its file; it names batch size, type and backend. Without
-            one, a target for latency has one measured first, eager and as the model is, for the groups that may be cut.
+        latency_table: what ``measure_latency`` measured, or its file; it names batch size, type and engine. Without
+            one, a target for latency has one measured first, as the model is, for the groups that may be cut.
         batch_size: images in the batch that a target for latency is about; the table's, or else 1. A table of another
             batch size is refused.
+        runtime: the engine that a target for latency is about, as for ``bench``; the table's, or else "torch". A table
+            of another engine is refused.
         strict: refuse statistics of other weights; if false, the same dimensions are enough for a method that only
             selects.
         **options: the method's own. "snp" takes similarity="weights" (the paper's) or "activations"; "refit" takes
@@ -91,7 +95,7 @@ def plan(
     """
     if not isinstance(stats, Statistics):
         raise InvalidArgument(f"stats: expected Statistics from calibrate, got {type(stats).__name__}")
-    check_budget(target, ratios, allocation, latency_table, batch_size)
+    check_budget(target, ratios, allocation, latency_table, batch_size, runtime)
     criterion = method_named(method)
     chosen = options_of(criterion, options)
     anatomy = family_of(model).inspect(model)
@@ -102,7 +106,7 @@ def plan(
     limits = limits_of(groups, freeze, min_keep, round_to)
     table = None
     if target is not None and target.latency is not None:
-        table = table_for(model, anatomy, target, limits, latency_table, batch_size)
+        table = table_for(model, anatomy, target, limits, latency_table, batch_size, runtime)
     with core.torch_threads():
         prepared = criterion.prepare(Bound(model, anatomy, stats, chosen))
         losses = None if target is None else _losses(anatomy, stats, prepared, limits, allocation)
@@ -146,7 +150,14 @@ def plan(
     )
 
 
-def check_budget(target: Any, ratios: Any, allocation: Any, latency_table: Any = None, batch_size: Any = None) -> None:
+def check_budget(
+    target: Any,
+    ratios: Any,
+    allocation: Any,
+    latency_table: Any = None,
+    batch_size: Any = None,
+    runtime: Any = None,
+) -> None:
     """Refuse all but one target or ratios, and what they do not go with.
 
     Raises:
@@ -163,12 +174,14 @@ def check_budget(target: Any, ratios: Any, allocation: Any, latency_table: Any =
     if allocation is not None and ratios is not None:
         raise InvalidArgument(f"allocation: expected none with ratios, got {allocation!r}")
     if target is None or target.latency is None:
-        for name, value in (("latency_table", latency_table), ("batch_size", batch_size)):
+        for name, value in (("latency_table", latency_table), ("batch_size", batch_size), ("runtime", runtime)):
             if value is not None:
                 raise InvalidArgument(f"{name}: expected none without Target(latency=), got {value!r}")
     if not isinstance(latency_table, (LatencyTable, str, Path, type(None))):
         raise InvalidArgument(f"latency_table: expected a LatencyTable or its file, got {latency_table!r}")
     check.integer("batch_size", batch_size, optional=True)
+    if runtime is not None:
+        RUNTIMES.named(runtime)
 
 
 def sizes_for(

@@ -21,6 +21,7 @@ from ..errors import InvalidArgument
 from ..latency.machine import Machine
 from ..latency.measure import measure_latency, measured_ratio
 from ..latency.predict import Latency
+from ..latency.runtimes.registry import RUNTIMES
 from ..latency.table import LatencyTable
 from ..runtime.devices import device_of
 from ..statistics.settings import Float
@@ -47,13 +48,20 @@ class LatencyReport:
     rounds: int
     batch_size: int
     dtype: str
-    compiled: bool
+    runtime: str
+    runtime_version: str
     machine: Machine
+
+    @property
+    def compiled(self) -> bool:
+        """Was torch.compile the engine?"""
+        return self.runtime == "torch.compile"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return {
             **vars(self),
+            "compiled": self.compiled,
             "quartiles": None if self.quartiles is None else list(self.quartiles),
             "machine": self.machine.to_dict(),
         }
@@ -63,11 +71,15 @@ class LatencyReport:
         """Back from JSON values."""
         low_high = values["quartiles"]
         quartiles = None if low_high is None else (float(low_high[0]), float(low_high[1]))
-        return cls(**{**values, "quartiles": quartiles, "machine": Machine.from_dict(values["machine"])})
+        machine = Machine.from_dict(values["machine"])
+        # Files from before there were engines say "compiled" alone.
+        former = {"runtime": "torch.compile" if values["compiled"] else "torch", "runtime_version": machine.pytorch}
+        given = {name: value for name, value in values.items() if name != "compiled"}
+        return cls(**{**former, **given, "quartiles": quartiles, "machine": machine})
 
     def __str__(self) -> str:
         measured = "not measured" if self.measured is None else f"measured {self.measured:.3f}"
-        batch = f"batch {self.batch_size}, {'compiled, ' if self.compiled else ''}{self.dtype}"
+        batch = f"batch {self.batch_size}, {self.dtype}, {self.runtime}"
         return f"latency {self.predicted:.3f} of the dense model's predicted, {measured} ({batch})"
 
 
@@ -99,7 +111,16 @@ def meet(
         sizes = _chosen(choose, cost, target, aim=measure is not None)
         predicted = cost.ratio(sizes)
         report = LatencyReport(
-            target, predicted, None, None, number, table.batch_size, table.dtype, table.compiled, table.machine
+            target=target,
+            predicted=predicted,
+            measured=None,
+            quartiles=None,
+            rounds=number,
+            batch_size=table.batch_size,
+            dtype=table.dtype,
+            runtime=table.runtime,
+            runtime_version=table.runtime_version,
+            machine=table.machine,
         )
         if measure is None:
             return sizes, report
@@ -151,14 +172,16 @@ def table_for(
     limits: Mapping[str, Any],
     given: LatencyTable | str | Path | None,
     batch_size: int | None,
+    runtime: str | None,
 ) -> LatencyTable:
     """The table that was given, or one measured now; a target that it says cannot be met is refused."""
     free = check_target(anatomy, target, **limits)
     if given is None:
-        table = measure_latency(model, batch_size=batch_size or 1, groups=dict.fromkeys(group.kind for group in free))
+        kinds = dict.fromkeys(group.kind for group in free)
+        table = measure_latency(model, batch_size=batch_size or 1, runtime=runtime, groups=kinds)
     else:
         table = given if isinstance(given, LatencyTable) else _loaded(given)
-        table.require(anatomy, batch_size)
+        table.require(anatomy, batch_size, runtime)
     # The smallest of everything: is every size in the table, and the target within reach? Before hours of work.
     allocate(anatomy, target, **limits, latency=Latency(table, anatomy), losses=lambda g: np.linspace(1, 0, g.size + 1))
     return table
@@ -171,6 +194,17 @@ def _loaded(path: str | Path) -> LatencyTable:
         raise InvalidArgument(f"latency_table: {str(error).removeprefix('path: ')}") from error
 
 
+def _other_engine(table: LatencyTable) -> str | None:
+    """What this machine has instead of the table's engine; None if it is the same."""
+    try:
+        version = RUNTIMES.named(table.runtime).version
+    except InvalidArgument as error:
+        return f"no engine {table.runtime!r} ({error})"
+    if version != table.runtime_version:
+        return f"{table.runtime} {version!r} where it was {table.runtime_version!r}"
+    return None
+
+
 def sizes_on_the_clock(
     model: nn.Module,
     anatomy: Anatomy,
@@ -179,9 +213,9 @@ def sizes_on_the_clock(
     losses: Callable[[Group], Float] | None,
     table: LatencyTable,
 ) -> tuple[Allocation, LatencyReport]:
-    """Sizes that meet a target for latency, measured where the table is this machine's."""
+    """Sizes that meet a target for latency, measured where the table is this machine's and its engine's."""
     assert target.latency is not None
-    difference = table.machine.difference(Machine.here(device_of(model)))
+    difference = table.machine.difference(Machine.here(device_of(model))) or _other_engine(table)
     if difference is not None:
         warnings.warn(
             f"latency_table: expected one of this machine, got one of {table.machine}; this has {difference}. "

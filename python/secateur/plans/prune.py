@@ -12,6 +12,7 @@ from ..families.registry import family_of
 from ..surgery.cut import cut
 from ..surgery.stock_layout import check_layout, pad_heads
 from ..surgery.structure import set_norms
+from ..surgery.verify import verify_cut
 from .plan import Plan
 from .report import Report
 
@@ -39,8 +40,9 @@ def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool =
     Raises:
         InvalidArgument: another model than the plan's, or a plan whose indices do not fit; nothing is changed.
         Unsupported: the model is of no supported family, or its stock layout would compute something else: query/key
-            norms over cut channels, an inner norm over padded values, an attention pool over a cut width. Nothing is
-            changed.
+            norms over cut channels, an inner norm over padded values, an attention pool over a cut width. Or the model
+            is of a family whose cuts are verified, and the cut model would not compute what the dense one does with the
+            same units masked; the text names the groups that do not fit. Nothing is changed.
     """
     check_layout(layout)
     if not isinstance(plan, Plan):
@@ -52,6 +54,8 @@ def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool =
     sizes = plan.check(anatomy)
     if layout == "stock":
         sizes = family.stock_sizes(model, anatomy, sizes)
+    if family.verified:
+        verify_cut(model, family, anatomy, plan.keep)
     # Inference tensors could never be trained; those of a model that was made as such stay what they are.
     inference = any(parameter.is_inference() for parameter in model.parameters())
     with torch.inference_mode(inference):

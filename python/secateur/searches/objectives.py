@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from .. import check
 from ..errors import InvalidArgument
+from ..latency.runtimes.registry import RUNTIMES
 
-__all__ = ["AccuracyCritical", "LatencySensitive", "Measures", "MemoryConstrained", "Objective", "Verdict"]
+__all__ = [
+    "AccuracyCritical",
+    "LatencySensitive",
+    "Measures",
+    "MemoryConstrained",
+    "Objective",
+    "Verdict",
+    "settings_of",
+]
 
 Cost = Literal["params", "macs"]
 
@@ -101,16 +110,18 @@ class LatencySensitive:
     """At most ``macs`` of the dense model's MACs, or ``latency`` of its measured time, as accurate as possible.
 
     Acceptance as for `MemoryConstrained`. Exactly one fraction is given. Latency is measured by ``bench`` beside the
-    dense model, on ``batch_size`` images, as the inverse median of ``repeats`` paired ratios; the search moves MACs.
+    dense model, on ``batch_size`` images, as the inverse median of ``repeats`` paired ratios, both run by the engine
+    ``runtime``; the search moves MACs.
 
     Raises:
-        InvalidArgument: both or neither, a fraction outside (0, 1], or a number below 1.
+        InvalidArgument: both or neither, a fraction outside (0, 1], a number below 1, or no such engine.
     """
 
     macs: float | None = None
     latency: float | None = None
     batch_size: int = 32
     repeats: int = 15
+    runtime: str = "torch"
 
     def __post_init__(self) -> None:
         if (self.macs is None) == (self.latency is None):
@@ -122,6 +133,7 @@ class LatencySensitive:
                 _keep(self, **{name: check.fraction(f"objective.{name}", getattr(self, name), open_low=True)})
         _keep(self, batch_size=check.integer("objective.batch_size", self.batch_size))
         _keep(self, repeats=check.integer("objective.repeats", self.repeats))
+        RUNTIMES.named(self.runtime)
 
     @property
     def cost(self) -> Cost:
@@ -142,6 +154,14 @@ class LatencySensitive:
 
 
 Objective: TypeAlias = AccuracyCritical | MemoryConstrained | LatencySensitive
+
+
+def settings_of(objective: Objective) -> dict[str, Any]:
+    """Name and fields as JSON values; the engine only where it is not torch, so that older files are read as equal."""
+    fields = asdict(objective)
+    if fields.get("runtime") == "torch":
+        del fields["runtime"]
+    return {"name": type(objective).__name__, **fields}
 
 
 def _judge_budget(share: float, budget: float, found: Measures, best: Measures | None) -> Verdict:

@@ -38,7 +38,7 @@ from ..training import checkpoint as resumption
 from ..training.evaluate import evaluate, full_precision
 from ..training.finetune import finetune as finetune_
 from ..training.finetune import refuse_wrapped
-from .objectives import AccuracyCritical, LatencySensitive, Measures, MemoryConstrained, Objective
+from .objectives import AccuracyCritical, LatencySensitive, Measures, MemoryConstrained, Objective, settings_of
 from .result import Round, SearchResult
 from .stepper import Stepper
 
@@ -161,7 +161,7 @@ def search(
     tuning = None if finetune is None else _Tuning(model, finetune, train_loader, calibration_loader)
     course = _Course(cutting, tuning, objective, loader, Stepper(step))
     settings = {
-        "objective": {"name": type(objective).__name__, **asdict(objective)},
+        "objective": settings_of(objective),
         "method": method,
         "options": method_options,
         **{name: _plain(value) for name, value in limits.items()},
@@ -483,7 +483,13 @@ class _Course:
     def _latency(self, model: nn.Module) -> float:
         assert isinstance(self.objective, LatencySensitive)
         timing = self.objective
-        found = bench(model, self.cutting.model, batch_size=timing.batch_size, repeats=timing.repeats)
+        found = bench(
+            model,
+            self.cutting.model,
+            batch_size=timing.batch_size,
+            repeats=timing.repeats,
+            runtime=timing.runtime,
+        )
         speedup = found.speedup
         assert speedup is not None
         return 1 / speedup

@@ -48,6 +48,7 @@ def prune_sequential(
     allocation: str | None = None,
     latency_table: LatencyTable | str | Path | None = None,
     batch_size: int | None = None,
+    runtime: str | None = None,
     max_images: int | None = 1024,
     token_fraction: float = 1.0,
     layout: str = "exact",
@@ -75,6 +76,7 @@ def prune_sequential(
         allocation: as for ``plan``.
         latency_table: as for ``plan``.
         batch_size: as for ``plan``.
+        runtime: as for ``plan``.
         max_images: images per calibration.
         token_fraction: as for ``calibrate``.
         layout: as for ``prune``.
@@ -92,7 +94,7 @@ def prune_sequential(
         )
     max_images = check.integer("max_images", max_images, optional=True)
     token_fraction = check.fraction("token_fraction", token_fraction, open_low=True)
-    check_budget(target, ratios, allocation, latency_table, batch_size)
+    check_budget(target, ratios, allocation, latency_table, batch_size, runtime)
     chosen = asdict(options_of(method_named(method), options))
     if chosen.get("head_score") == "michel":
         raise InvalidArgument("head_score: expected one that takes no gradients block by block, got 'michel'")
@@ -100,7 +102,7 @@ def prune_sequential(
     limits = limits_of(groups, freeze, min_keep, round_to)
     table = None
     if target is not None and target.latency is not None:
-        table = table_for(model, anatomy, target, limits, latency_table, batch_size)
+        table = table_for(model, anatomy, target, limits, latency_table, batch_size, runtime)
     if target is None or allocation == "uniform":
         sizes = sizes_for(model, anatomy, target, ratios, limits, table=table)[0].sizes
     else:

@@ -13,13 +13,12 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from prepared import prepared
 from secateur.budgets.allocate import allocate
 from secateur.budgets.limits import kept_count
 from secateur.budgets.ratios import counts_from_ratios
 from secateur.budgets.snp_names import shipped_configurations
-from secateur.families.registry import family_of
-from secateur.methods.registry import method_named
-from secateur.surgery import cut as surgery
+from secateur.surgery.structure import Structure
 from small_vits import small_batches, small_vit
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
@@ -109,7 +108,7 @@ def test_macs_agree_with_torchs_counter_on_dense_models(name):
 
 def pruned_on_meta(name, sizes, fused):
     model = timm.create_model(name, device="meta")
-    surgery.shape(model, family_of(model), sizes(sc.inspect(model)))
+    Structure(sizes(sc.inspect(model))).apply(model)
     for block in model.blocks:
         if block.attn is not None:
             block.attn.fused_attn = fused
@@ -375,7 +374,7 @@ def loss_of(anatomy, losses, sizes):
 
 
 @pytest.mark.parametrize(
-    "groups", [("qk", "v", "ffn"), ("qk", "v", "ffn", "heads", "block"), ("heads", "ffn", "width")]
+    "groups", [("qk", "v", "ffn"), ("qk", "v", "ffn", "heads", "layer"), ("heads", "ffn", "width")]
 )
 @pytest.mark.parametrize("target", [{"macs": 0.75}, {"macs": 0.45}, {"params": 0.5}, {"macs": 0.6, "params": 0.55}])
 def test_no_choice_is_below_the_bound_and_few_are_below_what_is_found(groups, target):
@@ -387,7 +386,7 @@ def test_no_choice_is_below_the_bound_and_few_are_below_what_is_found(groups, ta
     )
     limits = {**NONE, "groups": groups, "round_to": {"qk": 3, "v": 3, "ffn": 22, "width": 6}}
     free = [g for g in anatomy.groups if g.kind in groups]
-    steps = {"qk": [3, 6, 9, 11], "v": [3, 6, 9, 11], "ffn": [22, 44, 66], "heads": [1, 2], "block": [0, 1]}
+    steps = {"qk": [3, 6, 9, 11], "v": [3, 6, 9, 11], "ffn": [22, 44, 66], "heads": [1, 2], "layer": [0, 1]}
     steps["width"] = [6, 12, 18, 22]
     options = {group.name: steps[group.kind] for group in free}
     options = {**{name: [size] for name, size in anatomy.sizes.items()}, **options}
@@ -403,7 +402,7 @@ def test_no_choice_is_below_the_bound_and_few_are_below_what_is_found(groups, ta
         rng = np.random.default_rng(seed)
         losses = {g.name: np.append(np.sort(rng.random(g.size) ** 3)[::-1] * rng.random(), 0.0) for g in anatomy.groups}
         for group in anatomy.groups:
-            if group.kind == "block":
+            if group.kind == "layer":
                 losses[group.name] = np.array([rng.random(), 0.0])
         held = [
             max((f"blocks.{i}.{layer}" for i in range(2)), key=lambda name: losses[name][0])
@@ -428,7 +427,7 @@ def test_with_fine_steps_the_gap_closes():
     rng = np.random.default_rng(0)
     scale = {group.name: rng.random() for group in anatomy.groups}
     losses = lambda group: scale[group.name] * (1 - np.arange(group.size + 1) / group.size) ** 2  # noqa: E731
-    for groups in (None, ("qk", "v", "ffn", "heads", "block", "width")):
+    for groups in (None, ("qk", "v", "ffn", "heads", "layer", "width")):
         limits = {**NONE, "groups": groups, "round_to": {"qk": 1, "v": 1, "ffn": 4}}
         found = allocate(anatomy, sc.Target(macs=0.5), **limits, losses=losses)
         assert 0.999 < anatomy.macs_at(found.sizes) / (0.5 * anatomy.macs) <= 1
@@ -458,7 +457,7 @@ def test_heads_leave_where_they_matter_least():
 
 def test_round_to_a_number_is_about_channels():
     anatomy = anatomy_of("deit_small_patch16_224", depth=2)
-    limits = {**NONE, "round_to": 16, "groups": ("qk", "v", "ffn", "heads", "block")}
+    limits = {**NONE, "round_to": 16, "groups": ("qk", "v", "ffn", "heads", "layer")}
     kept = allocate(
         anatomy, sc.Target(macs=0.5), **limits, losses=lambda g: (1 - np.arange(g.size + 1) / g.size) ** 2
     ).sizes
@@ -511,10 +510,10 @@ def test_what_is_left_after_exchanges_is_spent():
     model = small_vit()
     stats = sc.calibrate(model, small_batches(), sensitivity=True)
     anatomy = sc.inspect(model)
-    prepared = method_named("snp").prepare(model, anatomy, stats, {"similarity": "weights", "head_score": "neurons"})
-    losses = {g.name: stats.sensitivity(g.name) * prepared.errors(g) for g in anatomy.groups if g.kind == "ffn"}
+    method = prepared(model, stats, "snp")
+    losses = {g.name: stats.sensitivity(g.name) * method.errors(g) for g in anatomy.groups if g.kind == "ffn"}
     for share in np.linspace(0.6, 0.95, 29):
-        plan = sc.plan(model, stats, target=sc.Target(macs=float(share)), groups=("ffn",), round_to=1)
+        plan = sc.plan(model, stats, method="snp", target=sc.Target(macs=float(share)), groups=("ffn",), round_to=1)
         sizes = {**anatomy.sizes, **{name: kept.shape[1] for name, kept in plan.keep.items()}}
         for name, loss in losses.items():
             for wider in range(sizes[name] + 1, len(loss)):

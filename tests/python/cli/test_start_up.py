@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import typer
+from secateur.anatomy.kinds import KINDS
 from secateur.cli import lazy
 from secateur.cli.app import app
 
@@ -68,4 +69,4 @@ def test_every_option_has_one_line_of_help(name: str) -> None:
 def test_the_groups_that_help_lists_are_all_kinds() -> None:
     for name in ("plan", "search"):
         (groups,) = [each for each in typer.main.get_command(app).commands[name].params if each.name == "groups"]
-        assert groups.help.endswith(": qk, v, ffn, width, heads, layer.")
+        assert groups.help.endswith(f": {', '.join(KINDS)}.")

@@ -12,7 +12,7 @@ from models import images, make
 from secateur import core, errors
 from secateur.core import fallback
 from secateur.families.vision_transformer.modules import PrunedAttention
-from secateur.statistics.calibrate import _Collector
+from secateur.statistics.observer import Observer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -207,7 +207,7 @@ def test_a_batch_that_nobody_waited_for_runs_again_for_the_error(monkeypatch):
             raise errors.NumericalError("q: expected finite values, got one that is not")
 
     monkeypatch.setattr(fallback, "update_scores", later)
-    monkeypatch.setattr(_Collector, "wait", wait)
+    monkeypatch.setattr(Observer, "wait", wait)
     with pytest.raises(errors.NumericalError, match=r"^blocks\.1\.attn q: expected finite values, got inf at \("):
         sc.calibrate(model, [images(model, 3)], collect="scores")
 

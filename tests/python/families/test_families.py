@@ -90,7 +90,7 @@ def test_width_is_refused_where_it_cannot_be_cut(name, reason):
     model = timm.create_model(name, device="meta", depth=2)
     anatomy = sc.inspect(model)
     assert reason in anatomy.refused["width"]
-    assert {group.kind for group in anatomy.groups} == {"qk", "v", "ffn", "heads", "block"}
+    assert {group.kind for group in anatomy.groups} == {"qk", "v", "ffn", "heads", "layer"}
     assert "width cannot be cut" in str(anatomy)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 # The package's attribute of this name is the function.
 module = importlib.import_module("secateur.latency.bench")
+stopwatch = importlib.import_module("secateur.latency.stopwatch")
 
 
 class Sleeper(nn.Module):
@@ -42,7 +43,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     def sleep(seconds: float) -> None:
         now[0] += seconds
 
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(stopwatch, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(sys.modules[__name__], "time", SimpleNamespace(sleep=sleep))
 
 
@@ -69,7 +70,7 @@ def test_speedup_is_the_median_of_paired_ratios(monkeypatch: pytest.MonkeyPatch)
     model, reference = Sleeper(0), Sleeper(0)
     times = {id(model): iter([1.0, 1.0, 4.0, 4.0, 5.0]), id(reference): iter([2.0, 2.0, 8.0, 8.0, 15.0])}
     monkeypatch.setattr(module, "warm", lambda *_: 1)
-    monkeypatch.setattr(module, "_sample", lambda which, *_: next(times[id(which)]))
+    monkeypatch.setattr(stopwatch, "_sample", lambda which, *_: next(times[id(which)]))
     found = bench(model, reference, batch_size=10, repeats=5)
     assert found.speedup == 2.0
     assert found.speedup_quartiles == (2.0, 2.0)

@@ -13,13 +13,19 @@ import torch
 from models import make
 from secateur.anatomy.fingerprint import Fingerprint
 from secateur.budgets.allocate import allocate
+from secateur.families.base import Family
 from secateur.families.registry import family_of
+from secateur.families.vision_transformer.family import PlainViT
 from secateur.latency import measure as timing
 from secateur.latency import table as latency
+from secateur.latency.levels import levels_for
 from secateur.latency.machine import Machine
 from secateur.latency.predict import Latency
+from secateur.latency.runtimes.registry import RUNTIMES
 from secateur.latency.table import Grid, LatencyTable, Layer
-from secateur.surgery import cut as surgery
+from secateur.methods.base import Method
+from secateur.plans import on_the_clock
+from secateur.surgery.structure import Structure
 from timm.models.vision_transformer import VisionTransformer
 
 
@@ -57,7 +63,8 @@ def table_of(anatomy, attention, ffn, rest=0.0, scale=1.0, overhead=0.0, batch_s
         input_size=anatomy.input_size,
         batch_size=batch_size,
         dtype="float32",
-        compiled=False,
+        runtime="torch",
+        runtime_version=torch.__version__,
         machine=machine,
         layers=(
             layer(("width", "qk", "v"), attention),
@@ -255,20 +262,20 @@ def test_heads_are_an_axis_of_one_level_unless_they_are_asked_for():
     model = small(48, 2, 6)
     anatomy = sc.inspect(model)
     family = family_of(model)
-    attention, ffn, rest = timing._distinct(family, model, anatomy, timing._levels(anatomy, ("qk", "v"), None))
+    attention, ffn, rest = timing._distinct(family, model, anatomy, levels_for(anatomy, ("qk", "v"), None))
     assert attention.axes["heads"] == (6,)
     assert attention.places[1]["present"] == "blocks.1.attn"
     assert attention.places[1]["heads"] == "blocks.1.heads"
     assert ffn.places[0] == {"ffn": "blocks.0.ffn", "present": "blocks.0.mlp"}
-    attention, *_ = timing._distinct(family, model, anatomy, timing._levels(anatomy, ("qk", "heads", "block"), None))
+    attention, *_ = timing._distinct(family, model, anatomy, levels_for(anatomy, ("qk", "heads", "block"), None))
     assert attention.axes["heads"] == (1, 2, 3, 4, 6)
     assert attention.uneven["heads"] == attention.axes["heads"]
     assert attention.axes["v"] == attention.uneven["v"] == (8,)
-    attention, _, rest = timing._distinct(family, model, anatomy, timing._levels(anatomy, None, None))
+    attention, _, rest = timing._distinct(family, model, anatomy, levels_for(anatomy, None, None))
     assert {axis: len(levels) for axis, levels in attention.axes.items()}["heads"] == 3
     assert "present" not in attention.axes
     assert set(rest.axes) == {"width"}
-    cuts = timing._random_cuts(anatomy, timing._levels(anatomy, ("qk", "v", "heads", "block"), None))
+    cuts = timing._random_cuts(anatomy, levels_for(anatomy, ("qk", "v", "heads", "block"), None))
     assert all(not name.endswith((".attn", ".mlp", ".ffn")) for sizes in cuts for name in sizes)
     assert any(sizes["blocks.0.heads"] < 6 for sizes in cuts)
 
@@ -407,7 +414,7 @@ def rounds(bend, target=0.6, depth=4):
         limits = {**NONE, "round_to": 1}
         return allocated(anatomy, sc.Target(latency=fraction), **limits, latency=cost)
 
-    sizes, report = latency.meet(target, table, anatomy, choose, clock)
+    sizes, report = on_the_clock.meet(target, table, anatomy, choose, clock)
     assert sizes in clock.seen
     assert report.measured == clock.bend(clock.cost.total(sizes) / clock.cost.dense)
     return clock, report
@@ -451,7 +458,7 @@ def test_after_three_rounds_the_best_is_given_with_a_warning():
         return next(values), (0.1, 0.9)
 
     with pytest.warns(UserWarning, match=r"target: expected latency = 0.6, got 0.700 measured after 3 rounds"):
-        sizes, report = latency.meet(0.6, table, anatomy, choose, measure)
+        sizes, report = on_the_clock.meet(0.6, table, anatomy, choose, measure)
     assert (len(seen), report.rounds, report.measured) == (3, 2, 0.7)
     assert sizes == seen[1]
 
@@ -464,7 +471,7 @@ def test_of_those_that_keep_the_target_the_slowest_is_given():
     def choose(cost, fraction):
         return allocated(anatomy, sc.Target(latency=fraction), **{**NONE, "round_to": 1}, latency=cost)
 
-    _, report = latency.meet(0.6, table, anatomy, choose, lambda sizes: (next(ratios), (0.0, 1.0)))
+    _, report = on_the_clock.meet(0.6, table, anatomy, choose, lambda sizes: (next(ratios), (0.0, 1.0)))
     assert (report.rounds, report.measured) == (2, 0.55)
 
 
@@ -482,7 +489,7 @@ def test_where_the_table_is_near_its_least_the_whole_target_is_used():
     choose = lambda c, fraction: allocated(  # noqa: E731
         anatomy, sc.Target(latency=fraction), **{**NONE, "round_to": 1}, latency=c
     )
-    _, report = latency.meet(1.005 * least, table, anatomy, choose, Clock(cost, lambda ratio: ratio))
+    _, report = on_the_clock.meet(1.005 * least, table, anatomy, choose, Clock(cost, lambda ratio: ratio))
     assert report.measured <= 1.005 * least
 
 
@@ -492,7 +499,7 @@ def test_a_target_of_one_cuts_and_times_nothing():
     choose = lambda c, fraction: allocated(  # noqa: E731
         anatomy, sc.Target(latency=fraction), **NONE, latency=c
     )
-    sizes, report = latency.meet(1.0, table, anatomy, choose, lambda sizes: pytest.fail("measured"))
+    sizes, report = on_the_clock.meet(1.0, table, anatomy, choose, lambda sizes: pytest.fail("measured"))
     assert sizes == anatomy.sizes
     assert report.measured == 1.0
 
@@ -527,7 +534,7 @@ def test_a_plan_reports_and_keeps_what_was_predicted_and_measured(
             0.6,
         )
 
-    monkeypatch.setattr(timing, "measured_ratio", measured)
+    monkeypatch.setattr(on_the_clock, "measured_ratio", measured)
     digits_table.save(tmp_path / "table.json")
     before = {name: value.clone() for name, value in digits_model.state_dict().items()}
     chosen = sc.plan(
@@ -558,7 +565,7 @@ def make_shape(model, sizes):
     import copy
 
     cut = copy.deepcopy(model)
-    surgery.shape(cut, family_of(model), sizes)
+    Structure(sizes).apply(cut)
     return cut
 
 
@@ -573,7 +580,7 @@ def test_a_plan_without_a_latency_has_none(digits_model, digits_stats, tmp_path)
 def test_a_table_of_another_machine_is_named_and_not_measured_against(
     digits_model, digits_stats, digits_table, monkeypatch
 ):
-    monkeypatch.setattr(timing, "measured_ratio", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(on_the_clock, "measured_ratio", lambda *_: pytest.fail("measured"))
     other = replace(digits_table, machine=replace(HERE, processor="Abacus 3000", threads=7))
     with pytest.warns(
         UserWarning, match=r"latency_table: expected one of this machine, got one of Abacus 3000, 7 threads"
@@ -604,7 +611,7 @@ def test_every_difference_of_machines_is_named(fields):
         ),
         ({"batch_size": 5}, "latency_table: expected one measured at batch_size 5, got one at 4"),
         ({"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
-        ({"groups": ("head",)}, "groups: expected qk, v, heads, block, ffn, width or a group's name, got 'head'"),
+        ({"groups": ("head",)}, "groups: expected qk, v, heads, layer, ffn, width or a group's name, got 'head'"),
         ({"freeze": ("blocks.9.*",)}, "freeze: expected a kind, group name or pattern"),
         ({"target": sc.Target(latency=0.01)}, r"target: expected latency >= 0\.\d+ .*, got latency = 0.01"),
         ({"freeze": ("qk", "v", "ffn")}, r"target: expected latency >= 1 .*, got latency = 0.5"),
@@ -613,11 +620,9 @@ def test_every_difference_of_machines_is_named(fields):
     ],
 )
 def test_refused_before_any_work(digits_model, digits_stats, digits_table, monkeypatch, arguments, text):
-    from secateur.methods import snp
-
-    monkeypatch.setattr(timing, "measured_ratio", lambda *_: pytest.fail("measured"))
-    monkeypatch.setattr(timing, "measure_latency", lambda *_, **__: pytest.fail("measured"))
-    monkeypatch.setattr(snp, "prepare", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr(on_the_clock, "measured_ratio", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(on_the_clock, "measure_latency", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(Method, "prepare", lambda *_: pytest.fail("scored"))
     given = {"target": sc.Target(latency=0.5), "latency_table": digits_table, **arguments}
     with pytest.raises(sc.InvalidArgument, match=text):
         sc.plan(digits_model, digits_stats, **given)
@@ -631,7 +636,7 @@ def test_refused_before_any_work(digits_model, digits_stats, digits_table, monke
     ],
 )
 def test_no_table_is_measured_for_what_cannot_be(digits_model, digits_stats, monkeypatch, arguments, text):
-    monkeypatch.setattr(timing, "measure_latency", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(on_the_clock, "measure_latency", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(sc.InvalidArgument, match=text):
         sc.plan(digits_model, digits_stats, **{"target": sc.Target(latency=0.5), **arguments})
 
@@ -696,7 +701,7 @@ def test_a_table_comes_back_from_its_file(tmp_path):
     found.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "table.json").read_bytes()
     assert HERE.processor in str(found)
-    assert "4x3x16x16 float32, eager" in str(found)
+    assert "4x3x16x16 float32, by torch, on" in str(found)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.json", "table.json"]
 
 
@@ -722,7 +727,7 @@ def test_uneven_sizes_come_back_from_a_file_and_older_files_have_none(tmp_path):
     ("change", "text"),
     [
         (lambda outer: outer.update(secateur="plan"), "got another kind of file"),
-        (lambda outer: outer.update(format=99), "got format 99, newer than 2: update secateur"),
+        (lambda outer: outer.update(format=99), "got format 99, newer than 3: update secateur"),
         (lambda outer: outer["table"].update(scale=3.0), "got one that does not match its checksum"),
         (lambda outer: outer.pop("table"), "expected a secateur latency table"),
         (lambda outer: outer.update(format="x"), "expected a secateur latency table"),
@@ -825,7 +830,7 @@ def test_unlike_blocks_are_measured_apart(by_weights):
 
 def some_plan(model, ratios):
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return sc.plan(model, sc.calibrate(model, [images], collect="scores"), ratios=ratios)
+    return sc.plan(model, sc.calibrate(model, [images], collect="scores"), method="snp", ratios=ratios)
 
 
 def test_groups_that_stay_whole_are_measured_at_their_size_alone(by_weights):
@@ -913,7 +918,7 @@ def test_a_busy_machine_is_measured_for_longer(monkeypatch):
         monkeypatch.setattr(timing, "in_turn", in_turn)
         model = small()
         layer = (family_of(model).layers(model)["blocks.0.attn"], torch.randn(1, 17, 24))
-        return timing._Clock(layer, 7, False, lambda _: None).ratio(*layer)
+        return timing._Clock(layer, 7, RUNTIMES.named("torch"), lambda _: None).ratio(*layer)
 
     for spread, calls in ((0.01, 1), (0.055, 2), (0.5, 4)):
         seen.clear()
@@ -933,6 +938,15 @@ def test_layers_are_what_timms_blocks_compute():
         assert len(family_of(model).alone(model, None).blocks) == 0
 
 
+def test_a_family_without_layers_to_time_is_refused_by_name(monkeypatch):
+    class Whole(PlainViT):
+        alone, layers = Family.alone, Family.layers
+
+    monkeypatch.setattr(timing, "family_of", lambda _: Whole())
+    with pytest.raises(sc.Unsupported, match="^latency: expected a model that can be timed layer by layer, got Vision"):
+        sc.measure_latency(small())
+
+
 @pytest.mark.alone
 def test_a_real_clock_gives_a_table_and_a_plan(digits_model, digits_images):
     """Loosely: this machine may be busy."""
@@ -945,7 +959,7 @@ def test_a_real_clock_gives_a_table_and_a_plan(digits_model, digits_images):
     ratio, (low, high) = timing.measured_ratio(digits_model, table, {"blocks.0.ffn": 32}, repeats=3)
     assert 0 < low <= ratio <= high
     assert sc.inspect(digits_model).sizes == anatomy.sizes
-    chosen = sc.plan(digits_model, stats, target=sc.Target(latency=1.0), latency_table=table)
+    chosen = sc.plan(digits_model, stats, method="snp", target=sc.Target(latency=1.0), latency_table=table)
     assert chosen.latency.measured == 1.0
 
 
@@ -958,8 +972,8 @@ def test_without_a_table_one_is_measured_for_the_batch_and_the_groups(
         asked.update(arguments)
         return replace(digits_table, batch_size=arguments["batch_size"])
 
-    monkeypatch.setattr(timing, "measure_latency", measured)
-    monkeypatch.setattr(timing, "measured_ratio", lambda *_: (0.49, (0.48, 0.5)))
+    monkeypatch.setattr(on_the_clock, "measure_latency", measured)
+    monkeypatch.setattr(on_the_clock, "measured_ratio", lambda *_: (0.49, (0.48, 0.5)))
     chosen = sc.plan(digits_model, digits_stats, target=sc.Target(latency=0.5), freeze=("v",))
     assert asked["batch_size"] == 1
     assert set(asked["groups"]) == {"qk", "ffn"}
@@ -971,7 +985,7 @@ def test_without_a_table_one_is_measured_for_the_batch_and_the_groups(
 def test_sequential_pruning_takes_a_latency(digits_model, digits_images, digits_table, monkeypatch):
     anatomy = sc.inspect(digits_model)
     monkeypatch.setattr(
-        timing,
+        on_the_clock,
         "measured_ratio",
         lambda m, table, sizes: (table.predict(anatomy, sizes) / table.predict(anatomy), (0, 1)),
     )
@@ -995,11 +1009,11 @@ def test_sequential_pruning_takes_a_latency(digits_model, digits_images, digits_
         ({"dtype": "int8"}, "dtype: expected one of float32, float64, float16, bfloat16, got 'int8'"),
         ({"device": "gpu"}, "device: expected one that is there, got 'gpu'"),
         ({"groups": "qk"}, "groups: expected a sequence of kinds, got 'qk'"),
-        ({"groups": ("head",)}, "groups: expected kinds of qk, v, heads, block, ffn, width, got 'head'"),
+        ({"groups": ("head",)}, "groups: expected kinds of qk, v, heads, layer, ffn, width, got 'head'"),
         ({"grid": 5}, "grid: expected a dict of sizes by kind, got 5"),
         ({"grid": {"ffn": 5}}, r"grid\['ffn'\]: expected a sequence of sizes, got 5"),
         ({"grid": {"ffn": [0]}}, r"grid\['ffn'\]: expected an integer of at least 1, got 0"),
-        ({"grid": {"blocks": [1]}}, "grid: expected kinds of qk, v, heads, block, ffn, width, got 'blocks'"),
+        ({"grid": {"blocks": [1]}}, "grid: expected kinds of qk, v, heads, layer, ffn, width, got 'blocks'"),
     ],
 )
 def test_wrong_measurements(arguments, text):

@@ -13,7 +13,7 @@ import secateur as sc
 import torch
 from models import images, make
 from secateur.methods.linalg.heads import eliminate_heads, head_errors
-from secateur.searches.search import _rebuilt, _shape
+from secateur.searches.search import _rebuilt, _structure
 from small_vits import small_batches, small_vit
 from torch.nn import functional
 
@@ -313,20 +313,20 @@ def test_two_layers_in_a_row_leave_both_means(digits_model, digits_images):
 def test_a_fraction_of_all_layers_takes_those_that_matter_least(digits_model, digits_images):
     stats = sc.calibrate(digits_model, [digits_images], sensitivity=True)
     removal = {
-        group.name: stats.removal(group.name)[0] for group in sc.inspect(digits_model).groups if group.kind == "block"
+        group.name: stats.removal(group.name)[0] for group in sc.inspect(digits_model).groups if group.kind == "layer"
     }
     for fraction, count in ((0.2, 1), (0.34, 2)):
-        plan = sc.plan(digits_model, stats, ratios={"block": fraction})
+        plan = sc.plan(digits_model, stats, ratios={"layer": fraction})
         assert set(plan.keep) == set(sorted(removal, key=removal.get)[:count])
     # One of each stays, whatever is asked for, and a name of its own is not overruled.
-    plan = sc.plan(digits_model, stats, ratios={"block": 0.99})
+    plan = sc.plan(digits_model, stats, ratios={"layer": 0.99})
     assert len(plan.keep) == 4
     assert all(sum(f"blocks.{i}.{layer}" in plan.keep for i in range(3)) == 2 for layer in ("attn", "mlp"))
     most = max(removal, key=removal.get)
-    assert most in sc.plan(digits_model, stats, ratios={"block": 0.2, most: 1}).keep
+    assert most in sc.plan(digits_model, stats, ratios={"layer": 0.2, most: 1}).keep
     plain = sc.calibrate(digits_model, [digits_images])
     with pytest.raises(sc.InvalidArgument, match=r"ratios\['block'\]: expected layers by their names"):
-        sc.plan(digits_model, plain, ratios={"block": 0.5})
+        sc.plan(digits_model, plain, ratios={"layer": 0.5})
 
 
 # After the cut
@@ -357,7 +357,7 @@ def test_a_search_goes_on_with_what_is_left(digits_model, digits_images):
     pruned = copy.deepcopy(digits_model)
     ratios = {"heads": 0.34, "width": 0.1, "blocks.0.mlp": 1}
     sc.prune(pruned, sc.plan(digits_model, stats, method="project", ratios=ratios))
-    again = _rebuilt(digits_model, _shape(pruned, digits_model), pruned.state_dict())
+    again = _rebuilt(digits_model, _structure(pruned, digits_model), pruned.state_dict())
     with torch.no_grad():
         assert torch.equal(again(digits_images), pruned(digits_images))
 
@@ -370,7 +370,7 @@ def test_a_second_round(cut, digits_images, layout, tmp_path):
     with torch.no_grad():
         before = cut(x)
     target = sc.Target(macs=0.8)
-    plan = sc.plan(cut, stats, method="project", target=target, groups=("qk", "v", "ffn", "heads", "block", "width"))
+    plan = sc.plan(cut, stats, method="project", target=target, groups=("qk", "v", "ffn", "heads", "layer", "width"))
     plan.save(tmp_path / "p.json")
     assert sc.Plan.load(tmp_path / "p.json").loss == plan.loss
     report = sc.prune(cut, sc.Plan.load(tmp_path / "p.json"), layout=layout)
@@ -436,7 +436,7 @@ def test_ratios_that_leave_nothing(digits_model, digits_images, ratios, text):
 def test_targets_need_to_tell_layers_apart(digits_model, digits_images):
     stats = sc.calibrate(digits_model, [digits_images[:8]])
     with pytest.raises(sc.InvalidArgument, match="groups: expected no 'block' in a uniform allocation"):
-        sc.plan(digits_model, stats, target=sc.Target(macs=0.5), groups=("qk", "block"))
+        sc.plan(digits_model, stats, target=sc.Target(macs=0.5), groups=("qk", "layer"))
     with pytest.raises(sc.InvalidArgument, match="stats: expected the gradients of 'blocks.0.heads'"):
         sc.plan(digits_model, stats, ratios={"heads": 0.5}, head_score="michel")
     plan = sc.plan(digits_model, stats, target=sc.Target(macs=0.7), groups=("heads", "ffn"))

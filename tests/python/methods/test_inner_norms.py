@@ -9,6 +9,7 @@ import reference
 import secateur as sc
 import torch
 from models import images, make
+from prepared import prepared
 from torch import nn
 
 KINDS = ("inner_norms", "inner_rms_norms")
@@ -118,13 +119,11 @@ def test_trained_layers_keep_their_output(trained, layer, fraction, most, block)
 def test_predicted_errors_are_of_the_size_of_those_found(trained, block):
     model, stats, _ = trained
     anatomy = sc.inspect(model)
-    prepared = sc.score.method_named("refit").prepare(
-        model, anatomy, stats, {"selection": "greedy", "head_score": "error"}
-    )
+    method = prepared(model, stats, "refit")
     for layer, kept in (("v", 15), ("ffn", 186)):
         size = anatomy.sizes[f"blocks.{block}.{layer}"]
         found = lost(trained, layer, "refit", 1 - kept / size, block)
-        predicted = prepared.errors(anatomy.group(f"blocks.{block}.{layer}"))[kept]
+        predicted = method.errors(anatomy.group(f"blocks.{block}.{layer}"))[kept]
         assert found / 20 < predicted < 5 * found
 
 

@@ -12,10 +12,10 @@ import reference
 import secateur as sc
 import torch
 from models import BASE, KINDS, images, make
+from prepared import prepared
 from secateur.families.vision_transformer.modules import PrunedAttention
+from secateur.methods.handlers.width import unexplained
 from secateur.methods.linalg import bases as project
-from secateur.methods.project import _unexplained
-from secateur.methods.registry import method_named
 from small_vits import small_batches, small_vit
 from torch import nn
 
@@ -210,20 +210,20 @@ def test_the_pooled_basis_is_the_best_of_its_rank():
         assert torch.allclose(error, values[rank:].square().sum() / values.square().sum(), rtol=1e-8, atol=1e-12)
 
 
-def test_what_widths_leave_unexplained():
+def test_what_widths_leaveunexplained():
     """All widths from one factor, against a regression at each."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(60, 11, dtype=torch.float64, generator=generator)
     rows = rows * 0.8 ** torch.arange(11) + rows[:, :1]
-    found = _unexplained(rows.mT @ rows)
+    found = unexplained(rows.mT @ rows)
     assert found.shape == (12,)
     for width in range(12):
         kept, rest = rows[:, :width], rows[:, width:]
         missed = rest - kept @ torch.linalg.pinv(kept) @ rest if width else rest
         assert float(found[width]) == pytest.approx(float(missed.square().sum()), rel=1e-4, abs=1e-6)
     # Negative by rounding, and of no rank: still finite.
-    assert bool(_unexplained(rows.mT @ rows - 10 * torch.eye(11)).isfinite().all())
-    assert bool((_unexplained(torch.zeros(3, 3, dtype=torch.float64)) < 1e-20).all())
+    assert bool(unexplained(rows.mT @ rows - 10 * torch.eye(11)).isfinite().all())
+    assert bool((unexplained(torch.zeros(3, 3, dtype=torch.float64)) < 1e-20).all())
 
 
 def test_the_residual_basis_holds_most_of_what_all_norms_see():
@@ -360,11 +360,10 @@ def test_what_the_output_depends_on_keeps_more(digits_model, digits_statistics, 
 
 def test_sensitivities_are_near_what_a_small_cut_does(digits_model, digits_statistics, digits_images):
     """Predicted loss, error times sensitivity, against the divergence that the cut causes: the same order."""
-    options = {"head_score": "error"}
-    prepared = method_named("project").prepare(digits_model, sc.inspect(digits_model), digits_statistics, options)
+    method = prepared(digits_model, digits_statistics, "project")
     for name, kept in (("blocks.0.ffn", 200), ("blocks.1.v", 12), ("blocks.0.v", 16)):
         group = sc.inspect(digits_model).group(name)
-        predicted = digits_statistics.sensitivity(name) * prepared.errors(group)[kept]
+        predicted = digits_statistics.sensitivity(name) * method.errors(group)[kept]
         found = divergence(
             cut(digits_model, digits_statistics, method="project", ratios={name: 1 - kept / group.size}),
             digits_model,
@@ -378,11 +377,10 @@ def test_all_methods_know_their_errors(digits_model, digits_statistics):
     """Falling from the whole to nothing; with nothing cut, none is left."""
     anatomy = sc.inspect(digits_model)
     for method, kinds in (("project", KINDS_CUT), ("refit", ("qk", "v", "ffn"))):
-        options = {name: values[0] for name, values in method_named(method).OPTIONS.items()}
-        prepared = method_named(method).prepare(digits_model, anatomy, digits_statistics, options)
+        bound = prepared(digits_model, digits_statistics, method)
         for group in anatomy.groups:
             if group.kind in kinds:
-                errors = prepared.errors(group)
+                errors = bound.errors(group)
                 assert errors.shape == (group.size + 1,)
                 assert errors[-1] == 0
                 assert errors[0] <= 1

@@ -10,6 +10,7 @@ import reference
 import secateur as sc
 import torch
 from models import BASE, images, make
+from prepared import prepared
 from secateur.families.vision_transformer.modules import HeadNorm
 from secateur.methods.linalg import bases as project
 from timm.layers import RmsNorm
@@ -221,11 +222,11 @@ def test_the_temperature_stays(trained, method):
 def test_predicted_errors_are_of_the_size_of_those_found(trained):
     model, stats, x = trained
     anatomy = sc.inspect(model)
-    prepared = sc.score.method_named("project").prepare(model, anatomy, stats, {"head_score": "error"})
+    method = prepared(model, stats, "project")
     for fraction in (0.5, 0.75, 0.9):
         found = shares_lost(model, stats, x, "project", fraction)
         for block, share in enumerate(found):
-            errors = prepared.errors(anatomy.group(f"blocks.{block}.qk"))
+            errors = method.errors(anatomy.group(f"blocks.{block}.qk"))
             predicted = errors[cut(model, stats, "project", fraction, block)[1].keep[f"blocks.{block}.qk"].shape[1]]
             assert share / 10 < predicted < 4 * share
             # Above what the cut scores themselves lose, there is what the norms' lengths do.

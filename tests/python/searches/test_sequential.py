@@ -107,7 +107,7 @@ def test_nothing_changes_before_the_end(digits_model, digits_images):
         ({"ratios": ALL, "max_images": 0}, "max_images"),
         ({"ratios": ALL, "token_fraction": 0}, "token_fraction"),
         ({"ratios": {"head": 0.5}}, "ratios"),
-        ({"ratios": {"block": 0.5}}, "ratios"),
+        ({"ratios": {"layer": 0.5}}, "ratios"),
     ):
         with pytest.raises(sc.InvalidArgument, match=text):
             sc.prune_sequential(digits_model, [digits_images], **arguments)

@@ -131,7 +131,7 @@ def test_blocks_that_are_compiled_are_measured_as_they_are_written():
         block.compile(backend="eager")
     wanted = sc.calibrate(model, small_batches(), sensitivity=True)
     found = sc.calibrate(compiled, small_batches(), sensitivity=True)
-    for group in [group for group in sc.inspect(model).groups if group.kind == "block"]:
+    for group in [group for group in sc.inspect(model).groups if group.kind == "layer"]:
         assert wanted.removal(group.name)[0] > 0
         assert found.removal(group.name) == wanted.removal(group.name)
     assert all(block._compiled_call_impl is not None for block in compiled.blocks)  # and again afterwards

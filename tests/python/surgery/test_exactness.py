@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import KINDS, images, make
 from pruning import check, plan_of, random_keep
-from secateur.anatomy import anatomy
+from secateur.anatomy import entries
 from secateur.families.vision_transformer.modules import HeadNorm, PrunedAttention, PrunedBlock
-from secateur.surgery import cut as surgery
+from secateur.surgery import cut as surgery  # the module
 from torch import nn
 
 
@@ -124,30 +124,34 @@ def _wrong_index(monkeypatch):
 
 
 def _shifted_bias(monkeypatch):
-    cut = surgery._compact
+    cut = surgery.compact_parameter
 
     def compact(parameter, axes):
         cut(parameter, axes)
         if parameter.ndim == 1:
             parameter.data = parameter.data.roll(1)
 
-    monkeypatch.setattr(surgery, "_compact", compact)
+    monkeypatch.setattr(surgery, "compact_parameter", compact)
 
 
 def _off_by_one_unit(monkeypatch):
-    flat = anatomy._flat
-    monkeypatch.setattr(
-        anatomy, "_flat", lambda group, heads, index: (flat(group, heads, index) + 1) % (group.heads * group.size)
-    )
+    kept = entries.kept_units
+
+    def shifted(group, keep):
+        heads, units = kept(group, keep)
+        return heads, (units + 1) % group.size
+
+    monkeypatch.setattr(entries, "kept_units", shifted)
 
 
 def _other_heads(monkeypatch):
-    flat = anatomy._flat
-    monkeypatch.setattr(
-        anatomy,
-        "_flat",
-        lambda group, heads, index: flat(group, (heads + (group.kind == "qk")) % group.heads, index),
-    )
+    kept = entries.kept_units
+
+    def others(group, keep):
+        heads, units = kept(group, keep)
+        return (heads + (group.kind == "qk")) % group.heads, units
+
+    monkeypatch.setattr(entries, "kept_units", others)
 
 
 def _branch_left(monkeypatch):

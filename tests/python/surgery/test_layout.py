@@ -266,8 +266,12 @@ def _no_factor(monkeypatch):
 def _keys_too(monkeypatch):
     rescale = layout._rescale_queries
 
-    def doubled(model, site, size):
-        rescale(model, replace(site, heads=2 * site.heads), size)
+    def doubled(model, anatomy, layer, size):
+        def with_keys(group):
+            members = tuple(replace(member, part="query") for member in group.members)
+            return replace(group, members=members)
+
+        rescale(model, replace(anatomy, groups=tuple(map(with_keys, anatomy.groups))), layer, size)
 
     monkeypatch.setattr(layout, "_rescale_queries", doubled)
 

@@ -1,0 +1,1 @@
+"""Engines that run what is timed, one module each."""

@@ -1,0 +1,34 @@
+"""The engines by name."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from ...errors import InvalidArgument
+from ...registry import Registry
+from .base import Runtime
+
+__all__ = ["RUNTIMES", "chosen", "register"]
+
+RUNTIMES: Registry[Runtime] = Registry("runtime", __package__, "secateur.runtimes", members=("prepare", "version"))
+R = TypeVar("R", bound=type[Runtime])
+
+
+def register(cls: R) -> R:
+    """Register an engine; for use as a decorator.
+
+    Raises:
+        InvalidArgument: it lacks something, or its name is taken.
+    """
+    return RUNTIMES.register(cls)
+
+
+def chosen(runtime: str | None, compile: bool = False) -> Runtime:  # noqa: A002  # torch's own word for it
+    """The engine of this name, "torch" by default; ``compile`` is another word for "torch.compile".
+
+    Raises:
+        InvalidArgument: no such engine, or both arguments.
+    """
+    if compile and runtime is not None:
+        raise InvalidArgument(f"compile, runtime: expected one of them, got compile=True and runtime={runtime!r}")
+    return RUNTIMES.named("torch.compile" if compile else "torch" if runtime is None else runtime)

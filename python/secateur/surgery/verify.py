@@ -1,0 +1,102 @@
+"""Proof that a cut computes what the dense model does with the same units masked, before the model is touched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..anatomy import Anatomy, Group, Indices, tensor_of
+from ..errors import Unsupported
+from ..families.base import Family
+from .cut import cut
+
+__all__ = ["verify_cut"]
+
+_TOLERANCE = 1e-10
+
+
+def verify_cut(model: nn.Module, family: Family, anatomy: Anatomy, keep: Mapping[str, Indices]) -> None:
+    """Compare a cut copy of a model with a masked one, on random images, in float64 and in evaluation mode.
+
+    A unit is masked where it is read: the entries of all its ``reader`` members are zeroed. The model is not changed,
+    and neither are the states of torch's generators.
+
+    Args:
+        model: on any device. Two copies of its weights are held in float64 at most, one at a time.
+        family: cuts and adapts it.
+        anatomy: what the family says of it.
+        keep: group to the units that stay, (heads, kept), as checked for ``anatomy``.
+
+    Raises:
+        Unsupported: the outputs differ by more than 1e-10 of the largest, or what is cut has no readers to mask; the
+            text names the groups that do not fit.
+    """
+    groups = [group for group in anatomy.groups if group.name in keep and keep[group.name].shape[1] < group.size]
+    reason = _difference(model, family, anatomy, groups, keep)
+    if reason is None:
+        return
+    alone = {group.name: _difference(model, family, anatomy, [group], keep) for group in groups if len(groups) > 1}
+    guilty = {name: found for name, found in alone.items() if found is not None}
+    names = ", ".join(guilty or [group.name for group in groups])
+    raise Unsupported(f"{names}: expected a cut that only removes units, got {next(iter(guilty.values()), reason)}")
+
+
+def _difference(
+    model: nn.Module, family: Family, anatomy: Anatomy, groups: Iterable[Group], keep: Mapping[str, Indices]
+) -> str | None:
+    """What a cut of these groups changes; None where nothing."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False), torch.no_grad():
+        probe = _probe(model, generator)
+        device = next((parameter.device for parameter in probe.parameters()), torch.device("cpu"))
+        images = torch.randn(2, *anatomy.input_size, dtype=torch.float64, generator=generator).to(device)
+        for group in groups:
+            roles = {member.role for member in group.members}
+            if group.traits.whole or "norm" in roles or "reader" not in roles:
+                return f"{group.name}, which zeros at its readers do not mask"
+            _mask(probe, group, keep[group.name])
+        expected = _outputs(probe(images))
+        try:
+            # A cut removes what is masked: so the masked model itself is cut.
+            cut(probe, family, anatomy, {group.name: keep[group.name] for group in groups}, {})
+            found = _outputs(probe(images))
+        except Exception as error:  # whatever modules raise for inputs of other shapes
+            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if [output.shape for output in found] != [output.shape for output in expected]:
+        return "outputs of another shape"
+    for ours, theirs in zip(found, expected, strict=True):
+        apart, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
+        if not apart <= _TOLERANCE * largest:  # NaN neither
+            return f"outputs that differ by {apart:.3g} where the largest is {largest:.3g}"
+    return None
+
+
+def _probe(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy in float64, without hooks. What is constant, as norms are at first, would hide what comes before it."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    probe = copy.deepcopy(model).to("cpu" if device.type == "mps" else device).double().eval()
+    for module in probe.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    for tensor in (*probe.parameters(), *probe.buffers()):
+        if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
+            tensor.copy_(torch.rand(tensor.shape, dtype=torch.float64, generator=generator) + 0.5)
+    return probe
+
+
+def _mask(model: nn.Module, group: Group, kept: Indices) -> None:
+    removed = np.ones((group.heads, group.size), dtype=bool)
+    np.put_along_axis(removed, kept, False, axis=1)
+    for member in (member for member in group.members if member.role == "reader"):
+        tensor = tensor_of(model, member.tensor)
+        tensor.index_fill_(member.axis, torch.from_numpy(member.entries[removed].ravel()).to(tensor.device), 0)
+
+
+def _outputs(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
