@@ -182,7 +182,7 @@ def test_other_dimensions_are_refused_even_if_not_strict(digits_model, stats):
 )
 def test_wrong_arguments(digits_model, stats, arguments, text):
     with pytest.raises(sc.InvalidArgument, match=text):
-        sc.plan(digits_model, stats, method="snp", **arguments)
+        sc.plan(digits_model, stats, **{"method": "snp", **arguments})
     with pytest.raises(sc.InvalidArgument, match="stats: expected Statistics from calibrate, got dict"):
         sc.plan(digits_model, {}, method="snp", ratios={"qk": 0.1})
 
