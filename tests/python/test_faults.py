@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from launch import SUPPORT
+from launch import SUPPORT, run_script
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="fork and kill -9")
@@ -17,24 +16,24 @@ from launch import SUPPORT
 def test_runs_killed_at_random_points_are_resumed(tmp_path: Path, points: int) -> None:
     """So many kills of each of calibrate, finetune, search and save; of the last, 52."""
     seed = random.randrange(2**32)
-    command = [sys.executable, str(SUPPORT / "kill_points.py"), str(tmp_path), str(points), str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
-    found = json.loads(done.stdout)
+    script = (SUPPORT / "kill_points.py").read_text()
+    code, out, errors = run_script(script, tmp_path, points, seed, timeout=1800)
+    assert code == 0, f"seed {seed}: {errors}"
+    found = json.loads(out)
     assert [found[name]["killed"] for name in ("calibrate", "finetune", "search", "save")] == [points] * 4
     if points > 2:
         assert all(found[name]["left_a_file"] > 0 for name in ("calibrate", "finetune", "search", "save"))
-    sys.stdout.write(done.stdout)
+    sys.stdout.write(out)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 @pytest.mark.parametrize("rounds", [60, pytest.param(10_000, marks=pytest.mark.faults)])
 def test_nothing_grows_with_rounds_of_work(tmp_path: Path, rounds: int) -> None:
     """Calibrate, plan, prune, save, load: no memory, file, thread or object is left of a round."""
-    command = [sys.executable, str(SUPPORT / "rounds_of_work.py"), str(tmp_path), str(rounds)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=7200)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    script = (SUPPORT / "rounds_of_work.py").read_text()
+    code, out, errors = run_script(script, tmp_path, rounds, timeout=7200)
+    assert code == 0, errors
+    found = json.loads(out)
     early, late = found["early"], found["late"]
     assert late["files"] == early["files"]
     assert late["threads"] == early["threads"]
@@ -42,4 +41,4 @@ def test_nothing_grows_with_rounds_of_work(tmp_path: Path, rounds: int) -> None:
     assert late["objects"] <= early["objects"] + 500, found
     assert late["memory"] <= early["memory"] + (8 << 20), found
     assert {item.name for item in tmp_path.iterdir()} <= {"stats", "plan.json", "plan.weights.safetensors", "model"}
-    sys.stdout.write(done.stdout)
+    sys.stdout.write(out)

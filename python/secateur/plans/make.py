@@ -33,7 +33,7 @@ from .plan import Plan
 @core.host_by_default()
 def plan(
     model: nn.Module,
-    stats: Statistics,
+    stats: Statistics | None = None,
     *,
     method: str = "project",
     target: Target | None = None,
@@ -97,13 +97,15 @@ def plan(
         InvalidArgument: an argument that does not fit, an infeasible target, or statistics of another model.
         Unsupported: a kind of cut that this model does not allow.
     """
-    if not isinstance(stats, Statistics):
+    criterion = method_named(method)
+    if not isinstance(stats, Statistics) and (stats is not None or criterion.needs):
         raise InvalidArgument(f"stats: expected Statistics from calibrate, got {type(stats).__name__}")
     check_budget(target, ratios, allocation, latency_table, batch_size, runtime)
-    criterion = method_named(method)
     chosen = options_of(criterion, options)
     anatomy = family_of(model).inspect(model)
     fingerprint = Fingerprint.of(model, anatomy)
+    if stats is None:
+        stats = Statistics.of_nothing(fingerprint)
     stats.settings.fingerprint.require(fingerprint, "model", strict=strict)
     if not strict and criterion.changes_weights:
         raise InvalidArgument(f"strict: expected True for {method!r}, which changes weights, got False")

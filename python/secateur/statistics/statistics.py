@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from .. import core
+from ..anatomy.fingerprint import Fingerprint
 from ..errors import InvalidArgument
 from ..files import container
 from .collectors import collectors
@@ -59,6 +60,11 @@ class Statistics:
     def __init__(self, settings: Settings, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
         self.settings = settings
         self.tensors = dict(tensors)
+
+    @classmethod
+    def of_nothing(cls, fingerprint: Fingerprint) -> Statistics:
+        """Of no image, for methods that look at weights alone."""
+        return cls(Settings(fingerprint, 8, "scores", 1.0, "", {}), {})
 
     @property
     def images(self) -> int:

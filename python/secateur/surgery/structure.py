@@ -73,7 +73,10 @@ class Structure:
             Unsupported: the stock layout cannot hold a module.
         """
         family = family_of(model)
+        # Where units are is written down for each of them: not for what a hostile file makes of a model.
+        _refuse_large(sum(parameter.shape[0] for parameter in model.parameters() if parameter.ndim > 1) // 2)
         anatomy = family.inspect(model)
+        _refuse_large(sum(group.heads * group.size for group in anatomy.groups))
         keep = self._keep(anatomy)
         stock = self._stock_head_dims(anatomy)
         cut(model, family, anatomy, keep, {})
@@ -89,9 +92,6 @@ class Structure:
             layer.bias = nn.Parameter(torch.zeros(len(weight), dtype=weight.dtype, device=weight.device))
 
     def _keep(self, anatomy: Anatomy) -> dict[str, Indices]:
-        units = sum(group.heads * group.size for group in anatomy.groups)
-        if units > _MAX_UNITS:
-            raise InvalidArgument(f"arguments: expected a model of at most {_MAX_UNITS:,} units in all, got {units:,}")
         keep: dict[str, Indices] = {}
         for name, size in self.sizes.items():
             group = anatomy.group(name)
@@ -167,6 +167,11 @@ def set_norms(model: nn.Module, eps: Mapping[str, float], uncentred: Collection[
         if not isinstance(getattr(norm, "centred", None), bool):
             raise InvalidArgument(f"uncentred: expected norms of cut queries and keys, got {name!r}")
         norm.centred = False
+
+
+def _refuse_large(units: int) -> None:
+    if units > _MAX_UNITS:
+        raise InvalidArgument(f"arguments: expected a model of at most {_MAX_UNITS:,} units in all, got {units:,}")
 
 
 def _is_uncentred(norm: nn.Module) -> bool:

@@ -13,7 +13,7 @@ import secateur as sc
 import torch
 from models import images, make
 from secateur.methods.linalg.heads import eliminate_heads, head_errors
-from secateur.searches.search import _rebuilt, _structure
+from secateur.searches.file import rebuilt, structure_of
 from small_vits import small_batches, small_vit
 from torch.nn import functional
 
@@ -357,7 +357,7 @@ def test_a_search_goes_on_with_what_is_left(digits_model, digits_images):
     pruned = copy.deepcopy(digits_model)
     ratios = {"heads": 0.34, "width": 0.1, "blocks.0.mlp": 1}
     sc.prune(pruned, sc.plan(digits_model, stats, method="project", ratios=ratios))
-    again = _rebuilt(digits_model, _structure(pruned, digits_model), pruned.state_dict())
+    again = rebuilt(digits_model, structure_of(pruned, digits_model), pruned.state_dict())
     with torch.no_grad():
         assert torch.equal(again(digits_images), pruned(digits_images))
 

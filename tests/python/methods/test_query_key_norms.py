@@ -230,8 +230,12 @@ def test_predicted_errors_are_of_the_size_of_those_found(trained):
             predicted = errors[cut(model, stats, "project", fraction, block)[1].keep[f"blocks.{block}.qk"].shape[1]]
             assert share / 10 < predicted < 4 * share
             # Above what the cut scores themselves lose, there is what the norms' lengths do.
-            site = anatomy.attention[block]
-            alone = project.score_errors(prepared._basis(site), *prepared._image_grams(site)).mean(0)
+            group = f"blocks.{block}.qk"
+            basis = project.query_key_bases(
+                *(torch.from_numpy(stats.gram(group, f"{p}_gram")) for p in ("query", "key"))
+            )
+            grams = map(torch.from_numpy, stats.image_grams(group))
+            alone = project.score_errors(basis, *grams).mean(0)
             assert fraction < 0.9 or predicted > float(alone[3]) + 0.003
 
 

@@ -172,7 +172,10 @@ def test_other_dimensions_are_refused_even_if_not_strict(digits_model, stats):
         ({"ratios": {"qk": 0.1}, "target": sc.Target(macs=0.5)}, "expected exactly one, got both"),
         ({"target": 0.5}, r"target: expected a Target, such as Target\(macs=0.5\), got 0.5"),
         ({"ratios": 0.5}, "ratios: expected a dict, a name or a path, got 0.5"),
-        ({"ratios": {"qk": 0.1}, "method": "magic"}, "method: expected one of project, refit, snp, got 'magic'"),
+        (
+            {"ratios": {"qk": 0.1}, "method": "magic"},
+            "method: expected one of magnitude, project, random, refit, snp, got 'magic'",
+        ),
         (
             {"ratios": {"qk": 0.1}, "similarity": "looks"},
             "similarity: expected one of weights, activations, got 'looks'",
@@ -182,7 +185,7 @@ def test_other_dimensions_are_refused_even_if_not_strict(digits_model, stats):
 )
 def test_wrong_arguments(digits_model, stats, arguments, text):
     with pytest.raises(sc.InvalidArgument, match=text):
-        sc.plan(digits_model, stats, method="snp", **arguments)
+        sc.plan(digits_model, stats, **{"method": "snp", **arguments})
     with pytest.raises(sc.InvalidArgument, match="stats: expected Statistics from calibrate, got dict"):
         sc.plan(digits_model, {}, method="snp", ratios={"qk": 0.1})
 
@@ -218,7 +221,7 @@ def test_a_plan_that_does_not_fit_changes_nothing(digits_model, stats, keep, tex
 
 
 def test_methods():
-    assert sc.methods() == ["project", "refit", "snp"]
+    assert sc.methods() == ["magnitude", "project", "random", "refit", "snp"]
 
 
 def test_the_plan_is_readable_json(digits_model, stats, tmp_path):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import secateur as sc
 import torch
+from launch import run_script
 from small_vits import SMALL, small_batches, small_vit
 
 
@@ -112,5 +111,6 @@ model = timm.create_model("vit_tiny_patch16_224", **sizes)
 sc.finetune(model, [(torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long))], steps=2)
 print(before, seeds(), torch.initial_seed())
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
-    assert result.stdout.split() == ["42"] * 3
+    code, out, errors = run_script(script)
+    assert (code, errors) == (0, "")
+    assert out.split() == ["42"] * 3

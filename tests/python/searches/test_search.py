@@ -7,8 +7,6 @@ import importlib
 import json
 import re
 import signal
-import subprocess
-import sys
 from itertools import islice
 from types import SimpleNamespace
 
@@ -16,7 +14,7 @@ import pytest
 import secateur as sc
 import torch
 from finetuning import Breaking, Killed, batches, same, tiny, weights
-from launch import SUPPORT
+from launch import run_script
 from models import images, make
 from searching import ALL, TUNING, calibration, tuned
 from secateur.data.loader import loader as data_loader
@@ -24,7 +22,7 @@ from secateur.searches.objectives import Measures
 from secateur.searches.stepper import Stepper
 
 # `secateur.search` is the function.
-module = importlib.import_module("secateur.searches.search")
+module = importlib.import_module("secateur.searches.course")
 FAST = {"method": "snp", "groups": ALL, "round_to": 1}
 
 
@@ -466,8 +464,7 @@ def test_behind_a_miss_the_model_before_it_is_cut_again(monkeypatch, objective):
 # --- Killed and resumed -----------------------------------------------------------------------------------------------
 
 SCRIPT = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
+import os, signal
 import torch
 torch.set_num_threads(2)
 from finetuning import batches
@@ -491,9 +488,9 @@ def test_a_killed_search_ends_as_one_that_was_not(tmp_path, every):
     """Killed by the system in the training of round 3; with ``checkpoint_every`` that training goes on, too."""
     path = tmp_path / "search.safetensors"
     tuning = {**TUNING, **({} if every is None else {"checkpoint_every": every})}
-    code = SCRIPT.format(tests=str(SUPPORT), after=13, tuning=tuning, path=str(path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    code = SCRIPT.format(after=13, tuning=tuning, path=str(path))
+    ended, _, errors = run_script(code)
+    assert ended == -signal.SIGKILL, errors
     left = {"search.safetensors"} | ({"search.round3.safetensors"} if every else set())
     assert {file.name for file in tmp_path.iterdir()} == left
 
@@ -616,7 +613,7 @@ LOADERS = {"calibration_loader": [], "train_loader": []}
         ({"rounds": 0}, "rounds: expected an integer of at least 1, got 0"),
         ({"step": 0}, r"step: expected a fraction in \(0, 1\), got 0"),
         ({"step": 1.0}, r"step: expected a fraction in \(0, 1\), got 1.0"),
-        ({"method": "magic"}, "method: expected one of project, refit, snp, got 'magic'"),
+        ({"method": "magic"}, "method: expected one of magnitude, project, random, refit, snp, got 'magic'"),
         ({"colour": "red"}, "options: expected"),
         ({"groups": "qk"}, "groups: expected a sequence of names, got 'qk'"),
         ({"groups": ["head"]}, "groups: expected"),

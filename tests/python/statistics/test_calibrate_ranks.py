@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -294,18 +292,17 @@ def test_a_time_out_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
             sc.calibrate(quiet(), [torch.zeros(1, 3, 8, 8)])
 
 
-def test_the_command_under_torchrun(tmp_path: Path) -> None:
+def test_the_command_on_two_ranks(tmp_path: Path) -> None:
     out = tmp_path / "stats.safetensors"
     arguments = [
-        *("-m", "secateur", "calibrate", "--model", "vit_tiny_patch16_224", "--no-pretrained", "--num-classes", "10"),
+        *("calibrate", "--model", "vit_tiny_patch16_224", "--no-pretrained", "--num-classes", "10"),
         *("--model-kwargs", '{"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}'),
         *("--data", "digits", "--max-images", "30", "--batch-size", "4", "--threads", "1", "--out", str(out)),
         "--json",
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)  # one object: the second rank says nothing
-    assert found == {"images": 30, "file": str(out)}
+    running = start_ranks(f"from secateur.cli import main\nraise SystemExit(main({arguments}))", tmp_path)
+    (first, _), (second, _) = (each.communicate() for each in running)
+    assert [each.returncode for each in running] == [0, 0]
+    assert (json.loads(first), second) == ({"images": 30, "file": str(out)}, "")  # one object: the second says nothing
     assert [item.name for item in tmp_path.iterdir()] == ["stats.safetensors"]
     assert np.array_equal(sc.Statistics.load(out).images_by_fold, (15, 15))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -18,6 +16,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launch import run_script
 from models import BASE, KINDS, images, make
 from pruning import check, plan_of, random_keep, set_fused
 from safetensors.torch import save_file
@@ -401,7 +400,8 @@ def test_the_same_bits_in_a_fresh_process(stock, digits_images, tmp_path):
         "save_file({'y': y}, sys.argv[3])\n"
     )
     paths = [str(tmp_path / f"{name}.safetensors") for name in ("stock", "images", "logits")]
-    subprocess.run([sys.executable, "-W", "error", "-c", script, *paths], check=True)
+    code, _, errors = run_script(script, *paths)
+    assert code == 0, errors
     with torch.no_grad():
         expected = {"y": stock(digits_images)}
     save_file(expected, tmp_path / "expected.safetensors")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from finetuning import Breaking, Killed, batches, same, tiny, weights
-from launch import SUPPORT
+from launch import run_script
 from secateur.data.loader import loader
 from secateur.errors import InvalidArgument
 from secateur.training.finetune import FinetuneResult, finetune
@@ -82,9 +80,8 @@ def test_buffers_are_in_the_checkpoint(tmp_path: Path) -> None:
 
 
 SCRIPT = """
-import os, signal, sys
+import os, signal
 import torch
-sys.path.insert(0, {tests!r})
 torch.set_num_threads(2)  # as the tests' own process
 from finetuning import tiny, batches
 from secateur.training.finetune import finetune
@@ -105,9 +102,9 @@ finetune(tiny(), Kill(batches(size=5)), epochs=4, resume={path!r}, checkpoint_ev
 def test_a_killed_process_leaves_a_checkpoint_that_resumes(tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     options = {"mixup": 0.4, "cutmix": 1.0, "ema": 0.9, "label_smoothing": 0.1}
-    code = SCRIPT.format(tests=str(SUPPORT), path=str(path), options=options)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    code = SCRIPT.format(path=str(path), options=options)
+    ended, _, errors = run_script(code)
+    assert ended == -signal.SIGKILL, errors
     assert [item.name for item in tmp_path.iterdir()] == ["run.safetensors"]
     expected, model = tiny(), tiny()
     whole = finetune(expected, batches(size=5), epochs=4, **options)

@@ -9,8 +9,8 @@ from torch import Tensor
 from ...anatomy import Group, Indices
 from ...statistics.settings import Float
 from ..base import Handler
-from ..linalg.bases import value_bases, value_errors
 from ..linalg.regression import Moment, choose_ridge, sketch, solve
+from ..linalg.values import value_bases, value_errors
 from ..similarity import similarity
 from ..weights import Weights
 from .fit import Fit, Order, eliminate, falling

@@ -14,8 +14,8 @@ from ...anatomy import Group, Indices, Stream
 from ...errors import InvalidArgument, Unsupported
 from ...statistics.settings import Float
 from ..base import Handler
-from ..linalg.bases import residual_basis, stock_basis
 from ..linalg.regression import Moment, choose_ridge, ridged_cholesky, sketch, solve
+from ..linalg.stream import residual_basis, stock_basis
 from ..weights import Weights
 from .fit import Fit, Moments
 from .rotation import leading

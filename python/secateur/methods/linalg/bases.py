@@ -6,7 +6,6 @@ scores), and so can a residual stream that only norms consume. The cut then choo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,20 +21,13 @@ __all__ = [
     "improve",
     "length_errors",
     "query_key_bases",
-    "residual_basis",
     "score_errors",
-    "stock_basis",
-    "value_bases",
-    "value_errors",
 ]
 
-_SWEEPS = 2
+SWEEPS = 2
 _CG_STEPS = 10
 # Share of the right side's squared norm, both preconditioned; smaller residuals do not improve a basis noticeably.
 _CG_TOLERANCE = 1e-8
-
-# Share of the largest variance left in a head's values; below it, other heads' kept values already hold them.
-_HELD = 1e-9
 
 
 class HeadBasis(NamedTuple):
@@ -110,7 +102,7 @@ def improve(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> HeadBas
     better = _missed(trial, *odd) < _missed(basis, *odd)
     if not bool(better.any()):
         return basis
-    fitted = _alternate(basis, _Stack(query_grams), _Stack(key_grams), sweeps=_SWEEPS)
+    fitted = _alternate(basis, _Stack(query_grams), _Stack(key_grams), sweeps=SWEEPS)
     chosen = better[:, None, None]
     return HeadBasis(torch.where(chosen, fitted.query, basis.query), torch.where(chosen, fitted.key, basis.key))
 
@@ -247,7 +239,7 @@ def _least_squares(start: Tensor, other: Tensor, own: _Stack, others: _Stack) ->
     """Find X with least Σ_b ‖…‖² for a fixed other side, Σ_b G_b Xᵀ M_b = Σ_b G_b G'_b Yᵀ, by conjugate gradients."""
     inner = others.turned(other)
     right = own.rows.mT @ (others.rows @ other.mT)
-    outer_mean, inner_mean = _inverse(own.mean), _inverse(inner.mean(1))
+    outer_mean, inner_mean = pseudo_inverse(own.mean), pseudo_inverse(inner.mean(1))
     inner = inner.flatten(1, 2)
 
     def normal(x: Tensor) -> Tensor:
@@ -290,147 +282,6 @@ def _missed(basis: HeadBasis, queries: _Stack, keys: _Stack) -> Tensor:
     return error
 
 
-def _inverse(matrix: Tensor) -> Tensor:
+def pseudo_inverse(matrix: Tensor) -> Tensor:
     found: Tensor = torch.linalg.pinv(matrix, rtol=1e-8, hermitian=True)
     return found
-
-
-def value_bases(weight: Tensor, covariance: Tensor, heads: int, rank: int, staying: Sequence[int] = ()) -> Tensor:
-    """Choose what to keep of each head's values, given that the projection is refitted over all heads.
-
-    Each head starts from the directions that matter most to its own part of the output, U_rᵀ W_h with U from the SVD of
-    W_h C_h^½. Two sweeps then choose again for each head the directions that the other heads' kept values do not
-    already hold: in the same way, from what is left of output and values after regression on those.
-
-    Args:
-        weight: the projection's, (outputs, heads · d), in the metric that errors are measured in.
-        covariance: of its input, (heads · d, heads · d).
-        heads: number of heads.
-        rank: r, at most the number of outputs and d.
-        staying: the heads that keep anything, by default all. Their values then also have to represent the other heads'
-            part of the output.
-
-    Returns:
-        T, (staying heads · r, heads · d), block-diagonal: a head's new values are T_h times its values.
-    """
-    size = len(covariance) // heads
-    staying = list(staying) or list(range(heads))
-    if rank == size:
-        bases = torch.eye(size, dtype=weight.dtype).expand(len(staying), -1, -1)
-    else:
-        kept = _Kept(weight, covariance, size, staying, rank)
-        for _ in range(_SWEEPS if len(staying) > 1 else 0):
-            for position in range(len(staying)):
-                kept.renew(position)
-        bases = kept.bases
-    joined = weight.new_zeros(len(staying), rank, heads, size)
-    for position, head in enumerate(staying):
-        joined[position, :, head] = bases[position]
-    return joined.flatten(0, 1).flatten(1)
-
-
-class _Kept:
-    """The kept directions T_h of each staying head, and their moments with each other, all values and the output."""
-
-    def __init__(self, weight: Tensor, covariance: Tensor, size: int, staying: Sequence[int], rank: int) -> None:
-        self._staying, self._size, self._rank = list(staying), size, rank
-        self._parts = [slice(head * size, (head + 1) * size) for head in staying]
-        self._covariance, self._output = covariance, weight @ covariance
-        count = len(staying) * rank
-        self.bases = torch.zeros(len(staying), rank, size, dtype=weight.dtype)
-        self._with_values = torch.zeros(count, len(covariance), dtype=weight.dtype)
-        self._with_output = torch.zeros(len(weight), count, dtype=weight.dtype)
-        self._gram = torch.zeros(count, count, dtype=weight.dtype)
-        for head, part in enumerate(self._parts):
-            self._put(head, _leading(weight[:, part], covariance[part, part], rank))
-
-    def renew(self, head: int) -> None:
-        """Choose a head's directions anew: those that matter most to the part of the output that other heads leave."""
-        part, own = self._parts[head], slice(head * self._rank, (head + 1) * self._rank)
-        others = torch.ones(len(self._gram), dtype=torch.bool)
-        others[own] = False
-        seen = self._with_values[others][:, part]
-        explained = _solved(self._gram[others][:, others], seen)
-        left = self._covariance[part, part] - seen.mT @ explained
-        cross = self._output[:, part] - self._with_output[:, others] @ explained
-        self._put(head, _of_cross(cross, left, self._rank))
-
-    def _put(self, head: int, basis: Tensor) -> None:
-        own = slice(head * self._rank, (head + 1) * self._rank)
-        self.bases[head] = basis
-        seen = basis @ self._covariance[self._parts[head]]
-        self._with_values[own] = seen
-        self._with_output[:, own] = self._output[:, self._parts[head]] @ basis.mT
-        # The directions of heads that have not been visited yet are still zero.
-        parts = seen.unflatten(1, (-1, self._size))[:, self._staying]
-        gram = torch.einsum("rhd,hsd->rhs", parts, self.bases).flatten(1)
-        self._gram[own] = gram
-        self._gram[:, own] = gram.mT
-
-
-def _solved(gram: Tensor, right: Tensor) -> Tensor:
-    """Return G⁺ times the right side; directions below 1e-8 of the largest contribute little or nothing."""
-    ridged = gram.clone()
-    ridged.diagonal().add_(1e-9 * gram.diagonal().max() + torch.finfo(gram.dtype).tiny)
-    factor, info = torch.linalg.cholesky_ex(ridged)
-    found: Tensor = torch.cholesky_solve(right, factor) if int(info) == 0 else _inverse(gram) @ right
-    return found
-
-
-def _leading(weight: Tensor, covariance: Tensor, rank: int) -> Tensor:
-    """Return the input directions along which the output varies most, (rank, inputs); zeros if there are fewer."""
-    return _of_cross(weight @ covariance, covariance, rank)
-
-
-def _of_cross(cross: Tensor, covariance: Tensor, rank: int) -> Tensor:
-    """Return the same from the covariance of output and input, (outputs, inputs), and that of the input.
-
-    With C = E v Eᵀ and C_yx E v^{-½} = U Σ Vᵀ, U_rᵀ C_yx C⁺ is Σ_r V_rᵀ v^{-½} Eᵀ.
-    """
-    values, vectors = torch.linalg.eigh(covariance)
-    held = values > _HELD * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
-    whitened = vectors * (torch.where(held, values, 1).rsqrt() * held)
-    # Σ and V come from the smaller matrix on the inputs' side; MKL's QR of the whole is slow on shared cores.
-    # After squaring, singular values below 1e-8 of the largest are rounding; their directions hold 1e-16 of the output.
-    turned = cross @ whitened
-    squares, right = torch.linalg.eigh(turned.mT @ turned)
-    count = min(rank, len(cross))
-    strengths, leading = squares.clamp_min(0).sqrt().flip(0)[:count], right.flip(1)[:, :count]
-    basis = torch.zeros(rank, len(covariance), dtype=cross.dtype)
-    basis[:count] = strengths[:, None] * (whitened @ leading).mT
-    return basis
-
-
-def value_errors(weight: Tensor, covariance: Tensor, heads: int) -> Tensor:
-    """Bound the projection's relative error when each head keeps r directions, for every r: (d + 1,).
-
-    Each head is treated on its own, before the refit over all heads, which can only lower the error.
-    """
-    size = len(covariance) // heads
-    total = (weight @ covariance * weight).sum()
-    parts = [slice(head * size, (head + 1) * size) for head in range(heads)]
-    roots = square_root(torch.stack([covariance[part, part] for part in parts]))
-    columns = weight.unflatten(1, (heads, size)).transpose(0, 1)
-    # Squared singular values of the weight times the root, from matrices of the inputs' size, however many outputs.
-    energy = torch.linalg.eigvalsh(roots @ (columns.mT @ columns) @ roots.mT).clamp_min(0).sum(0)
-    lost = torch.cat([energy.cumsum(0).flip(0), energy.new_zeros(1)])
-    share: Tensor = lost / torch.where(total > 0, total, 1)
-    return share
-
-
-def residual_basis(moments: list[Tensor]) -> Tensor:
-    """Return orthonormal directions of the residual stream, (D, D) columns, those that its norms see most first.
-
-    They are the eigenvectors of the mean of the norms' input moments x̂x̂ᵀ: every norm counts equally.
-    """
-    basis: Tensor = torch.linalg.eigh(torch.stack(moments).mean(0))[1]
-    return basis.flip(1)
-
-
-def stock_basis(size: int) -> Tensor:
-    """Return (size, size − 1) orthonormal columns that each sum to zero: what LayerNorm preserves of its channels."""
-    vector = torch.full((size,), size**-0.5, dtype=torch.float64)
-    vector[0] += 1.0
-    # The Householder reflection that sends the constant direction to the first axis.
-    reflection = torch.eye(size, dtype=torch.float64) - 2 * torch.outer(vector, vector) / vector.dot(vector)
-    return reflection[:, 1:]

@@ -1,0 +1,95 @@
+"""Selection by the size of weights, and at random: the baselines that every criterion is compared with."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from ..anatomy import Group, Kind
+from ..statistics.settings import Float
+from .base import Bound, Handler, Method
+from .handlers.ranking import Ranking, Removal
+from .registry import register
+from .similarity import rows_of
+
+__all__ = ["Magnitude", "Random"]
+
+
+@register
+class Magnitude(Method):
+    """Keeps the units whose weights have the largest ℓ2 norm, over all that computes a unit.
+
+    Of a query/key neuron that is its query row and its key row, of a gated FFN's unit both rows, of a filter all its
+    weights. Heads: the sum of squares over their query, key and value rows. Residual width: the mean over the layers
+    that write to it, each layer's norms scaled to sum to one. Whole layers are ranked by what calibration measured.
+    """
+
+    name = "magnitude"
+    paper = "Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710, with the ℓ2 norm"
+
+    def handlers(self, bound: Bound) -> Mapping[Kind, Handler]:
+        """Rankings by norm."""
+
+        def squares(group: Group) -> Float:
+            """Of each unit, (heads, size)."""
+            rows = torch.cat([rows_of(bound.model, group, member) for member in group.of("writer")], dim=1)
+            return rows.square().sum(1).reshape(group.heads, group.size).numpy()
+
+        def heads(group: Group) -> Float:
+            layer = bound.anatomy.layers[bound.anatomy.layer_of[group.name]]
+            inside = [bound.anatomy.group(name) for name in layer.groups.values() if name != group.name]
+            total: Float = np.sum([squares(each).sum(1) for each in inside], axis=0)
+            return np.sqrt(total)[None]
+
+        def channels(group: Group) -> Float:
+            shares = []
+            for member in group.of("writer"):
+                norms = rows_of(bound.model, group, member).square().sum(1).sqrt()
+                shares.append((norms / norms.sum().clamp_min(torch.finfo(norms.dtype).tiny)).numpy())
+            found: Float = np.mean(shares, axis=0)
+            return found[None]
+
+        units = Ranking(bound, lambda group: np.sqrt(squares(group)))
+        return {
+            "qk": units,
+            "v": units,
+            "ffn": units,
+            "conv": units,
+            "heads": Ranking(bound, heads),
+            "width": Ranking(bound, channels),
+            "layer": Removal(),
+        }
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where chance begins."""
+
+    seed: int = field(default=0, metadata={"help": "of the generator; each group draws from one of its own"})
+
+
+@register
+class Random(Method):
+    """Keeps units drawn at random: what a criterion has to beat. The same seed keeps the same units."""
+
+    name = "random"
+    paper = "a baseline"
+    Options: ClassVar[type] = Options
+
+    def handlers(self, bound: Bound) -> Mapping[Kind, Handler]:
+        """Rankings by random numbers."""
+        options: Options = bound.options
+
+        def draw(group: Group) -> Float:
+            # By the group's name: what else a model can lose does not change the draw.
+            generator = np.random.default_rng([options.seed, zlib.crc32(group.name.encode())])
+            return generator.random((group.heads, group.size))
+
+        units = Ranking(bound, draw)
+        kinds: tuple[Kind, ...] = ("qk", "v", "ffn", "conv", "heads", "width")
+        return {**dict.fromkeys(kinds, units), "layer": Removal()}

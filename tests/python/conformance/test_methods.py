@@ -1,0 +1,106 @@
+"""Every method that is registered, on trained weights: what it keeps fits, and the pruned model is the one planned."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, fields, is_dataclass
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+import reference
+import secateur as sc
+import torch
+from prepared import prepared
+from secateur.methods.registry import method_named, options_of
+
+RATIOS = {"qk": 0.37, "v": 0.41, "ffn": 0.53, "heads": 0.34}
+
+
+@pytest.fixture(scope="module")
+def calibrated(make_digits_model, digits_images):
+    model = make_digits_model().double()
+    return model, sc.calibrate(model, digits_images.double().split(16), sensitivity=True, head_gradients=True)
+
+
+@pytest.mark.parametrize("name", sc.methods())
+def test_it_says_what_it_is(name):
+    method = method_named(name)
+    assert method.name == name
+    assert method.paper
+    assert is_dataclass(method.Options)
+    assert set(method.needs) <= {"scores", "moments"}
+    for field in fields(method.Options):
+        assert field.metadata["help"], f"{name}: {field.name} has no help"
+    assert options_of(method, {}) == method.Options()
+    with pytest.raises(sc.InvalidArgument, match=r"^options: expected .*, got 'colour'$"):
+        options_of(method, {"colour": "red"})
+
+
+@pytest.mark.parametrize("name", sc.methods())
+@torch.no_grad()
+def test_the_pruned_model_is_the_one_planned(name, calibrated, digits_images, tmp_path):
+    dense, stats = calibrated
+    x = digits_images[:6].double()
+    plan = sc.plan(dense, stats, method=name, ratios=RATIOS)
+    again = sc.plan(copy.deepcopy(dense), stats, method=name, ratios=RATIOS)
+    for group, kept in plan.keep.items():
+        assert np.array_equal(kept, again.keep[group])
+        assert (np.diff(kept) > 0).all()
+    method = method_named(name)
+    assert bool(plan.weights) == method.changes_weights
+    if method.changes_weights:
+        wanted = reference.substituted(dense, plan)
+    else:
+        wanted = reference.masked(dense, plan.keep)
+    expected = reference.outputs_to_compare(wanted(x), wanted, plan.keep)
+    pruned = copy.deepcopy(dense)
+    report = sc.prune(pruned, plan)
+    assert report.params[1] == plan.params[1] == sum(p.numel() for p in pruned.parameters())
+    assert float((pruned(x) - expected).abs().max()) <= 1e-10 * max(1.0, float(expected.abs().max()))
+    plan.save(tmp_path / "plan.json")
+    loaded = sc.Plan.load(tmp_path / "plan.json")
+    assert loaded.to_dict() == plan.to_dict()
+    sc.save(pruned, tmp_path / "model.safetensors")
+    assert torch.equal(sc.load(tmp_path / "model.safetensors")(x), pruned(x))
+
+
+@pytest.mark.parametrize("name", sc.methods())
+def test_a_target_is_met(name, calibrated):
+    dense, stats = calibrated
+    plan = sc.plan(dense, stats, method=name, target=sc.Target(macs=0.6))
+    assert plan.macs[1] <= 0.6 * plan.macs[0]
+    assert plan.options["target"]["macs"] == 0.6
+    assert {**asdict(method_named(name).Options())}.items() <= plan.options.items()
+
+
+@pytest.mark.parametrize("name", sc.methods())
+def test_errors_fall_from_all_to_nothing(name, calibrated):
+    dense, stats = calibrated
+    bound = prepared(dense, stats, name)
+    for group in sc.inspect(dense).groups:
+        errors = bound.errors(group)
+        if errors is not None:
+            assert errors.shape == (group.size + 1,)
+            assert (np.diff(errors) <= 0).all()
+            assert errors[-1] == 0
+
+
+@pytest.mark.parametrize("name", sc.methods())
+def test_every_value_of_every_option_works(name, calibrated):
+    dense, stats = calibrated
+    method = method_named(name)
+    for option, hint in get_type_hints(method.Options).items():
+        for value in get_args(hint) or (3,):
+            plan = sc.plan(dense, stats, method=name, ratios=RATIOS, **{option: value})
+            assert plan.options[option] == value
+
+
+@pytest.mark.parametrize("name", sc.methods())
+def test_what_it_needs_is_asked_for(name, calibrated):
+    dense, _ = calibrated
+    if method_named(name).needs:
+        with pytest.raises(sc.InvalidArgument, match="^stats: expected Statistics from calibrate, got NoneType$"):
+            sc.plan(dense, method=name, ratios=RATIOS)
+    else:
+        assert sc.plan(dense, method=name, ratios=RATIOS).keep
