@@ -63,7 +63,7 @@ class Statistics:
 
     @classmethod
     def of_nothing(cls, fingerprint: Fingerprint) -> Statistics:
-        """Of no image, for methods that look at weights alone."""
+        """Return statistics of no images, for methods that need only the weights."""
         return cls(Settings(fingerprint, 8, "scores", 1.0, "", {}), {})
 
     @property
@@ -160,9 +160,9 @@ class Statistics:
         return float(self._per_image(group, "divergence")[0])
 
     def removal(self, layer: str) -> tuple[float, float]:
-        """Return how much the output changes if a layer ("blocks.0.attn", "blocks.0.mlp") adds nothing, or only its mean.
+        """Return how much the output changes when an attention or FFN layer adds nothing, or only its mean.
 
-        The unit is that of ``sensitivity``.
+        ``layer`` is a name such as "blocks.0.attn". The unit is that of ``sensitivity``.
 
         Raises:
             InvalidArgument: not collected (``calibrate(sensitivity=True)``).

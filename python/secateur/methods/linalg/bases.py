@@ -1,4 +1,4 @@
-"""Bases where truncation hurts least, for queries and keys, values and the residual stream; float64 on the CPU.
+"""Bases of queries and keys where truncation hurts the scores least; float64 on the CPU.
 
 A head can be rotated to any basis without changing the model (W_q ← A W_q, W_k ← B W_k with AᵀB = I preserves the
 scores), and so can a residual stream that only norms consume. The cut then chooses a rank instead of neurons.
