@@ -180,7 +180,7 @@ def read(path: str | Path, kind: str, *, verify: bool = True) -> tuple[dict[str,
     path = Path(path)
     expected = f"{path.name}: expected a secateur {kind} file"
     if not path.is_file():
-        raise InvalidArgument(f"path: expected a secateur {kind} file, got {path}, which is no file")
+        raise InvalidArgument(f"path: expected a secateur {kind} file, got {path}, which is not a file")
     little_endian(path)
     try:
         with path.open("rb") as file:

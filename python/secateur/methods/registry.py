@@ -1,4 +1,4 @@
-"""Methods by name, and their options."""
+"""Finds methods by name and checks their options."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ register = registry.register
 
 
 def methods() -> list[str]:
-    """Names that ``plan(method=)`` takes."""
+    """Return the names that ``plan(method=)`` takes."""
     return registry.names()
 
 
 def method_named(name: str) -> Method:
-    """The method with this name.
+    """Return the method with this name.
 
     Raises:
         InvalidArgument: there is none.
@@ -30,9 +30,9 @@ def method_named(name: str) -> Method:
 
 
 def options_of(method: Method, given: Mapping[str, Any]) -> Any:
-    """A method's options, with its defaults for those that are not given.
+    """Return a method's options, with defaults for those that are not given.
 
     Raises:
-        InvalidArgument: no such option, or a value that it does not take.
+        InvalidArgument: an unknown option, or a value that it does not take.
     """
     return check.options(method.Options, given)

@@ -1,7 +1,7 @@
-"""The basis in which a cut costs least, for queries and keys, values and the residual stream; float64 on the CPU.
+"""Bases of queries and keys where truncation hurts the scores least; float64 on the CPU.
 
-A head may be turned to any basis without changing the model (W_q ← A W_q, W_k ← B W_k with AᵀB = I leaves the scores as
-they are), and so may a residual stream that only norms read. Where to cut is then a question of rank, not of neurons.
+A head can be rotated to any basis without changing the model (W_q ← A W_q, W_k ← B W_k with AᵀB = I preserves the
+scores), and so can a residual stream that only norms consume. The cut then chooses a rank instead of neurons.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
 
 SWEEPS = 2
 _CG_STEPS = 10
-# Of the squared norm of the right side, each preconditioned; what is left then changes no basis that is worth it.
+# Share of the right side's squared norm, both preconditioned; smaller residuals do not improve a basis noticeably.
 _CG_TOLERANCE = 1e-8
 
 
@@ -37,22 +37,22 @@ class HeadBasis(NamedTuple):
     key: Tensor
 
     def first(self, rank: int) -> HeadBasis:
-        """The leading directions."""
+        """Return the leading ``rank`` directions."""
         return HeadBasis(self.query[:, :rank], self.key[:, :rank])
 
 
 def query_key_bases(query_gram: Tensor, key_gram: Tensor) -> HeadBasis:
-    """Bases whose leading r directions keep the scores best, for queries and keys of different images.
+    """Return bases whose leading r directions keep the scores best, for queries and keys of different images.
 
-    With G = RᵀR for each Gram and R_q R_kᵀ = U Σ Vᵀ, queries are turned by Σ^{-½} Vᵀ R_k and keys by Σ^{-½} Uᵀ R_q;
-    dropping the directions past r costs Σ_{j>r} σ_j². Keys are centred over tokens: softmax does not see their mean.
+    With G = RᵀR for each Gram and R_q R_kᵀ = U Σ Vᵀ, queries are multiplied by Σ^{-½} Vᵀ R_k and keys by Σ^{-½} Uᵀ R_q;
+    dropping the directions past r costs Σ_{j>r} σ_j². Keys are centred over tokens, because softmax ignores their mean.
 
     Args:
         query_gram: (heads, d, d), Σ q qᵀ.
         key_gram: (heads, d, d), Σ (k − k̄)(k − k̄)ᵀ.
 
     Returns:
-        All d directions; those of no singular value are zero.
+        All d directions; those without a singular value are zero.
     """
     query_root, key_root = square_root(query_gram), square_root(key_gram)
     left, values, right = torch.linalg.svd(query_root @ key_root.mT)
@@ -62,7 +62,7 @@ def query_key_bases(query_gram: Tensor, key_gram: Tensor) -> HeadBasis:
 
 
 def score_errors(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> Tensor:
-    """Error of the centred scores when the first r directions stay, for every r from 0 to d.
+    """Return the error of the centred scores when the first r directions stay, for every r from 0 to d.
 
     Σ over images of ‖Q Kᵀ − Q (A_rᵀ B_r) Kᵀ‖², over the sum of ‖Q Kᵀ‖². The basis is complete.
 
@@ -76,7 +76,7 @@ def score_errors(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> Te
     """
     queries, keys = _Stack(query_grams), _Stack(key_grams)
     pairs = (queries.turned(basis.query) * keys.turned(basis.key)).sum(1)
-    # What the directions from r on give is the sum of the trailing block.
+    # The directions from r on contribute the sum of the trailing block.
     blocks = pairs.flip(-1, -2).cumsum(-1).cumsum(-2).flip(-1, -2).diagonal(dim1=-2, dim2=-1).clamp_min(0)
     total = (query_grams * key_grams).sum((0, -2, -1))
     errors = torch.cat([blocks, torch.zeros_like(blocks[:, :1])], 1)
@@ -84,7 +84,7 @@ def score_errors(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> Te
 
 
 def improve(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> HeadBasis:
-    """Lower the error on single images by alternating least squares, as far as images that were left out agree.
+    """Lower the error on single images by alternating least squares, as far as held-out images agree.
 
     The error Σ_b tr(Δ G_q,b Δᵀ G_k,b) of AᵀB = I + Δ is quadratic in either factor. Half of the images are fitted by
     one sweep, and a head gets a new basis only if the error on the other half fell; then all are fitted, by two.
@@ -108,10 +108,10 @@ def improve(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> HeadBas
 
 
 class Normed(NamedTuple):
-    """Queries or keys behind a norm over their channels: gain ∘ n + shift, where ‖n‖² = d up to the norm's eps.
+    """Queries or keys after a norm over their channels: gain ∘ n + shift, where ‖n‖² = d up to the norm's eps.
 
-    ``second`` is the second moment of the vectors that the norm divides, of any scale, less their mean over channels
-    where the norm takes it off, (heads, d, d); ``gain`` and ``shift`` are (heads, d).
+    ``second`` (heads, d, d) is the second moment, up to a factor, of the vectors that the norm divides, after it has
+    subtracted their mean over channels if it does; ``gain`` and ``shift`` are (heads, d).
     """
 
     second: Tensor
@@ -120,9 +120,9 @@ class Normed(NamedTuple):
 
 
 class NormedHeads(NamedTuple):
-    """New queries ``query`` @ q and keys ``key`` @ k, (heads, rank, d), in front of RMS norms over the rank channels.
+    """New queries ``query`` @ q and keys ``key`` @ k, (heads, rank, d), before RMS norms over the rank channels.
 
-    These have the scale ``gain``, the same for both, and the queries' the shift ``shift``, (heads, rank).
+    Both norms have the scale ``gain``, the queries' norm also has the shift ``shift``, (heads, rank).
     """
 
     query: Tensor
@@ -132,18 +132,18 @@ class NormedHeads(NamedTuple):
 
 
 def behind_norms(basis: HeadBasis, query: Normed, key: Normed) -> NormedHeads:
-    """Turn queries and keys in front of their norms, such that the scores behind them are those of ``basis``.
+    """Rotate queries and keys before their norms so that the scores after the norms are those of ``basis``.
 
-    A norm of fewer channels divides by another length. What is kept, z, tells of the length of what it is a part of:
-    E‖x‖² given z is taken for zᵀ S z, with S = LᵀL for the regression x ≈ L z, and what that leaves out spread over
-    the kept directions. Any turn O S^½ z with orthogonal O has that length. Of the turns of both sides, those that the
-    singular vectors of S_q^-½ S_k^-½ = O_qᵀ D O_k give leave a diagonal between queries and keys, which the norms'
-    scales hold. With all directions kept the function is the dense one.
+    A norm over fewer channels divides by another length. The length of the whole vector x is estimated from the kept
+    part z: E‖x‖² given z is taken as zᵀ S z, with S = LᵀL for the regression x ≈ L z, plus its residual, spread over
+    the kept directions. Any rotation O S^½ z with orthogonal O has that length. The singular vectors of S_q^-½ S_k^-½ =
+    O_qᵀ D O_k define the rotations of both sides for which only a diagonal remains between queries and keys; the norms'
+    scales hold it. With all directions kept, the function is the dense one.
 
     Args:
-        basis: turns of what leaves the norms.
+        basis: bases of the norms' outputs.
         query: the norm of the queries.
-        key: that of the keys, whose shift softmax does not see.
+        key: the norm of the keys, whose shift softmax ignores.
     """
     _, rank, size = basis.query.shape
     parts = []
@@ -170,10 +170,11 @@ def behind_norms(basis: HeadBasis, query: Normed, key: Normed) -> NormedHeads:
 
 
 def length_errors(basis: HeadBasis, query: Normed, key: Normed) -> Tensor:
-    """The share of the squared scores that `behind_norms` is expected to miss, for the first r directions, every r.
+    """Return the share of the squared scores that `behind_norms` is expected to miss, for every rank r.
 
-    Of a squared length whose share m lies in the d - r directions that leave, what is kept does not tell how much it is
-    for one token: m² (1 / (d - r) + 1 / r) / 2 for each side if all were normal, more where tokens differ more.
+    A share m of the squared length lies in the d - r removed directions, and the kept ones do not tell its value for a
+    single token. Its error is m² (1 / (d - r) + 1 / r) / 2 for each side if everything were normally distributed, and
+    more where tokens differ more.
 
     Args:
         basis: all directions.
@@ -203,9 +204,9 @@ def _trace(matrices: Tensor) -> Tensor:
 
 
 class _Stack:
-    """Symmetric matrices G_b of single images, (images, heads, d, d), one under the other for each head.
+    """Symmetric matrices G_b of single images, (images, heads, d, d), stacked for each head.
 
-    Products with one matrix are then a few large ones, which take a fraction of the time of many small ones.
+    A product with one matrix is then a few large products, much faster than many small ones.
     """
 
     def __init__(self, grams: Tensor) -> None:
@@ -217,11 +218,11 @@ class _Stack:
         return self.rows.view(self.heads, self.images, self.size, self.size).mean(1)
 
     def times(self, x: Tensor) -> Tensor:
-        """G_b X of each image, (heads, images, d, n), for one X (heads, d, n)."""
+        """Return G_b X for each image, (heads, images, d, n), for one X (heads, d, n)."""
         return (self.rows @ x).view(self.heads, self.images, self.size, -1)
 
     def turned(self, x: Tensor) -> Tensor:
-        """X G_b Xᵀ, (heads, images, n, n), for one X (heads, n, d)."""
+        """Return X G_b Xᵀ, (heads, images, n, n), for one X (heads, n, d)."""
         left = self.times(x.mT).transpose(2, 3).reshape(self.heads, -1, self.size)
         return (left @ x.mT).view(self.heads, self.images, x.shape[1], x.shape[1])
 
@@ -235,7 +236,7 @@ def _alternate(basis: HeadBasis, queries: _Stack, keys: _Stack, sweeps: int) -> 
 
 
 def _least_squares(start: Tensor, other: Tensor, own: _Stack, others: _Stack) -> Tensor:
-    """X with least Σ_b ‖…‖² for a fixed other side: Σ_b G_b Xᵀ M_b = Σ_b G_b G'_b Yᵀ, by conjugate gradients."""
+    """Find X with least Σ_b ‖…‖² for a fixed other side, Σ_b G_b Xᵀ M_b = Σ_b G_b G'_b Yᵀ, by conjugate gradients."""
     inner = others.turned(other)
     right = own.rows.mT @ (others.rows @ other.mT)
     outer_mean, inner_mean = pseudo_inverse(own.mean), pseudo_inverse(inner.mean(1))
@@ -260,7 +261,7 @@ def _least_squares(start: Tensor, other: Tensor, own: _Stack, others: _Stack) ->
             break
         image = normal(step)
         curvature = dot(step, image)
-        # A head that has arrived stands still.
+        # A head that has converged stays as it is.
         length = torch.where(curvature > 0, size / torch.where(curvature > 0, curvature, 1), 0)
         x = x + length * step
         residual = residual - length * image

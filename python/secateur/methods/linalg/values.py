@@ -1,4 +1,4 @@
-"""The directions of each head's values that the projection needs most; float64 on the CPU."""
+"""The directions of each head's values that matter most to the projection; float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from torch import Tensor
 from .bases import SWEEPS, pseudo_inverse
 from .regression import square_root
 
-# Of the largest variance left to a head's values: below it they are other heads' kept values.
+# Share of the largest variance left in a head's values; below it, other heads' kept values already hold them.
 _HELD = 1e-9
 
 
 def value_bases(weight: Tensor, covariance: Tensor, heads: int, rank: int, staying: Sequence[int] = ()) -> Tensor:
-    """What to keep of each head's values, given that the projection is refitted over all heads.
+    """Choose what to keep of each head's values, given that the projection is refitted over all heads.
 
     Each head starts from the directions that matter most to its own part of the output, U_rᵀ W_h with U from the SVD of
-    W_h C_h^½. Two sweeps then give each head the directions that the other heads' kept values do not already hold: the
-    same of what is left of output and values after regression on those.
+    W_h C_h^½. Two sweeps then choose again for each head the directions that the other heads' kept values do not
+    already hold: in the same way, from what is left of output and values after regression on those.
 
     Args:
         weight: the projection's, (outputs, heads · d), in the metric that errors are measured in.
         covariance: of its input, (heads · d, heads · d).
         heads: number of heads.
         rank: r, at most the number of outputs and d.
-        staying: the heads that keep anything; all unless given. The others' part of the output is then to be held too.
+        staying: the heads that keep anything, by default all. Their values then also have to represent the other heads'
+            part of the output.
 
     Returns:
         T, (staying heads · r, heads · d), block-diagonal: a head's new values are T_h times its values.
@@ -48,7 +49,7 @@ def value_bases(weight: Tensor, covariance: Tensor, heads: int, rank: int, stayi
 
 
 class _Kept:
-    """The directions kept of each staying head, T_h, and their moments with each other, all values and the output."""
+    """The kept directions T_h of each staying head, and their moments with each other, all values and the output."""
 
     def __init__(self, weight: Tensor, covariance: Tensor, size: int, staying: Sequence[int], rank: int) -> None:
         self._staying, self._size, self._rank = list(staying), size, rank
@@ -63,7 +64,7 @@ class _Kept:
             self._put(head, _leading(weight[:, part], covariance[part, part], rank))
 
     def renew(self, head: int) -> None:
-        """Give a head the directions that matter most to what the other heads' leave of the output."""
+        """Choose a head's directions anew: those that matter most to the part of the output that other heads leave."""
         part, own = self._parts[head], slice(head * self._rank, (head + 1) * self._rank)
         others = torch.ones(len(self._gram), dtype=torch.bool)
         others[own] = False
@@ -79,7 +80,7 @@ class _Kept:
         seen = basis @ self._covariance[self._parts[head]]
         self._with_values[own] = seen
         self._with_output[:, own] = self._output[:, self._parts[head]] @ basis.mT
-        # Of heads whose turn has not come the directions are still zero.
+        # The directions of heads that have not been visited yet are still zero.
         parts = seen.unflatten(1, (-1, self._size))[:, self._staying]
         gram = torch.einsum("rhd,hsd->rhs", parts, self.bases).flatten(1)
         self._gram[own] = gram
@@ -87,7 +88,7 @@ class _Kept:
 
 
 def _solved(gram: Tensor, right: Tensor) -> Tensor:
-    """G⁺ times the right side; of directions below 1e-8 of the largest little or nothing."""
+    """Return G⁺ times the right side; directions below 1e-8 of the largest contribute little or nothing."""
     ridged = gram.clone()
     ridged.diagonal().add_(1e-9 * gram.diagonal().max() + torch.finfo(gram.dtype).tiny)
     factor, info = torch.linalg.cholesky_ex(ridged)
@@ -96,20 +97,20 @@ def _solved(gram: Tensor, right: Tensor) -> Tensor:
 
 
 def _leading(weight: Tensor, covariance: Tensor, rank: int) -> Tensor:
-    """The rank directions of the input that the output varies most along, (rank, inputs); zeros beyond the outputs."""
+    """Return the input directions along which the output varies most, (rank, inputs); zeros if there are fewer."""
     return _of_cross(weight @ covariance, covariance, rank)
 
 
 def _of_cross(cross: Tensor, covariance: Tensor, rank: int) -> Tensor:
-    """The same from the covariance of output and input, (outputs, inputs), and that of the input.
+    """Return the same from the covariance of output and input, (outputs, inputs), and that of the input.
 
     With C = E v Eᵀ and C_yx E v^{-½} = U Σ Vᵀ, U_rᵀ C_yx C⁺ is Σ_r V_rᵀ v^{-½} Eᵀ.
     """
     values, vectors = torch.linalg.eigh(covariance)
     held = values > _HELD * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
     whitened = vectors * (torch.where(held, values, 1).rsqrt() * held)
-    # Σ and V of the whole from the inputs' side, of their size; MKL's QR of the whole spins where cores are shared.
-    # Squared, singular values below 1e-8 of the largest are rounding, of directions that hold 1e-16 of the output.
+    # Σ and V come from the smaller matrix on the inputs' side; MKL's QR of the whole is slow on shared cores.
+    # After squaring, singular values below 1e-8 of the largest are rounding; their directions hold 1e-16 of the output.
     turned = cross @ whitened
     squares, right = torch.linalg.eigh(turned.mT @ turned)
     count = min(rank, len(cross))
@@ -120,16 +121,16 @@ def _of_cross(cross: Tensor, covariance: Tensor, rank: int) -> Tensor:
 
 
 def value_errors(weight: Tensor, covariance: Tensor, heads: int) -> Tensor:
-    """Bound of the projection's relative error when each head keeps r directions, for every r: (d + 1,).
+    """Bound the projection's relative error when each head keeps r directions, for every r: (d + 1,).
 
-    Each head by itself, before the refit over all heads, which can only lower it.
+    Each head is treated on its own, before the refit over all heads, which can only lower the error.
     """
     size = len(covariance) // heads
     total = (weight @ covariance * weight).sum()
     parts = [slice(head * size, (head + 1) * size) for head in range(heads)]
     roots = square_root(torch.stack([covariance[part, part] for part in parts]))
     columns = weight.unflatten(1, (heads, size)).transpose(0, 1)
-    # Squared singular values of the weight times the root: of the inputs' size, whatever the number of outputs.
+    # Squared singular values of the weight times the root, from matrices of the inputs' size, however many outputs.
     energy = torch.linalg.eigvalsh(roots @ (columns.mT @ columns) @ roots.mT).clamp_min(0).sum(0)
     lost = torch.cat([energy.cumsum(0).flip(0), energy.new_zeros(1)])
     share: Tensor = lost / torch.where(total > 0, total, 1)
