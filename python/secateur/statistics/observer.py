@@ -48,10 +48,9 @@ class Observer:
         # Before query/key norms, whose inputs must be known for a change of basis.
         normed = {layer.input_norm for layer in self._layers if {"query", "key"} <= layer.norms.keys()}
         self._norms = [norm for norm in anatomy.norms if norms is None or norms or norm.name in normed]
-        self._last = None
-        if norms is False:
-            last = [layer for layer in reversed(self._layers) if layer.kind == "ffn"] or self._layers
-            self._last = last[0].writer
+        # Forward passes of one block end after its last layer.
+        inside = [each.writer for each in anatomy.layers.values() if each in self._layers]
+        self._last = inside[-1] if norms is False else None
         seen: list[Mapping[Part, Tap]] = [layer.taps for layer in self._layers]
         seen += [{"stream": norm.tap} for norm in self._norms]
         shapes = {g.name: (g.heads, g.size) for g in anatomy.groups}

@@ -76,7 +76,9 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         sc.export(small_vit(), tmp_path / "model.onnx")
 
 
-@pytest.mark.parametrize(("opset", "text"), [(17, "opset: expected an integer of at least 18, got 17"), (99, "expected")])
+@pytest.mark.parametrize(
+    ("opset", "text"), [(17, "opset: expected an integer of at least 18, got 17"), (99, "expected")]
+)
 def test_an_opset_that_is_not_written_is_an_error(tmp_path, opset, text):
     with pytest.raises(sc.Error, match=text):
         sc.export(small_vit(), tmp_path / "model.onnx", opset=opset)
