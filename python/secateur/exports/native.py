@@ -15,6 +15,7 @@ from torch import nn
 
 from .. import check, core
 from ..anatomy import tensor_of
+from ..data.model_input import input_dtype
 from ..errors import Error, InvalidArgument
 from ..families.registry import family_named, family_of
 from ..files import container
@@ -139,7 +140,10 @@ def _compute_buffers(model: nn.Module, header: Mapping[str, Any]) -> None:
     dense = dict(_built(header["family"], header["architecture"], header["arguments"], "cpu").named_buffers())
     for name in missing:
         module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, dense[name])
+        buffer = dense[name]
+        # As Module.to casts them with the weights.
+        cast = buffer.to(input_dtype(model)) if buffer.is_floating_point() else buffer
+        setattr(model.get_submodule(module), leaf, cast)
 
 
 def _checked(factory: Any, architecture: str) -> tuple[str, Mapping[str, Any]]:
