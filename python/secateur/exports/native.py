@@ -157,6 +157,7 @@ def _checked(factory: Any, architecture: str) -> tuple[str, Mapping[str, Any]]:
     return str(factory[0]), factory[1]
 
 
+@core.host_by_default()
 def _skeleton(header: Mapping[str, Any]) -> nn.Module:
     """The model of a header, without weights."""
     model = _built(header["family"], header["architecture"], header["arguments"])
