@@ -1,1 +1,1 @@
-"""Models written to files: secateur's own format, and formats of other engines."""
+"""Exports models to files: secateur's own format, and formats of other engines."""
