@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .anatomy.anatomy import Anatomy
     from .budgets.target import Target
     from .errors import Error, InvalidArgument, NumericalError, Unsupported
+    from .exports.base import ExportReport
+    from .exports.export import export
     from .exports.native import load, save
     from .families.registry import inspect
     from .latency.bench import Benchmark, bench
@@ -40,6 +42,7 @@ _MODULES = {
     "Benchmark": "latency.bench",
     "Error": "errors",
     "Evaluation": "training.evaluate",
+    "ExportReport": "exports.base",
     "FinetuneResult": "training.finetune",
     "InvalidArgument": "errors",
     "LatencySensitive": "searches.objectives",
@@ -56,6 +59,7 @@ _MODULES = {
     "bench": "latency.bench",
     "calibrate": "statistics.calibrate",
     "evaluate": "training.evaluate",
+    "export": "exports.export",
     "finetune": "training.finetune",
     "inspect": "families.registry",
     "load": "exports.native",
@@ -73,6 +77,7 @@ __all__ = [
     "Benchmark",
     "Error",
     "Evaluation",
+    "ExportReport",
     "FinetuneResult",
     "InvalidArgument",
     "LatencySensitive",
@@ -91,6 +96,7 @@ __all__ = [
     "core",
     "data",
     "evaluate",
+    "export",
     "finetune",
     "inspect",
     "load",

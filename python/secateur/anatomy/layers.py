@@ -111,7 +111,7 @@ class Layer:
     @property
     def before_writer(self) -> Tap:
         """Where the writer's input is observed."""
-        return self.taps["output" if self.kind == "attention" else "hidden"]
+        return self.taps["output"] if "output" in self.taps else self.taps["hidden"]
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Walk:
         members.append(Member(f"{name}.weight", 1, entries, part, "reader"))
 
     def linear(self, name: str) -> Any:
-        """Return a linear layer or convolution; refuse other classes, since adapters keep their weights elsewhere."""
+        """Return a linear layer or convolution; refuse other classes, which keep their weights elsewhere."""
         layer: Any = self.model.get_submodule(name)
         if type(layer) not in (nn.Linear, nn.Conv2d):
             raise unsupported(name, layer, "nn.Linear")

@@ -23,7 +23,7 @@ from ..errors import Error, InvalidArgument, Unsupported
 from .safetensors import MAX_HEADER, MAX_TENSORS, header_size, memory_of, read_table, read_tensors
 
 KEY = "secateur"
-_FORMAT = 1
+FORMAT = 1
 _PIECE = 32768  # elements: below this, torch copies on one thread
 _DEVICE_PIECE = 1 << 20  # elements: enough to make a copy from a device worthwhile
 # Limits on the memory a file may take besides its size: far above secateur's files, and a bound for hostile ones.
@@ -150,7 +150,7 @@ def write(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mappi
             f"and {size:,} bytes"
         )
     outer = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "kind": kind,
         "fields": fields,
         "table_sha256": _table(kind, fields, {n: (str(t.dtype), tuple(t.shape)) for n, t in flat.items()}),
@@ -228,15 +228,15 @@ def _outer(text: str, expected: str, kind: str) -> dict[str, Any]:
         well_formed = False
     if not well_formed:
         raise InvalidArgument(f"{expected}, got one whose header is damaged")
-    if version > _FORMAT:
-        raise InvalidArgument(f"{expected} of format {_FORMAT} or older, got format {version}: update secateur")
+    if version > FORMAT:
+        raise InvalidArgument(f"{expected} of format {FORMAT} or older, got format {version}: update secateur")
     if found != kind:
         raise InvalidArgument(f"{expected}, got a {found} file")
     return {"data_sha256": None, **outer}
 
 
 def _table(kind: str, fields: str, table: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
-    text = json.dumps([_FORMAT, kind, fields, sorted((n, d, list(s)) for n, (d, s) in table.items())])
+    text = json.dumps([FORMAT, kind, fields, sorted((n, d, list(s)) for n, (d, s) in table.items())])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

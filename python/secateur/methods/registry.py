@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 from .. import check
-from ..errors import InvalidArgument
 from ..registry import Registry
 from .base import Method
 
@@ -37,22 +35,4 @@ def options_of(method: Method, given: Mapping[str, Any]) -> Any:
     Raises:
         InvalidArgument: an unknown option, or a value that it does not take.
     """
-    hints = get_type_hints(method.Options)
-    names = [each.name for each in fields(method.Options)]
-    for name, value in given.items():
-        if name not in names:
-            raise InvalidArgument(f"options: expected {', '.join(names) or 'none'}, got {name!r}")
-        _check(name, value, hints[name])
-    return method.Options(**given)
-
-
-def _check(name: str, value: Any, kind: Any) -> None:
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise InvalidArgument(f"{name}: expected one of {', '.join(map(str, get_args(kind)))}, got {value!r}")
-    elif kind is float:
-        check.number(name, value, low=float("-inf"))
-    elif kind is int:
-        check.integer(name, value, 0)
-    elif not isinstance(value, kind):
-        raise InvalidArgument(f"{name}: expected {kind.__name__}, got {value!r}")
+    return check.options(method.Options, given)
