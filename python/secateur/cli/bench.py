@@ -9,18 +9,7 @@ import typer
 import secateur as sc
 
 from . import lazy
-from .options import (
-    Checkpoint,
-    Classes,
-    Device,
-    Json,
-    Kwargs,
-    Model,
-    Pretrained,
-    Threads,
-    file_to_write,
-    names,
-)
+from .options import Checkpoint, Classes, Device, Json, Kwargs, Model, Pretrained, Threads, file_to_write, names
 from .output import collected
 
 __all__ = ["bench"]
