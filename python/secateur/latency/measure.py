@@ -193,14 +193,8 @@ class _Clock:
         return times
 
     def copies(self, module: nn.Module, x: Tensor, most: int) -> int:
-<<<<<<< HEAD
         """Return how many copies of a layer to run one after the other: enough for a sample, but at most ``most``."""
-        run, _ = self._prepared(module, x)
-        if run is not module:  # an engine would compile or export every copy again
-=======
-        """How many of a layer to run one after the other: what fills a sample, but no more than the model has."""
         if not self._copied:
->>>>>>> engines
             return 1
         run, _ = self._prepared(module, x)
         with torch.inference_mode():
