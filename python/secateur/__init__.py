@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .anatomy.anatomy import Anatomy
     from .budgets.target import Target
     from .errors import Error, InvalidArgument, NumericalError, Unsupported
+    from .exports.base import ExportReport
+    from .exports.export import export
     from .exports.native import load, save
     from .families.registry import inspect
     from .latency.bench import Benchmark, bench
@@ -42,6 +44,7 @@ _MODULES = {
     "Benchmark": "latency.bench",
     "Error": "errors",
     "Evaluation": "training.evaluate",
+    "ExportReport": "exports.base",
     "FinetuneResult": "training.finetune",
     "InvalidArgument": "errors",
     "LatencySensitive": "searches.objectives",
@@ -58,6 +61,7 @@ _MODULES = {
     "bench": "latency.bench",
     "calibrate": "statistics.calibrate",
     "evaluate": "training.evaluate",
+    "export": "exports.export",
     "finetune": "training.finetune",
     "inspect": "families.registry",
     "load": "exports.native",
@@ -75,6 +79,7 @@ __all__ = [
     "Benchmark",
     "Error",
     "Evaluation",
+    "ExportReport",
     "FinetuneResult",
     "InvalidArgument",
     "LatencySensitive",
@@ -93,6 +98,7 @@ __all__ = [
     "core",
     "data",
     "evaluate",
+    "export",
     "finetune",
     "inspect",
     "load",

@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 import numbers
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
 
 from .errors import InvalidArgument
 
-__all__ = ["fraction", "integer", "number", "writable"]
+__all__ = ["fraction", "integer", "number", "options", "writable"]
+
+
+T = TypeVar("T")
 
 
 @overload
@@ -79,6 +84,37 @@ def writable(argument: str, path: object) -> Path:
     if not os.access(found.parent, os.W_OK):
         raise InvalidArgument(f"{argument}: expected a folder that can be written, got {found.parent}")
     return found
+
+
+def options(kind: type[T], given: Mapping[str, Any]) -> T:
+    """Return a frozen dataclass of options, with its defaults for those that are not given.
+
+    Raises:
+        InvalidArgument: no such option, or a value that it does not take.
+    """
+    hints = get_type_hints(kind)
+    names = [each.name for each in fields(kind)]  # type: ignore[arg-type]  # a dataclass
+    for name in given:
+        if name not in names:
+            raise InvalidArgument(f"options: expected {', '.join(names) or 'none'}, got {name!r}")
+    return kind(**{name: _option(name, value, hints[name]) for name, value in given.items()})
+
+
+def _option(name: str, value: Any, kind: Any) -> Any:
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise InvalidArgument(f"{name}: expected one of {', '.join(map(str, get_args(kind)))}, got {value!r}")
+    elif get_origin(kind) is tuple:
+        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
+            raise InvalidArgument(f"{name}: expected a sequence of numbers, got {value!r}")
+        return tuple(_option(name, each, get_args(kind)[0]) for each in value)
+    elif kind is float:
+        return number(name, value, low=-math.inf)
+    elif kind is int:
+        return integer(name, value, 0)
+    elif isinstance(kind, type) and not isinstance(value, kind):
+        raise InvalidArgument(f"{name}: expected {kind.__name__}, got {value!r}")
+    return value
 
 
 def _below(value: float, high: float, open_high: bool) -> bool:

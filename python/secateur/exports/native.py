@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -14,10 +15,12 @@ from torch import nn
 
 from .. import check, core
 from ..anatomy import tensor_of
+from ..data.model_input import input_dtype
 from ..errors import Error, InvalidArgument
 from ..families.registry import family_named, family_of
 from ..files import container
 from ..surgery.structure import Structure
+from .base import Exporter, ExportReport, largest_difference, register
 
 # Where weights came from: a pruned model must never be taken for its dense source.
 _WEIGHT_SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "custom_load")
@@ -137,7 +140,10 @@ def _compute_buffers(model: nn.Module, header: Mapping[str, Any]) -> None:
     dense = dict(_built(header["family"], header["architecture"], header["arguments"], "cpu").named_buffers())
     for name in missing:
         module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, dense[name])
+        buffer = dense[name]
+        # As Module.to casts them with the weights.
+        cast = buffer.to(input_dtype(model)) if buffer.is_floating_point() else buffer
+        setattr(model.get_submodule(module), leaf, cast)
 
 
 def _checked(factory: Any, architecture: str) -> tuple[str, Mapping[str, Any]]:
@@ -233,3 +239,34 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return value
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the file is made and checked."""
+
+    batch_sizes: tuple[int, ...] = field(default=(1, 2), metadata={"help": "of the batches that both are compared on"})
+    factory: Any = field(default=None, metadata={"help": "how the dense model is made, as for save"})
+
+
+@register
+class Native(Exporter):
+    """secateur's own file, which ``save`` writes and ``load`` reads."""
+
+    name = "native"
+    Options: ClassVar[type] = Options
+
+    def export(self, model: nn.Module, path: Path, options: Any) -> ExportReport:
+        """Write the file, load it, and compare the two models bit for bit.
+
+        Raises:
+            InvalidArgument: as ``save``.
+            Error: the loaded model computes something else.
+        """
+        sizes = tuple(check.integer("batch_sizes", size) for size in options.batch_sizes)
+        save(model, path, factory=options.factory)
+        difference = largest_difference(model, load(path), sizes, "secateur")
+        if difference > 0:
+            raise Error(f"export: expected a loaded model of the same bits, got a difference of {difference:.3g}")
+        version = f"format {container.FORMAT}"
+        return ExportReport(self.name, (path,), path.stat().st_size, version, "secateur", sizes, difference)

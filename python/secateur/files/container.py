@@ -23,7 +23,7 @@ from ..errors import Error, InvalidArgument, Unsupported
 from .safetensors import MAX_HEADER, MAX_TENSORS, header_size, memory_of, read_table, read_tensors
 
 KEY = "secateur"
-_FORMAT = 1
+FORMAT = 1
 _PIECE = 32768  # elements: torch copies fewer on one thread
 _DEVICE_PIECE = 1 << 20  # elements: a copy from a device has to be worth its start
 # What a file may cost besides its own size: no file of secateur's comes near, and a hostile one must not go further.
@@ -150,7 +150,7 @@ def write(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mappi
             f"and {size:,} bytes"
         )
     outer = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "kind": kind,
         "fields": fields,
         "table_sha256": _table(kind, fields, {n: (str(t.dtype), tuple(t.shape)) for n, t in flat.items()}),
@@ -180,7 +180,7 @@ def read(path: str | Path, kind: str, *, verify: bool = True) -> tuple[dict[str,
     path = Path(path)
     expected = f"{path.name}: expected a secateur {kind} file"
     if not path.is_file():
-        raise InvalidArgument(f"path: expected a secateur {kind} file, got {path}, which is no file")
+        raise InvalidArgument(f"path: expected a secateur {kind} file, got {path}, which is not a file")
     little_endian(path)
     try:
         with path.open("rb") as file:
@@ -228,15 +228,15 @@ def _outer(text: str, expected: str, kind: str) -> dict[str, Any]:
         well_formed = False
     if not well_formed:
         raise InvalidArgument(f"{expected}, got one whose header is damaged")
-    if version > _FORMAT:
-        raise InvalidArgument(f"{expected} of format {_FORMAT} or older, got format {version}: update secateur")
+    if version > FORMAT:
+        raise InvalidArgument(f"{expected} of format {FORMAT} or older, got format {version}: update secateur")
     if found != kind:
         raise InvalidArgument(f"{expected}, got a {found} file")
     return {"data_sha256": None, **outer}
 
 
 def _table(kind: str, fields: str, table: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
-    text = json.dumps([_FORMAT, kind, fields, sorted((n, d, list(s)) for n, (d, s) in table.items())])
+    text = json.dumps([FORMAT, kind, fields, sorted((n, d, list(s)) for n, (d, s) in table.items())])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

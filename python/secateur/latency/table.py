@@ -259,7 +259,7 @@ class LatencyTable:
         """
         path = Path(path)
         if not path.is_file():
-            raise InvalidArgument(f"path: expected a secateur latency table, got {path}, which is no file")
+            raise InvalidArgument(f"path: expected a secateur latency table, got {path}, which is not a file")
         try:
             outer = documents.read_json(path)
             if not isinstance(outer, dict) or outer.get("secateur") != "latency table":
@@ -289,7 +289,7 @@ class LatencyTable:
             )
         except UnicodeDecodeError as error:
             raise InvalidArgument(
-                f"{path.name}: expected a secateur latency table, got a file that is no text"
+                f"{path.name}: expected a secateur latency table, got a file that is not text"
             ) from error
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise InvalidArgument(f"{path.name}: expected a secateur latency table, got {error}") from error
