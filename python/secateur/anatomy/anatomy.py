@@ -94,6 +94,10 @@ class Anatomy:
         """Group name to the name of its layer."""
         return {name: layer.name for layer in self.layers.values() for name in layer.groups.values()}
 
+    def block_of(self, layer: Layer) -> int | None:
+        """The number of the block that a layer is in."""
+        return self.group(next(iter(layer.groups.values()))).block
+
     @cached_property
     def layer_of_parameter(self) -> dict[str, str]:
         """Parameter name to the name of the layer that it is removed with."""

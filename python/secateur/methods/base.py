@@ -114,7 +114,7 @@ class Prepared:
         weights = Weights(self._bound.model, anatomy)
         keep = weights.keep
         for name, layer in anatomy.layers.items():
-            if not sizes[name]:
+            if not sizes.get(name, 1):
                 keep[name] = np.empty((1, 0), np.int64)
                 continue
             for kind in sorted(layer.groups, key=_ORDER.index):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..anatomy import Anatomy, Layer, Part, Tap
+from ..anatomy import Anatomy, Part, Tap
 from ..errors import InvalidArgument, NumericalError
 from ..runtime.ranks import Ranks
 from .collectors import Accumulator, Position, collectors
@@ -40,11 +40,11 @@ class Observer:
         self.whole = True
         self.settings = settings
         self.sensitivity: dict[str, Float] = {}
-        first = next((_block(anatomy, layer) for layer in anatomy.attention), None)
+        first = next((anatomy.block_of(layer) for layer in anatomy.attention), None)
         blocks = None if norms is None else {first if only is None else only}
         # Attention comes first: its sums count the images.
         layers = [*anatomy.attention, *anatomy.ffn]
-        self._layers = [each for each in layers if blocks is None or _block(anatomy, each) in blocks]
+        self._layers = [each for each in layers if blocks is None or anatomy.block_of(each) in blocks]
         # Before query/key norms, whose inputs must be known for a change of basis.
         normed = {layer.input_norm for layer in self._layers if {"query", "key"} <= layer.norms.keys()}
         self._norms = [norm for norm in anatomy.norms if norms is None or norms or norm.name in normed]
@@ -202,10 +202,6 @@ class _Count:
     def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue from these numbers."""
         self._images = np.array([state[f"{fold}/{IMAGES}/images"][0] for fold in FOLDS])
-
-
-def _block(anatomy: Anatomy, layer: Layer) -> int | None:
-    return anatomy.group(layer.name).block
 
 
 def _enough(_module: nn.Module, _args: object, _output: object) -> None:

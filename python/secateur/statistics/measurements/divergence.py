@@ -103,16 +103,18 @@ def _trials(anatomy: Anatomy) -> list[_Trial]:
         trials.append(_Trial(f"{group}/mean_kept", block, [(branch, _mean)], 1.0))
 
     for layer in anatomy.layers_of("attention"):
-        block = anatomy.group(layer.name).block
+        block = anatomy.block_of(layer)
         query = layer.taps["query"]
         # Scores are products, so queries are not centred, as in the error of the scores.
         disturbed(layer.groups["qk"], block, (query.module, _noise(query.channels, centred=False)))
         disturbed(layer.groups["v"], block, (layer.writer, _noise(None, centred=True)))
-        removed(layer.name, block, layer.branch)
+        if layer.name in anatomy.sizes:
+            removed(layer.name, block, layer.branch)
     for layer in anatomy.layers_of("ffn"):
-        block = anatomy.group(layer.name).block
+        block = anatomy.block_of(layer)
         disturbed(layer.groups["ffn"], block, (layer.writer, _noise(None, centred=True)))
-        removed(layer.name, block, layer.branch)
+        if layer.name in anatomy.sizes:
+            removed(layer.name, block, layer.branch)
     for width in anatomy.widths:
         norms = [norm for norm in anatomy.norms if norm.stream == width.name]
         if norms:
