@@ -24,10 +24,12 @@ export CMAKE_GENERATOR ?= Ninja
 endif
 # What an installed package depends on: any of it newer than the stamp, and pip builds again.
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake python/bindings -type f)
-PYTHON_FILES := python tests benchmarks
+PYTHON_FILES := python tests benchmarks docs
 CPP_FILES = $(shell find csrc python/bindings tests/cpp tests/fuzz examples -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.c' -o -name '*.inc')
 
 FUZZ_SECONDS ?= 600
+# More of pytest's flags, for make test.
+PYTEST_FLAGS ?=
 
 .PHONY: demo test test-cpp test-python faults fuzz fuzz-python lint sanitize sanitize-python sanitize-threads build-asan bench instructions build-bench clean
 .DELETE_ON_ERROR:
@@ -39,7 +41,7 @@ test: test-cpp test-python
 
 # Two processes of two threads each: every test says how many threads it has, and most keep one busy at best.
 test-python: $(VENV)/.installed-test
-	$(WITH_PATH) $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(WITH_PATH) $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_FLAGS)
 
 # What takes minutes: runs killed at 52 random points, more ranks, more rounds.
 faults: $(VENV)/.installed-test

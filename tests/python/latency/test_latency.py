@@ -666,7 +666,7 @@ def test_frozen_names_may_come_from_an_iterator():
     stats = sc.calibrate(model, [torch.randn(4, 3, 16, 16)])
     elsewhere = replace(HERE, processor="Abacus 3000")
     table = table_of(sc.inspect(model), staircase, steps, machine=elsewhere)
-    with pytest.warns(UserWarning, match="not measured") as warned:
+    with pytest.warns(UserWarning, match="without measuring") as warned:
         plan = sc.plan(
             model,
             stats,
