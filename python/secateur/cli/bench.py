@@ -9,9 +9,6 @@ import typer
 import secateur as sc
 
 from . import lazy
-<<<<<<< HEAD
-from .options import Checkpoint, Classes, Device, Json, Kwargs, Model, Pretrained, Threads, file_to_write, names
-=======
 from .options import (
     Checkpoint,
     Classes,
@@ -25,7 +22,6 @@ from .options import (
     file_to_write,
     names,
 )
->>>>>>> cli
 from .output import collected
 
 __all__ = ["bench"]

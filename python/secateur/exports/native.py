@@ -26,6 +26,8 @@ from .base import Exporter, ExportReport, largest_difference, register
 _WEIGHT_SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "custom_load")
 # A block takes memory even without weights.
 _MAX_DEPTH = 512
+# Where the dense model has to be built for its buffers.
+_MOST_LARGER = 200
 # Rates that matter only in training may be changed by hand.
 _FREE = (nn.Dropout, timm.layers.DropPath, timm.layers.PatchDropout)
 # Settings of how a module computes, not what, or that matter only in training.
@@ -137,7 +139,15 @@ def _compute_buffers(model: nn.Module, header: Mapping[str, Any]) -> None:
     missing = {name for name, buffer in model.named_buffers() if buffer.is_meta}
     if not missing:
         return
-    dense = dict(_built(header["family"], header["architecture"], header["arguments"], "cpu").named_buffers())
+    described = header["family"], header["architecture"], header["arguments"]
+    # A file may describe a far larger model than the one it holds.
+    size, held = (sum(p.numel() for p in each.parameters()) for each in (_built(*described), model))
+    if size > _MOST_LARGER * held:
+        raise InvalidArgument(
+            f"arguments: expected a dense model of at most {_MOST_LARGER} times what the file holds, got {size:,} "
+            f"parameters for {held:,}"
+        )
+    dense = dict(_built(*described, device="cpu").named_buffers())
     for name in missing:
         module, _, leaf = name.rpartition(".")
         buffer = dense[name]
@@ -157,6 +167,7 @@ def _checked(factory: Any, architecture: str) -> tuple[str, Mapping[str, Any]]:
     return str(factory[0]), factory[1]
 
 
+@core.host_by_default()
 def _skeleton(header: Mapping[str, Any]) -> nn.Module:
     """Build the model of a header, without weights."""
     model = _built(header["family"], header["architecture"], header["arguments"])

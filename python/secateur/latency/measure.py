@@ -160,6 +160,8 @@ class _Clock:
         self._repeats, self._runtime, self._advance = repeats, runtime, advance
         self._seconds: list[float] = []
         self._reference = self._prepared(*reference)
+        # An engine that compiles or exports would do so with every copy of a layer.
+        self._copied = self._reference[0] is reference[0]
 
     def ratio(self, module: nn.Module, x: Tensor) -> float:
         """Return the median of the paired ratios of a module's time to the reference's."""
@@ -192,9 +194,9 @@ class _Clock:
 
     def copies(self, module: nn.Module, x: Tensor, most: int) -> int:
         """Return how many copies of a layer to run one after the other: enough for a sample, but at most ``most``."""
-        run, _ = self._prepared(module, x)
-        if run is not module:  # an engine would compile or export every copy again
+        if not self._copied:
             return 1
+        run, _ = self._prepared(module, x)
         with torch.inference_mode():
             return min(most, warm(run, x, 1))
 
