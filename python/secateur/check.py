@@ -87,10 +87,10 @@ def writable(argument: str, path: object) -> Path:
 
 
 def options(kind: type[T], given: Mapping[str, Any]) -> T:
-    """Return a frozen dataclass of options, with its defaults for those that are not given.
+    """Return a frozen dataclass of options, with defaults for those that are not given.
 
     Raises:
-        InvalidArgument: no such option, or a value that it does not take.
+        InvalidArgument: an unknown option, or a value that it does not take.
     """
     hints = get_type_hints(kind)
     names = [each.name for each in fields(kind)]  # type: ignore[arg-type]  # a dataclass

@@ -95,7 +95,7 @@ class Anatomy:
         return {name: layer.name for layer in self.layers.values() for name in layer.groups.values()}
 
     def block_of(self, layer: Layer) -> int | None:
-        """The number of the block that a layer is in."""
+        """Return the number of the block that a layer is in, or None."""
         return self.group(next(iter(layer.groups.values()))).block
 
     @cached_property

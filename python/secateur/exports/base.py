@@ -1,4 +1,4 @@
-"""What an exporter offers, what it reports, and where it is found by name."""
+"""The interface of exporters, their report and their registry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..registry import Registry
 
 __all__ = ["ExportReport", "Exporter", "exporters", "largest_difference", "random_images", "register"]
 
-# Of the largest output: what another order of sums may change.
+# Tolerances relative to the largest output, for another order of sums.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -26,7 +26,7 @@ class ExportReport:
     """What was written, and how it was checked.
 
     ``difference`` is the largest absolute difference between the outputs of ``engine`` and of the model, over random
-    images in batches of ``batch_sizes``; ``version`` is that of the format, such as the opset of ONNX.
+    images in batches of ``batch_sizes``; ``version`` is the version of the format, such as ONNX's opset.
     """
 
     format: str
@@ -38,7 +38,7 @@ class ExportReport:
     difference: float
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the report as JSON values."""
         return {**asdict(self), "files": [str(file) for file in self.files], "batch_sizes": list(self.batch_sizes)}
 
     def __str__(self) -> str:
@@ -51,9 +51,9 @@ class ExportReport:
 
 
 class Exporter(ABC):
-    """One file format; a subclass registers itself with ``exports.register``. One instance, no state.
+    """An exporter for one file format; a subclass registers itself with ``exports.register``. It has no state.
 
-    ``Options`` is a frozen dataclass of what it takes.
+    ``Options`` is a frozen dataclass of its options.
     """
 
     name: ClassVar[str]
@@ -61,15 +61,15 @@ class Exporter(ABC):
 
     @abstractmethod
     def export(self, model: nn.Module, path: Path, options: Any) -> ExportReport:
-        """Write the model to ``path``, whole or not at all, read it again in its engine, and compare the two.
+        """Write the model to ``path``, completely or not at all, load it in its engine, and compare the two.
 
-        The model is in evaluation mode, on its device; its folder is there and can be written.
+        The model is in evaluation mode; the folder exists and is writable.
 
         Raises:
             InvalidArgument: an option that does not fit, or a package that is missing; the text names the command that
                 installs it.
             Unsupported: the format cannot hold the model.
-            Error: what was read again computes something else.
+            Error: the loaded file computes something else.
         """
 
 
@@ -78,7 +78,7 @@ register = exporters.register
 
 
 def random_images(model: nn.Module, batch: int) -> Tensor:
-    """A batch of random images as the model takes them, on the CPU; the same for the same batch size."""
+    """Return a batch of random images as the model takes them, on the CPU; always the same for a batch size."""
     generator = torch.Generator().manual_seed(batch)
     shape = (batch, *data_config(model)["input_size"])
     return torch.randn(shape, generator=generator, device="cpu").to(input_dtype(model))
@@ -88,13 +88,10 @@ def random_images(model: nn.Module, batch: int) -> Tensor:
 def largest_difference(
     model: nn.Module, run: Callable[[Tensor], Tensor], batch_sizes: Sequence[int], engine: str
 ) -> float:
-    """Compare an engine's outputs with the model's on random images.
-
-    Returns:
-        The largest absolute difference.
+    """Return the largest absolute difference between an engine's and the model's outputs on random images.
 
     Raises:
-        Error: it is more than rounding, or the engine fails on a batch or returns another shape.
+        Error: the difference is more than rounding, or the engine fails on a batch or returns another shape.
     """
     worst = 0.0
     for batch in batch_sizes:
@@ -104,7 +101,7 @@ def largest_difference(
             raise InvalidArgument(f"model: expected one that returns a tensor, got {type(wanted).__name__}")
         try:
             found = torch.as_tensor(run(images))
-        except Exception as error:  # engines raise what they like
+        except Exception as error:  # engines can raise anything
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise Error(f"export: expected {engine} to take a batch of {batch}, got {reason}") from error
         if found.shape != wanted.shape:

@@ -151,7 +151,7 @@ def _compute_buffers(model: nn.Module, header: Mapping[str, Any]) -> None:
     for name in missing:
         module, _, leaf = name.rpartition(".")
         buffer = dense[name]
-        # As Module.to casts them with the weights.
+        # Cast like the weights, as Module.to does.
         cast = buffer.to(input_dtype(model)) if buffer.is_floating_point() else buffer
         setattr(model.get_submodule(module), leaf, cast)
 
@@ -254,10 +254,10 @@ def _tuples(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Options:
-    """How the file is made and checked."""
+    """Options of the format "native"."""
 
-    batch_sizes: tuple[int, ...] = field(default=(1, 2), metadata={"help": "of the batches that both are compared on"})
-    factory: Any = field(default=None, metadata={"help": "how the dense model is made, as for save"})
+    batch_sizes: tuple[int, ...] = field(default=(1, 2), metadata={"help": "batch sizes of the comparison"})
+    factory: Any = field(default=None, metadata={"help": "how to build the dense model, as for save"})
 
 
 @register
