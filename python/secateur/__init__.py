@@ -1,10 +1,8 @@
 """Structured pruning of vision transformers that people can rely on.
 
-anatomy = secateur.inspect(model)                  what can be cut
-stats   = secateur.calibrate(model, loader)        what is worth keeping
-plan    = secateur.plan(model, stats, target=secateur.Target(macs=0.5))
-report  = secateur.prune(model, plan)              in place
-secateur.save(model, path); secateur.load(path)
+anatomy = secateur.inspect(model)                  what can be removed stats   = secateur.calibrate(model, loader) what
+matters to the output plan    = secateur.plan(model, stats, target=secateur.Target(macs=0.5)) report  =
+secateur.prune(model, plan)              in place secateur.save(model, path); secateur.load(path)
 """
 
 from importlib import import_module
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
     from .training.finetune import FinetuneResult, finetune
     from .training.hooks import LoopHook
 
-# Name to the module that defines it, which is imported when the name is asked for: `secateur --help` needs no torch.
+# Maps each name to its module, which is imported on first use, so that `secateur --help` does not need torch.
 _MODULES = {
     "AccuracyCritical": "searches.objectives",
     "Anatomy": "anatomy.anatomy",

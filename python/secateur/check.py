@@ -1,4 +1,4 @@
-"""Arguments refused before anything is done, in the same words everywhere."""
+"""Checks arguments before anything is done, with the same error texts everywhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def integer(argument: str, value: object, least: int = 1, *, optional: Literal[F
 @overload
 def integer(argument: str, value: object, least: int = 1, *, optional: Literal[True]) -> int | None: ...
 def integer(argument: str, value: object, least: int = 1, *, optional: bool = False) -> int | None:
-    """Return an integer of at least ``least``; with ``optional`` also None. NumPy's integers count, bools do not.
+    """Return an integer of at least ``least``, or None if ``optional``. NumPy's integers count, bools do not.
 
     Raises:
         InvalidArgument: it is something else.
@@ -44,7 +44,7 @@ def fraction(
     open_low: bool = False,
     open_high: bool = False,
 ) -> float:
-    """Return a number between ``low`` and ``high``, without the ends that are open.
+    """Return a number between ``low`` and ``high``, excluding the ends that are open.
 
     Raises:
         InvalidArgument: it is something else.
@@ -57,7 +57,7 @@ def fraction(
 
 
 def number(argument: str, value: object, *, low: float = 0.0, high: float = math.inf, open_low: bool = False) -> float:
-    """Return a finite number of at least ``low`` (more than it with ``open_low``) and at most ``high``.
+    """Return a finite number of at least ``low`` (more than ``low`` with ``open_low``) and at most ``high``.
 
     Raises:
         InvalidArgument: it is something else.
@@ -71,7 +71,7 @@ def number(argument: str, value: object, *, low: float = 0.0, high: float = math
 
 
 def writable(argument: str, path: object) -> Path:
-    """Return the path of a file that can be there: its folder exists and takes files, and it is no folder itself.
+    """Return the path of a file that can be written: its folder exists and is writable, and it is not a folder.
 
     Raises:
         InvalidArgument: it is something else.
@@ -122,7 +122,7 @@ def _below(value: float, high: float, open_high: bool) -> bool:
 
 
 def _finite(value: object) -> float | None:
-    # bool is a number to Python; here it is a slip.
+    # Python accepts bools as numbers; here they are a mistake.
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     try:

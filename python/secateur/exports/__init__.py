@@ -1,4 +1,4 @@
-"""Models written to files: secateur's own format, and formats of other engines."""
+"""Exports models to files: secateur's own format, and formats of other engines."""
 
 from .base import Exporter, ExportReport, register
 

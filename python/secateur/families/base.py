@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, ClassVar
 
 import timm
@@ -59,6 +60,8 @@ class Family(ABC):
                 raise InvalidArgument(f"arguments: expected those of the architecture, got {name!r}")
         for cls in self.models:
             if architecture == cls.__name__:
+                if "device" in signature(cls).parameters:
+                    return cls(**arguments, device=device)
                 with device:
                     return cls(**arguments)
         if not timm.is_model(architecture):
@@ -66,8 +69,7 @@ class Family(ABC):
             raise Unsupported(
                 f"architecture: expected one that timm {timm.__version__} knows, {names}, got {architecture!r}"
             )
-        with device:
-            model: nn.Module = timm.create_model(architecture, pretrained=False, **arguments)
+        model: nn.Module = timm.create_model(architecture, pretrained=False, **arguments, device=device)
         return model
 
     def adapt(self, model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:

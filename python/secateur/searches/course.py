@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Course:
-    """One search, from where it is to its end."""
+    """One search, from its current round to its end."""
 
     def __init__(
         self, cutting: Cutting, tuning: Tuned | None, objective: Objective, loader: Iterable[Any], stepper: Stepper
@@ -37,13 +37,13 @@ class Course:
         self.history: list[Round] = []
         self.loader = loader
         self.labelled = has_targets(loader)
-        # With fine-tuning the models that may still be cut, and always the last accepted one if it is at hand.
+        # With fine-tuning, the models that may still be cut; and always the last accepted one if it exists.
         self._models: dict[int, nn.Module] = {}
         self._answer: tuple[int, nn.Module, Plan | None] | None = None
         self._stats: tuple[int, Statistics] = (0, cutting.stats)
 
     def resume(self, file: SearchFile, rounds: int) -> int:
-        """Take up a file, and return the rounds it brought."""
+        """Continue from a file, and return the number of rounds in it."""
         history, models = file.read(self.cutting.model)
         if len(history) > rounds + 1:
             raise InvalidArgument(f"resume: expected a file of at most {rounds} rounds, got {len(history) - 1}")
@@ -61,11 +61,11 @@ class Course:
         return len(history) - 1
 
     def measure_dense(self) -> None:
-        """Round 0."""
+        """Measure the dense model as round 0."""
         self._advance(self._measure(self.cutting.model, dense=True))
 
     def next_round(self, file: SearchFile | None) -> None:
-        """Plan, prune, train, measure, move on, and write."""
+        """Run a round: plan, prune, train, measure, move on, and write the checkpoint."""
         number, base, threshold = len(self.history), self.stepper.base, self.stepper.threshold
         assert base is not None
         own = None if file is None else file.of_round(number)
@@ -83,7 +83,7 @@ class Course:
                 self._advance(self._measure(model))
                 self._models[number] = model
                 if self._answer_round == number:
-                    # A plan is the dense model's, and holds no training.
+                    # Plans are for the dense model and cannot hold fine-tuned weights.
                     self._answer = (number, model, chosen if self.tuning is None else None)
         self._forget()
         self.write(file)
@@ -96,21 +96,21 @@ class Course:
             file.write(self.history, self._models, self.cutting.model)
 
     def result(self, objective: Objective, resumed: int) -> SearchResult:
-        """Return the answer."""
+        """Return the answer and the history."""
         number = self._answer_round
         if number == 0:
             model, chosen = copy.deepcopy(self.cutting.model), None
         elif self._answer is not None and self._answer[0] == number:
             _, model, chosen = self._answer
         else:
-            # Of an earlier process, without fine-tuning: the same plan makes the same bits.
+            # The model was in an earlier process, without fine-tuning; the same plan makes the same bits.
             threshold = self.history[number].threshold
             model, chosen = self.cutting.cut(self.cutting.model, lambda: self.cutting.stats, threshold)
         return SearchResult(model, chosen, objective, tuple(self.history), number, resumed)
 
     @property
     def _answer_round(self) -> int:
-        """The last accepted round; an untrained copy with nothing cut is the dense model, and counts as none."""
+        """Return the last accepted round; an untrained copy with nothing cut is the dense model, and counts as none."""
         accepted = [
             number
             for number, row in enumerate(self.history)
@@ -119,7 +119,7 @@ class Course:
         return accepted[-1] if accepted else 0
 
     def _advance(self, found: Measures | None) -> None:
-        """Judge what was measured, and enter the round; None where nothing could be."""
+        """Judge the measurements and record the round; None if nothing could be measured."""
         dense = self.history[0].measures if self.history else found
         assert dense is not None
         stepper = self.stepper
@@ -144,7 +144,7 @@ class Course:
         )
 
     def _forget(self) -> None:
-        """Let go of the models that are not needed any more; without fine-tuning none is, they can be made again."""
+        """Drop the models that are no longer needed: without fine-tuning all of them, since they can be made again."""
         needed = set() if self.tuning is None else self.stepper.reachable | {self._answer_round}
         self._models = {number: model for number, model in self._models.items() if number in needed}
 
@@ -159,7 +159,7 @@ class Course:
         return self._stats[1]
 
     def _known(self, threshold: float) -> Measures | None:
-        """What this T gave before. A third miss comes back to one, and the same plan makes the same model."""
+        """Return the measurements of an earlier round at this T, if any: the same plan makes the same model."""
         if self.tuning is not None or self._timed:
             return None
         return next((row.measures for row in self.history if row.threshold == threshold), None)
@@ -195,7 +195,7 @@ class Course:
 
 
 class _Answers:
-    """Batches of images with the classes that the dense model gives them; the loader may shuffle."""
+    """Batches of images with the dense model's predicted classes as targets; the loader may shuffle."""
 
     def __init__(self, dense: nn.Module, loader: Iterable[Any]) -> None:
         self._dense, self._loader = dense, loader
@@ -211,10 +211,10 @@ class _Answers:
 
 
 def has_targets(loader: Iterable[Any]) -> bool:
-    """Do the batches have labels?
+    """Return whether the batches have labels.
 
     Raises:
-        InvalidArgument: there is no batch.
+        InvalidArgument: the loader has no batch.
     """
     for batch in loader:
         return split_batch(batch)[1] is not None

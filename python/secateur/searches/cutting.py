@@ -1,4 +1,4 @@
-"""Copies of models, cut to a share of the dense one's cost, and what trains them."""
+"""Makes pruned copies of models for a search, cut to a fraction of the dense one's cost, and trains them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Tuning: TypeAlias = Mapping[str, Any] | Callable[[nn.Module], object]
 
 
 class Cutting:
-    """Copies of models, cut to what T leaves of the dense model's cost."""
+    """Makes copies of models, cut by T, a fraction of the dense model's cost."""
 
     def __init__(
         self, model: nn.Module, anatomy: Anatomy, stats: Statistics, cost: str, arguments: Mapping[str, Any]
@@ -37,14 +37,14 @@ class Cutting:
         self._cost, self._arguments = cost, dict(arguments)
 
     def plan_of(self, base: nn.Module, stats: Statistics, share: float) -> Plan:
-        """Plan for a share of the base model's cost."""
+        """Plan for a fraction of the base model's cost."""
         return plan(base, stats, target=Target(**{self._cost: share}), **self._arguments)
 
     def cut(self, base: nn.Module, stats: Callable[[], Statistics], threshold: float) -> tuple[nn.Module, Plan | None]:
-        """Return a pruned copy, and its plan; no plan where nothing is cut.
+        """Return a pruned copy and its plan; the plan is None if nothing is cut.
 
         Raises:
-            TooMuchError: T is more than the base model can lose.
+            TooMuchError: T is more than can be removed from the base model.
         """
         anatomy = family_of(base).inspect(base)
         share = (1 - threshold) * getattr(self.anatomy, self._cost) / getattr(anatomy, self._cost)
@@ -54,7 +54,7 @@ class Cutting:
             raise TooMuchError
         limits = {name: self._arguments[name] for name in ("groups", "freeze", "min_keep", "round_to")}
         try:
-            # All arguments were checked on the dense model: what is refused now is the target.
+            # All arguments were checked on the dense model, so an error now is about the target.
             check_target(anatomy, Target(**{self._cost: share}), **filled(limits))
         except InvalidArgument as error:
             raise TooMuchError from error
@@ -65,11 +65,11 @@ class Cutting:
 
 
 class TooMuchError(Exception):
-    """No choice of sizes removes so much."""
+    """No choice of sizes removes this much."""
 
 
 class Tuned:
-    """What happens to a pruned copy, and to the statistics behind it."""
+    """How pruned copies are fine-tuned, and how statistics of them are collected."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Tuned:
 
     @property
     def described(self) -> dict[str, Any] | str:
-        """The arguments as JSON values; a function is any function."""
+        """Return the arguments as JSON values; all functions are described alike."""
         if self._call is not None:
             return "function"
         return {name: plain(value) for name, value in sorted(self._arguments.items()) if name != "teacher"}
@@ -101,7 +101,7 @@ class Tuned:
         finetune_(model, self.train_loader, **self._arguments, resume=keep)
 
     def calibrate(self, model: nn.Module, like: Statistics) -> Statistics:
-        """Collect the statistics of a trained copy, as they were collected of the dense model."""
+        """Collect the statistics of a trained copy with the settings used for the dense model."""
         return calibrate(
             model,
             self.calibration_loader,
@@ -114,12 +114,12 @@ class Tuned:
 
 
 def filled(limits: Mapping[str, Any]) -> dict[str, Any]:
-    """Limits as functions of budgets take them."""
+    """Return the limits in the form that the functions of budgets take."""
     return {**limits, "min_keep": limits["min_keep"] or {}}
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON can hold it; what it cannot hold as text."""
+    """Return a value as JSON can hold it, or as text."""
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The file that a search goes on from: its history, and the models that are still needed."""
+"""The checkpoint file of a search: its history, and the models that are still needed."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _KIND = "search"
 
 @dataclass(frozen=True)
 class SearchFile:
-    """The checkpoint: the history, and with fine-tuning the models that are still needed."""
+    """The checkpoint: the history and, with fine-tuning, the models that are still needed."""
 
     path: Path
     settings: Mapping[str, Any]
     origin: Mapping[str, Any]
 
     def of_round(self, number: int) -> Path:
-        """Where the training of one round keeps its own."""
+        """Return the path of the checkpoint for one round's training."""
         return self.path.with_name(f"{self.path.stem}.round{number}.safetensors")
 
     def write(self, history: Iterable[Round], models: Mapping[int, nn.Module], dense: nn.Module) -> None:
-        """Write the rounds and the models, by the number of their round."""
+        """Write the rounds, and the models by the number of their round."""
         tensors: dict[str, Tensor] = {}
         shapes = {}
         for number, model in sorted(models.items()):
@@ -52,10 +52,10 @@ class SearchFile:
         container.write(self.path, _KIND, header, tensors)
 
     def read(self, dense: nn.Module) -> tuple[list[Round], dict[int, nn.Module]]:
-        """Return history and models; nothing is changed.
+        """Return the history and the models; nothing is changed.
 
         Raises:
-            InvalidArgument: the file is damaged, or another search's.
+            InvalidArgument: the file is damaged, or belongs to another search.
         """
         header, tensors = container.read(self.path, _KIND)
         with container.understood("resume: expected the file of this search"):
@@ -64,7 +64,7 @@ class SearchFile:
     def _matched(
         self, dense: nn.Module, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> tuple[list[Round], dict[int, nn.Module]]:
-        # As JSON gives them back.
+        # As they would come back from JSON.
         mine = json.loads(json.dumps({"settings": self.settings, "origin": self.origin}))
         for what in ("settings", "origin"):
             for name, value in mine[what].items():
@@ -80,12 +80,12 @@ class SearchFile:
 
 
 def structure_of(model: nn.Module, dense: nn.Module) -> Structure:
-    """What a model is besides its weights, made of the dense one."""
+    """Return the structure of a model that was made from the dense one."""
     return Structure.of(model, family_of(model).inspect(model), dict(dense.named_parameters()))
 
 
 def rebuilt(dense: nn.Module, structure: Structure, state: Mapping[str, Tensor]) -> nn.Module:
-    """Make a model of a file again: a copy of the dense one with its structure, and then its values."""
+    """Rebuild a model from a file: copy the dense model, apply the structure, then set its values."""
     model = copy.deepcopy(dense)
     structure.apply(model)
     model.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Search for the model of an objective: plan, prune a copy, fine-tune it where asked, measure; grow or roll back."""
+"""Searches for the model of an objective: plan, prune a copy, fine-tune it if asked, measure; go on or roll back."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ __all__ = ["search"]
 
 
 _OBJECTIVES = (AccuracyCritical, MemoryConstrained, LatencySensitive)
-# What search itself gives to finetune.
+# Arguments of finetune that search sets itself.
 _NOT_OPTIONS = ("model", "loader", "val_loader", "resume", "hooks")
 
 
@@ -68,35 +68,36 @@ def search(
     resume: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> SearchResult:
-    """Find the model that an objective asks for; after AAP (Zhao, Jain and Zhao, 2023, arXiv:2303.08595).
+    """Search for the model that an objective asks for, after AAP (Zhao, Jain and Zhao, 2023, arXiv:2303.08595).
 
-    Each round plans for one scalar T, prunes a copy, fine-tunes it where asked, and measures it. A model that is kept
-    is cut further, at T + λ; behind one that is not, the search goes back to the last that was kept, b, and tries
-    T_b + λ_b / 2, then T_b + λ_b / 4. After the third miss it halves λ once more and starts from b at T_b; if that
-    misses, b's predecessor takes its place. It ends after ``rounds``, or when a miss leaves nothing to go back to. The
-    answer is the last accepted model. `AccuracyCritical` accepts what it keeps. `MemoryConstrained` and
-    `LatencySensitive` keep what has not lost more than the budget asks for, and accept what is within the budget and
-    no less accurate than what they accepted before: they close in on the budget from both sides.
+    Each round plans for one scalar T, prunes a copy, fine-tunes it if asked, and measures it. If the model is kept, the
+    next round cuts it further, at T + λ. If it is not, the search goes back to the last kept model, b, and tries T_b +
+    λ_b / 2, then T_b + λ_b / 4. After the third miss it halves λ once more and starts from b at T_b; if that misses
+    too, the model kept before b takes its place. The search ends after ``rounds``, or when a miss leaves nothing to go
+    back to. The answer is the last accepted model. `AccuracyCritical` accepts the models that it keeps.
+    `MemoryConstrained` and `LatencySensitive` keep models that have not lost more than the budget asks for, and accept
+    models within the budget that are no less accurate than those accepted before: they approach the budget from both
+    sides.
 
-    T is the fraction of the dense model's parameters (or MACs, as the objective says) that has to go, from 0, the dense
-    model. AAP compares the scores of layer l with T · w_l, where w_l is the layer's share of the cost: a neuron leaves
-    if its score for each unit of cost is at most T. That is what ``plan`` does for a target with ``allocation="error"``
-    (a group shrinks while the loss for each unit of cost is below one price for all groups), with the price found for
-    the fraction to remove. The fraction orders the same models as the price, from dense to small, but means the same
-    for every model and method, those without an error included. Where T is more than can be cut, the round is a miss.
+    T is the fraction of the dense model's parameters (or MACs, depending on the objective) to remove; 0 is the dense
+    model. AAP compares the scores of layer l with T · w_l, where w_l is the layer's share of the cost: a neuron is
+    removed if its score per unit of cost is at most T. ``plan`` does the same for a target with ``allocation="error"``
+    (a group shrinks while the loss per unit of cost is below one price for all groups), and finds the price for the
+    fraction to remove. The fraction orders models as the price does, from dense to small, but has the same meaning for
+    every model and method, including methods without errors. If T is more than can be cut, the round is a miss.
 
-    Without fine-tuning every round prunes a copy of ``model`` by the statistics given. With it, as in AAP, a round
-    prunes the fine-tuned model that was kept; statistics of other weights do not fit, so that model is calibrated anew.
-    Memory: a copy of the model, with fine-tuning one for each round that the search may come back to.
+    Without fine-tuning, every round prunes a copy of ``model`` by the given statistics. With it, as in AAP, a round
+    prunes the kept fine-tuned model; since statistics of other weights do not fit, that model is calibrated again.
+    Memory: one copy of the model; with fine-tuning, one for each round that the search may go back to.
 
     Args:
-        model: the dense model, a supported classifier of timm's on any device; it is not changed.
+        model: the dense model, a supported timm classifier on any device; it is not changed.
         stats: what ``calibrate`` measured on it.
         objective: `AccuracyCritical`, `MemoryConstrained` or `LatencySensitive`.
-        loader: validation batches, the same images in every pass: (images, targets) for ``evaluate``; without targets
-            the accuracy is the agreement with the dense model's answers.
+        loader: validation batches, the same images in every pass: (images, targets) as for ``evaluate``; without
+            targets the accuracy is the agreement with the dense model's predictions.
         method: as for ``plan``.
-        rounds: at most so many, besides the measurement of the dense model.
+        rounds: the most rounds, besides the measurement of the dense model.
         step: the first λ, in (0, 1).
         groups: as for ``plan``.
         freeze: as for ``plan``.
@@ -105,20 +106,20 @@ def search(
         allocation: as for ``plan``.
         finetune: arguments of ``finetune``, such as {"epochs": 1, "lr": 1e-4}: every round's copy is trained on
             ``train_loader`` with the dense model as teacher (or another ``teacher``, or None). Or a function that
-            trains the model it is given in place. With ``checkpoint_every`` among the arguments, and ``resume``, a
-            round's training is itself resumed, from a file NAME.roundN.safetensors that is there while it lasts.
-        train_loader: as for ``finetune``, with arguments of it.
-        calibration_loader: batches for ``calibrate``, the same images in every pass; as many of them are read as
-            ``stats`` has. Needed with fine-tuning.
-        resume: a file written after every round. Where it exists, the search goes on from it, and ends with the history
-            and the bits of one that was never interrupted (but for measured latencies), provided that it comes with the
-            same model, statistics, loaders and arguments; ``rounds`` may be more.
-        **options: the method's own.
+            trains a model in place. With ``checkpoint_every`` among the arguments, and ``resume``, a round's training
+            can itself be resumed, from a file NAME.roundN.safetensors that exists while it lasts.
+        train_loader: training batches, as for ``finetune``; only with arguments of ``finetune``.
+        calibration_loader: batches for ``calibrate``, the same images in every pass; as many images are read as
+            ``stats`` has. Required with fine-tuning.
+        resume: a file written after every round. If it exists, the search continues from it, and ends with the same
+            history and the same bits as an uninterrupted one (except for measured latencies), provided that model,
+            statistics, loaders and arguments are the same; ``rounds`` may be larger.
+        **options: options of the method.
 
     Raises:
-        InvalidArgument: an argument that does not fit, a budget that cannot be met or not in so many rounds, or a
-            ``resume`` file that is damaged or another search's.
-        Unsupported: the model is of no supported family, or does not allow a cut.
+        InvalidArgument: an argument that does not fit, a budget that cannot be met, or not in this many rounds, or a
+            ``resume`` file that is damaged or belongs to another search.
+        Unsupported: the model is not of a supported family, or does not allow a cut.
         NumericalError: a pruned model's logits, or a loss in fine-tuning, are NaN or infinite.
     """
     if not isinstance(objective, _OBJECTIVES):
@@ -165,7 +166,7 @@ def search(
     if file is not None and file.path.is_file():
         resumed = course.resume(file, rounds)
     else:
-        # What plan refuses, it refuses before the first measurement.
+        # Let plan refuse what it must before the first measurement.
         cutting.plan_of(model, stats, 1.0)
     with progress(rounds, "search", unit="rounds") as advance:
         advance(resumed)
@@ -209,9 +210,9 @@ def _check_tuning(how: object, train_loader: object, calibration_loader: object)
 
 
 def _check_budget(anatomy: Anatomy, objective: Objective, rounds: int, step: float, limits: Mapping[str, Any]) -> None:
-    """Refuse what no plan can reach, or what so many steps cannot."""
+    """Refuse a budget that no plan can reach, or not with this many steps."""
     budget = None if isinstance(objective, AccuracyCritical) else getattr(objective, objective.cost)
-    # A measured latency has no bound that could be known.
+    # The least latency that can be reached is not known in advance.
     check_target(anatomy, Target(**{objective.cost: 1.0 if budget is None else budget}), **filled(limits))
     if budget is not None:
         least = math.ceil((1 - budget) / step - 1e-9)
@@ -222,12 +223,12 @@ def _check_budget(anatomy: Anatomy, objective: Objective, rounds: int, step: flo
 
 
 def _listed(names: Any) -> Any:
-    """A list that can be read twice; what is no sequence of names is left for plan to refuse."""
+    """Return a sequence of names as a list, which can be read twice; plan refuses anything else."""
     return list(names) if isinstance(names, Iterable) and not isinstance(names, str) else names
 
 
 def _origin(course: Course) -> dict[str, Any]:
-    """What a search begins with: digests of weights and statistics, and what the loaders tell."""
+    """Describe what a search starts with: digests of weights and statistics, and what the loaders tell."""
     tuning = course.tuning
     whole = resumption.origin(course.cutting.model, None if tuning is None else tuning.teacher, course.loader)
     tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in course.cutting.stats.tensors.items()}

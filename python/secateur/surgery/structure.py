@@ -53,7 +53,7 @@ class Structure:
         norms = [*(norm.name for norm in anatomy.norms), *anatomy.head_norms]
         return cls(
             sizes=anatomy.remains,
-            layouts={layer.name: str(layer.layout) for layer in anatomy.attention},
+            layouts={layer.name: layer.layout for layer in anatomy.attention if layer.layout is not None},
             scales={layer.name: layer.softmax_scale for layer in anatomy.attention if layer.layout == "exact"},
             eps={name: getattr(model.get_submodule(name), "eps") for name in norms},  # noqa: B009
             uncentred=tuple(name for name in anatomy.head_norms if _is_uncentred(model.get_submodule(name))),

@@ -18,7 +18,7 @@ from secateur.latency.runtimes.registry import RUNTIMES, chosen, register
 from secateur.latency.table import Grid, LatencyTable, Layer
 from secateur.plans import on_the_clock
 from secateur.plans.on_the_clock import LatencyReport
-from secateur.searches import search as searching
+from secateur.searches import course as searching
 from secateur.searches.objectives import LatencySensitive, settings_of
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import secateur as sc
 import torch
-from secateur.methods import refit
+from secateur.methods.handlers import fit as refit
 from secateur.statistics.statistics import unpack
 from small_vits import small_batches, small_vit
 from sums import assert_close
