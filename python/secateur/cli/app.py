@@ -15,6 +15,7 @@ from .bench import bench
 from .calibrate import calibrate
 from .demo import demo
 from .evaluate import evaluate
+from .export import export
 from .finetune import finetune
 from .inspect import inspect
 from .methods import methods
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (inspect, calibrate, plan, prune, search, evaluate, finetune, bench, methods, demo):
+for _command in (inspect, calibrate, plan, prune, search, evaluate, finetune, bench, export, methods, demo):
     app.command()(_command)
 
 

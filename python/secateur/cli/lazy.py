@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import set_num_threads
 
+    from ..exports.base import exporters
     from ..methods.registry import method_named
     from ..runtime.devices import place_for
     from ..runtime.ranks import first, joined
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "check_figure": "secateur.searches.result",
     "demo": "secateur.cli.digits",
+    "exporters": "secateur.exports.base",
     "first": "secateur.runtime.ranks",
     "joined": "secateur.runtime.ranks",
     "method_named": "secateur.methods.registry",
@@ -29,6 +31,7 @@ _MODULES = {
 __all__ = [
     "check_figure",
     "demo",
+    "exporters",
     "first",
     "joined",
     "method_named",

@@ -10,15 +10,15 @@ import typer
 import secateur as sc
 
 from . import lazy
-from .method_options import options_of
 from .options import Json
 from .output import collected
+from .typed_options import options_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from ..methods.base import Method
-    from .method_options import MethodOption
+    from .typed_options import TypedOption
 
 __all__ = ["methods"]
 
@@ -60,7 +60,7 @@ def _summary(method: Method) -> str:
     return " ".join(paragraph.split())
 
 
-def _described(options: Sequence[MethodOption]) -> Iterator[str]:
+def _described(options: Sequence[TypedOption]) -> Iterator[str]:
     """Each option with its values, and its help below them."""
     width = max((len(option.name) for option in options), default=0)
     for option in options:
@@ -73,10 +73,10 @@ def _text(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def _fields(option: MethodOption) -> dict[str, Any]:
+def _fields(option: TypedOption) -> dict[str, Any]:
     return {
         "name": option.name,
-        "type": option.kind.__name__,
+        "type": getattr(option.kind, "__name__", str(option.kind)),
         "values": list(option.choices) or None,
         "optional": option.optional,
         "default": option.default,

@@ -8,7 +8,6 @@ import typer
 import secateur as sc
 
 from . import lazy
-from .method_options import parsed
 from .options import (
     Allocation,
     Checkpoint,
@@ -33,6 +32,7 @@ from .options import (
     number_or_object,
 )
 from .output import collected, named
+from .typed_options import parsed
 
 __all__ = ["plan"]
 
@@ -92,8 +92,9 @@ def plan(
         raise typer.BadParameter("--latency-table, --batch-size and --runtime need --target-latency")
     flags = {"similarity": similarity, "selection": selection, "head_score": head_score}
     with collected(as_json) as output:
-        options = parsed(method, option, {name: value for name, value in flags.items() if value is not None})
-        needs = lazy.method_named(method).needs
+        chosen_method = lazy.method_named(method)
+        options = parsed(chosen_method, option, flags)
+        needs = chosen_method.needs
         if stats is None and needs:
             raise typer.BadParameter(f"expected --stats FILE for the method {method}, which needs {', '.join(needs)}")
         net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs)

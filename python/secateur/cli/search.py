@@ -10,7 +10,6 @@ import typer
 import secateur as sc
 
 from . import lazy
-from .method_options import parsed
 from .options import (
     DATA,
     Allocation,
@@ -45,6 +44,7 @@ from .options import (
     number_or_object,
 )
 from .output import collected, named
+from .typed_options import parsed
 
 if TYPE_CHECKING:
     from ..searches.objectives import Objective
@@ -119,7 +119,7 @@ def search(
     if plot is not None:
         lazy.check_figure(plot)
     with collected(as_json) as output:
-        options = parsed(method, option)
+        options = parsed(lazy.method_named(method), option)
         net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs)
         net.to(lazy.place_for(net, device))
         with named("--stats"):

@@ -15,7 +15,7 @@ import secateur as sc
 import timm
 import torch
 from secateur.cli.app import main
-from secateur.cli.method_options import options_of, parsed
+from secateur.cli.typed_options import options_of, parsed
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -31,6 +31,8 @@ class Options:
     signed: bool = False
     name: str = "none"
     limit: int | None = None
+    sizes: tuple[int, ...] = (1, 2)
+    factory: Any = None
 
 
 @pytest.fixture
@@ -85,8 +87,8 @@ def expected(files: tuple[Path, Path], **arguments: str) -> dict[str, Any]:
 
 
 def test_values_are_of_the_options_types(typed: SimpleNamespace) -> None:
-    given = ["norm=l1", "order=1", "seed=-7", "share=1e-3", "signed=True", "name=a=b", "limit=3"]
-    found = parsed("typed", given)
+    given = ["norm=l1", "order=1", "seed=-7", "share=1e-3", "signed=True", "name=a=b", "limit=3", "sizes=4, 5,6"]
+    found = parsed(typed, given)
     assert found == {
         "norm": "l1",
         "order": 1,
@@ -95,16 +97,17 @@ def test_values_are_of_the_options_types(typed: SimpleNamespace) -> None:
         "signed": True,
         "name": "a=b",
         "limit": 3,
+        "sizes": (4, 5, 6),
     }
-    assert [type(value) for value in found.values()] == [str, int, int, float, bool, str, int]
-    assert parsed("typed", ["limit=none", "name=none", " signed = false "]) == {
+    assert [type(value) for value in found.values()] == [str, int, int, float, bool, str, int, tuple]
+    assert parsed(typed, ["limit=none", "name=none", " signed = false "]) == {
         "limit": None,
         "name": "none",
         "signed": False,
     }
-    assert parsed("typed", None) == {}
+    assert parsed(typed, None) == {}
     # A choice that is none is for the method to refuse, in its own words.
-    assert parsed("typed", ["norm=l3"]) == {"norm": "l3"}
+    assert parsed(typed, ["norm=l3"]) == {"norm": "l3"}
 
 
 @pytest.mark.parametrize(
@@ -114,6 +117,8 @@ def test_values_are_of_the_options_types(typed: SimpleNamespace) -> None:
         ("share=half", "expected a number for --option share, got 'half'"),
         ("signed=yes", "expected true or false for --option signed, got 'yes'"),
         ("limit=", "expected an integer, or none for --option limit, got ''"),
+        ("sizes=1,", "expected integers with commas between them for --option sizes, got '1,'"),
+        ("factory=vit", "expected a Python object for --option factory, got 'vit'"),
         ("seed", "expected --option NAME=VALUE, got 'seed'"),
         ("=3", "expected --option NAME=VALUE, got '=3'"),
     ],
@@ -225,6 +230,8 @@ def test_options_are_described(typed: SimpleNamespace) -> None:
         "true or false",
         "a text",
         "an integer, or none",
+        "integers with commas between them",
+        "a Python object",
     ]
     assert found["norm"].help == "The norm of a row."
-    assert [option.default for option in found.values()] == ["l2", 2, 0, 0.5, False, "none", None]
+    assert [option.default for option in found.values()] == ["l2", 2, 0, 0.5, False, "none", None, (1, 2), None]
