@@ -14,6 +14,7 @@ import re
 import sys
 import typing
 from collections.abc import Collection, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, NoneType
 from typing import Any
@@ -27,6 +28,11 @@ GENERATED = "<!-- Written by docs/generate.py. Edit the docstrings, then run it 
 WIDTH = 100  # of a signature on one line
 SECTIONS = {"Args": "Arguments", "Returns": "Returns", "Yields": "Yields", "Raises": "Raises"}
 TYPERS = ("help", "install_completion", "show_completion")  # options that typer adds, in words of its own
+
+
+def _public(name: str) -> Any:
+    where = secateur._MODULES.get(name)
+    return getattr(secateur if where is None else import_module(f"secateur.{where}"), name)
 
 
 # --- Docstrings -------------------------------------------------------------------------------------------------------
@@ -201,7 +207,8 @@ def _kind_of(value: Any) -> str:
 
 def api() -> str:
     """The reference of the package."""
-    values = {name: getattr(secateur, name) for name in sorted(secateur.__all__)}
+    # From where they are defined: the package "methods" takes that function's place once it is imported.
+    values = {name: _public(name) for name in sorted(secateur.__all__)}
     parts = [
         "# Python reference",
         GENERATED,

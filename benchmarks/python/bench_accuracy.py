@@ -45,7 +45,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import load_file
-from secateur.anatomy.anatomy import Anatomy
+from secateur.anatomy import Anatomy
 from secateur.budgets.limits import kept_count
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -163,7 +163,7 @@ def kinds_of(anatomy: Anatomy, method: str) -> tuple[str, ...]:
     """The kinds that a method can cut in this model."""
     if method in peers.PEERS:
         kinds = peers.PEERS[method].kinds_of(anatomy)
-    elif method == "project" and isinstance(anatomy.stream, str):
+    elif method == "project" and any(isinstance(stream, str) for stream in anatomy.streams.values()):
         kinds = INNER
     else:
         kinds = (*INNER, "width")
@@ -481,7 +481,7 @@ def best(run: Run, method: str, draw: Draw, budget: Budget) -> tuple[nn.Module, 
             chosen = (kl, model, {**found, **spent, **outcome.detail})
 
     if method in OURS:
-        for groups in (kinds_of(run.anatomy, method), INNER, (*kinds_of(run.anatomy, method), "heads", "block")):
+        for groups in (kinds_of(run.anatomy, method), INNER, (*kinds_of(run.anatomy, method), "heads", "layer")):
             consider(
                 lambda groups=groups: run.planned(method, draw, groups=groups, target=budget.target),
                 {"allocation": "own", "groups": groups},
@@ -527,7 +527,7 @@ def allocation_table(run: Run) -> None:
             ("uniform", width),
             ("error", INNER),
             ("error", width),
-            ("error", (*width, "heads", "block")),
+            ("error", (*width, "heads", "layer")),
         ):
             arguments = {"target": sc.Target(macs=kept), "groups": groups, "allocation": allocation}
 
@@ -881,7 +881,7 @@ def main() -> None:
         "tuned": tuned_table,
     }
     # The peers take gradients, many of them subnormal, and those take the processor most of the time.
-    with sc.core.torch_threads(), sc.core.subnormals_flushed():
+    with sc.core.torch_threads(), sc.core.subnormals_flushed(torch.device(run.options.device)):
         for table in () if run.options.show else run.options.tables:
             steps[table](run)
     machine = f"{processor()}, {run.options.threads} threads, torch {torch.__version__}, timm {timm.__version__}"

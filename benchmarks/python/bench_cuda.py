@@ -151,6 +151,7 @@ def calibrations(options: argparse.Namespace) -> None:
 def scoring(options: argparse.Namespace) -> None:
     import secateur as sc
     import torch
+    from secateur.core.fallback import update_scores
 
     bandwidth, flops = ceilings(options.repeats)
     heading(
@@ -166,13 +167,13 @@ def scoring(options: argparse.Namespace) -> None:
         q, k = queries_and_keys(model, images_of(model, options.batch_size))
         images, tokens, heads, dim = q.shape
         scorer = sc.core.AttentionScorer(heads, dim, GAMMA)
-        sc.reach.update_scores([scorer], q, k)
+        update_scores([scorer], q, k)
         difference = (torch.from_numpy(scorer.scores()) - by_torch(q, k).cpu()).abs().max().item()
         if not difference <= 1e-5:
             raise SystemExit(f"bench_cuda: scores differ from torch's by {difference:.3g} in {name}")
         ratio, _, ours = paired(
             lambda q=q, k=k: by_torch(q, k),
-            lambda q=q, k=k, scorer=scorer: sc.reach.update_scores([scorer], q, k),
+            lambda q=q, k=k, scorer=scorer: update_scores([scorer], q, k),
             options.repeats,
         )
         read = 2 * q.numel() * q.element_size() / ours
@@ -191,7 +192,8 @@ def speed(options: argparse.Namespace) -> None:
     for macs in (0.5, 0.28):
         groups = ("qk", "v", "ffn") if macs == 0.5 else ("qk", "v", "ffn", "width")
         for round_to in (8, 16):
-            plan = sc.plan(dense, stats, target=sc.Target(macs=macs), groups=groups, round_to=round_to)
+            target = sc.Target(macs=macs)
+            plan = sc.plan(dense, stats, method="snp", target=target, groups=groups, round_to=round_to)
             for layout in ("exact", "stock"):
                 model = model_of(name)
                 sc.prune(model, plan, layout=layout)

@@ -23,7 +23,8 @@ from rich.table import Table
 from secateur.anatomy.fingerprint import Fingerprint
 from secateur.budgets.allocate import allocate
 from secateur.families.registry import family_of
-from secateur.methods.registry import method_named
+from secateur.methods.base import Bound
+from secateur.methods.registry import method_named, options_of
 
 MODELS = ("deit_small_patch16_224", "deit_base_patch16_224")
 METHODS = ("project", "refit", "snp")
@@ -97,8 +98,7 @@ def in_parts(model, stats, method):
     stats.settings.fingerprint.require(Fingerprint.of(model, anatomy), "model", strict=True)
     lap("fingerprint")
     criterion = method_named(method)
-    options = {name: values[0] for name, values in criterion.OPTIONS.items()}
-    prepared = criterion.prepare(model, anatomy, stats, options)
+    prepared = criterion.prepare(Bound(model, anatomy, stats, options_of(criterion, {})))
     for kind in GROUPS:
         for group in anatomy.groups:
             if group.kind == kind:

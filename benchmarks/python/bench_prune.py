@@ -33,7 +33,7 @@ def plan(model):
 
 def plan_of(model, kinds):
     stats = sc.calibrate(model, [torch.rand(4, 3, 224, 224) * 2 - 1], collect="scores")
-    return sc.plan(model, stats, ratios=dict.fromkeys(kinds, 0.5))
+    return sc.plan(model, stats, method="snp", ratios=dict.fromkeys(kinds, 0.5))
 
 
 def works(model):
@@ -118,7 +118,7 @@ def test_peak_memory(plan, paired, tmp_path):
             return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
         warm = timm.create_model("deit_tiny_patch16_224", depth=1).eval()
         stats = sc.calibrate(warm, [torch.zeros(1, 3, 224, 224)], collect="scores")
-        sc.prune(warm, sc.plan(warm, stats, ratios={"qk": 0.5, "v": 0.5, "ffn": 0.5}))
+        sc.prune(warm, sc.plan(warm, stats, method="snp", ratios={"qk": 0.5, "v": 0.5, "ffn": 0.5}))
         Path("/proc/self/clear_refs").write_text("5")
         before = mib("VmRSS")
         sc.prune(model, plan)

@@ -38,9 +38,10 @@ import torch
 from conftest import THREADS, processor
 from rich.console import Console
 from rich.table import Table
-from secateur.anatomy.anatomy import Anatomy
+from secateur.anatomy import Anatomy, tensor_of
 from secateur.latency import measure as timing
-from secateur.methods.registry import method_named
+from secateur.methods.base import Bound
+from secateur.methods.registry import method_named, options_of
 from torch import nn
 
 MODELS = {name: f"deit_{name}_patch16_224" for name in ("tiny", "small", "base")}
@@ -165,9 +166,8 @@ def assert_same_function(model: nn.Module, plan: sc.Plan) -> None:
             np.put_along_axis(gone, keep, False, axis=1)
             for member in group.members:
                 if member.role == "reader" or group.kind != "ffn":
-                    parameter = masked.get_parameter(f"{member.module}.{member.parameter}")
-                    index = torch.from_numpy(np.flatnonzero(gone.ravel())) + member.offset
-                    parameter.index_fill_(member.dim, index, 0.0)
+                    index = torch.from_numpy(member.entries[gone].flatten())
+                    tensor_of(masked, member.tensor).index_fill_(member.axis, index, 0.0)
         x = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(1)) * 2 - 1
         torch.testing.assert_close(pruned(x), masked(x), rtol=1e-3, atol=1e-4)
 
@@ -180,7 +180,8 @@ def targets_table(run: Run) -> None:
             path: Path = run.options.work / f"small-{batch}.plan.json"
             if not path.is_file():
                 model, table = run.model("small"), run.table("small", batch)
-                sc.plan(model, run.stats("small"), target=sc.Target(latency=0.5), latency_table=table).save(path)
+                target = sc.Target(latency=0.5)
+                sc.plan(model, run.stats("small"), method="snp", target=target, latency_table=table).save(path)
             plan = sc.Plan.load(path)
             report = plan.latency
             assert report is not None
@@ -192,7 +193,7 @@ def targets_table(run: Run) -> None:
 
 def macs_table(run: Run) -> None:
     models = ("small", 0.28), ("base", 0.36), ("base", 0.2)
-    cuts = INNER, (*INNER, "width", "heads"), ("ffn", "width", "heads"), ("ffn", "width", "heads", "block")
+    cuts = INNER, (*INNER, "width", "heads"), ("ffn", "width", "heads"), ("ffn", "width", "heads", "layer")
     for (name, budget), groups in itertools.product(models, cuts):
         for batch in run.options.batches:
             if name not in run.options.models:
@@ -202,8 +203,8 @@ def macs_table(run: Run) -> None:
                 name: str = name, budget: float = budget, groups: tuple[str, ...] = groups, batch: int = batch
             ) -> Row:
                 # Nothing but their measured loss tells whole layers apart.
-                stats = run.stats(name, sensitivity="block" in groups)
-                plan = sc.plan(run.model(name), stats, target=sc.Target(macs=budget), groups=groups)
+                stats = run.stats(name, sensitivity="layer" in groups)
+                plan = sc.plan(run.model(name), stats, method="snp", target=sc.Target(macs=budget), groups=groups)
                 return paired(run, name, plan, batch)
 
             key = {"table": "macs", "model": name, "target": f"macs {budget:g}", "groups": "+".join(groups)}
@@ -415,7 +416,7 @@ def plot_errors(run: Run, save: Callable[[Any, str], None]) -> None:
 
     model, anatomy, stats = run.model("small"), run.anatomy("small"), run.stats("small", sensitivity=True)
     method = method_named("project")
-    prepared = method.prepare(model, anatomy, stats, {name: values[0] for name, values in method.OPTIONS.items()})
+    prepared = method.prepare(Bound(model, anatomy, stats, options_of(method, {})))
     figure, panels = pyplot.subplots(1, len(INNER), figsize=(12, 3.5), layout="constrained", sharey=True)
     for panel, kind in zip(panels, INNER, strict=True):
         groups = [group for group in anatomy.groups if group.kind == kind]

@@ -18,10 +18,8 @@ from typing import Any
 import numpy as np
 import secateur as sc
 import torch
-from secateur.anatomy.anatomy import Anatomy
+from secateur.anatomy import Anatomy, Group, Member, tensor_of
 from secateur.anatomy.fingerprint import Fingerprint
-from secateur.anatomy.groups import Group, Member
-from secateur.anatomy.layers import AttentionSite
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 from torch.nn import functional
@@ -87,6 +85,20 @@ class Moments:
         return self.second / self.rows - torch.outer(self.mean, self.mean)
 
 
+@dataclass(frozen=True, eq=False)
+class Fused:
+    """The linear layer that computes the queries and keys of a group, and its rows of each, (heads · size,)."""
+
+    group: Group
+    module: str
+    query: Tensor
+    key: Tensor
+
+    def split(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys of what the layer computes."""
+        return out[..., self.query], out[..., self.key]
+
+
 class Calibration:
     """The calibration images of one draw, and what the dense model does with them, measured when first asked for.
 
@@ -123,7 +135,20 @@ class Calibration:
     @cached_property
     def readers(self) -> dict[str, str]:
         """Value and FFN groups to the layer that reads them."""
-        return {s.v: s.proj for s in self.anatomy.attention} | {s.ffn: s.fc2 for s in self.anatomy.ffn}
+        values = {layer.groups["v"]: layer.writer for layer in self.anatomy.attention}
+        return values | {layer.groups["ffn"]: layer.writer for layer in self.anatomy.ffn}
+
+    @cached_property
+    def fused(self) -> dict[str, Fused]:
+        """Query/key group to the layer that computes them."""
+        found = {}
+        for layer in self.anatomy.attention:
+            group = self.anatomy.group(layer.groups["qk"])
+            (query,), (key,) = (group.of("writer", part) for part in ("query", "key"))
+            if query.module != key.module:
+                raise sc.Unsupported(f"{layer.name}: expected one layer for queries and keys, got two")
+            found[group.name] = Fused(group, query.module, *(_places(member, self.device) for member in (query, key)))
+        return found
 
     @cached_property
     def inputs(self) -> dict[str, tuple[Moments, Moments]]:
@@ -147,18 +172,18 @@ class Calibration:
         """Query/key group to the variances of its queries and of its keys, (heads, size) each."""
         sums: dict[str, Tensor] = {}
 
-        def observe(site: AttentionSite, qkv: Tensor) -> None:
-            x = qkv.detach().flatten(0, -2)[:, : 2 * site.heads * site.qk_dim].double()
-            sums[site.qk] = sums.get(site.qk, 0) + torch.stack(
+        def observe(fused: Fused, out: Tensor) -> None:
+            x = torch.cat(fused.split(out.detach().flatten(0, -2)), -1).double()
+            sums[fused.group.name] = sums.get(fused.group.name, 0) + torch.stack(
                 [x.sum(0), x.square().sum(0), torch.ones_like(x[0]) * len(x)]
             )
 
-        self._run(0, len(self.images), {s.qkv: _bind(observe, s) for s in self.anatomy.attention}, output=True)
+        self._run(0, len(self.images), {f.module: _bind(observe, f) for f in self.fused.values()}, output=True)
         found = {}
-        for site in self.anatomy.attention:
-            total, squares, rows = sums[site.qk]
-            variance = (squares / rows - (total / rows).square()).view(2, site.heads, site.qk_dim)
-            found[site.qk] = (variance[0], variance[1])
+        for name, fused in self.fused.items():
+            total, squares, rows = sums[name]
+            variance = (squares / rows - (total / rows).square()).view(2, fused.group.heads, fused.group.size)
+            found[name] = (variance[0], variance[1])
         return found
 
     @cached_property
@@ -167,17 +192,16 @@ class Calibration:
 
         Kept in float32, which is 1e-7 of what a ridge of 1e-4 adds.
         """
-        found: dict[str, list[tuple[Tensor, Tensor]]] = {site.qk: [] for site in self.anatomy.attention}
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.fused}
 
-        def observe(site: AttentionSite, qkv: Tensor) -> None:
-            each = site.heads * site.qk_dim
-            q, k, _ = qkv.detach().double().split([each, each, site.heads * site.v_dim], dim=-1)
+        def observe(fused: Fused, out: Tensor) -> None:
+            q, k = fused.split(out.detach().double())
             k = k - k.mean(1, keepdim=True)
-            pair = (x.unflatten(-1, (site.heads, site.qk_dim)).transpose(1, 2) for x in (q, k))
+            pair = (x.unflatten(-1, (fused.group.heads, fused.group.size)).transpose(1, 2) for x in (q, k))
             gram_q, gram_k = ((x.mT @ x).float() for x in pair)
-            found[site.qk].append((gram_q, gram_k))
+            found[fused.group.name].append((gram_q, gram_k))
 
-        self._run(0, len(self.images), {s.qkv: _bind(observe, s) for s in self.anatomy.attention}, output=True)
+        self._run(0, len(self.images), {f.module: _bind(observe, f) for f in self.fused.values()}, output=True)
         return {
             name: (torch.cat([q for q, _ in each]), torch.cat([k for _, k in each])) for name, each in found.items()
         }
@@ -197,7 +221,7 @@ class Calibration:
                 for member in group.members:
                     if member.shared:  # by all heads, and no unit's own
                         continue
-                    parameter = _parameter(twin, member)
+                    parameter = tensor_of(twin, member.tensor)
                     total += _units(parameter * parameter.grad, group, member).sum(1).double().cpu()
                 scores[group.name] += total.abs() * len(images)
         return {group.name: scores[group.name].view(group.heads, group.size) for group in self.anatomy.groups}
@@ -240,15 +264,14 @@ def divergence(dense: Tensor, other: Tensor) -> float:
     return float(functional.kl_div(*pair, reduction="batchmean", log_target=True))
 
 
-def _parameter(model: nn.Module, member: Member) -> Tensor:
-    found: Tensor = getattr(model.get_submodule(member.module), member.parameter)
-    return found
+def _places(member: Member, device: torch.device) -> Tensor:
+    return torch.from_numpy(member.entries.flatten()).to(device)
 
 
 def _units(tensor: Tensor, group: Group, member: Member) -> Tensor:
     """One row for each unit of the group, (heads · size, entries)."""
     units = group.heads * group.size
-    return tensor.detach().movedim(member.dim, 0)[member.offset : member.offset + units].reshape(units, -1)
+    return tensor.detach().movedim(member.axis, 0)[_places(member, tensor.device)].reshape(units, -1)
 
 
 def select(scores: Mapping[str, Tensor], anatomy: Anatomy, sizes: Sizes) -> Keep:
@@ -295,7 +318,8 @@ def magnitude(calibration: Calibration, sizes: Sizes) -> Outcome:
         total = torch.zeros(group.heads * group.size, dtype=torch.float64)
         for member in group.members:
             if member.role == "writer" and member.parameter == "weight":
-                total += _units(_parameter(calibration.model, member), group, member).double().square().sum(1).cpu()
+                parameter = tensor_of(calibration.model, member.tensor)
+                total += _units(parameter, group, member).double().square().sum(1).cpu()
         scores[group.name] = total.sqrt().view(group.heads, group.size)
     return Outcome(cut(calibration, select(scores, calibration.anatomy, sizes), "magnitude"))
 
@@ -357,9 +381,9 @@ def corp(calibration: Calibration, sizes: Sizes, *, fixed: bool = False) -> Outc
 
     def compensated(ridge_qk: float, ridge: float, *, everything: bool) -> nn.Module:
         weights: dict[str, Tensor] = {}
-        for site in anatomy.attention:
-            if site.qk in keep:
-                weights |= _folded_queries(calibration, site, keep[site.qk], ridge_qk, everything)
+        for name, fused in calibration.fused.items():
+            if name in keep:
+                weights |= _folded_queries(calibration, fused, keep[name], ridge_qk, everything)
         for name, layer in calibration.readers.items():
             if name in keep:
                 weights |= _regressed(calibration, name, layer, keep[name], ridge, everything)
@@ -399,31 +423,31 @@ def _regressed(
 
 
 def _folded_queries(
-    calibration: Calibration, site: AttentionSite, keep: np.ndarray, ridge: float, everything: bool
+    calibration: Calibration, fused: Fused, keep: np.ndarray, ridge: float, everything: bool
 ) -> dict[str, Tensor]:
-    module: Any = calibration.model.get_submodule(site.qkv)
+    module: Any = calibration.model.get_submodule(fused.module)
     weight = module.weight.detach().double().clone()
     bias = None if module.bias is None else module.bias.detach().double().clone()
-    for head in range(site.heads):
-        key = ("qk", site.qk, head, keep.shape[1], everything)
+    for head, places in enumerate(fused.query.view(fused.group.heads, fused.group.size)):
+        key = ("qk", fused.group.name, head, keep.shape[1], everything)
         stays = torch.from_numpy(keep[head]).to(weight.device)
         if (*key, ridge) not in calibration.solved:
-            _solve_pair(calibration, site, head, stays, key, everything)
+            _solve_pair(calibration, fused.group, head, stays, key, everything)
         matrix = calibration.solved[(*key, ridge)]
-        rows = head * site.qk_dim + stays
+        rows = places[stays]
         weight[rows] = matrix.T @ weight[rows]
         if bias is not None:
             bias[rows] = matrix.T @ bias[rows]
-    return {f"{site.qkv}.weight": weight} | ({} if bias is None else {f"{site.qkv}.bias": bias})
+    return {f"{fused.module}.weight": weight} | ({} if bias is None else {f"{fused.module}.bias": bias})
 
 
 def _solve_pair(
-    calibration: Calibration, site: AttentionSite, head: int, stays: Tensor, key: tuple[Any, ...], everything: bool
+    calibration: Calibration, group: Group, head: int, stays: Tensor, key: tuple[Any, ...], everything: bool
 ) -> None:
     """M of one head for every λ: Σ_b (QᵀQ)_SS ΔM (KᵀK)_SS + λ ΔM = Σ_b (QᵀQ)_SP (KᵀK)_PS, in its r² unknowns."""
     images = len(calibration.images) if everything else calibration.fitted
-    query, gram = (each[:images, head].double() for each in calibration.grams[site.qk])
-    goes = torch.ones(site.qk_dim, dtype=torch.bool, device=stays.device)
+    query, gram = (each[:images, head].double() for each in calibration.grams[group.name])
+    goes = torch.ones(group.size, dtype=torch.bool, device=stays.device)
     goes[stays] = False
     kept = len(stays)
     query_kept, gram_kept = (each[:, stays][:, :, stays] for each in (query, gram))
@@ -451,26 +475,28 @@ def torch_pruning(importance: str) -> Callable[[Calibration, Sizes], Outcome]:
         import torch_pruning as tp
 
         model, anatomy = copy.deepcopy(calibration.model), calibration.anatomy
-        blocks = [(site, model.get_submodule(site.name)) for site in anatomy.attention]
+        blocks = [(layer, model.get_submodule(layer.name)) for layer in anatomy.attention]
         ratios: dict[nn.Module, float] = {}
         roots: dict[nn.Module, tuple[str, ...]] = {}
         inner = []
-        for site, attention in blocks:
+        for layer, attention in blocks:
             assert isinstance(attention, Attention)
-            if sizes[site.qk] != sizes[site.v]:
-                raise sc.Unsupported(f"{site.name}: Torch-Pruning cuts queries, keys and values alike")
-            if sizes[site.qk] < site.qk_dim:
-                ratios[attention.qkv] = _ratio(sizes[site.qk], site.qk_dim)
-                roots[attention.proj] = (site.qk, site.v)
+            qk, v = layer.groups["qk"], layer.groups["v"]
+            if sizes[qk] != sizes[v]:
+                raise sc.Unsupported(f"{layer.name}: Torch-Pruning cuts queries, keys and values alike")
+            if sizes[qk] < anatomy.sizes[qk]:
+                ratios[attention.qkv] = _ratio(sizes[qk], anatomy.sizes[qk])
+                roots[attention.proj] = (qk, v)
                 inner.append(attention.proj)
             else:
                 inner += [attention.qkv, attention.proj]
-        for ffn in anatomy.ffn:
-            mlp = model.get_submodule(ffn.name)
+        for layer in anatomy.ffn:
+            mlp = model.get_submodule(layer.name)
             if not isinstance(mlp, Mlp):
-                raise sc.Unsupported(f"{ffn.name}: expected an FFN of one branch, got {type(mlp).__name__}")
-            ratios[mlp.fc1] = _ratio(sizes[ffn.ffn], ffn.size)
-            roots[mlp.fc2] = (ffn.ffn,)
+                raise sc.Unsupported(f"{layer.name}: expected an FFN of one branch, got {type(mlp).__name__}")
+            ffn = layer.groups["ffn"]
+            ratios[mlp.fc1] = _ratio(sizes[ffn], anatomy.sizes[ffn])
+            roots[mlp.fc2] = (ffn,)
             inner.append(mlp.fc2)
         channels, height, width = anatomy.input_size
         tokens = ("cls_token", "reg_token", "dist_token", "pos_embed")

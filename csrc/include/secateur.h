@@ -1,10 +1,11 @@
-/* The C interface of secateur: what the C++ headers in <secateur/...> offer, for other languages.
+/* The C interface of secateur: the functions of the C++ headers in <secateur/...>, for other
+ * languages.
  *
- * Every function that can fail returns a secateur_status; on failure nothing that the caller owns
- * has been changed, secateur_error_message() says what was wrong, and no exception leaves the
- * library. Pointers may not be NULL unless a comment allows it: NULL is refused.
+ * Every function that can fail returns a secateur_status. On failure, nothing that the caller owns
+ * has been changed, secateur_error_message() tells the reason, and no exception leaves the library.
+ * Pointers may not be NULL unless a comment allows it: NULL is refused.
  *
- * Results go to memory of the caller, whose size in elements is given and has to be exact.
+ * Results are written to the caller's memory, whose size in elements is passed and must be exact.
  */
 #ifndef SECATEUR_H
 #define SECATEUR_H
@@ -20,7 +21,7 @@ extern "C" {
 
 typedef enum secateur_status {
   SECATEUR_OK = 0,
-  SECATEUR_INVALID_ARGUMENT = 1, /* an argument is not what the function takes */
+  SECATEUR_INVALID_ARGUMENT = 1, /* an argument is invalid */
   SECATEUR_UNSUPPORTED = 2,      /* not on this device, or not in this build */
   SECATEUR_NUMERICAL_ERROR = 3,  /* NaN, Inf, or values that do not fit into float64 */
   SECATEUR_OUT_OF_MEMORY = 4,
@@ -28,22 +29,21 @@ typedef enum secateur_status {
   SECATEUR_DEVICE_ERROR = 6    /* a CUDA device is out of memory or failed */
 } secateur_status;
 
-/* Why the last call on this thread that failed did: "<argument>: expected <what>, got <what>".
- * "" before any has. Valid until the next call that fails on this thread. */
+/* Why the last failed call on this thread failed: "<argument>: expected <what>, got <what>"; "" if
+ * none has failed. Valid until the next call that fails on this thread. */
 SECATEUR_API const char* secateur_error_message(void);
 
 /* Runtime */
 
 /* "major.minor.patch"; valid as long as the library is loaded. */
 SECATEUR_API const char* secateur_version(void);
-/* Instruction set of the kernels: "baseline", "avx2", "avx512" or "neon"; fails when the
- * environment variable SECATEUR_ISA names none of this machine. Valid as long as the library is
- * loaded. */
+/* Instruction set of the kernels: "baseline", "avx2", "avx512" or "neon"; fails if the environment
+ * variable SECATEUR_ISA names one that this machine lacks. Valid while the library is loaded. */
 SECATEUR_API secateur_status secateur_isa(const char** isa);
-/* Nonzero where this build computes on CUDA devices: scorers' and accumulators' updates and
+/* Nonzero if this build computes on CUDA devices: scorers' and accumulators' updates and
  * secateur_compact. */
 SECATEUR_API int32_t secateur_has_cuda(void);
-/* Threads a call may use, the caller's included. Results do not depend on it. */
+/* Number of threads a call may use, including the caller's. Results do not depend on it. */
 SECATEUR_API int32_t secateur_threads(void);
 /* 1 to 1024. */
 SECATEUR_API secateur_status secateur_set_threads(int32_t n);
@@ -63,8 +63,8 @@ typedef enum secateur_device_type { SECATEUR_CPU = 0, SECATEUR_CUDA = 1 } secate
 
 #define SECATEUR_MAX_RANK 8
 
-/* Memory of the caller, which stays alive and unchanged during a call. Strides count elements and
- * may be negative or zero; data is the element at index 0 of every axis. */
+/* Memory of the caller, which must stay alive and unchanged during a call. Strides count elements
+ * and may be negative or zero; data is the element at index 0 of every axis. */
 typedef struct secateur_tensor {
   void* data;
   int32_t dtype;       /* secateur_dtype */
@@ -81,13 +81,13 @@ SECATEUR_API secateur_status secateur_tensor_init(secateur_tensor* tensor, void*
                                                   int32_t dtype, int32_t rank,
                                                   const int64_t* shape);
 
-/* Query/key importance: see <secateur/attention_scorer.h>. One object is for one thread at a time.
+/* Query/key importance: see <secateur/attention_scorer.h>. Use an object from one thread at a time.
  */
 
 typedef struct secateur_attention_scorer secateur_attention_scorer;
 
 /* gamma: leading singular triplets that count (8 in SNP). moments: nonzero to accumulate Gram
- * matrices too. name: in front of every error of this object; may be NULL. */
+ * matrices too. name: a prefix of every error of this object; may be NULL. */
 SECATEUR_API secateur_status secateur_attention_scorer_create(int64_t heads, int64_t head_dim,
                                                               int64_t gamma, int32_t moments,
                                                               const char* name,
@@ -98,13 +98,13 @@ SECATEUR_API void secateur_attention_scorer_destroy(secateur_attention_scorer* s
 SECATEUR_API secateur_status secateur_attention_scorer_update(secateur_attention_scorer* scorer,
                                                               const secateur_tensor* q,
                                                               const secateur_tensor* k);
-/* The same by Gram matrices in float64, on the CPU: of queries and of keys less their mean over an
- * image's tokens, (images, heads, head_dim, head_dim) each, and that mean, (images, heads,
+/* The same by Gram matrices in float64, on the CPU: of queries, and of keys minus their mean over
+ * an image's tokens, (images, heads, head_dim, head_dim) each; and that mean, (images, heads,
  * head_dim). */
 SECATEUR_API secateur_status secateur_attention_scorer_update_grams(
     secateur_attention_scorer* scorer, const secateur_tensor* query_gram,
     const secateur_tensor* key_gram, const secateur_tensor* key_mean, int64_t tokens);
-/* Adds what another scorer of the same sizes has seen. */
+/* Adds the sums of another scorer of the same sizes. */
 SECATEUR_API secateur_status secateur_attention_scorer_merge(
     secateur_attention_scorer* scorer, const secateur_attention_scorer* other);
 /* Images seen and their tokens; either may be NULL. */
@@ -114,7 +114,7 @@ SECATEUR_API secateur_status secateur_attention_scorer_counts(
 SECATEUR_API secateur_status secateur_attention_scorer_scores(
     const secateur_attention_scorer* scorer, double* scores, size_t size);
 
-/* What a scorer has accumulated, to be saved and loaded. */
+/* The accumulated sums of a scorer, for saving and loading. */
 typedef enum secateur_scorer_sum {
   SECATEUR_SCORE_SUM = 0,  /* heads * head_dim */
   SECATEUR_QUERY_GRAM = 1, /* heads * head_dim * head_dim, symmetric: with moments only */
@@ -126,18 +126,18 @@ typedef enum secateur_scorer_sum {
 SECATEUR_API secateur_status secateur_attention_scorer_sum(const secateur_attention_scorer* scorer,
                                                            int32_t which, double* values,
                                                            size_t size);
-/* Replaces everything accumulated. The Grams are NULL without moments; of these, the upper triangle
- * is read. */
+/* Replaces everything accumulated. The Grams are NULL without moments; only their upper triangles
+ * are read. */
 SECATEUR_API secateur_status secateur_attention_scorer_load(
     secateur_attention_scorer* scorer, int64_t images, int64_t tokens, const double* score_sum,
     const double* query_gram, const double* key_gram, const double* score_gram);
 
-/* Moments of features: see <secateur/moment_accumulator.h>. One object is for one thread at a time.
- */
+/* Moments of features: see <secateur/moment_accumulator.h>. Use an object from one thread at a
+ * time. */
 
 typedef struct secateur_moment_accumulator secateur_moment_accumulator;
 
-/* What a row goes through before it is accumulated. */
+/* How a row is normalised before it is accumulated. */
 typedef enum secateur_row_norm {
   SECATEUR_ROW_NORM_NONE = 0,
   SECATEUR_ROW_NORM_RMS = 1,
@@ -149,7 +149,7 @@ SECATEUR_API secateur_status secateur_moment_accumulator_create(
 /* NULL is allowed. */
 SECATEUR_API void secateur_moment_accumulator_destroy(secateur_moment_accumulator* accumulator);
 /* x: (..., dim). norm is a secateur_row_norm. With a stride above 1, x is (images, tokens, dim) and
- * image b gives the tokens n = phase + b (mod stride) alone. */
+ * of image b only the tokens n = phase + b (mod stride) are used. */
 SECATEUR_API secateur_status secateur_moment_accumulator_update(
     secateur_moment_accumulator* accumulator, const secateur_tensor* x, int32_t norm,
     int64_t stride, int64_t phase);
@@ -162,14 +162,15 @@ secateur_moment_accumulator_rows(const secateur_moment_accumulator* accumulator,
 SECATEUR_API secateur_status
 secateur_moment_accumulator_sums(const secateur_moment_accumulator* accumulator, double* sum,
                                  size_t sum_size, double* second_moment, size_t second_moment_size);
-/* Replaces everything accumulated; of the second moment, dim * dim, the upper triangle is read. */
+/* Replaces everything accumulated; only the upper triangle of the second moment, dim * dim, is
+ * read. */
 SECATEUR_API secateur_status
 secateur_moment_accumulator_load(secateur_moment_accumulator* accumulator, int64_t rows,
                                  const double* sum, const double* second_moment);
 
 /* Functions */
 
-/* See <secateur/value_similarity.h>. weights: (rows, D) or (heads, head_dim, D); one score a row.
+/* See <secateur/value_similarity.h>. weights: (rows, D) or (heads, head_dim, D); one score per row.
  */
 SECATEUR_API secateur_status secateur_value_similarity(const secateur_tensor* weights,
                                                        double* scores, size_t size);
@@ -180,12 +181,12 @@ SECATEUR_API secateur_status secateur_value_similarity_from_moment(const secateu
 SECATEUR_API secateur_status secateur_select(const secateur_tensor* scores, int64_t keep,
                                              int64_t* indices, size_t size);
 /* See <secateur/eliminate.h>. inverse: (n, n); weights: (n, outputs); `count` inputs in the order
- * of their removal, and what each costs. */
+ * of their removal, and the cost of each. */
 SECATEUR_API secateur_status secateur_eliminate(const secateur_tensor* inverse,
                                                 const secateur_tensor* weights, int64_t count,
                                                 int64_t* order, double* costs);
 /* Keeps `count` indices, ascending, along an axis, in place (<secateur/compact.h>); the tensor is
- * then the view of what stays. */
+ * then the view of the kept elements. */
 SECATEUR_API secateur_status secateur_compact(secateur_tensor* tensor, int32_t dim,
                                               const int64_t* keep, size_t count);
 

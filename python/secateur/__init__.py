@@ -1,10 +1,8 @@
 """Structured pruning of vision transformers that people can rely on.
 
-anatomy = secateur.inspect(model)                  what can be cut
-stats   = secateur.calibrate(model, loader)        what is worth keeping
-plan    = secateur.plan(model, stats, target=secateur.Target(macs=0.5))
-report  = secateur.prune(model, plan)              in place
-secateur.save(model, path); secateur.load(path)
+anatomy = secateur.inspect(model)                  what can be removed stats   = secateur.calibrate(model, loader) what
+matters to the output plan    = secateur.plan(model, stats, target=secateur.Target(macs=0.5)) report  =
+secateur.prune(model, plan)              in place secateur.save(model, path); secateur.load(path)
 """
 
 from importlib import import_module
@@ -15,6 +13,8 @@ if TYPE_CHECKING:
     from .anatomy.anatomy import Anatomy
     from .budgets.target import Target
     from .errors import Error, InvalidArgument, NumericalError, Unsupported
+    from .exports.base import ExportReport
+    from .exports.export import export
     from .exports.native import load, save
     from .families.registry import inspect
     from .latency.bench import Benchmark, bench
@@ -36,13 +36,14 @@ if TYPE_CHECKING:
     from .training.finetune import FinetuneResult, finetune
     from .training.hooks import LoopHook
 
-# Name to the module that defines it, which is imported when the name is asked for: `secateur --help` needs no torch.
+# Maps each name to its module, which is imported on first use, so that `secateur --help` does not need torch.
 _MODULES = {
     "AccuracyCritical": "searches.objectives",
     "Anatomy": "anatomy.anatomy",
     "Benchmark": "latency.bench",
     "Error": "errors",
     "Evaluation": "training.evaluate",
+    "ExportReport": "exports.base",
     "FinetuneResult": "training.finetune",
     "InvalidArgument": "errors",
     "LatencySensitive": "searches.objectives",
@@ -59,6 +60,7 @@ _MODULES = {
     "bench": "latency.bench",
     "calibrate": "statistics.calibrate",
     "evaluate": "training.evaluate",
+    "export": "exports.export",
     "finetune": "training.finetune",
     "inspect": "families.registry",
     "load": "exports.native",
@@ -78,6 +80,7 @@ __all__ = [
     "Benchmark",
     "Error",
     "Evaluation",
+    "ExportReport",
     "FinetuneResult",
     "InvalidArgument",
     "LatencySensitive",
@@ -96,6 +99,7 @@ __all__ = [
     "core",
     "data",
     "evaluate",
+    "export",
     "finetune",
     "inspect",
     "load",

@@ -1,16 +1,21 @@
-"""Arguments refused before anything is done, in the same words everywhere."""
+"""Checks arguments before anything is done, with the same error texts everywhere."""
 
 from __future__ import annotations
 
 import math
 import numbers
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
 
 from .errors import InvalidArgument
 
-__all__ = ["fraction", "integer", "number", "writable"]
+__all__ = ["fraction", "integer", "number", "options", "writable"]
+
+
+T = TypeVar("T")
 
 
 @overload
@@ -18,7 +23,7 @@ def integer(argument: str, value: object, least: int = 1, *, optional: Literal[F
 @overload
 def integer(argument: str, value: object, least: int = 1, *, optional: Literal[True]) -> int | None: ...
 def integer(argument: str, value: object, least: int = 1, *, optional: bool = False) -> int | None:
-    """Return an integer of at least ``least``; with ``optional`` also None. NumPy's integers count, bools do not.
+    """Return an integer of at least ``least``, or None if ``optional``. NumPy's integers count, bools do not.
 
     Raises:
         InvalidArgument: it is something else.
@@ -39,7 +44,7 @@ def fraction(
     open_low: bool = False,
     open_high: bool = False,
 ) -> float:
-    """Return a number between ``low`` and ``high``, without the ends that are open.
+    """Return a number between ``low`` and ``high``, excluding the ends that are open.
 
     Raises:
         InvalidArgument: it is something else.
@@ -52,7 +57,7 @@ def fraction(
 
 
 def number(argument: str, value: object, *, low: float = 0.0, high: float = math.inf, open_low: bool = False) -> float:
-    """Return a finite number of at least ``low`` (more than it with ``open_low``) and at most ``high``.
+    """Return a finite number of at least ``low`` (more than ``low`` with ``open_low``) and at most ``high``.
 
     Raises:
         InvalidArgument: it is something else.
@@ -66,7 +71,7 @@ def number(argument: str, value: object, *, low: float = 0.0, high: float = math
 
 
 def writable(argument: str, path: object) -> Path:
-    """Return the path of a file that can be there: its folder exists and takes files, and it is no folder itself.
+    """Return the path of a file that can be written: its folder exists and is writable, and it is not a folder.
 
     Raises:
         InvalidArgument: it is something else.
@@ -81,12 +86,43 @@ def writable(argument: str, path: object) -> Path:
     return found
 
 
+def options(kind: type[T], given: Mapping[str, Any]) -> T:
+    """Return a frozen dataclass of options, with its defaults for those that are not given.
+
+    Raises:
+        InvalidArgument: no such option, or a value that it does not take.
+    """
+    hints = get_type_hints(kind)
+    names = [each.name for each in fields(kind)]  # type: ignore[arg-type]  # a dataclass
+    for name in given:
+        if name not in names:
+            raise InvalidArgument(f"options: expected {', '.join(names) or 'none'}, got {name!r}")
+    return kind(**{name: _option(name, value, hints[name]) for name, value in given.items()})
+
+
+def _option(name: str, value: Any, kind: Any) -> Any:
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise InvalidArgument(f"{name}: expected one of {', '.join(map(str, get_args(kind)))}, got {value!r}")
+    elif get_origin(kind) is tuple:
+        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
+            raise InvalidArgument(f"{name}: expected a sequence of numbers, got {value!r}")
+        return tuple(_option(name, each, get_args(kind)[0]) for each in value)
+    elif kind is float:
+        return number(name, value, low=-math.inf)
+    elif kind is int:
+        return integer(name, value, 0)
+    elif isinstance(kind, type) and not isinstance(value, kind):
+        raise InvalidArgument(f"{name}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
 def _below(value: float, high: float, open_high: bool) -> bool:
     return value < high if open_high else value <= high
 
 
 def _finite(value: object) -> float | None:
-    # bool is a number to Python; here it is a slip.
+    # Python accepts bools as numbers; here they are a mistake.
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     try:

@@ -2,11 +2,11 @@
 
 
 class Error(Exception):
-    """Base class of everything secateur raises on purpose."""
+    """Base class of all exceptions that secateur raises deliberately."""
 
 
 class InvalidArgument(Error, ValueError):
-    """An argument is not what the function takes: ``<argument>: expected <what>, got <what>``."""
+    """An argument is invalid; the text is ``<argument>: expected <what>, got <what>``."""
 
 
 class Unsupported(Error):

@@ -1,4 +1,4 @@
-"""Names that arguments take: classes that register themselves, in this package and in the packages of others."""
+"""Registries of classes that arguments refer to by name; classes register themselves, here and in other packages."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ C = TypeVar("C", bound=type[Any])
 class Registry(Generic[T]):
     """Classes by their ``name``, one instance of each.
 
-    A class registers itself with the decorator ``register``. The modules of ``package`` are imported when the first
-    name is asked for. A package of someone else's names its class as an entry point of ``group``, under the name that
-    the class has; it is imported when that name is asked for, so that a broken one breaks nothing else.
+    A class registers itself with the decorator ``register``. The modules of ``package`` are imported when a name is
+    first looked up. Another package declares its class as an entry point of ``group``, under the name of the class; it
+    is imported when that name is looked up, so that a broken package breaks nothing else.
 
     Args:
-        argument: the argument whose values these are, for error texts: "runtime".
-        package: the package whose modules register: "secateur.latency.runtimes".
-        group: the group of entry points: "secateur.runtimes".
-        members: what a class must have besides ``name``.
+        argument: the argument that takes these names, for error texts, such as "runtime".
+        package: the package whose modules register classes, such as "secateur.latency.runtimes".
+        group: the group of entry points, such as "secateur.runtimes".
+        members: attributes that a class must have besides ``name``.
     """
 
     def __init__(self, argument: str, package: str, group: str, members: tuple[str, ...] = ()) -> None:
@@ -38,10 +38,10 @@ class Registry(Generic[T]):
         self._loaded: set[str] = set()
 
     def register(self, cls: C) -> C:
-        """Register a class; for use as a decorator. A class defined again, as in a notebook, replaces the first.
+        """Register a class; used as a decorator. A class that is defined again, as in a notebook, replaces the first.
 
         Raises:
-            InvalidArgument: no class, one without a name or a member, or another class has the name.
+            InvalidArgument: not a class, a class without a name or a member, or a name that another class has.
         """
         if not isinstance(cls, type):
             raise InvalidArgument(f"{self._argument}: expected a class to register, got {cls!r}")
@@ -53,7 +53,7 @@ class Registry(Generic[T]):
             if not hasattr(cls, member):
                 raise InvalidArgument(f"{self._argument}: expected a class with {member}, got {where} without")
         if not f"{cls.__module__}.".startswith(f"{self._package}."):
-            self._import_package()  # whose names are taken
+            self._import_package()  # so that its names are taken
         if name in self._found:
             before = type(self._found[name])
             if (before.__module__, before.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -63,16 +63,16 @@ class Registry(Generic[T]):
         return cls
 
     def names(self) -> list[str]:
-        """All names, sorted; entry points are listed and not imported."""
+        """Return all names, sorted; entry points are listed but not imported."""
         self._import_package()
         return sorted({*self._found, *self._entry_points()})
 
     def named(self, name: object) -> T:
-        """The one with this name.
+        """Return the instance with this name.
 
         Raises:
-            InvalidArgument: there is none; or an entry point of this name cannot be imported, or registers no class of
-                this name, or has the name of a class that is registered already.
+            InvalidArgument: there is none; or an entry point of this name cannot be imported, registers no class of
+                this name, or has the name of a class that is already registered.
         """
         self._import_package()
         if isinstance(name, str):
@@ -82,7 +82,7 @@ class Registry(Generic[T]):
         raise InvalidArgument(f"{self._argument}: expected one of {', '.join(self.names())}, got {name!r}")
 
     def __iter__(self) -> Iterator[T]:
-        """All of them, in the order of registration, entry points last; these are imported when their turn comes."""
+        """Iterate over all instances in the order of registration; entry points come last and are then imported."""
         self._import_package()
         names = list(self._found)
         yield from (self._found[name] for name in names)
@@ -102,7 +102,7 @@ class Registry(Generic[T]):
     def _entry_points(self) -> dict[str, EntryPoint]:
         if self._outside is None:
             self._outside = {}
-            # Reading the metadata of all packages takes milliseconds: once.
+            # Read only once, since the metadata of all packages take milliseconds.
             for found in entry_points(group=self._group):
                 before = self._outside.setdefault(found.name, found)
                 if before.value != found.value:
@@ -114,14 +114,14 @@ class Registry(Generic[T]):
         return self._outside
 
     def _load(self, name: str) -> None:
-        """Import the entry point of this name, if there is one, once."""
+        """Import the entry point of this name once, if there is one."""
         entry = self._entry_points().get(name)
         if entry is None or name in self._loaded:
             return
         where = f"{entry.value} in the entry points {self._group}"
         try:
             loaded = entry.load()
-        except Exception as error:  # anything can happen in code of others
+        except Exception as error:  # code of others can raise anything
             reason = f"{type(error).__name__}: {error}"
             raise InvalidArgument(f"{self._argument}: expected {where} to be importable, got {reason}") from error
         if isinstance(loaded, type) and not any(type(found) is loaded for found in self._found.values()):

@@ -29,16 +29,16 @@ struct AttentionScorerState {
 /// For an image and a head, QKᵀ = Σ_i q_i k_iᵀ = Σ_j σ_j u_j v_jᵀ, and neuron i scores
 ///     ω_i = Σ_{j ≤ min(γ, N, d), σ_j > 1e-7 σ_1} |cos(u_j, q_i)| |cos(v_j, k_i)|,
 /// computed from the d×d Gram matrices in float64. A neuron or head of zero norm scores 0; in
-/// float64 inputs what is below 1e-150 of a head's largest magnitude counts as zero. The score of a
-/// layer is the mean over images. Images are added in order, one by one: the sums have the same
-/// bits however the images are split into batches and for any number of threads.
+/// float64 inputs, values below 1e-150 of a head's largest magnitude count as zero. The score of a
+/// layer is the mean over images. Images are added in order, one by one, so the sums have the same
+/// bits for any split into batches and any number of threads.
 ///
-/// Not synchronised: one object is for one thread at a time. One that was moved from can be
-/// assigned to and destroyed, nothing else.
+/// Not synchronised: use an object from one thread at a time. A moved-from object can only be
+/// assigned to or destroyed.
 class SECATEUR_API AttentionScorer {
  public:
   /// gamma: leading singular triplets that count. moments: also accumulate the Grams.
-  /// name: put in front of every error of this object. Throws InvalidArgument.
+  /// name: a prefix of every error of this object. Throws InvalidArgument.
   AttentionScorer(std::int64_t heads, std::int64_t head_dim, std::int64_t gamma = 8,
                   bool moments = false, std::string name = "");
 
@@ -49,43 +49,43 @@ class SECATEUR_API AttentionScorer {
   ~AttentionScorer();
 
   /// Adds a batch. q, k: (images, tokens, heads, head_dim), the same shape, any strides and dtype,
-  /// on the CPU, or both on one CUDA device where the build has CUDA (see runtime.h) and head_dim
-  /// is at most 128; it is computed there, on q's stream, and waited for. The sums stay on the
-  /// device until somebody asks for them. Throws InvalidArgument, Unsupported (another device),
+  /// on the CPU, or both on one CUDA device if the build has CUDA (see runtime.h) and head_dim is
+  /// at most 128. The device then computes on q's stream, and the call waits for it. The sums stay
+  /// on the device until they are asked for. Throws InvalidArgument, Unsupported (another device),
   /// NumericalError (NaN, Inf; with moments also magnitudes above 1e60) or Error (a device that
   /// fails); the object is then as it was before the call.
   void update(const TensorView& q, const TensorView& k);
 
-  /// Adds image i of a batch to scorer i mod n, of n different ones (1 to 8) of the same heads,
-  /// head_dim, gamma and moments: on a device in one pass. Without `wait`, a call for CUDA tensors
-  /// returns when the work is enqueued on q's stream, and values that are not finite (or too
-  /// large) are reported by the scorer's wait(), or by whatever asks for its sums: it is then as it
-  /// was before the first batch of its that held one. Memory must stay as it is until the stream
-  /// has got there. Throws as update(), but scorers whose own images are sound may have them.
+  /// Adds image i of a batch to scorer i mod n, for n different scorers (1 to 8) with the same
+  /// heads, head_dim, gamma and moments; on a device in one pass. Without `wait`, a call for CUDA
+  /// tensors returns when the work is enqueued on q's stream, and values that are not finite (or
+  /// too large) are reported by the scorer's wait(), or by any function that asks for its sums; the
+  /// scorer is then as it was before the first of its batches with such a value. The memory must
+  /// not change until the stream has read it. Throws as update(), but scorers whose own images are
+  /// valid may have added them.
   static void update_in_turn(const std::vector<AttentionScorer*>& scorers, const TensorView& q,
                              const TensorView& k, bool wait = true);
 
-  /// Waits for what update_in_turn() has enqueued. Throws NumericalError and Error as it would
-  /// have.
+  /// Waits for the work that update_in_turn() has enqueued. Throws NumericalError and Error as
+  /// update_in_turn() would with `wait`.
   void wait() const;
 
-  /// Adds a batch by its Gram matrices, for programs that have them already or whose queries and
-  /// keys are where the library does not compute.
-  /// query_gram, key_gram: (images, heads, head_dim, head_dim), QᵀQ and K_cᵀK_c of keys less their
-  /// mean over the image's tokens, in float64 from the first product, or the scores of trained
-  /// models are lost to rounding; the upper triangles are read. key_mean: (images, heads,
-  /// head_dim), that mean. tokens: of each image, at least 1. All on the CPU. Throws as update()
-  /// does.
+  /// Adds a batch by its Gram matrices, for programs that already have them or whose queries and
+  /// keys are on a device where the library cannot compute. query_gram, key_gram: (images, heads,
+  /// head_dim, head_dim), QᵀQ and K_cᵀK_c of keys minus their mean over the image's tokens; only
+  /// the upper triangles are read. Use float64 from the first product on, or the scores of trained
+  /// models are lost to rounding. key_mean: (images, heads, head_dim), that mean. tokens: of each
+  /// image, at least 1. All on the CPU. Throws as update() does.
   void update_grams(const TensorView& query_gram, const TensorView& key_gram,
                     const TensorView& key_mean, std::int64_t tokens);
 
-  /// Adds what another scorer of the same heads, head_dim, gamma and moments has seen.
+  /// Adds the sums of another scorer with the same heads, head_dim, gamma and moments.
   void merge(const AttentionScorer& other);
 
-  /// (heads, head_dim) mean scores. Throws InvalidArgument when no image has been seen.
+  /// (heads, head_dim) mean scores. Throws InvalidArgument if no image has been added.
   std::vector<double> scores() const;
 
-  /// (heads, head_dim, head_dim) sums, full symmetric. Throw InvalidArgument without moments.
+  /// (heads, head_dim, head_dim) sums, full symmetric. They throw InvalidArgument without moments.
   std::vector<double> query_gram() const;
   std::vector<double> key_gram() const;
   std::vector<double> score_gram() const;
@@ -101,7 +101,7 @@ class SECATEUR_API AttentionScorer {
   std::int64_t gamma() const { return gamma_; }
   bool moments() const { return moments_; }
   const std::string& name() const { return name_; }
-  /// Those that were enqueued as well.
+  /// Includes images that were only enqueued.
   std::int64_t images() const { return state_.images; }
 
  private:
@@ -121,7 +121,7 @@ class SECATEUR_API AttentionScorer {
   std::int64_t gamma_;
   bool moments_;
   std::string name_;
-  // Of sums on a device, state_ has the counts, and the values once somebody has asked for them.
+  // For sums on a device, state_ has the counts, and the values only after they were asked for.
   mutable AttentionScorerState state_;
   mutable std::unique_ptr<DeviceState> device_;
 };

@@ -14,21 +14,21 @@ struct Elimination {
   std::vector<double> costs;        ///< (count): the least-squares error that each adds
 };
 
-/// Removes `count` inputs of a linear layer one at a time, always the one whose removal costs least
-/// once the others make up for it (ties: the lower index). Fewer would have been a prefix.
+/// Removes `count` inputs of a linear layer greedily, each time the one that the others compensate
+/// best (ties: the lower index). A smaller count returns a prefix of the same order.
 ///
 /// inverse: (n, n), symmetric positive definite, the inverse of the inputs' ridged second moment or
 /// covariance C; of two elements that differ by rounding, either may count. weights: (n, outputs),
-/// row j what reads input j. Removing j costs ‖w_j‖² / [C⁻¹]_jj and leaves
-/// w_i − [C⁻¹]_ij / [C⁻¹]_jj w_j, and the inverse of C without row and column j (Hassibi & Stork,
+/// row j holds the weights of input j. Removing j costs ‖w_j‖² / [C⁻¹]_jj, replaces w_i by w_i −
+/// [C⁻¹]_ij / [C⁻¹]_jj w_j, and C⁻¹ by the inverse of C without row and column j (Hassibi & Stork,
 /// NIPS 1992; for groups, arXiv:2608.17657). The running sum of costs is tr((W − Ŵ)ᵀ C (W − Ŵ)) for
 /// the best Ŵ on the inputs that remain.
 ///
-/// In float64, the same bits for any number of threads. A diagonal entry of C⁻¹ shrinks with every
-/// removal, for a positive definite C down to 1 / C_ii and never to 0; what remains has an error of
-/// the order of ε times what it was. Where no more than n ε of it remains, the input was a linear
-/// combination of others to working precision: C⁻¹ no longer says what it costs, and only a larger
-/// ridge can.
+/// Computed in float64, with the same bits for any number of threads. A diagonal entry of C⁻¹
+/// shrinks with every removal, for a positive definite C down to 1 / C_ii and never to 0; its
+/// absolute error is of the order of ε times its original value. If no more than n ε of that value
+/// remains, the input is a linear combination of others to working precision: C⁻¹ no longer
+/// determines the cost of its removal, and a larger ridge is needed.
 /// Throws InvalidArgument (shapes, 0 <= count <= n, asymmetry, a diagonal that is not positive),
 /// Unsupported, or NumericalError: NaN, Inf, costs beyond float64, or a diagonal lost as above or
 /// because the matrix is not positive definite.

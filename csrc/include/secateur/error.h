@@ -7,13 +7,13 @@
 
 namespace secateur {
 
-/// Base class of everything the library throws on purpose.
+/// Base class of all exceptions that the library throws deliberately.
 class SECATEUR_API Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
 
-/// An argument is not what the function takes. Nothing has been changed.
+/// An argument is invalid. Nothing has been changed.
 class SECATEUR_API InvalidArgument : public Error {
  public:
   using Error::Error;

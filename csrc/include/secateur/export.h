@@ -1,4 +1,4 @@
-/* SECATEUR_API marks what the library exports; everything else is hidden. For C as well. */
+/* SECATEUR_API marks the symbols that the library exports; all others are hidden. Also for C. */
 #pragma once
 
 #if defined(SECATEUR_STATIC)

@@ -14,15 +14,15 @@ namespace secateur {
 
 class DeviceState;
 
-/// What a row goes through before it is accumulated, as in a norm without weights and eps: nothing,
-/// x √dim / ‖x‖ (RMSNorm), or that of x less its mean (LayerNorm). A row of norm 0 stays 0.
+/// How a row is normalised before it is accumulated, without weights and eps: not at all, x √dim /
+/// ‖x‖ (RMSNorm), or the same for x minus its mean (LayerNorm). A row of norm 0 stays 0.
 enum class RowNorm { none, rms, layer };
 
-/// Which rows of a batch count, and how.
+/// Which rows of a batch are accumulated, and how they are normalised.
 struct RowOptions {
   RowNorm norm = RowNorm::none;
-  /// Above 1, the batch is (images, tokens, dim), and image b gives the tokens n ≡ phase + b
-  /// (mod stride) alone.
+  /// Above 1, the batch is (images, tokens, dim), and of image b only the tokens n ≡ phase + b (mod
+  /// stride) are used.
   std::int64_t stride = 1;  ///< at most 2^31
   std::int64_t phase = 0;   ///< at least 0
 };
@@ -33,18 +33,18 @@ struct MomentAccumulatorState {
   std::vector<double> second_moment;  ///< (dim(dim+1)/2): Σ x xᵀ, upper triangle row by row
 };
 
-/// Accumulates the rows, Σ x and Σ x xᵀ of everything it is shown.
+/// Accumulates the number of rows, Σ x and Σ x xᵀ over all batches.
 ///
 /// float32, float16 and bfloat16 rows are multiplied in float32, at most 4,096 rows at a time, and
 /// added up in float64; float64 rows (and magnitudes that float32 products cannot hold) are
-/// multiplied in float64. Float32 products below 1e-38 beside ordinary ones are lost. The sums have
-/// the same bits for any number of threads.
+/// multiplied in float64. Float32 products below 1e-38 are lost in sums with ordinary ones. The
+/// sums have the same bits for any number of threads.
 ///
-/// Not synchronised: one object is for one thread at a time. One that was moved from can be
-/// assigned to and destroyed, nothing else.
+/// Not synchronised: use an object from one thread at a time. A moved-from object can only be
+/// assigned to or destroyed.
 class SECATEUR_API MomentAccumulator {
  public:
-  /// name: put in front of every error of this object. Throws InvalidArgument.
+  /// name: a prefix of every error of this object. Throws InvalidArgument.
   explicit MomentAccumulator(std::int64_t dim, std::string name = "");
 
   MomentAccumulator(const MomentAccumulator& other);
@@ -54,26 +54,26 @@ class SECATEUR_API MomentAccumulator {
   ~MomentAccumulator();
 
   /// Adds every row of x: (…, dim), at least one axis, any strides and dtype, on the CPU, or on a
-  /// CUDA device where the build has CUDA (see runtime.h): multiplied there, on x's stream, and
-  /// waited for. The sums stay on the device until somebody asks for them.
+  /// CUDA device if the build has CUDA (see runtime.h). The device then multiplies on x's stream,
+  /// and the call waits for it. The sums stay on the device until they are asked for.
   /// Throws InvalidArgument, Unsupported (another device), NumericalError (NaN, Inf, or a
   /// magnitude above 1e120 in the rows; on a device, of rows with a norm, Σ x² above 1e240 of one
   /// row) or Error (a device that fails); the object is then as it was before the call.
   void update(const TensorView& x, const RowOptions& options = {});
 
-  /// Adds image i of x (images, tokens, dim) to accumulator i mod n, of n different ones (1 to 8)
-  /// of the same dim: on a device in one pass. options[s] is that of accumulator s for its own
-  /// images alone; norm and stride are the same for all. `wait` and faults are as in
+  /// Adds image i of x (images, tokens, dim) to accumulator i mod n, for n different accumulators
+  /// (1 to 8) with the same dim; on a device in one pass. options[s] applies to the images of
+  /// accumulator s; norm and stride are the same for all. `wait` and errors are as in
   /// AttentionScorer::update_in_turn.
   static void update_in_turn(const std::vector<MomentAccumulator*>& accumulators,
                              const TensorView& x, const std::vector<RowOptions>& options,
                              bool wait = true);
 
-  /// Waits for what update_in_turn() has enqueued. Throws NumericalError and Error as it would
-  /// have.
+  /// Waits for the work that update_in_turn() has enqueued. Throws NumericalError and Error as
+  /// update_in_turn() would with `wait`.
   void wait() const;
 
-  /// Adds what another accumulator of the same dim has seen.
+  /// Adds the sums of another accumulator with the same dim.
   void merge(const MomentAccumulator& other);
 
   /// (dim) and (dim, dim, full symmetric) sums over rows.
@@ -82,20 +82,20 @@ class SECATEUR_API MomentAccumulator {
 
   /// Waits as wait() does.
   const MomentAccumulatorState& state() const;
-  /// The values of state() to memory of the caller's, `sum` of (dim) and `second_moment` of
-  /// (dim(dim+1)/2): from a device without a copy in between. Waits as wait() does.
+  /// Writes the values of state() to the caller's memory, `sum` of (dim) and `second_moment` of
+  /// (dim(dim+1)/2), from a device without an intermediate copy. Waits as wait() does.
   void copy_state(double* sum, double* second_moment) const;
   /// Replaces everything accumulated; checked as in AttentionScorer::load_state.
   void load_state(MomentAccumulatorState state);
 
   std::int64_t dim() const { return dim_; }
   const std::string& name() const { return name_; }
-  /// Those that were enqueued as well.
+  /// Includes rows that were only enqueued.
   std::int64_t rows() const { return state_.rows; }
 
  private:
   std::string label(const char* argument) const;
-  /// The images of a batch that are this object's: first, first + step, ….
+  /// The images of a batch that belong to this object: first, first + step, ….
   struct Turn {
     std::int64_t first = 0, step = 1;
   };
@@ -113,8 +113,8 @@ class SECATEUR_API MomentAccumulator {
 
   std::int64_t dim_;
   std::string name_;
-  // Of sums on a device, state_ has the counts, and the values once somebody has asked for them;
-  // where nobody has, and nothing was added on the host, empty vectors for zeros.
+  // For sums on a device, state_ has the counts, and the values only after they were asked for;
+  // before that, if nothing was added on the host, its vectors are empty instead of zero.
   mutable MomentAccumulatorState state_;
   mutable std::unique_ptr<DeviceState> device_;
 };

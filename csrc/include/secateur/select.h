@@ -1,4 +1,4 @@
-// Which neurons stay: equal counts per group.
+// Selects the neurons that stay, the same number in each group.
 #pragma once
 
 #include <secateur/export.h>
@@ -9,8 +9,8 @@
 
 namespace secateur {
 
-/// The `keep` highest scores of each row of scores (groups, n), as ascending indices, row-major
-/// (groups, keep). Of equal scores the lower index is kept.
+/// Returns the `keep` highest scores of each row of scores (groups, n), as ascending indices,
+/// row-major (groups, keep). Among equal scores, the lower index is kept.
 /// Throws InvalidArgument (1 <= keep <= n), Unsupported, or NumericalError for a NaN.
 SECATEUR_API std::vector<std::int64_t> select(const TensorView& scores, std::int64_t keep);
 

@@ -1,4 +1,4 @@
-// Non-owning views of strided memory: what every function of the library reads and writes.
+// Non-owning views of strided memory, which every function of the library reads and writes.
 #pragma once
 
 #include <secateur/export.h>
@@ -24,14 +24,14 @@ enum class DeviceType : std::uint8_t { cpu, cuda };
 struct Device {
   DeviceType type = DeviceType::cpu;
   int index = 0;
-  /// cuda: the cudaStream_t that the memory is ready on and that work on it is enqueued on; null
-  /// for the default stream. Of two views of a call that of the first counts.
+  /// cuda: the cudaStream_t on which the memory is ready and on which work is enqueued; null for
+  /// the default stream. With two views in a call, the stream of the first is used.
   void* stream = nullptr;
 };
 
 inline constexpr std::size_t kMaxRank = 8;
 
-/// Up to kMaxRank sizes or strides, without an allocation.
+/// Up to kMaxRank sizes or strides, stored without allocation.
 class SECATEUR_API Dims {
  public:
   Dims() = default;
@@ -55,10 +55,10 @@ class SECATEUR_API Dims {
 
 /// "(2, 197, 6, 64)".
 SECATEUR_API std::string to_string(const Dims& dims);
-/// Row-major strides, in elements. Throws InvalidArgument where they do not fit into 63 bits.
+/// Row-major strides, in elements. Throws InvalidArgument if they do not fit into 63 bits.
 SECATEUR_API Dims contiguous_strides(const Dims& shape);
 
-/// What both views share. `strides` counts elements and may be negative or zero.
+/// The common part of both views. `strides` counts elements and may be negative or zero.
 struct SECATEUR_API TensorGeometry {
   DType dtype = DType::f32;
   Device device{};
@@ -66,7 +66,7 @@ struct SECATEUR_API TensorGeometry {
   Dims strides{};
 
   std::size_t rank() const { return shape.size(); }
-  /// 0 with a size of 0 or below. Throws InvalidArgument for 2^63 elements and more.
+  /// 0 if any size is 0 or below. Throws InvalidArgument for 2^63 elements or more.
   std::int64_t numel() const;
   /// Row-major without gaps (strides of axes of size 1 do not matter; an empty view is contiguous).
   bool is_contiguous() const;
@@ -79,7 +79,7 @@ struct SECATEUR_API TensorView : TensorGeometry {
   TensorView() = default;
   /// A row-major view.
   TensorView(const void* memory, DType type, const Dims& sizes, Device where = {});
-  /// A strided view. Throws InvalidArgument when shape and strides differ in rank.
+  /// A strided view. Throws InvalidArgument if shape and strides differ in rank.
   TensorView(const void* memory, DType type, const Dims& sizes, const Dims& steps,
              Device where = {});
 };

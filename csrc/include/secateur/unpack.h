@@ -1,4 +1,4 @@
-// Packed symmetric matrices, as the states of scorers and accumulators hold them, in full.
+// Expands packed symmetric matrices, as in the states of scorers and accumulators.
 #pragma once
 
 #include <secateur/export.h>
@@ -6,9 +6,10 @@
 
 namespace secateur {
 
-/// The full matrices, each element over `divisor`, of packed upper triangles (row by row): `packed`
-/// is float64 (..., n(n+1)/2), `out` float64 (..., n, n) with the same leading sizes, both
-/// contiguous and apart from each other. The same bits for any number of threads.
+/// Expands packed upper triangles (row by row) to full matrices and divides each element by
+/// `divisor`: `packed` is float64 (..., n(n+1)/2), `out` is float64 (..., n, n) with the same
+/// leading sizes, both contiguous and not overlapping. The result has the same bits for any number
+/// of threads.
 /// Throws InvalidArgument (shapes, dtypes, strides, memory that overlaps, divisor <= 0 or not
 /// finite) or Unsupported, before anything is written.
 SECATEUR_API void unpack(const TensorView& packed, const MutableTensorView& out,

@@ -1,4 +1,4 @@
-"""What can be cut out of a model, what is tied to it, and what it costs."""
+"""Describes a model for pruning: what can be removed, what is tied to it, and what it costs."""
 
 from .anatomy import Anatomy
 from .entries import kept_along_axes, tensor_of

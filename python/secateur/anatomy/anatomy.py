@@ -1,4 +1,4 @@
-"""What can be cut out of a model, and what is tied to it. Made by a family, read by everything after it."""
+"""Describes what can be removed from a model and what is tied to it. Families build it, all other code consumes it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .show import render, units
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """What can be cut out of a model: groups, layers, the places to observe them, and the exact costs.
+    """What can be removed from a model: groups, layers, the places to observe them, and the exact costs.
 
-    ``refused`` maps a kind that this model cannot lose to the reason. ``input_size`` is (channels, height, width).
-    ``shapes`` and ``buffers`` map the names of parameters, and of buffers that lose entries, to their shapes.
-    ``streams`` says of each residual stream, by the group of its channels, how it can be rotated, or why it cannot.
-    ``architecture`` and ``arguments`` build the dense form; where ``handmade`` nobody recorded how, and they are the
-    class and nothing. ``embedding`` is what gives all tokens what enters the first block, None where a norm follows it.
-    ``absent`` names the layers that the dense form has and this model lost.
+    ``refused`` maps each kind that cannot be removed from this model to the reason. ``input_size`` is (channels,
+    height, width). ``shapes`` maps each parameter to its shape, ``buffers`` each buffer that can lose entries.
+    ``streams`` maps the channel group of each residual stream to how the stream can be rotated, or to the reason why it
+    cannot. ``architecture`` and ``arguments`` rebuild the dense model; for a ``handmade`` model, whose construction was
+    not recorded, they are its class name and empty. ``embedding`` is the source of the first block's input, None where
+    a norm follows it. ``absent`` names the layers of the dense model that have been removed.
     """
 
     family: str
@@ -53,12 +53,12 @@ class Anatomy:
 
     @property
     def remains(self) -> dict[str, int]:
-        """What is left of the dense form: group name to size, 0 for layers that are absent."""
+        """What remains of the dense model: group name to size, 0 for removed layers."""
         return {**self.sizes, **dict.fromkeys(self.absent, 0)}
 
     @cached_property
     def members_of(self) -> dict[str, tuple[tuple[Group, Member], ...]]:
-        """Name of a parameter or buffer to the group members that live in it."""
+        """Name of a parameter or buffer to its group members."""
         found: dict[str, list[tuple[Group, Member]]] = {}
         for group in self.groups:
             for member in group.members:
@@ -76,7 +76,7 @@ class Anatomy:
         return self.layers_of("ffn")
 
     def layers_of(self, kind: LayerKind) -> tuple[Layer, ...]:
-        """The layers of one kind, first to last."""
+        """Return the layers of one kind, first to last."""
         return tuple(layer for layer in self.layers.values() if layer.kind == kind)
 
     @cached_property
@@ -91,35 +91,39 @@ class Anatomy:
 
     @cached_property
     def layer_of(self) -> dict[str, str]:
-        """Name of a group to that of the layer that it is a part of."""
+        """Group name to the name of its layer."""
         return {name: layer.name for layer in self.layers.values() for name in layer.groups.values()}
+
+    def block_of(self, layer: Layer) -> int | None:
+        """The number of the block that a layer is in."""
+        return self.group(next(iter(layer.groups.values()))).block
 
     @cached_property
     def layer_of_parameter(self) -> dict[str, str]:
-        """Parameter name to the layer that takes it along."""
+        """Parameter name to the name of the layer that it is removed with."""
         return {name: layer for name in self.shapes if (layer := self.layer_holding(name)) is not None}
 
     def layer_holding(self, name: str) -> str | None:
-        """The layer that a module or parameter leaves with."""
+        """Return the name of the layer that a module or parameter is removed with, or None."""
         for group in self.groups:
             if any(name == module or name.startswith(f"{module}.") for module in group.modules):
                 return group.name
         return None
 
     def require_layers(self, sizes: Mapping[str, int], argument: str) -> None:
-        """Refuse sizes that leave no attention or no FFN.
+        """Refuse sizes that would remove every attention layer or every FFN.
 
         Raises:
-            InvalidArgument: they do.
+            InvalidArgument: no attention layer or no FFN would stay.
         """
         for what, layers in (("attention", self.attention), ("FFN", self.ffn)):
             if layers and not any(sizes.get(layer.name, 1) for layer in layers):
                 raise InvalidArgument(f"{argument}: expected at least one {what} layer to stay, got none")
 
     def before(self, layer: str, gone: Container[str] = ()) -> Source | None:
-        """What writes last to the residual stream before a layer, except the layers ``gone``.
+        """Return what last writes to the residual stream before a layer, except the layers ``gone``.
 
-        None where nothing can be added there, because a norm follows.
+        None if nothing can be added there because a norm follows.
         """
         names = list(self.layers)
         here = self.layers[layer]
@@ -143,14 +147,14 @@ class Anatomy:
         raise InvalidArgument(f"group: expected one of {', '.join(self.sizes)}, got {name!r}")
 
     def numel(self, name: str, sizes: Mapping[str, cost.Size]) -> cost.Size:
-        """Number of entries that a parameter or buffer has when each group has the given size."""
+        """Return the number of entries of a parameter or buffer when each group has the given size."""
         shape: list[cost.Size] = list(self.shapes[name] if name in self.shapes else self.buffers[name])
         extra: cost.Size = 1
         for group, member in self.members_of.get(name, ()):
             kept = sizes.get(group.name, group.size)
             heads = group.heads if group.within is None else sizes.get(group.within, group.heads)
             if member.shared:
-                # A norm that serves every head is given to each of them once it is cut.
+                # A norm that all heads share is copied to each head once it is cut.
                 shape[member.axis] = kept
                 extra = 1 + (kept != group.size) * (heads - 1)
             else:
@@ -159,11 +163,11 @@ class Anatomy:
         return math.prod(shape, start=extra) * (1 if layer is None else sizes.get(layer, 1))
 
     def params_at(self, sizes: Mapping[str, cost.Size]) -> cost.Size:
-        """Number of parameters of the model when each named group has the given size, or array of sizes."""
+        """Return the number of parameters when each named group has the given size, or array of sizes."""
         return sum(self.numel(name, sizes) for name in self.shapes)
 
     def macs_at(self, sizes: Mapping[str, cost.Size]) -> cost.Size:
-        """MACs of one image when each named group has the given size, or array of sizes."""
+        """Return the MACs of one image when each named group has the given size, or array of sizes."""
         return cost.macs(
             self.products,
             lambda module, parameter: self.numel(parameter_name(module, parameter), sizes),
@@ -181,7 +185,7 @@ class Anatomy:
         return int(self.macs_at({}))
 
     def to_dict(self) -> dict[str, Any]:
-        """The sizes and costs, for machines."""
+        """Return the sizes and costs as JSON values."""
         return {
             "family": self.family,
             "architecture": self.architecture,
@@ -207,7 +211,7 @@ class Anatomy:
             table.add_column(column, justify="right")
         rows: dict[str, dict[str, Group]] = {}
         for group in channels:
-            # Filters of CNNs are in no block.
+            # The filters of a CNN belong to no block.
             rows.setdefault(group.name if group.block is None else str(group.block), {})[group.kind] = group
         for name, found in rows.items():
             heads = next((str(group.heads) for group in found.values() if group.per_head), "")

@@ -1,4 +1,4 @@
-"""What a model costs: what every cost can tell, and multiply-accumulates (MACs), exact for every cut."""
+"""Costs of a model: the interface of every cost, and multiply-accumulates (MACs), exact for every cut."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-# One size, or an array of sizes that are asked about at once.
+# One size, or an array of sizes to evaluate at once.
 Size: TypeAlias = Any
 Sizes: TypeAlias = Sequence[int] | npt.NDArray[np.int64]
 
 
 class Cost(Protocol):
-    """What a budget limits, such as MACs. It does not fall as a group grows, and need not be linear in its size."""
+    """A quantity that a budget limits, such as MACs. It never falls as a group grows; it need not be linear."""
 
     @property
     def name(self) -> str:
-        """The word for it in a target."""
+        """Its name in a target."""
 
     @property
     def dense(self) -> float:
-        """The cost of the model that is planned for."""
+        """The cost of the model that is to be pruned."""
 
     def total(self, sizes: Mapping[str, int]) -> float:
-        """The cost of the whole model when each named group has the given size."""
+        """Return the cost of the whole model when each named group has the given size."""
 
     def along(self, base: Mapping[str, int], sizes: Mapping[str, Sizes]) -> npt.NDArray[np.float64]:
-        """The cost of the whole model at ``base`` but with the groups of ``sizes`` at each of these in turn: (n,)."""
+        """Return costs of the whole model, (n,): ``base``, with the groups of ``sizes`` at each of n sizes in turn."""
 
 
 @dataclass(frozen=True)
 class WeightProduct:
-    """A linear layer or convolution: its weight is applied at ``positions`` places of one image."""
+    """A linear layer or convolution whose weight is applied at ``positions`` places of one image."""
 
     module: str
     positions: int
@@ -45,8 +45,8 @@ class WeightProduct:
 class AttentionProduct:
     """QKᵀ and its product with V: ``queries`` by ``keys`` tokens, ``heads`` heads of qk_dim and v_dim channels.
 
-    ``heads``, ``qk`` and ``v`` are either the name of the group that holds the number or size per head, or that itself;
-    ``layer`` the group that says whether all of it is there.
+    ``heads``, ``qk`` and ``v`` are numbers, or the name of the group whose size is that number; ``layer`` is the group
+    that says whether the layer is present, or 1.
     """
 
     module: str
@@ -60,7 +60,7 @@ class AttentionProduct:
 
 @dataclass(frozen=True)
 class FixedProduct:
-    """A part of the model that is never cut (a convolutional stem), with its MACs for one image."""
+    """A part of the model that is never cut (such as a convolutional stem), with its MACs for one image."""
 
     module: str
     macs: int
@@ -77,9 +77,9 @@ def macs(
     """Count the MACs of one image.
 
     Args:
-        products: what the model multiplies.
-        numel: (module, parameter) to the number of weights.
-        size: group name to its units (per head where the group is per head).
+        products: the products that the model computes.
+        numel: maps (module, parameter) to its number of weights.
+        size: maps a group name to its number of units (per head where the group is per head).
     """
 
     def of(number: str | int) -> Size:

@@ -14,7 +14,7 @@ __all__ = ["kept_along_axes", "kept_units", "tensor_of"]
 
 
 def kept_units(group: Group, keep: Mapping[str, Indices]) -> tuple[Tensor, Tensor]:
-    """The heads of a group that stay, (h,), and the units that stay in every head, those of removed heads too."""
+    """Return the heads of a group that stay, (h,), and the kept units of all its heads, removed heads included."""
     heads = torch.arange(group.heads)
     if group.within is not None and group.within in keep:
         heads = torch.from_numpy(keep[group.within][0])
@@ -24,7 +24,7 @@ def kept_units(group: Group, keep: Mapping[str, Indices]) -> tuple[Tensor, Tenso
 
 
 def kept_along_axes(anatomy: Anatomy, name: str, keep: Mapping[str, Indices]) -> dict[int, Tensor]:
-    """Axis to the entries of a parameter or buffer that stay, for the axes that lose any."""
+    """Map each axis of a parameter or buffer that loses entries to the entries that stay."""
     axes: dict[int, Tensor] = {}
     masks: dict[int, Tensor] = {}
     shape = anatomy.shapes[name] if name in anatomy.shapes else anatomy.buffers[name]
@@ -35,7 +35,7 @@ def kept_along_axes(anatomy: Anatomy, name: str, keep: Mapping[str, Indices]) ->
         heads, units = kept_units(group, keep)
         entries = torch.from_numpy(member.entries)
         if member.shared:
-            # One entry served every head; now each head has its own.
+            # All heads shared one entry; now each head has its own.
             axes[member.axis] = entries[0, units[heads], 0].flatten()
             continue
         mask = masks.setdefault(member.axis, torch.ones(shape[member.axis], dtype=torch.bool))
@@ -45,7 +45,7 @@ def kept_along_axes(anatomy: Anatomy, name: str, keep: Mapping[str, Indices]) ->
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer of a dotted name."""
+    """Return the parameter or buffer with a dotted name."""
     module, _, leaf = name.rpartition(".")
     found = getattr(model.get_submodule(module), leaf)
     assert isinstance(found, Tensor)

@@ -1,4 +1,4 @@
-"""Whose statistics and plans these are: a fingerprint of the model, compared before anything is cut."""
+"""Fingerprints that tie statistics and plans to their model; they are compared before anything is cut."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .entries import tensor_of
 class Fingerprint:
     """Architecture, arguments, group sizes and the SHA-256 of every parameter that a cut would touch.
 
-    A model built by hand has its class for an architecture, and no arguments.
+    For a model built by hand, the architecture is its class, and there are no arguments.
     """
 
     architecture: str
@@ -28,7 +28,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: nn.Module, anatomy: Anatomy, *, weights: bool = True) -> Fingerprint:
-        """Take the fingerprint of a model; without ``weights`` they are not read, and have no digests.
+        """Take the fingerprint of a model; without ``weights`` they are not read and there are no digests.
 
         Raises:
             InvalidArgument: a parameter without values (the meta device).
@@ -42,7 +42,7 @@ class Fingerprint:
 
     @classmethod
     def without_weights(cls, anatomy: Anatomy) -> Fingerprint:
-        """What the model is, whatever its weights are."""
+        """Return the fingerprint of the model's structure, without digests of its weights."""
         arguments = {name: _plain(value) for name, value in sorted(anatomy.arguments.items())}
         return cls(anatomy.architecture, arguments, dict(anatomy.sizes), {})
 
@@ -52,7 +52,7 @@ class Fingerprint:
         Args:
             other: the fingerprint that was found.
             what: the argument it belongs to, for the message.
-            strict: if false, other weights of the same dimensions will do.
+            strict: if false, weights may differ as long as their dimensions are the same.
 
         Raises:
             InvalidArgument: they differ; the text names the first difference.
@@ -77,7 +77,7 @@ class Fingerprint:
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the fingerprint as JSON values."""
         return {
             "architecture": self.architecture,
             "arguments": dict(self.arguments),
@@ -87,11 +87,11 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Fingerprint:
-        """Back from JSON values.
+        """Build a fingerprint from its JSON values.
 
         Raises:
-            KeyError: one is missing.
-            TypeError: one is of another type.
+            KeyError: a field is missing.
+            TypeError: a field has another type.
         """
         for name, kind in (("architecture", str), ("arguments", dict), ("sizes", dict), ("digests", dict)):
             if not isinstance(fields[name], kind):
@@ -100,7 +100,7 @@ class Fingerprint:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON gives it back; what JSON cannot hold is named by its representation."""
+    """Return a value as it would come back from JSON; what JSON cannot hold becomes its representation."""
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):

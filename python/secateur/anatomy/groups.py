@@ -1,4 +1,4 @@
-"""Units that can only be removed together, and where in the model each of them is."""
+"""Groups of units that can only be removed together, and where each unit is in the model."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from .kinds import KINDS, Kind, Traits
 
 Indices = npt.NDArray[np.int64]
 Role = Literal["writer", "reader", "norm", "elementwise"]
-# What a tensor is to its layer: methods ask for rows by part, and only families know which module holds them.
+# The part that a tensor plays in its layer: methods ask for rows by part, and only families know which module has them.
 Part = Literal["query", "key", "value", "output", "hidden", "gate", "bias_table", "stream"]
 
 
 def unit_entries(size: int, heads: int = 1, *, start: int = 0, copies: int = 1, stride: int = 0) -> Indices:
-    """Where units are along an axis: head after head and unit after unit from ``start`` on, (heads, size, copies).
+    """Return where units are along an axis, (heads, size, copies), head after head from ``start`` on.
 
-    Each unit has ``copies`` entries, ``stride`` apart: the two rows of a gated unit, the four places of a channel after
-    patches are merged.
+    Each unit has ``copies`` entries, ``stride`` apart: for example the two rows of a gated unit, or the four entries of
+    a channel after patch merging.
     """
     first = start + np.arange(heads * size, dtype=np.int64).reshape(heads, size, 1)
     return first + stride * np.arange(copies, dtype=np.int64)
 
 
 def shared_entries(size: int, heads: int) -> Indices:
-    """Entries that serve every head, as those of a query/key norm do: (heads, size, 1)."""
+    """Return the entries of an axis that all heads share, as in a query/key norm: (heads, size, 1)."""
     return np.tile(np.arange(size, dtype=np.int64)[None, :, None], (heads, 1, 1))
 
 
@@ -39,9 +39,9 @@ class Member:
 
     ``tensor`` is its dotted name. ``entries``, (heads, units, k), says where along ``axis`` unit u of head h is: k = 1
     for a row, 2 for the two rows of a gated unit or a rotary pair, height · width after a flatten. Where all heads have
-    the same entries, one entry serves every head; each is given its own when units are removed.
-    Role ``writer`` produces the units (and is scored), ``reader`` consumes them, ``norm`` normalises over them,
-    ``elementwise`` acts on each of them alone.
+    the same entries they share them; when units are removed, each head gets its own copy. A ``writer`` produces the
+    units (and is scored), a ``reader`` consumes them, a ``norm`` normalises over them, and ``elementwise`` acts on each
+    of them alone.
     """
 
     tensor: str
@@ -57,28 +57,29 @@ class Member:
 
     @property
     def parameter(self) -> str:
-        """The tensor's name in its module."""
+        """The tensor's name within its module."""
         return self.tensor.rpartition(".")[2]
 
     @cached_property
     def shared(self) -> bool:
-        """Does one entry serve every head?"""
+        """Whether all heads share the same entries."""
         return len(self.entries) > 1 and bool((self.entries == self.entries[:1]).all())
 
     @property
     def copies(self) -> int:
-        """Entries of one unit."""
+        """Number of entries of one unit."""
         return int(self.entries.shape[2])
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Units that can only be removed together, with every axis they live in.
+    """Units that can only be removed together, with every axis they appear in.
 
-    ``size`` counts units per head where the group has heads, else all of them. Kept counts are multiples of
-    ``multiple``. The units of kind "heads" are the heads of one attention layer: the groups that are ``within`` it lose
-    theirs with a head. A group of kind "layer" is one attention or FFN layer, with size 1: it is the only kind of which
-    nothing may stay, and takes ``modules`` with it. ``fewest`` units stay where that is more than the kind asks for.
+    ``size`` counts units per head where the group has heads, else all units. Kept counts are multiples of ``multiple``.
+    The units of kind "heads" are the heads of one attention layer; groups ``within`` it lose the units of a removed
+    head. A group of kind "layer" is one attention or FFN layer, with size 1: it is the only kind that can be removed
+    entirely, and its ``modules`` are removed with it. At least ``fewest`` units stay where that is more than the kind
+    requires.
     """
 
     name: str
@@ -94,21 +95,21 @@ class Group:
 
     @property
     def traits(self) -> Traits:
-        """What is particular to its kind."""
+        """The properties of its kind."""
         return KINDS[self.kind]
 
     @property
     def least(self) -> int:
-        """Fewest units that can stay."""
+        """The fewest units that can stay."""
         return max(self.traits.least, self.fewest)
 
     @property
     def per_head(self) -> bool:
-        """Are the units counted in each head?"""
+        """Whether units are counted per head."""
         return self.within is not None
 
     def of(self, role: Role, part: Part | None = None, parameter: str = "weight") -> list[Member]:
-        """Its members of a role, and of a part where one is named, in their weights unless told otherwise."""
+        """Return its members with a role, and with a part if one is named, on their weights unless told otherwise."""
         return [
             member
             for member in self.members
@@ -117,10 +118,10 @@ class Group:
 
 
 def parameter_name(module: str, parameter: str) -> str:
-    """Dotted name of a module's parameter; the model itself is module ''."""
+    """Return the dotted name of a module's parameter; the model itself is module ''."""
     return f"{module}.{parameter}" if module else parameter
 
 
 def named(groups: Iterable[Group], name: str) -> Group | None:
-    """The group called ``name``; None where there is none."""
+    """Return the group called ``name``, or None."""
     return next((group for group in groups if group.name == name), None)

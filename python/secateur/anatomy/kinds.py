@@ -8,19 +8,20 @@ from types import MappingProxyType
 from typing import Literal
 
 Kind = Literal["qk", "v", "ffn", "conv", "heads", "width", "layer"]
-# What files and callers said before 0.2.
+# Names that files and callers used before 0.2.
 _FORMER = MappingProxyType({"block": "layer"})
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What is particular to a kind.
+    """The properties of a kind.
 
     ``multiple`` is the default multiple of kept counts under a target, a hardware-friendly size; ``in_target`` says
     whether a target cuts the kind unless told otherwise, ``least`` the fewest units that can stay. Kinds that are
-    ``counted`` (heads, layers) are not channels: one number for ``round_to`` does not apply to them. A kind
-    ``steps_with`` another so that both keep one size in a layer. A kind that is ``shared`` by many layers (the residual
-    width) multiplies their costs, and is chosen before them; one that is ``whole`` is a layer, which can vanish.
+    ``counted`` (heads, layers) are not channels: a single number for ``round_to`` does not apply to them. A kind that
+    ``steps_with`` another changes along with it, so that both keep the same size in a layer. A ``shared`` kind (the
+    residual width) belongs to many layers and multiplies their costs, so it is chosen first; a ``whole`` kind is a
+    layer, which can be removed entirely.
     """
 
     multiple: int = 1
@@ -46,5 +47,5 @@ KINDS: Mapping[str, Traits] = MappingProxyType(
 
 
 def current(name: str) -> str:
-    """A kind by its present name: "layer" for "block"; other names as they are."""
+    """Return the present name of a kind: "layer" for "block"; other names are unchanged."""
     return _FORMER.get(name, name)

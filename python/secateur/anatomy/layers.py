@@ -20,18 +20,18 @@ def _as_it_is(x: Tensor) -> Tensor:
 
 
 def _with_tokens(x: Tensor) -> Tensor:
-    """(B, C) as one token an image; (B, …, C) with all places as tokens."""
+    """Return (B, C) as one token per image, (B, …, C) with all positions as tokens."""
     return x[:, None] if x.ndim == 2 else x.flatten(1, -2)
 
 
 @dataclass(frozen=True, eq=False)
 class Tap:
-    """Where a tensor is seen in a forward pass.
+    """Where a tensor is observed in a forward pass.
 
-    It is the ``channels`` of the last axis, or all, of what ``module`` takes or outputs. ``view`` makes of that what is
-    observed: (B · maps_per_image, N, heads, head_dim) of queries and keys, else (B, N, channels).
-    ``name`` is what its sums are stored under, ``label`` what errors call it; of a ``norm``'s input x, x̂ = x √D / ‖x‖
-    is observed, centred first for "layer".
+    It is the input or output of ``module``, restricted to ``channels`` of the last axis if given. ``view`` turns that
+    into the observed tensor: (B · maps_per_image, N, heads, head_dim) for queries and keys, else (B, N, channels). Its
+    sums are stored under ``name``; errors call it ``label``. For the input x of a ``norm``, x̂ = x √D / ‖x‖ is
+    observed, after centring if the norm is "layer".
     """
 
     name: str
@@ -45,7 +45,7 @@ class Tap:
     norm: RowNorm = "none"
 
     def read(self, x: Tensor) -> Tensor:
-        """What is observed of what the module takes or outputs."""
+        """Return the observed tensor, given the module's input or output."""
         return self.view(x if self.channels is None else x[..., self.channels])
 
 
@@ -53,8 +53,8 @@ class Tap:
 class NormSite:
     """A norm over the ``size`` channels of a residual stream, or over a layer's values or hidden units.
 
-    ``centred`` for LayerNorm, not for RMSNorm; ``pooled`` where it comes after pooling. ``stream`` names the group of
-    the stream's channels.
+    ``centred`` is true for LayerNorm, false for RMSNorm; ``pooled`` is true after pooling. ``stream`` names the group
+    of the stream's channels.
     """
 
     name: str
@@ -65,7 +65,7 @@ class NormSite:
 
     @property
     def tap(self) -> Tap:
-        """Its input, as the norm sees it."""
+        """The norm's input, normalised, as an observation."""
         return Tap(
             self.name,
             self.name,
@@ -79,16 +79,16 @@ class NormSite:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One attention or FFN layer with its groups, and what stands around them.
+    """One attention or FFN layer with its groups and its surroundings.
 
-    ``name`` is the group of kind "layer" that removes it; ``groups`` maps a kind ("qk", "v", "heads"; "ffn") to its
-    group. ``taps`` say where its parts are seen: "query", "key", "value" and "output", which the projection takes; or
-    "hidden", which the second linear layer takes. ``writer`` is the linear layer that it ends in, ``scale`` the
-    LayerScale after it, ``branch`` the module whose output is added to the residual ``stream``, a norm's if
-    ``post_norm``. ``input_norm`` is the norm of the stream in front, ``norms`` those of queries and keys, which are
-    ``score_norm``, None unless both are of one kind and have a scale; ``inner`` is a norm right in front of the writer.
-    ``fixed`` maps parts whose basis must not be rotated to the reason. ``softmax_scale`` multiplies the scores.
-    ``layout`` of attention is "stock" where the module is the library's own class, cut or not, else "exact".
+    ``name`` is the group of kind "layer" that stands for the whole layer; ``groups`` maps a kind ("qk", "v", "heads";
+    "ffn") to its group. ``taps`` says where its parts are observed: "query", "key", "value" and "output" (the input of
+    the projection), or "hidden" (the input of the second linear layer). ``writer`` is its last linear layer, ``scale``
+    the LayerScale after that, ``branch`` the module whose output is added to the residual ``stream`` (a norm if
+    ``post_norm``). ``input_norm`` is the norm before the layer, ``norms`` are those of queries and keys and
+    ``score_norm`` is their type, None unless both have the same type and a scale; ``inner`` is a norm directly before
+    the writer. ``fixed`` maps parts whose basis must not be rotated to the reason. ``softmax_scale`` multiplies the
+    scores. The ``layout`` of attention is "stock" if the module is the library's own class, cut or not, else "exact".
     """
 
     name: str
@@ -110,13 +110,13 @@ class Layer:
 
     @property
     def before_writer(self) -> Tap:
-        """Where the input of its writer is seen."""
-        return self.taps["output" if self.kind == "attention" else "hidden"]
+        """Where the writer's input is observed."""
+        return self.taps["output"] if "output" in self.taps else self.taps["hidden"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """What adds to the residual stream at one place: linear layers with the LayerScale that follows, and parameters."""
+    """What adds to the residual stream at one place: linear layers, each with its LayerScale, and parameters."""
 
     writers: Mapping[str, str | None]
     tokens: tuple[str, ...] = ()
@@ -124,11 +124,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Stream:
-    """A residual stream whose consumers are all norms: then an orthogonal change of its basis changes nothing.
+    """A residual stream that only norms consume, so that an orthogonal change of its basis changes nothing.
 
-    ``writers`` are the linear layers and convolutions that add to it, each with the LayerScale that follows or None;
-    ``tokens`` the parameters (1, N, width) that do; ``readers`` maps each norm to the linear layers after it. Norms are
-    LayerNorms if ``centred``, else RMSNorms.
+    ``writers`` are the linear layers and convolutions that add to it, each with the LayerScale after it or None;
+    ``tokens`` are the parameters (1, N, width) that add to it; ``readers`` maps each norm to the linear layers after
+    it. Norms are LayerNorms if ``centred``, else RMSNorms.
     """
 
     centred: bool

@@ -1,4 +1,4 @@
-"""Counts and tables as text."""
+"""Formats counts and tables as text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def units(count: int) -> str:
-    """A count in thousands, millions or billions, to three digits or more."""
+    """Format a count in thousands, millions or billions, with at least three digits."""
     for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= factor:
             return f"{count / factor:.{3 if unit == 'G' else 2}f} {unit}"

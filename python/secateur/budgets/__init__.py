@@ -1,1 +1,1 @@
-"""How many units of each group stay, given a target or ratios."""
+"""Chooses how many units of each group stay, given a target or ratios."""

@@ -1,4 +1,4 @@
-"""How many units of each group stay: from fractions, from a file, or from a budget."""
+"""Chooses how many units of each group stay under a budget."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ def allocate(
     losses: Callable[[Group], Float] | None = None,
     latency: Cost | None = None,
 ) -> Allocation:
-    """Kept units by group under a budget; ``latency`` predicts what ``target.latency`` limits.
+    """Choose the kept units of each group under a budget; ``latency`` predicts what ``target.latency`` limits.
 
-    With ``losses``, what a group loses when 0 … size units stay, (size + 1,), in a unit common to all, the counts are
-    those of the least total loss: for every width, the least of loss + λ · cost in each group, at the λ that meets the
-    budget; then the width of the least total. Heads, their query/key and value size and whether the layer stays at all
-    are one choice, since their costs multiply. Lagrange's dual at the same λ is what no choice can go below. Without
-    ``losses``, one removed fraction for all named groups, the least that meets the budget.
+    ``losses`` returns what a group loses when 0 … size units stay, (size + 1,), in one unit for all groups. With it,
+    the counts are those of the least total loss: for every width, each group takes the least loss + λ · cost, at the λ
+    that meets the budget; then the width with the least total is chosen. Heads, their query/key and value sizes, and
+    whether the layer stays at all are one choice, since their costs multiply. The Lagrangian dual at the same λ is a
+    lower bound on the loss of any choice. Without ``losses``, the same fraction is removed from all named groups, the
+    least that meets the budget.
 
-    What rounding leaves of the budget is then spent while anything fits: by ``losses`` on the wider size that saves
-    most for its cost, and by exchanging sizes of two groups as long as that lowers the loss; else one rounding step at
-    a time on the group that lost the largest share. Query/key and value of one layer step together, so that they keep
-    one size.
+    Budget left over from rounding is then spent while anything fits. With ``losses``, it goes to the larger size that
+    lowers the loss most for its cost, and sizes of two groups are exchanged as long as that lowers the loss; else it
+    goes one rounding step at a time to the group that lost the largest share. Query/key and value of one layer step
+    together, so that they keep the same size.
 
     Raises:
-        InvalidArgument: the budget cannot be met; the text says what can.
+        InvalidArgument: the budget cannot be met; the text says what can be.
         Unsupported: a kind that this model cannot lose.
     """
     free = FreeGroups(
@@ -62,7 +63,7 @@ def allocate(
         raise InvalidArgument(f"target: expected {budget.reach(smallest)} (the least these groups reach), got {target}")
     if losses is not None:
         return of_least_loss(anatomy, free, budget, losses)
-    # Sizes only change at a few fractions: bisect to the last of them that is too large for the budget.
+    # Sizes change at a few fractions only: bisect to the last fraction whose sizes exceed the budget.
     low, high = 0.0, 1.0
     if budget.holds(counts(0.0)):
         high = 0.0
@@ -78,13 +79,13 @@ def allocate(
         if wider is not None and budget.holds(wider):
             kept = wider
         else:
-            # A step that does not fit now never will: every other step only adds to the cost.
+            # A step that does not fit now never will, since every other step adds to the cost.
             steps.remove(step)
     return Allocation(kept)
 
 
 def free_groups(anatomy: Anatomy, limits: Mapping[str, Any]) -> list[Group]:
-    """The groups that a target may cut; errors are those of ``allocate``."""
+    """Return the groups that a target may cut; errors are those of ``allocate``."""
     groups = default_groups(anatomy) if limits["groups"] is None else limits["groups"]
     return FreeGroups(anatomy, **{**limits, "groups": groups}, default_multiples=TARGET_MULTIPLES).groups
 
@@ -98,16 +99,16 @@ def check_target(
     min_keep: Mapping[str, int],
     round_to: int | Mapping[str, int] | None,
 ) -> list[Group]:
-    """Return the groups that may be cut; refuse what needs no measurement to be refused.
+    """Return the groups that may be cut; refuse what can be refused without measurements.
 
     Raises:
-        InvalidArgument: a name that does not fit, or MACs or parameters that cannot be met; the text says what can.
+        InvalidArgument: a name that does not fit, or MACs or parameters that cannot be met; the text says what can be.
         Unsupported: a kind that this model cannot lose.
     """
     free = FreeGroups(
         anatomy, default_groups(anatomy) if groups is None else groups, freeze, min_keep, round_to, TARGET_MULTIPLES
     )
-    # Which layer of each kind is the last to go is not known yet, and their costs are alike.
+    # It is not known yet which layer of each kind must stay; their costs are alike, so any will do.
     free.hold_one_of_each(lambda _group: 0.0)
     counted = Budget(anatomy, target, None)
     smallest = {group.name: free.count(group, 1.0) for group in free.groups}

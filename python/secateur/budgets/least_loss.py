@@ -1,4 +1,4 @@
-"""The sizes of the least total loss within a budget."""
+"""Chooses the sizes with the least total loss within a budget."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .budget import Allocation, Budget
 from .limits import FreeGroups
 from .uniform import bundles_of
 
-# Each lowers the loss; that they end is certain, but not when.
+# Each exchange lowers the loss, so they end, but possibly late.
 _EXCHANGES = 100
 
 
 def of_least_loss(anatomy: Anatomy, free: FreeGroups, budget: Budget, losses: Callable[[Group], Float]) -> Allocation:
-    """Sizes of the least total loss that meet the budget, and what no choice can go below."""
+    """Return the sizes with the least total loss that meet the budget, and a lower bound on any choice's loss."""
     widths = [group for group in free.groups if group.traits.shared]
     choices = _choices(anatomy, free, losses)
     best: Allocation | None = None
@@ -39,17 +39,17 @@ def of_least_loss(anatomy: Anatomy, free: FreeGroups, budget: Budget, losses: Ca
     kept = best.sizes
     for _ in range(_EXCHANGES):
         before = kept
-        # What exchanges leave of the budget may be a step again.
+        # The budget that exchanges free may be enough for another step.
         kept = _filled(_exchanged(kept, choices, shares, budget), choices, shares, budget.prices()[-1], budget)
         if kept == before:
             break
     loss = best.loss + _total(choices, kept) - _total(choices, best.sizes)
-    # The dual of a linear programme may exceed what was found by rounding alone.
+    # By rounding error alone, the dual may exceed the loss that was found.
     return Allocation(kept, loss, min(bound, loss))
 
 
 def _widths(anatomy: Anatomy, free: FreeGroups, widths: list[Group]) -> list[dict[str, int]]:
-    """Sizes of the model at every width that it may have; where each stage has its own, all lose the same fraction."""
+    """Return the model's sizes at each possible width; with one width per stage, all lose the same fraction."""
     if not widths:
         return [anatomy.sizes]
     first = max(widths, key=lambda width: len(free.options(width)))
@@ -63,7 +63,7 @@ def _widths(anatomy: Anatomy, free: FreeGroups, widths: list[Group]) -> list[dic
 
 
 def _choices(anatomy: Anatomy, free: FreeGroups, losses: Callable[[Group], Float]) -> list[_Choices]:
-    """What is decided apart: groups whose costs add up."""
+    """Split the groups into independent choices, whose costs add up."""
     together: dict[str, list[list[Group]]] = {}
     for bundle in bundles_of(free, anatomy.sizes):
         if not bundle[0].traits.shared:
@@ -79,13 +79,13 @@ def _choices(anatomy: Anatomy, free: FreeGroups, losses: Callable[[Group], Float
 
 
 def _at_width(base: dict[str, int], choices: list[_Choices], budget: Budget) -> Allocation | None:
-    """The choice of least loss within the budget when all other groups are as in ``base``."""
+    """Return the choice of least loss within the budget when all other groups are as in ``base``."""
     shares = [budget.along(base, choice.sizes) for choice in choices]
-    # All choices start from the model at ``base``, which the sum of their costs holds once too often for each.
+    # Every choice's cost includes the model at ``base``; their sum counts it once for each, but it must count once.
     repeated = (len(choices) - 1) * (1 - budget.room(base))
     best: Allocation | None = None
     bound = -math.inf
-    # Which limit binds is not known before: a price on each alone, then on all of them alike.
+    # It is not known in advance which limit binds: try a price on each alone, then on all equally.
     for prices in budget.prices():
         priced = [prices @ share for share in shares]
         found = _at_one_price(base, choices, priced, budget)
@@ -104,7 +104,7 @@ def _at_width(base: dict[str, int], choices: list[_Choices], budget: Budget) -> 
 def _at_one_price(
     base: dict[str, int], choices: list[_Choices], costs: list[Float], budget: Budget
 ) -> tuple[dict[str, int], list[tuple[float, float]]] | None:
-    """The least of loss + price · cost in each, at the lowest price that meets the budget; that sum at every price."""
+    """Minimise loss + price · cost at the lowest price that meets the budget; also return the sums at each price."""
     least: list[tuple[float, float]] = []
 
     def chosen(price: float) -> dict[str, int]:
@@ -140,7 +140,7 @@ def _at_one_price(
 def _filled(
     kept: dict[str, int], choices: list[_Choices], shares: list[Float], prices: Float, budget: Budget
 ) -> dict[str, int]:
-    """Spend what is left of the budget, always on what saves most for what it costs."""
+    """Spend the remaining budget, each time on the step that lowers the loss most for its cost."""
     refused = [np.zeros(len(choice.losses), bool) for choice in choices]
     while True:
         room = budget.room(kept)[:, None] + 1e-9
@@ -164,14 +164,14 @@ def _filled(
         if budget.holds(wider):
             kept = wider
         else:
-            # Shares add up but for rounding; the budget has the last word.
+            # Shares add up except for rounding, so the budget decides.
             refused[number][index] = True
 
 
 def _exchanged(kept: dict[str, int], choices: list[_Choices], shares: list[Float], budget: Budget) -> dict[str, int]:
-    """Take from one what another makes more of, as long as any such exchange fits; one limit's prices see no pairs."""
+    """Exchange sizes between two choices while that fits and lowers the loss, which prices alone do not find."""
     if not choices:
-        return kept  # the width alone, which is decided already
+        return kept  # only the width is free, and it is decided already
     owners = np.repeat(np.arange(len(choices)), [len(choice.losses) for choice in choices])
     starts = np.searchsorted(owners, np.arange(len(choices)))
     for _ in range(_EXCHANGES):
@@ -202,9 +202,9 @@ def _total(choices: list[_Choices], kept: Mapping[str, int]) -> float:
 
 
 class _Choices:
-    """Groups that are chosen together, the sizes they may have, and what each choice loses.
+    """Groups that are chosen together, the sizes they may have, and what each combination loses.
 
-    Each bundle keeps one size. Losses add up, as far as the layer stays; without it, all that it does is lost.
+    Each bundle has one size. Losses add up while the layer stays; without it, everything it computes is lost.
     """
 
     def __init__(self, bundles: list[list[Group]], free: FreeGroups, losses: Callable[[Group], Float]) -> None:
@@ -221,7 +221,7 @@ class _Choices:
         if layer is not None:
             sizes[layer.name] = np.ones(len(total), np.int64)
             if free.count(layer, 1.0) == 0:
-                # What is within an absent layer is whole, and costs nothing.
+                # The groups of a removed layer count as whole, and cost nothing.
                 whole = {group.name: group.size for bundle in inner for group in bundle}
                 sizes = {name: np.append(axis, whole.get(name, 0)) for name, axis in sizes.items()}
                 total = np.append(total, losses(layer)[0])

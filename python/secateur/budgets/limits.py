@@ -1,4 +1,4 @@
-"""Which groups may be cut, and to which counts."""
+"""Decides which groups may be cut, and to which counts."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ..anatomy import KINDS, Anatomy, Group
 from ..anatomy.kinds import current
 from ..errors import InvalidArgument, Unsupported
 
-# Hardware-friendly sizes, which plans for a target keep to.
+# Hardware-friendly sizes, used by plans for a target.
 TARGET_MULTIPLES = {kind: traits.multiple for kind, traits in KINDS.items()}
 
 
 def default_groups(anatomy: Anatomy) -> list[str]:
-    """The kinds of this model that a target cuts unless told otherwise."""
+    """Return the kinds of this model that a target cuts unless told otherwise."""
     return list(dict.fromkeys(group.kind for group in anatomy.groups if group.traits.in_target))
 
 
 def kept_count(size: int, fraction: float, multiple: int = 1) -> int:
-    """Units that stay when ``fraction`` of ``size`` is removed.
+    """Return the number of units that stay when ``fraction`` of ``size`` is removed.
 
     size − round_half_even(fraction · size), then the nearest multiple (the larger of two equally near), at least one
-    multiple and at most ``size``; a ``size`` that is no multiple, or is below one, can stay whole.
+    multiple and at most ``size``; a ``size`` that is not a multiple can stay whole.
     """
     kept = size - round(fraction * size)
     if multiple == 1:
@@ -44,10 +44,10 @@ def limits_of(
     min_keep: Mapping[str, int] | None,
     round_to: int | Mapping[str, int] | None,
 ) -> dict[str, Any]:
-    """Arguments of ``plan`` as all functions here take them: names as lists, which can be read more than once.
+    """Collect these arguments of ``plan`` for the functions here, with names as lists that can be read repeatedly.
 
     Raises:
-        InvalidArgument: groups or freeze are no names.
+        InvalidArgument: groups or freeze are not sequences of names.
     """
     return {
         "groups": None if groups is None else _sequence("groups", groups),
@@ -58,7 +58,7 @@ def limits_of(
 
 
 class FreeGroups:
-    """Which groups may be cut, and to which counts."""
+    """The groups that may be cut, and the counts that each may have."""
 
     def __init__(
         self,
@@ -88,18 +88,18 @@ class FreeGroups:
         if isinstance(round_to, Mapping):
             self._multiple.update(_per_group(anatomy, "round_to", round_to))
         elif round_to is not None:
-            # Of channels: heads and layers are counted one by one unless they are named.
+            # Applies to channels only: heads and layers are counted one by one unless they are named.
             multiple = check.integer("round_to", round_to)
             self._multiple |= {g.name: multiple for g in anatomy.groups if not g.traits.counted}
         for group in anatomy.groups:
             self._multiple[group.name] = math.lcm(self._multiple[group.name], group.multiple)
 
     def multiple(self, group: Group) -> int:
-        """What the kept counts of a group are multiples of."""
+        """Return the number that the kept counts of a group are multiples of."""
         return self._multiple[group.name]
 
     def count(self, group: Group, fraction: float) -> int:
-        """Units that stay when ``fraction`` of the group is removed."""
+        """Return the number of units that stay when ``fraction`` of the group is removed."""
         multiple = self.multiple(group)
         least = max(self._minimum.get(group.name, 0), group.least)
         least = min(group.size, math.ceil(least / multiple) * multiple)
@@ -108,9 +108,9 @@ class FreeGroups:
     def hold_one_of_each(
         self, removal: Callable[[Group], float], stays: Mapping[str, bool] = MappingProxyType({})
     ) -> None:
-        """Keep one attention and one FFN layer, where all might go: that of the largest ``removal``.
+        """Keep one attention and one FFN layer where all could be removed: that with the largest ``removal``.
 
-        ``stays`` says which layers the user has decided on already.
+        ``stays`` holds the layers that the user has already decided on.
         """
         free = {group.name for group in self.groups}
         for layers in (self.anatomy.attention, self.anatomy.ffn):
@@ -122,12 +122,12 @@ class FreeGroups:
                 self._minimum[max(undecided, key=removal).name] = 1
 
     def options(self, group: Group) -> list[int]:
-        """All sizes that the group may have, rising."""
+        """Return all sizes that the group may have, in ascending order."""
         least = self.count(group, 1.0)
         return sorted({least, *range(least, group.size, self.multiple(group)), group.size})
 
     def step_up(self, group: Group, kept: int) -> int:
-        """The next larger count that the group may have."""
+        """Return the next larger count that the group may have."""
         wider = (kept // self.multiple(group) + 1) * self.multiple(group)
         return group.size if wider > group.size // self.multiple(group) * self.multiple(group) else wider
 
@@ -139,7 +139,7 @@ def _sequence(argument: str, names: Any) -> list[str]:
 
 
 def check_kinds(anatomy: Anatomy, argument: str, names: Iterable[str]) -> None:
-    """Every name is a kind or a group of this model."""
+    """Refuse names that are not a kind or a group of this model, or that it cannot lose."""
     kinds = list(dict.fromkeys(group.kind for group in anatomy.groups))
     for name in names:
         if name in anatomy.refused:
@@ -151,7 +151,7 @@ def check_kinds(anatomy: Anatomy, argument: str, names: Iterable[str]) -> None:
 
 
 def _matching(anatomy: Anatomy, argument: str, patterns: Iterable[str]) -> set[str]:
-    """Names of the groups that are named by kind, by name or by a shell pattern such as 'blocks.0.*'."""
+    """Return the names of the groups that match a kind, a name or a shell pattern such as 'blocks.0.*'."""
     found: set[str] = set()
     for pattern in patterns:
         names = {g.name for g in anatomy.groups if g.kind == pattern or fnmatchcase(g.name, pattern)}
@@ -162,7 +162,7 @@ def _matching(anatomy: Anatomy, argument: str, patterns: Iterable[str]) -> set[s
 
 
 def _per_group(anatomy: Anatomy, argument: str, values: Mapping[str, int]) -> dict[str, int]:
-    """Spread positive integers by kind or group name over groups; a group's own name wins over its kind."""
+    """Expand positive integers by kind or group name to every group; a group's own name takes precedence."""
     if not isinstance(values, Mapping):
         raise InvalidArgument(f"{argument}: expected a dict by kind or group, got {values!r}")
     values = {current(name): value for name, value in values.items()}
@@ -176,9 +176,9 @@ def _per_group(anatomy: Anatomy, argument: str, values: Mapping[str, int]) -> di
 
 
 def removed_fraction(anatomy: Anatomy, key: str, name: str, value: object) -> float:
-    """The fraction removed of a kind or group, which the user calls ``key``."""
+    """Check and return the fraction removed from a kind or group, which the user calls ``key``."""
     layer = name in anatomy.layers
     fraction = check.fraction(f"ratios[{key!r}]", value, open_high=not layer)
     if layer and fraction not in (0, 1):
-        raise InvalidArgument(f"ratios[{key!r}]: expected 0 or 1 of a layer, got {value!r}")
+        raise InvalidArgument(f"ratios[{key!r}]: expected 0 or 1 for a layer, got {value!r}")
     return fraction

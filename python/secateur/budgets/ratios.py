@@ -1,4 +1,4 @@
-"""How many units stay when a fraction of each kind or group is removed."""
+"""Converts fractions removed from each kind or group to the number of units that stay."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def counts_from_ratios(
     round_to: int | Mapping[str, int] | None,
     removal: Callable[[Group], float] | None = None,
 ) -> dict[str, int]:
-    """Kept units by group, from the fraction removed of each kind or group, or from a per-block file.
+    """Return the kept units of each group, given the fraction removed from each kind or group.
 
-    Of the kind "layer" that fraction of all attention and FFN layers is removed, those of the least ``removal`` first;
-    one of each stays.
+    ``ratios`` is the fraction removed by kind or group, or a per-block file of such fractions. For the kind "layer"
+    that fraction of all attention and FFN layers is removed, those with the least ``removal`` first; one of each stays.
 
     Raises:
         InvalidArgument: a key or value that does not fit; the text names it.
@@ -52,12 +52,12 @@ def counts_from_ratios(
 def _layers_to_remove(
     free: FreeGroups, fractions: Mapping[str, float], named: set[str], removal: Callable[[Group], float] | None
 ) -> dict[str, float]:
-    """1 for the layers to remove, of those that no ratio of their own names; 0 for the others."""
+    """Return 1 for each layer to remove, among those without a ratio of their own, and 0 for the others."""
     layers = [group for group in free.groups if group.traits.whole and group.name not in named]
     wanted = round(sum(fractions[group.name] for group in layers))
     if wanted and removal is None:
         raise InvalidArgument(
-            f"ratios['{_LAYERS}']: expected layers by their names, or statistics that say which of them matter "
+            f"ratios['{_LAYERS}']: expected layers by name, or statistics that say which layers matter "
             "(calibrate(sensitivity=True)), got a fraction"
         )
     if removal is not None:

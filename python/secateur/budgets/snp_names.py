@@ -1,4 +1,4 @@
-"""Files of ratios per block, in the names of SNP's authors too (Shim et al., ECCV 2024)."""
+"""Reads per-block files of fractions removed, also with the names of SNP's authors (Shim et al., ECCV 2024)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from .limits import removed_fraction
 
 
 def shipped_configurations() -> list[str]:
-    """Names of the published per-block ratio files that ship with the package."""
+    """Return the names of the published per-block ratio files that ship with the package."""
     folder = resources.files(__package__) / "configs"
     return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
 def fractions_from_file(anatomy: Anatomy, source: str | Path) -> dict[str, float]:
-    """Read a per-block file: group names, or the names that SNP's authors use (Shim et al., ECCV 2024).
+    """Read the fraction removed of each group from a per-block file.
 
-    There matmul_{2i} is block i's query/key, matmul_{2i+1} its value, blocks_i_mlp_fc1 its FFN, and the last add the
-    residual width; index 0 has no number.
+    Keys are group names, or the names that SNP's authors use (Shim et al., ECCV 2024): matmul_{2i} is block i's
+    query/key, matmul_{2i+1} its value, blocks_i_mlp_fc1 its FFN, and the last add is the residual width; index 0 has no
+    number.
     """
     shipped = resources.files(__package__) / "configs" / f"{source}.json"
     if isinstance(source, str) and source in shipped_configurations():
@@ -59,7 +60,7 @@ def _check_file_keys(anatomy: Anatomy, source: str | Path, values: Mapping[str, 
             raise InvalidArgument(f"ratios: expected the key {key!r} in {source}, got none")
 
 
-# By kind; {0} is twice the block's index, {1} one more, {2} the block's index.
+# By kind; {0} is twice the block's index, {1} is one more, {2} is the block's index.
 _PUBLISHED: Mapping[str, str] = {"qk": "matmul_{0}", "v": "matmul_{1}", "ffn": "blocks_{2}_mlp_fc1", "width": "add_{0}"}
 
 

@@ -10,9 +10,10 @@ from ..errors import InvalidArgument
 
 @dataclass(frozen=True)
 class Target:
-    """A budget: fractions, in (0, 1], of the MACs, parameters and latency of the model that is planned for.
+    """Fraction kept, in (0, 1], of the MACs, parameters and latency of the model that is to be pruned.
 
-    Several hold together. Latency is the time of one batch; ``plan`` says of what size and on which machine.
+    All given limits hold together. Latency is the time of one batch; its size and the machine are arguments of
+    ``plan``.
 
     Raises:
         InvalidArgument: no fraction given, or one outside (0, 1].
@@ -27,7 +28,7 @@ class Target:
         if not given:
             raise InvalidArgument("target: expected macs=, params= or latency=, got none")
         for name, value in given.items():
-            # A plain number, which files can hold, whatever it came as.
+            # Stored as a plain number, whatever its type was, so that files can hold it.
             object.__setattr__(self, name, check.fraction(f"target.{name}", value, open_low=True))
 
     def __str__(self) -> str:

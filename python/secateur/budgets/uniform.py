@@ -1,4 +1,4 @@
-"""One removed fraction for all groups, the least that meets a budget."""
+"""Removes the same fraction from all groups, the least that meets a budget."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from .limits import FreeGroups
 
 
 class Step:
-    """Groups that grow together by one multiple each."""
+    """Groups that grow together, each by one multiple."""
 
     def __init__(self, groups: list[Group], free: FreeGroups) -> None:
         self._groups, self._free = groups, free
 
     def share(self, kept: Mapping[str, int]) -> float:
-        """What is left of the first of them."""
+        """Return the fraction of the first group that is kept."""
         return kept[self._groups[0].name] / self._groups[0].size
 
     def next(self, kept: Mapping[str, int]) -> dict[str, int] | None:
-        """One step up; None where all are whole."""
+        """Return the sizes one step larger, or None if all groups are whole."""
         if all(kept[group.name] == group.size for group in self._groups):
             return None
         return {**kept, **{group.name: self._free.step_up(group, kept[group.name]) for group in self._groups}}
 
 
 def bundles_of(free: FreeGroups, kept: Mapping[str, int]) -> list[list[Group]]:
-    """Groups to step together: query/key and value of a layer where they are and stay equal, others alone."""
+    """Bundle groups that step together: query/key and value of a layer while their sizes are equal; others alone."""
     layer_of = free.anatomy.layer_of
     followers = {
         (layer_of[group.name], group.traits.steps_with): group

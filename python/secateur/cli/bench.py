@@ -17,6 +17,7 @@ from .options import (
     Kwargs,
     Model,
     Pretrained,
+    Runtime,
     Threads,
     file_to_write,
     names,
@@ -61,6 +62,7 @@ def bench(
     dtype: Annotated[str | None, typer.Option(help="Type with --table: float32, float16, bfloat16 or float64.")] = None,
     groups: Annotated[str | None, typer.Option(help="Kinds that plans will cut, with --table; all by default.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Time the models as compiled by torch.compile.")] = False,
+    runtime: Runtime = None,
     threads: Threads = None,
     device: Device = None,
     as_json: Json = False,
@@ -70,6 +72,8 @@ def bench(
         raise typer.BadParameter("--table goes without --reference and --input-size: it is about one model as it is")
     if table is None and (dtype is not None or groups is not None):
         raise typer.BadParameter("--dtype and --groups need --table")
+    if compiled and runtime is not None:
+        raise typer.BadParameter("expected --compile or --runtime, got both")
     with collected(as_json) as output:
         net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs, weights=False)
         if table is not None:
@@ -79,6 +83,7 @@ def bench(
                 dtype=dtype,
                 device=device,
                 compile=compiled,
+                runtime=runtime,
                 groups=None if groups is None else names(groups),
                 repeats=7 if repeats is None else repeats,
             )
@@ -100,5 +105,6 @@ def bench(
             threads=threads,
             device=device,
             compile=compiled,
+            runtime=runtime,
         )
         output.show(str(found), **asdict(found))

@@ -111,6 +111,10 @@ Unreadable = Annotated[
     ),
 ]
 Stats = Annotated[Path, typer.Option("--stats", help="The statistics file that calibrate wrote.")]
+Runtime = Annotated[
+    str | None,
+    typer.Option("--runtime", help="Engine that runs the timed models: torch (the default), torch.compile, ..."),
+]
 Method = Annotated[str, typer.Option("--method", help="The pruning method; `secateur methods` lists them.")]
 MethodOptions = Annotated[
     list[str] | None,

@@ -26,7 +26,7 @@ from .options import (
     Out,
     Pretrained,
     RoundTo,
-    Stats,
+    Runtime,
     Threads,
     json_object,
     names,
@@ -41,8 +41,10 @@ _Old = Annotated[str | None, typer.Option(hidden=True)]
 
 
 def plan(
-    stats: Stats,
     out: Out,
+    stats: Annotated[
+        Path | None, typer.Option("--stats", help="The statistics file that calibrate wrote, if the method needs any.")
+    ] = None,
     model: Model = None,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
@@ -61,6 +63,7 @@ def plan(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Batch size of --target-latency; the table's by default, or 1.")
     ] = None,
+    runtime: Runtime = None,
     ratios: Annotated[
         str | None,
         typer.Option(help='Fractions to remove, as {"qk": 0.5}, the name of a shipped configuration, or a file.'),
@@ -85,14 +88,17 @@ def plan(
     targets = target_macs, target_params, target_latency
     if (ratios is None) == (targets == (None, None, None)):
         raise typer.BadParameter("expected either --ratios, or --target-macs, --target-params and/or --target-latency")
-    if target_latency is None and (latency_table is not None or batch_size is not None):
-        raise typer.BadParameter("--latency-table and --batch-size need --target-latency")
+    if target_latency is None and (latency_table, batch_size, runtime) != (None, None, None):
+        raise typer.BadParameter("--latency-table, --batch-size and --runtime need --target-latency")
     flags = {"similarity": similarity, "selection": selection, "head_score": head_score}
     with collected(as_json) as output:
         options = parsed(method, option, {name: value for name, value in flags.items() if value is not None})
+        needs = lazy.method_named(method).needs
+        if stats is None and needs:
+            raise typer.BadParameter(f"expected --stats FILE for the method {method}, which needs {', '.join(needs)}")
         net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs)
         with named("--stats"):
-            statistics = sc.Statistics.load(stats)
+            statistics = None if stats is None else sc.Statistics.load(stats)
         net.to(lazy.place_for(net, device))
         chosen = sc.plan(
             net,
@@ -108,6 +114,7 @@ def plan(
             allocation=allocation,
             latency_table=latency_table,
             batch_size=batch_size,
+            runtime=runtime,
             **options,
         )
         chosen.save(out)

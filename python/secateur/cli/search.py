@@ -32,6 +32,7 @@ from .options import (
     Pretrained,
     Resume,
     RoundTo,
+    Runtime,
     Seed,
     Split,
     Stats,
@@ -77,6 +78,7 @@ def search(
     latency: Annotated[
         float | None, typer.Option(help="Find the most accurate model in this fraction of the measured time.")
     ] = None,
+    runtime: Runtime = None,
     method: Method = "project",
     option: MethodOptions = None,
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds at most.")] = 12,
@@ -111,7 +113,7 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find the smallest model of an accuracy (--max-drop), or the most accurate of a budget, and save it."""
-    objective = _objective(max_drop, params, macs, latency)
+    objective = _objective(max_drop, params, macs, latency, runtime)
     kinds = None if groups is None else names(groups)
     tuning = None if finetune is None else json_object(finetune)
     if plot is not None:
@@ -165,7 +167,9 @@ def search(
         output.show(str(found), f"-> {out}", **found.to_dict(), file=str(out))
 
 
-def _objective(max_drop: float | None, params: float | None, macs: float | None, latency: float | None) -> Objective:
+def _objective(
+    max_drop: float | None, params: float | None, macs: float | None, latency: float | None, runtime: str | None
+) -> Objective:
     """Return the one that is named by the requirement."""
     given = [
         name
@@ -175,6 +179,10 @@ def _objective(max_drop: float | None, params: float | None, macs: float | None,
     if len(given) != 1:
         got = " and ".join(f"--{name}" for name in given) or "none"
         raise typer.BadParameter(f"expected one of --max-drop, --params, --macs and --latency, got {got}")
+    if runtime is not None and latency is None:
+        raise typer.BadParameter("--runtime needs --latency")
     if max_drop is not None:
         return sc.AccuracyCritical(max_drop)
-    return sc.MemoryConstrained(params) if params is not None else sc.LatencySensitive(macs=macs, latency=latency)
+    if params is not None:
+        return sc.MemoryConstrained(params)
+    return sc.LatencySensitive(macs=macs, latency=latency, runtime=runtime or "torch")

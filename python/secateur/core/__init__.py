@@ -1,4 +1,4 @@
-"""The C++ core, for scripts that own their buffers: NumPy and torch arrays of any strides, without a copy."""
+"""The C++ core, for scripts that own their buffers: NumPy and torch arrays of any strides, without copies."""
 
 from .bindings import (
     AttentionScorer,

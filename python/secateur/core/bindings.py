@@ -1,4 +1,4 @@
-"""The C++ core, for scripts that own their buffers: NumPy and torch arrays of any strides, without a copy."""
+"""The C++ core, for scripts that own their buffers: NumPy and torch arrays of any strides, without copies."""
 
 from pathlib import Path
 
@@ -31,14 +31,14 @@ __all__ = [
 
 
 def cmake_dir() -> Path:
-    """Folder of the CMake package that this installation brings for C++ programs.
+    """Return the folder of the CMake package that this installation provides for C++ programs.
 
-    ``cmake -Dsecateur_DIR=<it>`` lets ``find_package(secateur CONFIG)`` find headers and shared library.
+    With ``cmake -Dsecateur_DIR=<folder>``, ``find_package(secateur CONFIG)`` finds the headers and the shared library.
 
     Raises:
-        Unsupported: the package was built without them.
+        Unsupported: the package was built without it.
     """
-    # Beside the extension: of an editable install, the Python files are somewhere else.
+    # Beside the extension, since the Python files of an editable install are elsewhere.
     folder = Path(_core.__file__).parent / "lib" / "cmake" / "secateur"
     if not (folder / "secateurConfig.cmake").is_file():
         raise Unsupported(f"cmake_dir: expected a package built with SECATEUR_INSTALL=ON, got none in {folder}")

@@ -1,8 +1,8 @@
-"""Adding to the core's accumulators what lies where the core may not compute.
+"""Adds tensors to the core's accumulators from devices on which the core cannot compute.
 
-The core reads tensors on the CPU, and on CUDA devices where it was built with CUDA. Elsewhere on CUDA devices torch
-multiplies in float64, and only what is of the size of a Gram matrix comes to the host: slower, and the same statistics.
-Tensors on other devices, which may have no float64, are copied to the host.
+The core computes on the CPU, and on CUDA devices if it was built with CUDA. Without that, torch multiplies on the CUDA
+device in float64 and only results of the size of a Gram matrix are copied to the host: slower, but the same statistics.
+Tensors on other devices, which may lack float64, are copied to the host.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from . import bindings as core
 
 RowNorm = Literal["none", "rms", "layer"]
 
-# The core's kernels on CUDA devices hold a head in shared memory.
+# The core's CUDA kernels hold a head in shared memory.
 _CUDA_HEAD_DIM = 128
-# What torch's float64 copies take at a time.
+# The memory of torch's float64 copies at one time.
 _CHUNK_BYTES = 64 << 20
-# Squares of what the core takes; beyond, and for NaN, it is asked.
+# Squares of the largest values the core takes; above, and for NaN, the core itself decides.
 _LARGEST_GRAM, _LARGEST_MOMENT = 1e120, 1e240
 
 
 def update_scores(
     scorers: Sequence[core.AttentionScorer], q: torch.Tensor, k: torch.Tensor, *, wait: bool = True
 ) -> None:
-    """``core.AttentionScorer.update_in_turn(scorers, q, k)`` for (images, tokens, heads, head_dim) on any device."""
+    """Run ``core.AttentionScorer.update_in_turn(scorers, q, k)``, (images, tokens, heads, head_dim) on any device."""
     readable = _core_reads(q, head_dim=scorers[0].head_dim) and (q.device.type == "cpu" or q.dtype == k.dtype)
     if readable and _taken(lambda: core.AttentionScorer.update_in_turn(scorers, q, k, wait=wait), q):
         return
@@ -46,7 +46,7 @@ def _score_elsewhere(scorer: core.AttentionScorer, q: torch.Tensor, k: torch.Ten
     if all(_within(part, _LARGEST_GRAM) for part in (query, key, mean)):
         scorer.update_grams(query, key, mean, q.shape[1])
     else:
-        # What it is, and where, or what becomes of it, is for the core to say.
+        # Let the core find the value that is not finite or too large, and name it.
         scorer.update(q.cpu(), k.cpu())
 
 
@@ -59,7 +59,7 @@ def update_moments(
     phases: Sequence[int],
     wait: bool = True,
 ) -> None:
-    """``core.MomentAccumulator.update_in_turn(accumulators, x, ...)`` for (images, tokens, dim) on any device."""
+    """Run ``core.MomentAccumulator.update_in_turn(accumulators, x, ...)``, (images, tokens, dim) on any device."""
 
     def update() -> None:
         core.MomentAccumulator.update_in_turn(accumulators, x, norm=norm, stride=stride, phases=phases, wait=wait)
@@ -95,7 +95,7 @@ def _multiply_elsewhere(
 
 
 def at_hand(x: torch.Tensor) -> torch.Tensor:
-    """Where torch multiplies in float64: x itself, or its copy on the host."""
+    """Return x itself if torch can multiply it in float64 there, else a copy on the host."""
     return x if x.device.type == "cpu" or _torch_multiplies(x) else x.cpu()
 
 
@@ -104,7 +104,7 @@ def _within(x: torch.Tensor, largest: float) -> bool:
 
 
 def _taken(update: Callable[[], None], x: torch.Tensor) -> bool:
-    """Did the core do it? Not on a device that it has no code for, or whose driver is older than its runtime."""
+    """Return whether the core did it; not on devices that it has no code for or whose driver is too old."""
     try:
         update()
     except Unsupported:
@@ -114,7 +114,7 @@ def _taken(update: Callable[[], None], x: torch.Tensor) -> bool:
     except Error as error:
         if not (_torch_multiplies(x) and str(error).startswith("memory: ")):
             raise
-        # Nothing was begun. torch's allocator keeps what it has freed for itself.
+        # The core has done nothing yet. torch's allocator may hold freed memory that it needs.
         torch.cuda.empty_cache()
         update()
     return True
@@ -131,13 +131,13 @@ def _torch_multiplies(x: torch.Tensor) -> bool:
 
 
 def _chunks(x: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Parts along the first axis that are small enough in float64."""
+    """Yield parts along the first axis that are small enough in float64."""
     size = max(1, _CHUNK_BYTES // max(1, 8 * x[:1].numel()))
     return iter(x.split(size))
 
 
 def _grams(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """QᵀQ and K_cᵀK_c (images, heads, d, d), and the keys' mean (images, heads, d)."""
+    """Return QᵀQ and K_cᵀK_c (images, heads, d, d), and the keys' mean (images, heads, d)."""
     q, k = (x.double().transpose(1, 2) for x in (q, k))
     mean = k.mean(2, keepdim=True)
     centred = k - mean
@@ -145,7 +145,7 @@ def _grams(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _rows(x: torch.Tensor, stride: int, phase: int) -> torch.Tensor:
-    """The rows that count, (rows, dim): of image b the tokens n with n = phase + b modulo stride."""
+    """Return the selected rows, (rows, dim): of image b, the tokens n with n = phase + b modulo stride."""
     if stride == 1:
         return x.reshape(-1, x.shape[-1])
     images, tokens = (torch.arange(size, device=x.device) for size in x.shape[:2])
@@ -154,7 +154,7 @@ def _rows(x: torch.Tensor, stride: int, phase: int) -> torch.Tensor:
 
 
 def _normalised(rows: torch.Tensor, norm: RowNorm) -> torch.Tensor:
-    """X √dim / ‖x‖ or that of x less its mean; zeros where the norm is nothing but the rounding of the mean."""
+    """Return X √dim / ‖x‖, or that of x minus its mean; zeros if the norm is only the mean's rounding error."""
     if norm == "none":
         return rows
     dim = rows.shape[1]

@@ -1,4 +1,4 @@
-"""Threads and devices of a block of work: torch's threads for the core, subnormal numbers, the default device."""
+"""Threads and devices for a block of work: torch's threads for the core, subnormal numbers, the default device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -11,18 +11,18 @@ from ..errors import Unsupported
 
 @contextmanager
 def host_by_default() -> Iterator[None]:
-    """Make new tensors on the CPU unless code says where, whatever ``torch.set_default_device`` was given."""
+    """Create new tensors on the CPU unless code says otherwise, whatever ``torch.set_default_device`` was given."""
     with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
         yield
 
 
 @contextmanager
 def torch_threads() -> Iterator[None]:
-    """Work on as many threads as torch does while the block runs, and on torch's own where they are OpenMP's.
+    """Use as many threads as torch while the block runs, and torch's own threads if they are OpenMP's.
 
-    For scripts that call the core between operations of torch: torch's threads spin for a while after each, and threads
-    of the core's own, which it works on outside of such a block, have to share the cores with them. Not for a forked
-    child whose parent has used torch's threads: there torch cannot use them either.
+    It is for scripts that alternate between the core and torch: torch's threads spin for a while after each operation,
+    and outside of such a block the core's own threads compete with them. Do not use it in a forked child whose parent
+    has used torch's threads: torch cannot use them there either.
     """
     threads, team = runtime.threads(), runtime.team()
     runtime.set_threads(torch.get_num_threads())
@@ -37,11 +37,11 @@ def torch_threads() -> Iterator[None]:
 
 @contextmanager
 def subnormals_flushed(device: torch.device) -> Iterator[None]:
-    """Take floats below the normal range as zero while the block runs, on all threads that torch has for this one.
+    """Treat subnormal floats as zero while the block runs, on all threads that torch has for this thread.
 
-    For backward passes: behind the sharp attention maps of a trained model a tenth of the gradients can be there, which
-    processors compute a hundred times slower than others. ``torch.set_flush_denormal`` reaches one thread alone. Where
-    another ``device`` than the CPU computes, nothing is done.
+    It is for backward passes: with the sharp attention maps of a trained model, a tenth of the gradients can be
+    subnormal, and processors compute those a hundred times more slowly. ``torch.set_flush_denormal`` affects only one
+    thread. If ``device`` is not the CPU, nothing is done.
     """
     if device.type != "cpu":
         yield

@@ -1,4 +1,4 @@
-"""From a source to batches: decode and transform images, name the unreadable ones, cut streams to length."""
+"""Makes batches from a source: decodes and transforms images, reports unreadable ones, cuts streams to length."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Images(Dataset["tuple[Tensor, int] | str"]):
         self._seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
-        """Return the image and its class; if it cannot be read, its name and the reason."""
+        """Return the image and its class, or a text with its name and the reason if it cannot be read."""
         epoch, index = key
         try:
             image, target = self._open(index)
-        except Exception as error:  # Pillow's decoders raise anything
-            # timm would take the next image instead, and so count that one twice. Returned, not raised: a worker
-            # process wraps an exception in a traceback of its own.
+        except Exception as error:  # Pillow's decoders raise any exception
+            # timm would take the next image instead, and so count it twice. The text is returned, not raised,
+            # because a worker process wraps exceptions in its own traceback.
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return f"{self._name(index)!r} ({reason})"
         if self._seed is None:
@@ -63,7 +63,7 @@ class Images(Dataset["tuple[Tensor, int] | str"]):
 
 
 class Batches:
-    """A map-style source through torch's loader."""
+    """Batches from a map-style source, by torch's loader."""
 
     def __init__(self, dataset: Images, order: Order, workers: int) -> None:
         self._dataset = dataset
@@ -75,7 +75,7 @@ class Batches:
             num_workers=workers,
             collate_fn=_collate,
             persistent_workers=workers > 0,
-            generator=torch.Generator(),  # for the workers' seeds, which torch draws from the caller's otherwise
+            generator=torch.Generator(),  # for the workers' seeds, else drawn from the caller's generator
         )
 
     def __iter__(self) -> Iterator[Any]:
@@ -91,16 +91,16 @@ class Batches:
 
     @property
     def images(self) -> int:
-        """Number of images in one pass."""
+        """The number of images in one pass."""
         return self._order.images
 
     def sharded(self, rank: int, ranks: int, whole_batches: bool) -> Batches:
-        """Return the share of a rank; see `ImageLoader.sharded`."""
+        """Return the share of one rank; see `ImageLoader.sharded`."""
         return Batches(self._dataset, self._order.sharded(rank, ranks, whole_batches), self._workers)
 
 
 class ByPosition:
-    """A transform that is a function of seed, epoch and position in the stream."""
+    """A transform whose randomness depends only on seed, epoch and position in the stream."""
 
     def __init__(self, transform: Callable[[Image.Image], Tensor], seed: int | None) -> None:
         self._transform = transform
@@ -118,7 +118,7 @@ class ByPosition:
 
 
 class Stream:
-    """A streamed source: the reader's own order, cut after the last image."""
+    """A streamed source: in the reader's own order, cut after the last image."""
 
     def __init__(self, dataset: Any, batch_size: int, images: int | None, workers: int) -> None:
         self._dataset = dataset
@@ -157,7 +157,7 @@ class Stream:
 
 
 def _collate(samples: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
-    """Return images and targets of the readable samples, and the texts about the others."""
+    """Return images and targets of the readable samples, and the texts about unreadable ones."""
     readable = [sample for sample in samples if not isinstance(sample, str)]
     unreadable = [sample for sample in samples if isinstance(sample, str)]
     if not readable:
@@ -167,7 +167,7 @@ def _collate(samples: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tenso
 
 
 def _on_host(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Iterate over a loader under any default device, which torch would take for that of the generator."""
+    """Iterate over a loader under any default device, since torch would create its generator there."""
     with core.host_by_default():
         batches = iter(loader)
     while True:
@@ -180,7 +180,7 @@ def _on_host(loader: DataLoader[Any]) -> Iterator[Any]:
 
 @contextmanager
 def _seeded(seed: int) -> Generator[None, None, None]:
-    """Seed the generators that transforms draw from, and restore them: the caller's dropout must not change."""
+    """Seed the generators that transforms draw from while the block runs; the caller's dropout must not change."""
     with generators.kept():
         generators.seed(seed)
         yield

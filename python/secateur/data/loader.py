@@ -1,7 +1,7 @@
-"""Images for a model: folders, tars, Hugging Face data sets and scikit-learn's digits, as the model wants them.
+"""Images for a model: folders, tars, Hugging Face data sets and scikit-learn's digits, as the model expects them.
 
-timm's readers find the images and timm's transforms prepare them. This package adds what a measurement needs: an order
-that depends on the seed alone, exact image counts, no image twice, and augmentation that is a function of (seed, epoch,
+timm's readers find the images and timm's transforms prepare them. This package adds what measurements need: an order
+that depends only on the seed, exact image counts, no image twice, and augmentation that depends only on (seed, epoch,
 image), so that neither the number of worker processes nor an interruption changes a training run. Streamed data sets
 are shuffled by their reader, and augmented by position instead of image.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageLoader", "loader"]
 
-# Digits fill their 8 x 8 frame and are not symmetric: the full frame is kept, no mirror images, no colours to jitter.
+# Digits fill their 8 x 8 frame, are not symmetric and have no colours: large crops, no mirroring, no colour jitter.
 _DIGITS_TRAIN = {"scale": (0.7, 1.0), "ratio": (0.85, 1.18), "hflip": 0.0, "color_jitter": None}
 
 
@@ -64,14 +64,14 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, targets in self._every_batch():
-            # The ranks of a job count batches.
+            # The ranks of a job count batches, including empty ones.
             if len(images) > 0 or self._in_step:
                 yield images, targets
 
     def every_batch(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over exactly ``len`` batches: a batch of only unreadable images is empty, not skipped.
+        """Iterate over exactly ``len`` batches: a batch of only unreadable images is empty instead of skipped.
 
-        For code that counts batches, as `finetune` does. An empty batch is images (0, 0, 0, 0) and targets (0,).
+        It is for code that counts batches, such as `finetune`. An empty batch has images (0, 0, 0, 0) and targets (0,).
         """
         yield from self._every_batch()
 
@@ -98,23 +98,23 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
         return f"ImageLoader({self.description}, images={self.images}, batch_size={self.batch_size})"
 
     def set_epoch(self, epoch: int, start: int = 0, unreadable: Iterable[str] = ()) -> None:
-        """Set the epoch, which decides order and augmentation; the next pass skips its first ``start`` batches.
+        """Set the epoch, which determines order and augmentation; the next pass skips its first ``start`` batches.
 
-        ``unreadable`` names the images that were skipped in those batches before; they are counted and listed again,
+        ``unreadable`` names the images that were unreadable in those batches; they are counted and listed again,
         without a warning.
         """
         self._batches.set_epoch(epoch, start)
         self._before = list(unreadable)
 
     def sharded(self, rank: int, ranks: int, *, whole_batches: bool = False) -> ImageLoader:
-        """Return a loader of one rank's share; the batches of all ranks together are those of ``ranks * batch_size``.
+        """Return a loader for one rank's share; all ranks' batches together have ``ranks * batch_size`` images.
 
         In each pass every image goes to exactly one rank, as evenly as the last batch allows; a last batch of fewer
-        images than ranks is dropped. ``images`` is the number of this rank. ``finetune`` does this itself.
+        images than ranks is dropped. ``images`` is the number of images on this rank. ``finetune`` calls this itself.
 
         With ``whole_batches`` a rank reads every ``ranks``-th of this loader's own batches, starting at ``rank``, and
-        nothing is dropped: the result of a batch is the same on any number of ranks. A batch of only unreadable images
-        is empty, not skipped. ``calibrate`` does this. ``max_unreadable`` applies to each rank.
+        nothing is dropped, so that batches are the same for any number of ranks. A batch of only unreadable images is
+        empty, not skipped. ``calibrate`` calls this itself. ``max_unreadable`` applies to each rank.
 
         Raises:
             InvalidArgument: ``rank`` is not below ``ranks``.
@@ -145,22 +145,23 @@ def loader(
     max_unreadable: int = 0,
     **transform: Any,
 ) -> ImageLoader:
-    """Read images the way the model expects them.
+    """Read images in the form that the model expects.
 
     Args:
-        source: A folder with one sub-folder of images per class; a ``.tar`` of such folders; ``hfds:NAME`` or, read as
-            a stream, ``hfids:NAME`` for a Hugging Face data set; ``digits`` for scikit-learn's 1,797 handwritten
-            digits (8 x 8 pixels, 10 classes).
-        model: its data configuration decides size, channels, normalisation, interpolation and crop (see `data_config`).
+        source: a folder with one sub-folder of images per class; a ``.tar`` of such folders; ``hfds:NAME`` or, read as
+            a stream, ``hfids:NAME`` for a Hugging Face data set; ``digits`` for scikit-learn's 1,797 handwritten digits
+            (8 x 8 pixels, 10 classes).
+        model: its data configuration determines size, channels, normalisation, interpolation and crop (see
+            `data_config`).
         split: sub-folder or split name. By default, if a folder holds both a training and a validation folder,
             ``train`` decides which of them is read; digits are split into ``train`` and ``test``, half each, stratified
-            and always the same; a Hugging Face data set has ``train`` and ``validation``.
+            and always in the same way; a Hugging Face data set has ``train`` and ``validation``.
         batch_size: the last batch may be smaller; nothing is dropped.
         max_images: exactly this many images, or all if there are fewer: the first ones, or with ``shuffle`` a random
-            choice that ``seed`` fixes.
+            choice that depends on ``seed``.
         shuffle: draw the order from seed and epoch. Image folders are otherwise sorted by class.
-        workers: processes that decode while the model runs; with 0 the model waits for every batch. The images do not
-            depend on it.
+        workers: processes that decode while the model runs; with 0 the model waits for every batch. The number does not
+            change the images.
         train: use timm's random training transforms (which differ by epoch) instead of the evaluation transforms.
         seed: the seed of order and augmentation.
         max_unreadable: skip up to this many images of a pass that cannot be read or decoded, with a warning for each;
@@ -170,7 +171,7 @@ def loader(
             or ``crop_pct``.
 
     Raises:
-        InvalidArgument: the source is not there, holds no image or no such split, or needs a package that is not
+        InvalidArgument: the source does not exist, holds no images or no such split, or needs a package that is not
             installed; an image cannot be read (while iterating); a number is out of range.
     """
     name = str(source)

@@ -1,4 +1,4 @@
-"""What a model takes: its data configuration, and batches as it computes them."""
+"""The input of a model: its data configuration, and batches in the form it takes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
-    """Return timm's data configuration of the model, with the input size the model was really built for.
+    """Return timm's data configuration of the model, with the input size that the model was really built for.
 
-    timm derives ``input_size`` from ``pretrained_cfg``, which keeps the published size when a model is built with
-    other ``img_size`` or ``in_chans`` arguments. Here the patch embedding has the last word; ``mean`` and ``std``
-    have one entry for each input channel (their average where the configuration has another number of channels).
+    timm derives ``input_size`` from ``pretrained_cfg``, which keeps the published size when a model is built with other
+    ``img_size`` or ``in_chans`` arguments. Here the patch embedding decides; ``mean`` and ``std`` have one entry for
+    each input channel (their average if the configuration has another number of channels).
     """
     config: dict[str, Any] = dict(resolve_model_data_config(model))
     channels, height, width = config["input_size"]
@@ -39,12 +39,12 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 
 def split_batch(batch: Any, *, empty: bool = False, labels: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Split what a loader yields, ``images`` or ``(images, targets, ...)``, into images (B, C, H, W) and targets.
+    """Split a loader's item, ``images`` or ``(images, targets, ...)``, into images (B, C, H, W) and targets.
 
-    Without ``labels`` what stands behind the images may be anything.
+    Without ``labels``, anything may follow the images.
 
     Raises:
-        InvalidArgument: the batch is something else, or holds no image (which ``empty`` allows).
+        InvalidArgument: the batch is something else, or is empty (unless ``empty`` allows it).
     """
     items = list(batch) if isinstance(batch, (tuple, list)) else [batch]
     images = items[0] if items else None
@@ -66,20 +66,20 @@ def input_dtype(model: nn.Module) -> torch.dtype:
 
 
 def model_input(model: nn.Module, images: Tensor, device: torch.device | str | None = None) -> Tensor:
-    """Return images (B, C, H, W) as the model computes: in its type, on ``device`` or else where its parameters are.
+    """Return images (B, C, H, W) in the model's type, on ``device`` or else the device of its parameters.
 
-    Channels and size are compared with the model's where it tells them. A model of dynamic size takes what its patches
-    divide; one without a parameter takes images as they are.
+    Channels and size are checked if the model declares them. A model of dynamic size takes sides that are multiples of
+    its patch size; for a model without parameters, images are not converted.
 
     Raises:
-        InvalidArgument: the images are of another shape than the model takes, or integers.
+        InvalidArgument: the images are integers, or have a shape that the model does not take.
     """
     if not images.is_floating_point():
         raise InvalidArgument(f"loader: expected floating-point images, got {images.dtype}")
     shape = tuple(images.shape)
     channels, sides, limits, fits = "C", "H, W", "", images.ndim == 4
     embed = getattr(model, "patch_embed", None)
-    # timm's own says what it takes; others, such as a hybrid's, are left to say it themselves.
+    # timm's own class declares what it takes; others, such as a hybrid's, raise their own errors.
     if isinstance(embed, PatchEmbed):
         channels = str(embed.proj.in_channels)
         fits = fits and shape[1] == embed.proj.in_channels
@@ -98,12 +98,12 @@ def model_input(model: nn.Module, images: Tensor, device: torch.device | str | N
 
 
 def images_in(loader: Iterable[Any], max_images: int | None = None) -> int | None:
-    """Return how many images one pass over a loader gives, at most ``max_images``; None where that cannot be known."""
+    """Return the number of images in one pass over a loader, at most ``max_images``; None if it is unknown."""
     known = getattr(loader, "images", None)
     dataset = getattr(loader, "dataset", None)
     if known is None and isinstance(dataset, Sized):
         try:
             known = len(dataset)
-        except TypeError:  # a length that is declared, and unknown
+        except TypeError:  # __len__ exists but the length is unknown
             known = None
     return min((count for count in (known, max_images) if count is not None), default=None)

@@ -1,4 +1,4 @@
-"""The order of images: a function of the seed and the epoch alone, shared out among the ranks of a job."""
+"""The order of images: it depends only on the seed and the epoch, and is divided among the ranks of a job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Order", "mix"]
 class Order:
     """Batches of (epoch, image index), a function of seed and epoch; with several ``ranks``, the share of ``rank``.
 
-    A share is a part of every batch of ``ranks * batch_size``, or every ``ranks``-th batch.
+    A share is either a part of every batch of ``ranks * batch_size``, or every ``ranks``-th batch.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Order:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         indices = torch.arange(self._images, device="cpu")
         if self._seed is not None:
-            # The seed chooses the images; seed and epoch choose their order.
+            # The seed selects the images; seed and epoch determine their order.
             indices = _permutation(self._available, self._seed)[: self._images]
             if self.epoch > 0:
                 indices = indices[_permutation(self._images, self._seed, self.epoch)]
@@ -61,12 +61,12 @@ class Order:
         if self._whole_batches:
             return len(range(self._rank, -(-self._images // self._batch_size), self._ranks))
         whole, rest = divmod(self._images, self._batch_size * self._ranks)
-        # No rank can train on an empty batch.
+        # A last batch that is too small for all ranks is dropped: no rank can train on an empty one.
         return whole + (rest >= self._ranks)
 
     @property
     def images(self) -> int:
-        """Number of images of this rank in one pass."""
+        """The number of images of this rank in one pass."""
         if self._whole_batches:
             last = -(-self._images // self._batch_size) - 1
             missing = (last + 1) * self._batch_size - self._images if last % self._ranks == self._rank else 0
@@ -76,7 +76,7 @@ class Order:
         return whole * self._batch_size + last
 
     def sharded(self, rank: int, ranks: int, whole_batches: bool) -> Order:
-        """Return the share of a rank, at the same epoch."""
+        """Return the share of one rank, at the same epoch."""
         order = Order(self._available, self._batch_size, self._images, self._seed, rank, ranks, whole_batches)
         order.epoch = self.epoch
         return order
@@ -87,5 +87,5 @@ def _permutation(count: int, *entropy: int) -> Tensor:
 
 
 def mix(*entropy: int) -> int:
-    """Make one seed of 63 bits from several numbers."""
+    """Combine several numbers to one seed of 63 bits."""
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,4 +1,4 @@
-"""Where images come from: folders, tars, Hugging Face data sets and scikit-learn's digits, through timm's readers."""
+"""Sources of images: folders, tars, Hugging Face data sets and scikit-learn's digits, through timm's readers."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _EVAL_FOLDERS = ("val", "valid", "validation", "eval", "evaluation", "test")
 def default_split(source: str | os.PathLike[str], *, train: bool) -> str | None:
     """Return the split that `loader` reads by default: the one for training, or the one for evaluation.
 
-    None stands for the whole source: a tar, or a folder that does not hold both a training and a validation folder.
+    None means the whole source: a tar, or a folder without both a training and a validation folder.
     """
     name = str(source)
     if name == "digits":
         return "train" if train else "test"
     if name.partition(":")[0] in HUB_PREFIXES:
         return "train" if train else "validation"
-    # Both must be there: a lone folder "train" may well be a class of vehicles.
+    # Both must exist: a single folder "train" may be a class of vehicles.
     found = [
         next((folder for folder in folders if (Path(name) / folder).is_dir()), None)
         for folders in (_TRAIN_FOLDERS, _EVAL_FOLDERS)
@@ -44,7 +44,7 @@ def default_split(source: str | os.PathLike[str], *, train: bool) -> str | None:
 
 
 class Reader(Protocol):
-    """What timm's readers are: a sequence of (open file or image, class index)."""
+    """The interface of timm's readers: a sequence of (open file or image, class index)."""
 
     def __getitem__(self, index: int) -> tuple[Any, Any]: ...
 
@@ -52,7 +52,7 @@ class Reader(Protocol):
 
 
 class Digits:
-    """scikit-learn's digits as one of timm's readers."""
+    """scikit-learn's digits as a timm reader."""
 
     def __init__(self, split: str) -> None:
         if split not in ("train", "test"):
@@ -68,7 +68,7 @@ class Digits:
         halves = train_test_split(pixels, labels, test_size=0.5, stratify=labels, random_state=0)
         pixels, labels = (halves[0], halves[2]) if split == "train" else (halves[1], halves[3])
         self.split = split
-        # Grey levels 0 ... 16 in the data set.
+        # The data set has grey levels 0 to 16.
         self._pixels = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         self._labels = labels
 
@@ -82,10 +82,10 @@ class Digits:
 
 
 def files(name: str, split: str | None) -> tuple[Reader, str]:
-    """Return timm's reader of an image folder or a tar, and the path that it reads.
+    """Return timm's reader for an image folder or a tar, and the path that it reads.
 
     Raises:
-        InvalidArgument: the source is not there, holds no image or no such split.
+        InvalidArgument: the source does not exist, or holds no images or no such split.
     """
     path = Path(name)
     arguments: dict[str, Any] = {}
@@ -96,7 +96,7 @@ def files(name: str, split: str | None) -> tuple[Reader, str]:
     elif path.is_file() and path.suffix == ".tar":
         if split is not None:
             raise InvalidArgument(f"split: expected none for a tar, got {split!r}")
-        # timm would keep the index of a large tar as a pickle beside it.
+        # Else timm would save the index of a large tar as a pickle beside it.
         arguments = {"cache_tarinfo": False}
     else:
         raise InvalidArgument(
@@ -113,17 +113,18 @@ def files(name: str, split: str | None) -> tuple[Reader, str]:
 
 
 def _close(tar: Any) -> None:
-    """Close the files that timm's reader opened and never closes itself."""
+    """Close the files that timm's reader opens and never closes itself."""
     for state in (*tar.children.values(), tar):
         if state.tf is not None:
             state.tf.close()
 
 
 def hub(prefix: str, name: str, split: str, mode: str, seed: int, shuffle: bool, max_images: int | None) -> Any:
-    """Return timm's data set of a Hugging Face data set: ``hfds`` by index, ``hfids`` as a stream.
+    """Return timm's data set for a Hugging Face data set: ``hfds`` by index, ``hfids`` as a stream.
 
     Raises:
-        InvalidArgument: ``datasets`` is not installed, there is no such data set or split, or a stream needs a length.
+        InvalidArgument: ``datasets`` is not installed, there is no such data set or split, or the length of a stream
+            must be given.
     """
     if importlib.util.find_spec("datasets") is None:
         raise InvalidArgument(
@@ -131,7 +132,7 @@ def hub(prefix: str, name: str, split: str, mode: str, seed: int, shuffle: bool,
         )
     arguments: dict[str, Any] = {"split": split, "input_img_mode": mode}
     if prefix == "hfids":
-        # A stream is shuffled by the reader itself; with one batch per image it makes exactly one pass.
+        # The reader shuffles a stream itself; with a batch size of 1 it makes exactly one pass.
         arguments.update(is_training=shuffle, seed=seed, batch_size=1)
     try:
         try:
@@ -140,7 +141,7 @@ def hub(prefix: str, name: str, split: str, mode: str, seed: int, shuffle: bool,
             if prefix == "hfds" or "num_samples" not in str(error) or max_images is None or shuffle:
                 raise
             return create_dataset(f"{prefix}/{name}", num_samples=max_images, **arguments)
-    except Exception as error:  # hub, disk and network raise anything: this source failed
+    except Exception as error:  # hub, disk and network can raise anything
         if "num_samples" in str(error):
             raise InvalidArgument(
                 f"max_images: expected a number, and no shuffle, for a stream of unknown length, got {max_images}, "

@@ -1,12 +1,13 @@
-"""One self-describing .safetensors file for a pruned model: how to build it, and its weights."""
+"""Saves a pruned model in one self-describing .safetensors file: how to build it, and its weights."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -14,36 +15,40 @@ from torch import nn
 
 from .. import check, core
 from ..anatomy import tensor_of
+from ..data.model_input import input_dtype
 from ..errors import Error, InvalidArgument
 from ..families.registry import family_named, family_of
 from ..files import container
 from ..surgery.structure import Structure
+from .base import Exporter, ExportReport, largest_difference, register
 
-# Where weights came from: a pruned model must never be taken for its dense source.
+# Entries about the source of weights, which are dropped: a pruned model must never be taken for the dense one.
 _WEIGHT_SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "custom_load")
-# Even without weights a block takes memory.
+# A block takes memory even without weights.
 _MAX_DEPTH = 512
-# Rates that matter in training alone may be changed by hand.
+# Where the dense model has to be built for its buffers.
+_MOST_LARGER = 200
+# Rates that matter only in training may be changed by hand.
 _FREE = (nn.Dropout, timm.layers.DropPath, timm.layers.PatchDropout)
-# How a module computes, not what; and what training alone looks at.
+# Settings of how a module computes, not what, or that matter only in training.
 _NO_SETTINGS = {"training", "grad_checkpointing", "fused_attn", "inplace", "distilled_training"}
 
 
 def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str, Any]] | None = None) -> None:
-    """Write the model, pruned or dense, to one file that ``load`` rebuilds it from. No pickle.
+    """Write the model, pruned or dense, to one file from which ``load`` rebuilds it. Nothing is pickled.
 
-    Before anything is written, the model is built without weights as ``load`` will, and compared.
+    Before anything is written, the model is rebuilt without weights, as ``load`` will, and compared.
 
     Args:
         model: a supported model, on any device.
-        path: the file; it appears whole or not at all.
-        factory: for a model that was not made by ``timm.create_model``: how its dense form is made, as (name, kwargs),
+        path: the file; it is written completely or not at all.
+        factory: for a model that was not made by ``timm.create_model``: how to build its dense form, as (name, kwargs),
             where name is a timm model name or "VisionTransformer" or "VisionTransformerDistilled".
 
     Raises:
-        InvalidArgument: the model is not what the recorded arguments or the factory build (a module or a setting was
-            changed by hand), they cannot be written as JSON, or the folder does not exist.
-        Unsupported: the model is of no supported family.
+        InvalidArgument: the recorded arguments or the factory build another model (a module or a setting was changed by
+            hand), they cannot be written as JSON, or the folder does not exist.
+        Unsupported: the model is not of a supported family.
     """
     path = check.writable("path", path)
     anatomy = family_of(model).inspect(model)
@@ -56,7 +61,7 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
             )
             break
     tensors = model.state_dict()
-    # What was cut cannot be computed anew.
+    # Buffers that were cut cannot be recomputed.
     tensors |= {name: tensor_of(model, name) for name in anatomy.buffers if name not in tensors}
     for name, tensor in tensors.items():
         if tensor.is_meta:
@@ -86,17 +91,17 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
     container.write(path, "model", header, tensors)
 
 
-@torch.inference_mode(False)  # inference tensors could never be trained
+@torch.inference_mode(False)  # inference tensors cannot be trained
 def load(path: str | Path, *, verify: bool = True) -> nn.Module:
     """Rebuild a model that ``save`` wrote, on the CPU, bit for bit, in evaluation mode.
 
     Args:
         path: the file.
-        verify: check the weights against their checksum, not only the header and the table of tensors.
+        verify: also check the weights against their checksum, in addition to the header and the table of tensors.
 
     Raises:
-        InvalidArgument: no such file, truncated or damaged, another program's, or of a newer format.
-        Unsupported: this timm does not know the architecture.
+        InvalidArgument: no such file, or one that is truncated or damaged, another program's, or of a newer format.
+        Unsupported: the installed timm does not know the architecture.
     """
     header, tensors = container.read(path, "model", verify=verify)
     expected = f"{Path(path).name}: expected a model that timm {timm.__version__} can build"
@@ -130,14 +135,25 @@ def load(path: str | Path, *, verify: bool = True) -> nn.Module:
 
 
 def _compute_buffers(model: nn.Module, header: Mapping[str, Any]) -> None:
-    """Give buffers that are no part of the state, such as position indices, the values that the dense model has."""
+    """Set buffers that are not part of the state, such as position indices, to the dense model's values."""
     missing = {name for name, buffer in model.named_buffers() if buffer.is_meta}
     if not missing:
         return
-    dense = dict(_built(header["family"], header["architecture"], header["arguments"], "cpu").named_buffers())
+    described = header["family"], header["architecture"], header["arguments"]
+    # A file may describe a far larger model than the one it holds.
+    size, held = (sum(p.numel() for p in each.parameters()) for each in (_built(*described), model))
+    if size > _MOST_LARGER * held:
+        raise InvalidArgument(
+            f"arguments: expected a dense model of at most {_MOST_LARGER} times what the file holds, got {size:,} "
+            f"parameters for {held:,}"
+        )
+    dense = dict(_built(*described, device="cpu").named_buffers())
     for name in missing:
         module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, dense[name])
+        buffer = dense[name]
+        # As Module.to casts them with the weights.
+        cast = buffer.to(input_dtype(model)) if buffer.is_floating_point() else buffer
+        setattr(model.get_submodule(module), leaf, cast)
 
 
 def _checked(factory: Any, architecture: str) -> tuple[str, Mapping[str, Any]]:
@@ -151,21 +167,22 @@ def _checked(factory: Any, architecture: str) -> tuple[str, Mapping[str, Any]]:
     return str(factory[0]), factory[1]
 
 
+@core.host_by_default()
 def _skeleton(header: Mapping[str, Any]) -> nn.Module:
-    """The model of a header, without weights."""
+    """Build the model of a header, without weights."""
     model = _built(header["family"], header["architecture"], header["arguments"])
     try:
         Structure.from_dict(header).apply(model)
     except Error:
         raise
-    except Exception as error:  # sizes that come from a file may be anything
+    except Exception as error:  # sizes from a file may be anything
         raise InvalidArgument(f"arguments: expected those of {header['architecture']}, got {error}") from error
     return model.eval()
 
 
 @core.host_by_default()
 def _built(family: str, architecture: str, arguments: Mapping[str, Any], device: str = "meta") -> nn.Module:
-    """The dense model, without weights."""
+    """Build the dense model, without weights."""
     arguments = {name: _tuples(value) for name, value in arguments.items()}
     depth = arguments.get("depth", 1)
     if isinstance(depth, (int, float)) and depth > _MAX_DEPTH:
@@ -174,12 +191,12 @@ def _built(family: str, architecture: str, arguments: Mapping[str, Any], device:
         return family_named(family).build(architecture, arguments, torch.device(device))
     except Error:
         raise
-    except Exception as error:  # timm's constructors raise what they like
+    except Exception as error:  # timm's constructors can raise anything
         raise InvalidArgument(f"arguments: expected those of {architecture}, got {error}") from error
 
 
 def _difference(model: nn.Module, built: nn.Module) -> str | None:
-    """The first thing that a rebuilt model would lack, or have otherwise."""
+    """Describe the first thing that a rebuilt model would lack or have different; None if it is the same."""
     mine, theirs = dict(model.named_modules()), dict(built.named_modules())
     for name in dict.fromkeys([*mine, *theirs]):
         if name not in mine or name not in theirs:
@@ -190,7 +207,7 @@ def _difference(model: nn.Module, built: nn.Module) -> str | None:
         if not isinstance(module, _FREE):
             if module.extra_repr() != twin.extra_repr():
                 return f"{name} ({module.extra_repr()}) where it builds ({twin.extra_repr()})"
-            # What users hang on modules besides is theirs, and does not matter.
+            # Only the rebuilt module's settings count; attributes that users add do not matter.
             for what, would in _settings(twin).items():
                 found = getattr(module, what, None)
                 if found != would:
@@ -203,7 +220,7 @@ def _difference(model: nn.Module, built: nn.Module) -> str | None:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """What a module's forward pass may depend on besides its parameters and modules."""
+    """Return the settings that a module's forward pass may depend on, besides parameters and submodules."""
     plain = (bool, int, float, str, tuple, torch.Size, type(None))
     return {
         name: value
@@ -227,9 +244,40 @@ def _without_sources(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON has lists where timm's arguments have tuples."""
+    """Convert JSON lists to tuples, as timm's arguments have them."""
     if isinstance(value, list):
         return tuple(_tuples(item) for item in value)
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return value
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the file is made and checked."""
+
+    batch_sizes: tuple[int, ...] = field(default=(1, 2), metadata={"help": "of the batches that both are compared on"})
+    factory: Any = field(default=None, metadata={"help": "how the dense model is made, as for save"})
+
+
+@register
+class Native(Exporter):
+    """secateur's own file, which ``save`` writes and ``load`` reads."""
+
+    name = "native"
+    Options: ClassVar[type] = Options
+
+    def export(self, model: nn.Module, path: Path, options: Any) -> ExportReport:
+        """Write the file, load it, and compare the two models bit for bit.
+
+        Raises:
+            InvalidArgument: as ``save``.
+            Error: the loaded model computes something else.
+        """
+        sizes = tuple(check.integer("batch_sizes", size) for size in options.batch_sizes)
+        save(model, path, factory=options.factory)
+        difference = largest_difference(model, load(path), sizes, "secateur")
+        if difference > 0:
+            raise Error(f"export: expected a loaded model of the same bits, got a difference of {difference:.3g}")
+        version = f"format {container.FORMAT}"
+        return ExportReport(self.name, (path,), path.stat().st_size, version, "secateur", sizes, difference)

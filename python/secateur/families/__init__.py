@@ -1,4 +1,4 @@
-"""The families of models that secateur knows. All knowledge of timm's model code is here."""
+"""The model families that secateur knows. All knowledge of timm's model code is here."""
 
 from .base import Family
 from .registry import inspect, register

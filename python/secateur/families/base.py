@@ -1,9 +1,10 @@
-"""What a family of models offers."""
+"""The interface of a family of models."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, ClassVar
 
 import timm
@@ -16,7 +17,7 @@ from ..errors import InvalidArgument, Unsupported
 
 __all__ = ["NORMS", "Family", "fit_modules", "refuse_computed", "refuse_tied", "unsupported"]
 
-# Norms over channels by exact class: centred (LayerNorm) or not (RMSNorm).
+# Norms over channels by exact class, and whether they are centred (LayerNorm) or not (RMSNorm).
 NORMS: Mapping[type[nn.Module], bool] = {
     nn.LayerNorm: True,
     LayerNorm: True,
@@ -24,14 +25,14 @@ NORMS: Mapping[type[nn.Module], bool] = {
     RmsNorm: False,
     RmsNormFp32: False,
 }
-# What timm.create_model takes besides: it would read files or return something else than the model.
+# Further arguments of timm.create_model, which would read files or return something other than the model.
 _NOT_ARCHITECTURE = ("checkpoint_path", "cache_dir", "features_only", "scriptable", "exportable", "device", "dtype")
 
 
 class Family(ABC):
     """A family of models; a subclass registers itself with ``families.register``.
 
-    ``name`` is written into files. ``models`` are accepted by exact class: a subclass may compute anything. With
+    ``name`` is written to files. ``models`` are accepted by exact class, since a subclass may compute anything. With
     ``verified``, ``prune`` compares every cut model with the dense one before it returns.
     """
 
@@ -40,7 +41,7 @@ class Family(ABC):
     verified: ClassVar[bool] = False
 
     def accepts(self, model: nn.Module) -> bool:
-        """Is the model of this family's classes?"""
+        """Return whether the model's class belongs to this family."""
         return type(model) in self.models
 
     @abstractmethod
@@ -48,10 +49,10 @@ class Family(ABC):
         """Describe the model, or raise Unsupported naming the module and the reason."""
 
     def build(self, architecture: str, arguments: Mapping[str, Any], device: torch.device) -> nn.Module:
-        """Build the dense model: a timm model name, or the name of one of the family's classes. Nothing is fetched.
+        """Build the dense model, given a timm model name or the name of one of the family's classes, without downloads.
 
         Raises:
-            InvalidArgument: an argument that would make timm read or fetch weights.
+            InvalidArgument: an argument that would make timm read or download weights.
             Unsupported: neither timm nor the family knows the architecture.
         """
         for name in arguments:
@@ -59,6 +60,8 @@ class Family(ABC):
                 raise InvalidArgument(f"arguments: expected those of the architecture, got {name!r}")
         for cls in self.models:
             if architecture == cls.__name__:
+                if "device" in signature(cls).parameters:
+                    return cls(**arguments, device=device)
                 with device:
                     return cls(**arguments)
         if not timm.is_model(architecture):
@@ -66,8 +69,7 @@ class Family(ABC):
             raise Unsupported(
                 f"architecture: expected one that timm {timm.__version__} knows, {names}, got {architecture!r}"
             )
-        with device:
-            model: nn.Module = timm.create_model(architecture, pretrained=False, **arguments)
+        model: nn.Module = timm.create_model(architecture, pretrained=False, **arguments, device=device)
         return model
 
     def adapt(self, model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
@@ -76,7 +78,7 @@ class Family(ABC):
         fit_modules(model)
 
     def stock_sizes(self, model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, int]:
-        """What a cut to ``sizes`` leaves in the stock layout, or raise Unsupported naming the module and the reason."""
+        """Return the sizes in the stock layout after a cut to ``sizes``, or raise Unsupported naming the module."""
         del sizes
         if any(layer.layout is not None for layer in anatomy.layers.values()):
             raise Unsupported(f"layout: expected 'exact' for {type(model).__name__}, got 'stock'")
@@ -88,7 +90,7 @@ class Family(ABC):
             raise Unsupported(f"layout: expected 'exact' for {type(model).__name__}, got 'stock'")
 
     def alone(self, model: nn.Module, block: int | None) -> nn.Module:
-        """A copy of the model with that block alone, or without any.
+        """Return a copy of the model with only that block, or with no block.
 
         Raises:
             Unsupported: models of this family cannot be timed layer by layer.
@@ -97,7 +99,7 @@ class Family(ABC):
         raise Unsupported(f"latency: expected a model that can be timed layer by layer, got {type(model).__name__}")
 
     def layers(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """Attention and FFN layers by name, each with norm and residual sum: (B, N, width) to the same. No copies.
+        """Return attention and FFN layers by name, with norm and residual sum: (B, N, width) to the same. Not copied.
 
         Raises:
             Unsupported: models of this family cannot be timed layer by layer.
@@ -105,23 +107,23 @@ class Family(ABC):
         raise Unsupported(f"latency: expected a model that can be timed layer by layer, got {type(model).__name__}")
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The blocks, first to last, for passes that begin at one of them; none where these run the whole model."""
+        """Return the blocks, first to last, for passes that start at a block; none if passes run the whole model."""
         del model
         return []
 
     def from_block(self, model: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
-        """The output of the model, given what enters one of its ``blocks``."""
+        """Return the model's output, given the input of one of its ``blocks``."""
         raise AssertionError(f"{type(model).__name__} has no block {index} that takes {tuple(x.shape)}")
 
 
 def fit_modules(model: nn.Module) -> None:
-    """Make the attributes of linear layers, convolutions and norms say what the shapes of their parameters are."""
+    """Set the attributes of linear layers, convolutions and norms to the shapes of their parameters."""
     module: Any
     for module in model.modules():
         if type(module) is nn.Linear:
             module.out_features, module.in_features = module.weight.shape
         elif isinstance(module, nn.Conv2d):
-            if module.groups > 1 and module.groups == module.in_channels:  # depthwise: a group is a channel
+            if module.groups > 1 and module.groups == module.in_channels:  # depthwise: each group is one channel
                 module.groups = len(module.weight) * module.groups // module.out_channels
             module.out_channels, module.in_channels = len(module.weight), module.weight.shape[1] * module.groups
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
@@ -131,17 +133,17 @@ def fit_modules(model: nn.Module) -> None:
 
 
 def unsupported(name: str, module: nn.Module, expected: str) -> Unsupported:
-    """The error for a module of another class than the family knows."""
+    """Return the error for a module of a class that the family does not know."""
     return Unsupported(f"{name}: expected {expected}, got {type(module).__name__}")
 
 
 def refuse_computed(name: str, module: nn.Module, *parameters: str) -> None:
-    """Refuse tensors that are made anew before each forward pass, whatever the module's class.
+    """Refuse tensors that are computed anew before each forward pass, whatever the module's class.
 
     torch.nn.utils.prune, weight_norm and spectral_norm keep the class but compute the weight.
 
     Raises:
-        Unsupported: one is no parameter.
+        Unsupported: a tensor is not a parameter.
     """
     for parameter in parameters or ("weight", "bias"):
         if getattr(module, parameter, None) is not None and parameter not in module._parameters:

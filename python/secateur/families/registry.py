@@ -1,4 +1,4 @@
-"""The families of models that secateur knows."""
+"""Finds the family of a model."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ register = families.register
 
 
 def inspect(model: nn.Module) -> Anatomy:
-    """Describe what can be cut out of a model; ``print`` it for a table.
+    """Describe what can be removed from a model; ``print`` the result for a table.
 
     Args:
-        model: a timm model of a supported family, on any device, the meta device too. Not changed.
+        model: a timm model of a supported family, on any device, including the meta device. It is not changed.
 
     Raises:
         InvalidArgument: not an nn.Module.
-        Unsupported: a class or module that secateur does not know exactly; the text names it and the reason.
+        Unsupported: a class or module that secateur does not know; the text names it and the reason.
     """
     return family_of(model).inspect(model)
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a model.
+    """Return the family of a model.
 
     Raises:
         InvalidArgument: not an nn.Module.
-        Unsupported: no family accepts it; the text names its class, and what to pass instead for wrappers.
+        Unsupported: no family accepts it; the text names its class and, for wrappers, what to pass instead.
     """
     if not isinstance(model, nn.Module):
         raise InvalidArgument(f"model: expected a timm model, got {type(model).__name__}")
@@ -45,10 +45,10 @@ def family_of(model: nn.Module) -> Family:
 
 
 def family_named(name: str) -> Family:
-    """The family with this name.
+    """Return the family with this name.
 
     Raises:
-        Unsupported: there is none (a file from a later version).
+        Unsupported: there is none, as for a file from a later version.
     """
     try:
         return families.named(name)

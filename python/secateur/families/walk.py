@@ -1,4 +1,4 @@
-"""What a walk over a model's modules has in common for all families: members of groups, checked by exact class."""
+"""The walk over a model's modules that families share: collects members of groups and checks exact classes."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ __all__ = ["Walk", "identity"]
 
 
 class Walk:
-    """Collects members of groups, and refuses modules of other classes than those it knows."""
+    """Collects members of groups, and refuses modules of classes that it does not know."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def rows(self, name: str, members: list[Member], role: Role, part: Part, entries: Indices) -> None:
-        """The rows of a linear layer's or convolution's weight, and those of its bias."""
+        """Add the rows of a linear layer's or convolution's weight, and of its bias, as members."""
         layer: Any = self.linear(name)
         members.append(Member(f"{name}.weight", 0, entries, part, role))
         if layer.bias is not None:
             members.append(Member(f"{name}.bias", 0, entries, part, role))
 
     def columns(self, name: str, members: list[Member], part: Part, entries: Indices) -> None:
-        """The inputs of a linear layer or convolution."""
+        """Add the inputs of a linear layer or convolution as members."""
         self.linear(name)
         members.append(Member(f"{name}.weight", 1, entries, part, "reader"))
 
     def linear(self, name: str) -> Any:
-        """A linear layer or convolution by exact class: adapters and quantised layers keep their weights elsewhere."""
+        """Return a linear layer or convolution; refuse other classes, which keep their weights elsewhere."""
         layer: Any = self.model.get_submodule(name)
         if type(layer) not in (nn.Linear, nn.Conv2d):
             raise unsupported(name, layer, "nn.Linear")
@@ -40,7 +40,7 @@ class Walk:
         return layer
 
     def norm(self, name: str, members: list[Member], part: Part, entries: Indices) -> bool | None:
-        """A norm over channels: is it centred? None where there is none."""
+        """Add a norm over channels, and return whether it is centred; None if there is no norm."""
         norm = self.model.get_submodule(name)
         if type(norm) is nn.Identity:
             return None
@@ -50,29 +50,29 @@ class Walk:
         return NORMS[type(norm)]
 
     def norm_members(self, name: str, norm: nn.Module, members: list[Member], part: Part, entries: Indices) -> None:
-        """Scale and shift of a norm, where it has them."""
+        """Add the scale and shift of a norm, if it has them, as members."""
         refuse_computed(name, norm)
         for parameter in ("weight", "bias"):
             if getattr(norm, parameter, None) is not None:
                 members.append(Member(f"{name}.{parameter}", 0, entries, part, "norm"))
 
     def parameter(self, module: str, name: str, axis: int, members: list[Member], size: int) -> None:
-        """A parameter of a residual stream's channels: a token, a position embedding, a LayerScale."""
+        """Add a parameter over a residual stream's channels: a token, a position embedding, a LayerScale."""
         refuse_computed(module, self.model.get_submodule(module), name)
         members.append(Member(parameter_name(module, name), axis, unit_entries(size), "stream", "elementwise"))
 
     def inner(self, name: str, size: int) -> NormSite | None:
-        """A norm over a layer's values or hidden units."""
+        """Return the norm over a layer's values or hidden units, or None."""
         norm = self.model.get_submodule(name)
         return NormSite(name, size, NORMS[type(norm)], pooled=False) if type(norm) in NORMS else None
 
 
 def identity(model: nn.Module) -> tuple[str, dict[str, Any], bool]:
-    """What builds the model's dense form, as timm recorded it; the class alone for a model built by hand."""
+    """Return how to build the model's dense form, as timm recorded it; just the class for a model built by hand."""
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     recorded: Any = getattr(model, "_model_args", None)
     if not architecture or recorded is None:
         return type(model).__name__, {}, True
-    # timm leaves the drop rates out of what it publishes; a model that is trained on needs them back.
+    # timm does not publish the drop rates with a model, but further training needs them.
     drop = {name: value for name, value in recorded.items() if "drop" in name}
     return architecture, get_model_args(model, drop), False

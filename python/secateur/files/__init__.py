@@ -1,1 +1,1 @@
-"""Bytes on disk: the container of every file, its reader, and JSON documents. Nothing here knows a model."""
+"""Files: the container of every file, its reader, and JSON documents. Nothing here knows about models."""

@@ -1,4 +1,4 @@
-"""The one file format: safetensors whose metadata holds a JSON header and SHA-256 checksums. Nothing is unpickled."""
+"""The file format: safetensors whose metadata holds a JSON header and SHA-256 checksums. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ from ..errors import Error, InvalidArgument, Unsupported
 from .safetensors import MAX_HEADER, MAX_TENSORS, header_size, memory_of, read_table, read_tensors
 
 KEY = "secateur"
-_FORMAT = 1
-_PIECE = 32768  # elements: torch copies fewer on one thread
-_DEVICE_PIECE = 1 << 20  # elements: a copy from a device has to be worth its start
-# What a file may cost besides its own size: no file of secateur's comes near, and a hostile one must not go further.
+FORMAT = 1
+_PIECE = 32768  # elements: below this, torch copies on one thread
+_DEVICE_PIECE = 1 << 20  # elements: enough to make a copy from a device worthwhile
+# Limits on the memory a file may take besides its size: far above secateur's files, and a bound for hostile ones.
 _MAX_TEXT = 10 << 20  # bytes of a JSON file
-_MAX_VALUES = 44 << 20  # bytes of what JSON becomes in Python
+_MAX_VALUES = 44 << 20  # bytes of the JSON's values in Python
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that takes its place when the block ends well, and is removed if not."""
+    """Yield a temporary path beside ``path``; it replaces ``path`` if the block succeeds, else it is removed."""
     writable("path", path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # the process's own; safetensors would have it that nobody else may read
+        mode = temporary.stat().st_mode  # the process's default; safetensors would deny access to all other users
         yield temporary
         temporary.chmod(stat.S_IMODE(mode))
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except SafetensorError as error:  # a full disk, a folder that cannot be written
+    except SafetensorError as error:  # a full disk, or a folder that is not writable
         raise OSError(f"{path}: expected to be written, got {error}") from error
     finally:
-        with suppress(OSError):  # a read-only folder refuses this as well
+        with suppress(OSError):  # a read-only folder refuses this too
             temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def understood(expected: str) -> Iterator[None]:
-    """Refuse a file whose checksums are right and whose fields are not what secateur writes.
+    """Refuse a file whose checksums are right but whose fields are not as secateur writes them.
 
     Raises:
-        InvalidArgument: the block met something that is not there, or of another type, shape or range.
+        InvalidArgument: in the block, something was missing or had another type, shape or range.
     """
     try:
         yield
@@ -73,7 +73,7 @@ def parse(text: str) -> Any:
     """Return the values of a JSON text.
 
     Raises:
-        ValueError: it is no JSON, nested too deeply, or would take more memory than any header of secateur's.
+        ValueError: it is not JSON, is nested too deeply, or would take more memory than any secateur header.
     """
     if len(text) > _MAX_TEXT or memory_of(text) > _MAX_VALUES:
         raise ValueError(
@@ -87,7 +87,7 @@ def parse(text: str) -> Any:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's values, row-major; strides and device do not matter. Never copies more than a piece."""
+    """Return the SHA-256 of a tensor's values, row-major, whatever its strides and device; copies only small pieces."""
     sha = hashlib.sha256()
     for piece in _pieces(tensor.detach()):
         sha.update(piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -95,22 +95,22 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """The digest of each tensor by name, sorted; on as many threads as torch has."""
+    """Return the digest of each tensor by name, sorted; on as many threads as torch has."""
     names = sorted(tensors)
-    # hashlib lets go of the GIL. The largest first, or one thread ends long after the others.
+    # hashlib releases the GIL. Start with the largest, or one thread may finish long after the others.
     order = sorted(names, key=lambda name: -tensors[name].numel())
     threads = min(torch.get_num_threads(), len(names))
     if threads <= 1:
         return {name: digest(tensors[name]) for name in names}
     for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()  # other threads have streams of their own
+        torch.cuda.current_stream(device).synchronize()  # other threads have their own streams
     with ThreadPoolExecutor(threads) as pool:
         found = dict(zip(order, pool.map(digest, (tensors[name] for name in order)), strict=True))
     return {name: found[name] for name in names}
 
 
 def _pieces(data: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensor itself, or in row-major order what is small enough for a copy that nobody notices."""
+    """Yield the tensor itself, or pieces in row-major order that are small enough to copy cheaply."""
     on_cpu = data.device.type == "cpu"
     most = _PIECE if on_cpu else _DEVICE_PIECE
     if (data.is_contiguous() and on_cpu) or data.numel() <= most:
@@ -123,17 +123,17 @@ def _pieces(data: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def write(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a file of this kind, whole or not at all.
+    """Write a file of this kind, completely or not at all.
 
     Args:
         path: the file; its folder must exist.
-        kind: what the file is, such as "model".
+        kind: the kind of file, such as "model".
         header: JSON values.
-        tensors: name to tensor, on any device, of any strides.
+        tensors: maps names to tensors, on any device and with any strides.
 
     Raises:
-        InvalidArgument: the folder does not exist, the header holds a value that JSON cannot, or `read` would not read
-            the file.
+        InvalidArgument: the folder does not exist, the header holds a value that JSON cannot hold, or `read` would
+            refuse the file.
         Unsupported: this machine is big-endian.
     """
     little_endian(path)
@@ -142,7 +142,7 @@ def write(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mappi
         fields = json.dumps(header, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidArgument(f"header: expected JSON values, got {error}") from error
-    # Quotes and backslashes are escaped twice on the way, and every tensor has a line of its own.
+    # Quotes and backslashes are escaped twice, and every tensor has an entry of its own.
     size = sum(map(len, flat)) + 128 * len(flat) + len(fields) + 3 * (fields.count('"') + fields.count("\\"))
     if len(flat) > MAX_TENSORS or size > MAX_HEADER or memory_of(fields) > _MAX_VALUES:
         raise InvalidArgument(
@@ -150,7 +150,7 @@ def write(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mappi
             f"and {size:,} bytes"
         )
     outer = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "kind": kind,
         "fields": fields,
         "table_sha256": _table(kind, fields, {n: (str(t.dtype), tuple(t.shape)) for n, t in flat.items()}),
@@ -170,17 +170,17 @@ def read(path: str | Path, kind: str, *, verify: bool = True) -> tuple[dict[str,
 
     Args:
         path: the file.
-        kind: what it must be.
-        verify: check the tensors' values against their checksum, too.
+        kind: the kind it must be.
+        verify: also check the tensors' values against their checksum.
 
     Raises:
-        InvalidArgument: no such file, truncated or damaged, another program's, another kind, or a newer format.
+        InvalidArgument: no such file, a truncated or damaged one, another program's, another kind, or a newer format.
         Unsupported: this machine is big-endian.
     """
     path = Path(path)
     expected = f"{path.name}: expected a secateur {kind} file"
     if not path.is_file():
-        raise InvalidArgument(f"path: expected a secateur {kind} file, got {path}, which is no file")
+        raise InvalidArgument(f"path: expected a secateur {kind} file, got {path}, which is not a file")
     little_endian(path)
     try:
         with path.open("rb") as file:
@@ -212,7 +212,7 @@ def read(path: str | Path, kind: str, *, verify: bool = True) -> tuple[dict[str,
 
 
 def little_endian(path: str | Path) -> None:
-    """Refuse a machine on which the bytes of a file, and so its checksums, are not those of memory."""
+    """Refuse a machine on which the bytes in memory, and so the checksums, differ from those in a file."""
     if sys.byteorder != "little":
         raise Unsupported(f"path: expected a little-endian machine for {Path(path).name}, got a big-endian one")
 
@@ -228,15 +228,15 @@ def _outer(text: str, expected: str, kind: str) -> dict[str, Any]:
         well_formed = False
     if not well_formed:
         raise InvalidArgument(f"{expected}, got one whose header is damaged")
-    if version > _FORMAT:
-        raise InvalidArgument(f"{expected} of format {_FORMAT} or older, got format {version}: update secateur")
+    if version > FORMAT:
+        raise InvalidArgument(f"{expected} of format {FORMAT} or older, got format {version}: update secateur")
     if found != kind:
         raise InvalidArgument(f"{expected}, got a {found} file")
     return {"data_sha256": None, **outer}
 
 
 def _table(kind: str, fields: str, table: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
-    text = json.dumps([_FORMAT, kind, fields, sorted((n, d, list(s)) for n, (d, s) in table.items())])
+    text = json.dumps([FORMAT, kind, fields, sorted((n, d, list(s)) for n, (d, s) in table.items())])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

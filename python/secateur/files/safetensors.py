@@ -1,6 +1,6 @@
-"""Reads safetensors files. All is checked before anything is allocated, and their tensors are all that stays.
+"""Reads safetensors files. Everything is checked before memory is allocated, and only the tensors stay in memory.
 
-safetensors' own `safe_open` keeps some 56 bytes of every tensor that it reads (0.8.0), and maps the file besides.
+safetensors' own `safe_open` (0.8.0) keeps about 56 bytes for every tensor that it reads, and also maps the file.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-MAX_HEADER = 1 << 23  # bytes, of which safetensors itself would take a hundred million
+MAX_HEADER = 1 << 23  # bytes; safetensors itself would accept a hundred million
 MAX_TENSORS = 1 << 14
-_MAX_STRINGS = 8 * MAX_TENSORS  # names five of each tensor
+_MAX_STRINGS = 8 * MAX_TENSORS  # each tensor has five
 _MAX_MEMORY = 48 << 20  # bytes that a header takes while it is read
 _MAX_RANK = 64  # torch and numpy have no more
 _METADATA = "__metadata__"
@@ -47,7 +47,7 @@ if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What the header says of one tensor; ``begin`` and ``size`` are bytes of the file."""
+    """The header's entry of one tensor; ``begin`` and ``size`` are bytes in the file."""
 
     name: str
     dtype: torch.dtype
@@ -57,26 +57,26 @@ class Entry:
 
 
 def memory_of(text: str) -> int:
-    """About what the values of a JSON text take besides its characters, from above."""
-    # An empty list takes 64 bytes, an entry of one 8, a number 28, a string 49, a dict 64 and 100 for each entry.
+    """Estimate from above the memory that the values of a JSON text take besides its characters."""
+    # An empty list takes 64 bytes, each of its entries 8, a number 28, a string 49, a dict 64 and 100 per entry.
     of = {"[": 72, "{": 64, ",": 36, ":": 100, '"': 26}
     return sum(size * text.count(character) for character, size in of.items())
 
 
 def header_size(file: BufferedReader) -> int:
-    """The bytes of the header, as the file says itself; none where it is shorter."""
+    """Return the size of the header in bytes, as stored in the file; 0 if the file is too short."""
     size = int.from_bytes(_at(file, 0, 8), "little")
     return size if size <= _length(file) else 0
 
 
 def read_table(file: BufferedReader) -> tuple[dict[str, str], list[Entry]]:
-    """Return the header's metadata, and what it says of each tensor, sorted by name.
+    """Return the header's metadata, and its entry of each tensor, sorted by name.
 
-    Every byte behind the header belongs to one tensor, and every tensor is in the file.
+    Every byte after the header belongs to one tensor, and every tensor lies within the file.
 
     Raises:
-        ValueError: the file is no such, or its header has more than `MAX_HEADER` bytes, or more strings than
-            `MAX_TENSORS` tensors have.
+        ValueError: it is not a safetensors file, or its header has more than `MAX_HEADER` bytes, or more strings than
+            `MAX_TENSORS` tensors need.
     """
     size, length = int.from_bytes(_at(file, 0, 8), "little"), _length(file)
     if size > length - 8:
@@ -99,11 +99,11 @@ def read_table(file: BufferedReader) -> tuple[dict[str, str], list[Entry]]:
 
 
 def read_tensors(file: BufferedReader, entries: list[Entry]) -> dict[str, torch.Tensor]:
-    """Return the tensors of these entries by name, in their order, in memory of their own.
+    """Return the tensors of these entries by name, in the same order, in new memory.
 
     Raises:
-        ValueError: the file has become shorter.
-        RuntimeError: torch has no memory for them.
+        ValueError: the file has become shorter since its table was read.
+        RuntimeError: torch cannot allocate them.
     """
     found = {}
     for entry in sorted(entries, key=lambda entry: entry.begin):
@@ -111,7 +111,7 @@ def read_tensors(file: BufferedReader, entries: list[Entry]) -> dict[str, torch.
         if entry.size == 0:
             continue
         file.seek(entry.begin)
-        # NumPy has no bfloat16, and no view of a tensor without axes.
+        # NumPy has no bfloat16, and a tensor without axes has no byte view.
         if file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != entry.size:
             raise ValueError(f"{entry.name:.99}: fewer than {entry.size:,} bytes")
     return {entry.name: found[entry.name] for entry in entries}
@@ -127,10 +127,10 @@ def _length(file: BufferedReader) -> int:
 
 
 def _parsed(data: bytes) -> dict[str, Any]:
-    """The header, whose strings, sizes and nesting are known before JSON makes objects of them."""
+    """Parse the header, after checking its strings, sizes and nesting before JSON creates objects."""
     if data[:1] != b"{":
         raise ValueError("a header that is no JSON object")
-    # A quotation mark that is left then begins or ends a string.
+    # Any quotation mark that remains begins or ends a string.
     strings = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     count = strings.count(b'"') // 2
     if count > _MAX_STRINGS:
@@ -138,7 +138,7 @@ def _parsed(data: bytes) -> dict[str, Any]:
     outside = b"".join(strings.split(b'"')[::2])
     if outside.translate(None, b"{}[]:,0123456789 \t\r\n") or re.search(rb"\d{20}", outside):
         raise ValueError("a header that holds more than strings and sizes")
-    # The bytes, the text and its strings; one character beyond ASCII can make all of a text wide.
+    # The bytes, the text and its strings; one character beyond ASCII can make a whole text wide.
     memory = memory_of(outside.decode()) + 52 * count + (3 if data.isascii() else 9) * len(data)
     if memory > _MAX_MEMORY:
         raise ValueError(f"a header that takes about {memory:,} bytes in memory, more than {_MAX_MEMORY:,}")
@@ -160,7 +160,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, said: Any, data: int) -> Entry:
-    name.encode()  # half a surrogate pair is no name
+    name.encode()  # half a surrogate pair is not a valid name
     if not isinstance(said, dict) or said.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name:.99}: no dtype, shape and data_offsets")
     dtype, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]

@@ -1,1 +1,1 @@
-"""How long a model takes: timing, tables of layer times, and what they predict."""
+"""Latency of a model: timing, tables of layer times, and predictions from them."""

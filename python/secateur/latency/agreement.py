@@ -1,4 +1,4 @@
-"""Does an engine compute what the module computes?"""
+"""Compares the outputs of an engine with the module's."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["difference", "largest"]
 
 
 def difference(found: Any, expected: Tensor) -> float:
-    """The largest |found − expected|; infinite where the shapes differ, or one is NaN or infinite and the other not.
+    """Return the largest |found − expected|; infinite if shapes differ, or only one of two values is finite.
 
     Args:
-        found: a tensor on any device, or what ``torch.as_tensor`` takes.
+        found: a tensor on any device, or anything that ``torch.as_tensor`` takes.
         expected: a tensor on any device.
     """
     found = torch.as_tensor(found).detach().to("cpu", torch.float64)
@@ -27,5 +27,5 @@ def difference(found: Any, expected: Tensor) -> float:
 
 
 def largest(expected: Tensor) -> float:
-    """The largest finite absolute value; 0 if there is none."""
+    """Return the largest finite absolute value; 0 if there is none."""
     return float(expected.detach().double().abs().nan_to_num(0.0, 0.0, 0.0).max()) if expected.numel() else 0.0

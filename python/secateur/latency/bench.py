@@ -1,4 +1,4 @@
-"""Inference speed of a model, alone or against another in the same minute of the same machine."""
+"""Measures the inference speed of a model, alone or in alternation with another one."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ __all__ = ["Benchmark", "bench"]
 class Benchmark:
     """Medians over the repeats, with their first and third quartiles.
 
-    ``milliseconds`` is the time of one batch, ``images_per_second`` the batch size over it. ``speedup`` is the median
-    of the ratios reference / model of runs made side by side, more than 1 where the model is faster. What belongs to
-    the reference is None without one.
+    ``milliseconds`` is the time of one batch, ``images_per_second`` the batch size divided by that time. ``speedup`` is
+    the median ratio reference / model of paired runs, more than 1 if the model is faster. Fields about the reference
+    are None without one.
     """
 
     images_per_second: float
@@ -72,26 +72,26 @@ def bench(
     compile: bool = False,  # noqa: A002  # torch's own word for it
     runtime: str | None = None,
 ) -> Benchmark:
-    """Time inference on random images; with a reference, both in turn, so that a busy machine slows both.
+    """Time inference on random images; with a reference, alternate the two, so that a busy machine slows both.
 
-    Modes, devices and torch's number of threads are afterwards what they were.
+    Modes, devices and torch's number of threads are restored afterwards.
 
     Args:
-        model: takes images (B, C, H, W).
-        reference: usually the dense model.
-        batch_size: images in a batch.
+        model: the model; it takes images (B, C, H, W).
+        reference: a model to compare with, usually the dense one.
+        batch_size: images per batch.
         input_size: side, (height, width) or (channels, height, width) in pixels; the model's own by default.
-        repeats: measured pairs; each is as many batches as fill 20 ms.
+        repeats: measured pairs; each sample is as many batches as fill 20 ms.
         warmup: batches before the first measured one, for each model.
-        threads: of torch; its present number by default.
+        threads: number of torch threads; unchanged by default.
         device: where to run; the model's own by default.
-        compile: time what ``torch.compile`` makes of the models, as ``runtime="torch.compile"`` does.
-        runtime: the engine that runs the models: "torch" (the default), "torch.compile", or another that is
-            registered; the models themselves stay as they are.
+        compile: time the models compiled by ``torch.compile``, as with ``runtime="torch.compile"``.
+        runtime: the engine that runs the models: "torch" (the default), "torch.compile", or another registered one; the
+            models themselves are not changed.
 
     Raises:
-        InvalidArgument: a number is out of range, there is no such device or engine, or a model is none or does not
-            take the input.
+        InvalidArgument: a number is out of range, there is no such device or engine, or a model is not a module or does
+            not take the input.
         Unsupported: the engine does not run on this device or in the models' type.
     """
     batch_size = check.integer("batch_size", batch_size)

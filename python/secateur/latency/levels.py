@@ -1,4 +1,4 @@
-"""The sizes of a layer that a latency table measures."""
+"""Chooses the sizes of a layer that a latency table measures."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..anatomy.kinds import current
 from ..errors import InvalidArgument
 from .table import ALIGNED
 
-# Of the dense size, rounded to what plans round to: the fewer, the more sizes of a layer can change, since all
-# combinations are measured. Heads count linearly, except for what does not depend on them.
+# Fractions of the dense size, rounded as in plans. All combinations are measured, so there are fewer levels if more
+# sizes of a layer can change. Time is linear in the number of heads, except for the part that does not depend on them.
 _FRACTIONS = {2: (0.125, 0.25, 0.5, 0.75, 1.0), 3: (0.25, 0.5, 0.75, 1.0), 4: (0.25, 0.5, 1.0)}
 _UNEVEN = {2: (0.25, 0.625, 1.0), 3: (0.375, 1.0), 4: (0.375, 1.0)}
 
 
 @dataclass(frozen=True)
 class Levels:
-    """Sizes to measure.
+    """The sizes to measure.
 
-    ``named`` are the kinds that change, ``given`` the sizes that were asked for by kind.
+    ``named`` are the kinds that change, ``given`` are the sizes asked for by kind.
     """
 
     anatomy: Anatomy
@@ -32,11 +32,11 @@ class Levels:
     def of(
         self, axes: Mapping[str, str], whole: Mapping[str, int]
     ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-        """Levels of a layer's axes, the present size last, and those of uneven sizes.
+        """Return the levels of a layer's axes, the present size last, and those of uneven sizes.
 
         Args:
-            axes: axis to the name of a group; a model that cannot lose width has none of it.
-            whole: axis to its size where there is no group.
+            axes: maps an axis to the name of a group; a model whose width cannot be cut has no group for it.
+            whole: maps an axis to its size if there is no group.
         """
         groups = {axis: self.anatomy.group(name) if name in self.anatomy.sizes else None for axis, name in axes.items()}
         free = {axis: group for axis, group in groups.items() if group is not None and group.kind in self.named}
@@ -47,14 +47,14 @@ class Levels:
         uneven = dict(even)
         for axis, group in free.items():
             even[axis] = self._even(group, _FRACTIONS[number])
-            # Heads are no channels, and what goes in fours is never uneven.
+            # Heads are not channels, and multiples of four are never uneven.
             never = group.traits.counted or group.multiple % ALIGNED == 0
             uneven[axis] = even[axis] if never else _uneven(group, _UNEVEN[number])
         own = any(group.kind in self.given for group in free.values())
         return even, {} if own or uneven == even else uneven
 
     def steps(self, group: Group) -> list[int]:
-        """What a plan may leave of a group, between the least and the greatest size that are measured."""
+        """Return the sizes that a plan may choose for a group, between the least and the greatest that are measured."""
         if group.kind not in self.named or group.traits.whole:
             return [group.size]
         multiple = math.lcm(group.multiple, group.traits.multiple)
@@ -68,17 +68,17 @@ class Levels:
 
 
 def _uneven(group: Group, fractions: Sequence[float]) -> tuple[int, ...]:
-    """Sizes just below multiples of 4."""
+    """Return sizes just below multiples of 4."""
     below = {round(part * group.size / ALIGNED) * ALIGNED - group.multiple for part in fractions[:-1]}
     last = group.size - group.multiple if group.size % ALIGNED == 0 else group.size
     return tuple(sorted({each for each in below if 1 <= each < last} | {last}))
 
 
 def levels_for(anatomy: Anatomy, groups: Iterable[str] | None, grid: Mapping[str, Sequence[int]] | None) -> Levels:
-    """Sizes to measure for the kinds that plans will cut.
+    """Return the sizes to measure for the kinds that plans will cut.
 
     Raises:
-        InvalidArgument: a kind that the model does not have, or a size that is none.
+        InvalidArgument: a kind that the model does not have, or an invalid size.
     """
     kinds = list(dict.fromkeys(group.kind for group in anatomy.groups))
     if isinstance(groups, str) or not isinstance(groups, (Iterable, type(None))):

@@ -1,4 +1,4 @@
-"""The machine that times were measured on: a time means nothing on another."""
+"""The machine that times were measured on; times are not valid on another."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Machine:
 
     @classmethod
     def here(cls, place: torch.device) -> Machine:
-        """This machine, as it is set at the moment, with what computes at ``place``."""
+        """Describe this machine with its present settings, and the hardware of the device ``place``."""
         device = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
         return cls(_processor(), torch.get_num_threads(), device, torch.__version__)
 
     def difference(self, other: Machine) -> str | None:
-        """The first thing that ``other`` has otherwise, as "threads 4 where it was 2"; None if there is none."""
+        """Return the first difference of ``other``, as "threads 4 where it was 2"; None if there is none."""
         for field in fields(self):
             mine, found = getattr(self, field.name), getattr(other, field.name)
             if mine != found:
@@ -37,12 +37,12 @@ class Machine:
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the machine as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Machine:
-        """Back from JSON values."""
+        """Build a machine from its JSON values."""
         return cls(str(values["processor"]), int(values["threads"]), str(values["device"]), str(values["pytorch"]))
 
     def __str__(self) -> str:

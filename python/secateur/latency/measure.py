@@ -1,4 +1,4 @@
-"""Measure a model's layers at the sizes that a cut can leave, and a planned cut against the dense model."""
+"""Measures a model's layers at the sizes that a cut can leave, and a planned cut against the dense model."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from .table import PRESENT, Grid, LatencyTable, Layer
 
 __all__ = ["measure_latency", "measured_ratio"]
 
-# What runs a module on an engine, and what it takes.
+# A callable that runs a module on an engine, and its input.
 _Run: TypeAlias = tuple[Callable[[Tensor], object], Tensor]
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# On a busy machine runs are repeated until the median is known to about this part of it, at most so often, and not
-# after so many seconds for one of many layers, or for the whole models, by which all are corrected.
+# On a busy machine, runs are repeated until the relative error of the median is about _SURE: at most _MOST_REPEATS
+# times, and within the seconds for a layer, or for the whole models, by which all layers are corrected.
 _SURE, _MOST_REPEATS, _LAYER_S, _MODELS_S = 0.02, 4, 1.5, 30.0
-# Models cut at random that the sum of layers is compared with: each group keeps a share between these.
+# Randomly cut models that the sum of layers is compared with: each group keeps a fraction between these.
 _SHARES = ((0.1, 0.6), (0.4, 1.0), (0.2, 0.8), (0.2, 0.5))
 
 
@@ -58,34 +58,34 @@ def measure_latency(
     grid: Mapping[str, Sequence[int]] | None = None,
     repeats: int = 7,
 ) -> LatencyTable:
-    """Measure a table that predicts how long the model takes, cut to any sizes, on this machine as it is set now.
+    """Measure a table that predicts how long the model takes on this machine when cut to any sizes.
 
-    Every layer is a copy of the model's own, cut as ``prune`` cuts it, with its norm and residual sum; blocks that are
-    alike are measured once. Each is timed in turn with one dense attention layer, and its time is the median of the
-    paired ratios times the reference's own median, so that a slow minute does not bend the table. Where a layer is
-    quick, as many copies as the model has are run one after the other: in the model, too, weights come from memory.
-    Sizes that are no multiples of 4 are measured apart, at fewer sizes: they take longer than their neighbours. The
-    whole model is timed in turn with four models that are cut at random, every block otherwise, and these say what
-    layers alone do not. Nothing is changed.
+    Every layer is a copy of one of the model's layers, cut as ``prune`` cuts it, with its norm and residual sum; equal
+    blocks are measured once. Runs of each layer alternate with runs of one dense attention layer, the reference, and
+    its time is the median of the paired ratios times the reference's median, so that a slow minute does not distort the
+    table. If a layer is fast, as many copies as the model has are run one after the other, since in the model, too,
+    weights come from memory. Sizes that are not multiples of 4 take longer than their neighbours, so they are measured
+    separately, at fewer sizes. Finally the whole model is timed in alternation with four models whose blocks are cut at
+    random, to correct what layers alone do not show. The model is not changed.
 
     Args:
         model: a supported timm model.
-        batch_size: images in a batch; 1 is the time that one image has to wait.
+        batch_size: images per batch; 1 measures the latency of a single image.
         dtype: "float32", "float16", "bfloat16" or "float64"; the model's own by default.
         device: where to run; the model's own by default.
-        compile: measure what ``torch.compile`` makes of the layers, as ``runtime="torch.compile"`` does.
-        runtime: the engine that runs the layers: "torch" (the default), "torch.compile", or another that is
-            registered. All but the first prepare every layer at every size, which takes about a second for each.
-        groups: kinds that plans will cut ("qk", "v", "ffn", "width", "heads", "layer"); all that the model can lose by
-            default. The others are measured at the size they have, which takes less time.
-        grid: sizes to measure by kind, per head for "qk" and "v"; three to five from an eighth or a quarter to all of
-            the units by default, in multiples of 8 per head and 32 elsewhere. The size a layer has is added. Layers
-            with sizes of your own are measured at no uneven ones besides.
-        repeats: pairs for each entry; up to four times as many where they differ much, as on a busy machine.
+        compile: measure the layers compiled by ``torch.compile``, as with ``runtime="torch.compile"``.
+        runtime: the engine that runs the layers: "torch" (the default), "torch.compile", or another registered one. All
+            except the first prepare every layer at every size, which takes about a second each.
+        groups: kinds that plans will cut ("qk", "v", "ffn", "width", "heads", "layer"); by default all that can be cut.
+            The others are measured only at their present size, which takes less time.
+        grid: sizes to measure by kind, per head for "qk" and "v"; by default three to five sizes from an eighth or a
+            quarter to all of the units, in multiples of 8 per head and 32 elsewhere. The present size of a layer is
+            added. Layers with given sizes are not measured at uneven sizes in addition.
+        repeats: pairs for each entry; up to four times as many if they differ much, as on a busy machine.
 
     Raises:
         InvalidArgument: an argument that does not fit, or a model without weights.
-        Unsupported: the model is of no supported family, or the engine does not run on this device or in this type.
+        Unsupported: the model is not of a supported family, or the engine does not run on this device or in this type.
     """
     batch_size = check.integer("batch_size", batch_size)
     repeats = check.integer("repeats", repeats)
@@ -121,12 +121,12 @@ def measure_latency(
 def _calibrated(
     table: LatencyTable, anatomy: Anatomy, whole: float, cuts: Sequence[tuple[Mapping[str, int], float]]
 ) -> LatencyTable:
-    """Make the dense model's time exact, and what cuts save of it right in the mean, by least squares."""
+    """Make the dense model's time exact and the time saved by cuts right on average, by least squares."""
     total = table.predict(anatomy)
     saved = np.array([1 - table.predict(anatomy, sizes) / total for sizes, _ in cuts])
     found = np.array([1 - ratio for _, ratio in cuts])
     enough = bool(cuts) and float(saved.max()) > 0.05
-    # Noise must not turn the table over.
+    # Limit the factor, so that noise cannot reverse the table.
     slope = float(np.clip(saved @ found / (saved @ saved), 0.5, 2.0)) if enough else 1.0
     return replace(table, scale=slope * whole / total, overhead=(1 - slope) * whole)
 
@@ -134,9 +134,9 @@ def _calibrated(
 def measured_ratio(
     model: nn.Module, table: LatencyTable, sizes: Mapping[str, int], repeats: int = 15
 ) -> tuple[float, tuple[float, float]]:
-    """Time of a copy of the model cut to ``sizes`` over the model's: median of paired runs, and quartiles.
+    """Return the time of a copy of the model cut to ``sizes`` over the model's: median of paired runs, quartiles.
 
-    Batch size, type and engine are those of the table.
+    Batch size, type and engine are taken from the table.
     """
     dense = copy.deepcopy(model).requires_grad_(False).to(_DTYPES[table.dtype])
     cut = _shaped(dense, sizes)
@@ -154,22 +154,24 @@ def _shaped(dense: nn.Module, sizes: Mapping[str, int]) -> nn.Module:
 
 
 class _Clock:
-    """Times modules on an engine, each in turn with one reference."""
+    """Times modules on an engine, each in alternation with one reference."""
 
     def __init__(self, reference: tuple[nn.Module, Tensor], repeats: int, runtime: Runtime, advance: Advance) -> None:
         self._repeats, self._runtime, self._advance = repeats, runtime, advance
         self._seconds: list[float] = []
         self._reference = self._prepared(*reference)
+        # An engine that compiles or exports would do so with every copy of a layer.
+        self._copied = self._reference[0] is reference[0]
 
     def ratio(self, module: nn.Module, x: Tensor) -> float:
-        """Median of the paired ratios of a module's time to the reference's."""
+        """Return the median of the paired ratios of a module's time to the reference's."""
         times = self._in_turn([self._prepared(module, x), self._reference], _LAYER_S)
         self._seconds += times[:, 1].tolist()
         self._advance(1)
         return float(np.median(times[:, 0] / times[:, 1]))
 
     def beside(self, model: nn.Module, others: Sequence[nn.Module], images: Tensor) -> tuple[float, list[float]]:
-        """Seconds of one batch of a model, and the medians of the other models' paired ratios to it."""
+        """Return the seconds per batch of a model, and the median paired ratios of the other models' times to it."""
         times = self._in_turn([self._prepared(each, images) for each in (*others, model)], _MODELS_S)
         self._advance(1)
         return float(np.median(times[:, -1])), np.median(times[:, :-1] / times[:, -1:], axis=0).tolist()
@@ -179,7 +181,7 @@ class _Clock:
             return prepared(self._runtime, module.eval(), x, "model"), x
 
     def _in_turn(self, timed: Sequence[_Run], longest: float) -> Times:
-        """The last is what ratios are taken to; more repeats only before ``longest`` seconds have passed."""
+        """Time all in turn; the last is the reference. Repeat more only until ``longest`` seconds have passed."""
         runs, inputs = [run for run, _ in timed], [x for _, x in timed]
         with torch.inference_mode():
             loops = [warm(run, x, 1) for run, x in timed]
@@ -191,25 +193,25 @@ class _Clock:
         return times
 
     def copies(self, module: nn.Module, x: Tensor, most: int) -> int:
-        """How many of a layer to run one after the other: what fills a sample, but no more than the model has."""
-        run, _ = self._prepared(module, x)
-        if run is not module:  # an engine that compiles or exports would do so with every copy
+        """Return how many copies of a layer to run one after the other: enough for a sample, but at most ``most``."""
+        if not self._copied:
             return 1
+        run, _ = self._prepared(module, x)
         with torch.inference_mode():
             return min(most, warm(run, x, 1))
 
     @property
     def seconds(self) -> float:
-        """Median time of the reference."""
+        """The median time of the reference."""
         return float(np.median(self._seconds))
 
 
 @dataclass(frozen=True)
 class _Source:
-    """One sort of layer to measure, or without ``layer`` what the model is without blocks.
+    """One kind of layer to measure or, without ``layer``, the model without its blocks.
 
-    ``axes`` are the sizes to measure by kind of group or name of the residual stream, ``uneven`` those that are no
-    multiples of 4, or empty; ``input_size`` is that of one image without the channels of a stream.
+    ``axes`` are the sizes to measure by kind of group or name of the residual stream; ``uneven`` are the sizes that are
+    not multiples of 4, or empty; ``input_size`` is the input's shape for one image without the channels of a stream.
     """
 
     family: Family
@@ -229,7 +231,7 @@ class _Source:
         return self.cut({axis: levels[-1] for axis, levels in self.axes.items()}, batch_size)
 
     def cut(self, sizes: Mapping[str, int], batch_size: int) -> tuple[nn.Module, Tensor]:
-        """A copy of the layer with these sizes, and an input of random numbers."""
+        """Return a copy of the layer with these sizes, and a random input."""
         lone = self.family.alone(self.model, self.block)
         layer = None if self.layer is None else _counterpart(self.family.inspect(lone), self.layer)
         names = {} if layer is None else layer.groups
@@ -241,7 +243,7 @@ class _Source:
         return module, torch.randn(batch_size, *size, generator=_generator(), device="cpu").to(like)
 
     def measure(self, clock: _Clock, batch_size: int) -> Layer:
-        """Times in units of the clock's reference."""
+        """Return times in units of the clock's reference."""
         copies = clock.copies(*self.dense(batch_size), most=len(self.places) or 1)
 
         def grid(axes: Mapping[str, tuple[int, ...]]) -> Grid:
@@ -257,10 +259,10 @@ class _Source:
 
 
 def _distinct(family: Family, dense: nn.Module, anatomy: Anatomy, levels: Levels) -> list[_Source]:
-    """Every sort of layer once, the attention of the first block first; what stands around the blocks last."""
+    """Return every kind of layer once: the first block's attention first, the parts around the blocks last."""
     modules = family.layers(dense)
     tokens = {each.module: each.positions for each in anatomy.products if isinstance(each, WeightProduct)}
-    # A stream that cannot lose channels has no group.
+    # A stream whose channels cannot be cut has no group.
     widths = {layer.stream: anatomy.shapes[f"{layer.writer}.weight"][0] for layer in anatomy.layers.values()}
     found: dict[tuple[object, ...], _Source] = {}
     for layer in (*anatomy.attention, *anatomy.ffn):
@@ -278,13 +280,13 @@ def _distinct(family: Family, dense: nn.Module, anatomy: Anatomy, levels: Levels
 
 
 def _counterpart(alone: Anatomy, layer: AnatomyLayer) -> AnatomyLayer:
-    """The same layer in the model that has its block alone."""
+    """Return the same layer in a model that consists only of its block."""
     (found,) = (each for each in alone.layers.values() if each.kind == layer.kind)
     return found
 
 
 def _random_cuts(anatomy: Anatomy, levels: Levels) -> list[dict[str, int]]:
-    """Models of sizes that plans have, each block its own, with one size of queries, keys and values in a layer."""
+    """Draw sizes as in plans, separately for each block, with equal query/key and value sizes within a layer."""
     random = np.random.default_rng(0)
     cuts: list[dict[str, int]] = []
     for number, (low, high) in enumerate(_SHARES):
@@ -296,7 +298,7 @@ def _random_cuts(anatomy: Anatomy, levels: Levels) -> list[dict[str, int]]:
             layer = anatomy.layers.get(anatomy.layer_of.get(group.name, ""))
             followed = None if layer is None or group.traits.steps_with is None else group.traits.steps_with
             queries = 0 if followed is None or layer is None else sizes.get(layer.groups[followed], 0)
-            # Width, since it costs everywhere, only in every other.
+            # Width affects all costs, so it is cut in every other model only.
             if options != [group.size] and (not group.traits.shared or number % 2):
                 sizes[group.name] = queries if queries in options else int(random.choice(options))
         if sizes:
@@ -305,9 +307,9 @@ def _random_cuts(anatomy: Anatomy, levels: Levels) -> list[dict[str, int]]:
 
 
 def _unsure(times: Times) -> bool:
-    """Do other programs take the processor, so that the median of the ratios says little yet?"""
+    """Return whether other programs disturb the timing so much that the median of the ratios is still uncertain."""
     low, middle, high = np.quantile(times / times[:, -1:], (0.25, 0.5, 0.75), axis=0)
-    # About a standard error of the median.
+    # About one standard error of the median.
     return bool(((high - low) / middle).max() > _SURE * math.sqrt(len(times)))
 
 

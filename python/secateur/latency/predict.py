@@ -1,4 +1,4 @@
-"""What a latency table predicts for one model, as a cost."""
+"""Latency as a cost: what a latency table predicts for one model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .table import LatencyTable
 class Latency:
     """A table's prediction for one model, as a cost.
 
-    ``slope`` and ``offset`` correct ratios to the dense model by what was measured: slope · predicted + offset.
+    ``slope`` and ``offset`` correct ratios to the dense model by measurements: slope · predicted + offset.
     """
 
     table: LatencyTable
@@ -27,18 +27,18 @@ class Latency:
 
     @cached_property
     def dense(self) -> float:
-        """Predicted seconds of the model that is planned for; not corrected, since that corrects ratios to it."""
+        """Predicted seconds of the model to be pruned; not corrected, since corrections apply to ratios to it."""
         return float(self.table.seconds(self.anatomy, {}, {})[0])
 
     def ratio(self, sizes: Mapping[str, int]) -> float:
-        """Predicted share of the dense model's time, corrected."""
+        """Return the predicted fraction of the dense model's time, corrected."""
         return self.total(sizes) / self.dense
 
     def total(self, sizes: Mapping[str, int]) -> float:
-        """Predicted seconds, corrected."""
+        """Return the predicted seconds, corrected."""
         return float(self.along(sizes, {})[0])
 
     def along(self, base: Mapping[str, int], sizes: Mapping[str, Sizes]) -> Float:
-        """Predicted seconds at ``base`` but with the groups of ``sizes`` at each of these in turn, corrected: (n,)."""
+        """Return corrected seconds, (n,): ``base``, with the groups of ``sizes`` at each of n sizes in turn."""
         result: Float = self.slope * self.table.seconds(self.anatomy, base, sizes) + self.offset * self.dense
         return result

@@ -1,4 +1,4 @@
-"""Times models in turn, so that a slow minute of the machine slows all of them."""
+"""Times models in alternation, so that a slow minute of the machine slows all of them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 Times: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
-# Shorter samples measure the clock and the scheduler.
+# Shorter samples would measure the clock and the scheduler.
 SHORTEST_SAMPLE_S = 0.02
-# Shares of the largest output: an engine may round otherwise, but has to compute the same.
+# Tolerances relative to the largest output: an engine may round differently, but must compute the same.
 _FAR = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.2}
 
 
@@ -39,18 +39,18 @@ def in_turn(
     repeats: int,
     advance: Advance,
 ) -> Times:
-    """Time models one after the other, again and again: seconds of one batch, (repeats, models).
+    """Time models one after the other, repeatedly; return the seconds of one batch, (repeats, models).
 
     Args:
-        models: what takes its batch of ``inputs``.
-        inputs: one for each model.
-        loops: how many batches make a sample of each model.
-        repeats: samples of each.
-        advance: told of every repeat.
+        models: callables, each of which takes its batch from ``inputs``.
+        inputs: one batch for each model.
+        loops: number of batches per sample, for each model.
+        repeats: samples of each model.
+        advance: called after every repeat.
     """
     times = np.empty((repeats, len(models)))
     for repeat in range(repeats):
-        # Turned round every time: whoever goes second finds warmer caches and a hotter chip.
+        # Reverse the order every time: the second finds warmer caches and a hotter chip.
         for index in range(len(models))[:: -1 if repeat % 2 else 1]:
             times[repeat, index] = _sample(models[index], inputs[index], loops[index])
         advance(1)
@@ -58,19 +58,19 @@ def in_turn(
 
 
 def prepared(runtime: Runtime, model: nn.Module, images: Tensor, name: str) -> Callable[[Tensor], object]:
-    """Return what runs the model on an engine, after a first run, whose output is compared with the model's.
+    """Return a callable that runs the model on an engine, after comparing its first output with the model's.
 
     Raises:
-        InvalidArgument: the model fails on such images (``name`` is the argument it was); or only the engine does, or
-            computes something else; or what the engine itself raises.
-        Unsupported: what the engine itself raises.
+        InvalidArgument: the model fails on such images (``name`` is the argument that held it); or only the engine
+            fails, or computes something else; or the engine itself raises this.
+        Unsupported: the engine itself raises this.
     """
     try:
         run = runtime.prepare(model, images)
         found = run(images)
     except Error:
         raise
-    except Exception as error:  # engines raise what they like
+    except Exception as error:  # engines can raise anything
         _require_takes(model, images, name)
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         raise InvalidArgument(f"runtime: expected one that runs the {name}, got {runtime.name}'s {reason}") from error
@@ -87,7 +87,7 @@ def prepared(runtime: Runtime, model: nn.Module, images: Tensor, name: str) -> C
 
 
 def _require_takes(model: nn.Module, images: Tensor, name: str) -> object:
-    """The output of the model."""
+    """Return the output of the model, or refuse a model that fails on the images."""
     try:
         return model(images)
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
@@ -98,14 +98,14 @@ def _require_takes(model: nn.Module, images: Tensor, name: str) -> object:
 
 
 def warm(run: Callable[[Tensor], object], images: Tensor, warmup: int) -> int:
-    """Run the warm-up and return how many batches make a sample."""
+    """Run the warm-up and return the number of batches per sample."""
     for _ in range(warmup):
         run(images)
     return max(1, int(np.ceil(SHORTEST_SAMPLE_S / _sample(run, images, 1))))
 
 
 def _sample(model: Callable[[Tensor], object], images: Tensor, batches: int) -> float:
-    """Return the seconds of one batch, the mean over so many."""
+    """Return the seconds per batch, the mean over ``batches``."""
     _wait(images.device)
     start = time.perf_counter()
     for _ in range(batches):
@@ -120,14 +120,14 @@ def _wait(place: torch.device) -> None:
 
 
 def quartiles(values: Times) -> tuple[float, float]:
-    """First and third quartile."""
+    """Return the first and third quartile."""
     low, high = np.quantile(values, (0.25, 0.75))
     return float(low), float(high)
 
 
 @contextmanager
 def torch_threads_set(count: int | None) -> Iterator[None]:
-    """Have torch use so many threads while the block runs; None for as many as it has."""
+    """Set torch's number of threads while the block runs; None leaves it unchanged."""
     before = torch.get_num_threads()
     try:
         if count is not None:

@@ -1,4 +1,4 @@
-"""How long a pruned model will take: a table of measured layers, interpolated, and the rounds that make it true."""
+"""A table of measured layer times, which predicts the latency of a pruned model by interpolation."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from .machine import Machine
 
 __all__ = ["LatencyTable"]
 
-# Format 2 knows uneven sizes and places that may be empty, format 3 engines, of which older ones had two.
+# Format 2 added uneven sizes and places that may be empty; format 3 added engines, of which older formats had two.
 _FORMAT = 3
-# In a place of a layer, the group that says whether the layer is there.
+# The key, in a place of a layer, of the group that says whether the layer is present.
 PRESENT = "present"
-# Rows that start at multiples of so many numbers are read whole; all others take longer.
+# Rows that start at multiples of this many numbers are read fastest.
 ALIGNED = 4
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Seconds of a layer at sizes of which each axis lists some, rising: ``seconds`` has one axis for each of them."""
+    """Seconds of a layer at given sizes: each axis lists its sizes in ascending order and is an axis of ``seconds``."""
 
     axes: Mapping[str, tuple[int, ...]]
     seconds: Float
@@ -47,7 +47,7 @@ class Grid:
             )
 
     def monotone(self) -> Grid:
-        """The same without what noise lets fall as a size grows: midway between the running maxima and minima."""
+        """Return the grid without decreases from noise: midway between running maxima and running minima."""
         up, down = self.seconds, self.seconds
         for axis in range(self.seconds.ndim):
             up = np.maximum.accumulate(up, axis)
@@ -55,9 +55,10 @@ class Grid:
         return replace(self, seconds=(up + down) / 2)
 
     def at(self, sizes: Mapping[str, int | Sizes], *, beyond: bool = False) -> Float:
-        """Seconds, linear in each size between the two next to it, and below the least as between the least two.
+        """Interpolate seconds linearly in each size; below the least size, extrapolate from the least two.
 
-        With ``beyond``, above the greatest as between the greatest two, and the same everywhere along a single level.
+        With ``beyond``, also extrapolate above the greatest size from the greatest two; along an axis with a single
+        level, the time is constant.
 
         Raises:
             InvalidArgument: a size that the grid does not cover; the text names it.
@@ -83,28 +84,28 @@ class Grid:
                 for share, index in ((1 - part, lower), (part, lower + 1))
             ]
         total = sum((weight * self.seconds[corner] for weight, corner in weighted), np.zeros(()))
-        # Below the least size the line may cross zero, and no layer takes less than no time.
+        # Below the least size the line may cross zero, but no time is negative.
         return np.maximum(total, 0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        # Pairs: the order of the axes is that of the seconds, and JSON objects have none.
+        """Return the grid as JSON values."""
+        # Pairs, because the axes are in the order of the seconds, and JSON objects have no order.
         return {"axes": [[name, list(levels)] for name, levels in self.axes.items()], "seconds": self.seconds.tolist()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Grid:
-        """Back from JSON values."""
+        """Build a grid from its JSON values."""
         axes = {name: tuple(levels) for name, levels in values["axes"]}
         return cls(axes, np.asarray(values["seconds"], np.float64))
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One kind of layer: the group of each axis but the width at every place it stands in, and its times.
+    """One kind of layer: its times, and for every place in the model the groups of its axes except the width.
 
-    A place may also name, as "present", the group that is 0 where the layer is not there. ``places`` is empty for what
-    the model is without its blocks. ``uneven`` has the same axes with levels that are no multiples of 4, where these
-    were measured: such a layer takes longer than what lies between its even neighbours.
+    A place may also name, as "present", the group that is 0 if the layer has been removed. ``places`` is empty for the
+    model without its blocks. ``uneven`` has the same axes with levels that are not multiples of 4, if these were
+    measured: such a layer takes longer than interpolation between even sizes tells.
     """
 
     places: tuple[Mapping[str, str], ...]
@@ -112,7 +113,7 @@ class Layer:
     uneven: Grid | None = None
 
     def at(self, sizes: Mapping[str, int | Sizes]) -> Float:
-        """Seconds: of the grid, of the uneven one, or between the two by the share of the sizes that are uneven.
+        """Return seconds from the even or the uneven grid, or between the two by the share of sizes that are uneven.
 
         Raises:
             InvalidArgument: a size that the grid does not cover; the text names it.
@@ -126,25 +127,25 @@ class Layer:
 
     @cached_property
     def uneven_axes(self) -> tuple[str, ...]:
-        """Axes along which uneven sizes were measured."""
+        """The axes along which uneven sizes were measured."""
         if self.uneven is None:
             return ()
         return tuple(axis for axis, levels in self.uneven.axes.items() if levels != self.grid.axes[axis])
 
     def times(self, seconds: float) -> Layer:
-        """The same in another unit."""
+        """Return the layer with times in another unit."""
         grid = replace(self.grid, seconds=self.grid.seconds * seconds)
         uneven = self.uneven and replace(self.uneven, seconds=self.uneven.seconds * seconds)
         return replace(self, grid=grid, uneven=uneven)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the layer as JSON values."""
         uneven = None if self.uneven is None else self.uneven.to_dict()
         return {"places": [dict(place) for place in self.places], **self.grid.to_dict(), "uneven": uneven}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Layer:
-        """Back from JSON values."""
+        """Build a layer from its JSON values."""
         uneven = values.get("uneven")
         return cls(tuple(values["places"]), Grid.from_dict(values), None if uneven is None else Grid.from_dict(uneven))
 
@@ -153,12 +154,11 @@ class Layer:
 class LatencyTable:
     """Times of a model's layers at many sizes, measured on one machine; ``predict`` adds them up.
 
-    ``layers`` holds attention by (width, qk, v), and heads where they were asked for, and FFN by (width, ffn), with
-    their norms and residual sums, once for blocks that are alike, and what stands before and after the blocks by
-    (width). The model takes ``scale`` times their sum and ``overhead`` seconds, as found on the dense model and on some
-    that are cut at random. All is for one batch of
-    ``batch_size`` images of ``input_size`` (channels, height, width) in ``dtype``, run by the engine ``runtime`` of
-    version ``runtime_version``.
+    ``layers`` holds attention by (width, qk, v), and heads if they were asked for, and FFN by (width, ffn), with their
+    norms and residual sums and once for equal blocks; and the parts before and after the blocks by (width). The model
+    takes ``scale`` times their sum plus ``overhead`` seconds, as fitted on the dense model and some randomly cut ones.
+    All times are for one batch of ``batch_size`` images of ``input_size`` (channels, height, width) in ``dtype``, run
+    by the engine ``runtime`` of version ``runtime_version``.
     """
 
     model: Fingerprint
@@ -174,15 +174,15 @@ class LatencyTable:
 
     @property
     def compiled(self) -> bool:
-        """Was torch.compile the engine?"""
+        """Whether the engine was torch.compile."""
         return self.runtime == "torch.compile"
 
     def predict(self, anatomy: Anatomy, sizes: Mapping[str, int] | None = None) -> float:
-        """Seconds of one batch when each named group has the given size; of the model as it is without ``sizes``.
+        """Predict the seconds of one batch with the given sizes of named groups; by default, at present sizes.
 
         Raises:
-            InvalidArgument: the table is another model's, or a group that there is not, or a size that the table does
-                not cover.
+            InvalidArgument: the table belongs to another model, there is no such group, or the table does not cover a
+                size.
         """
         self.require(anatomy)
         sizes = sizes or {}
@@ -191,11 +191,11 @@ class LatencyTable:
         return float(self.seconds(anatomy, sizes, {})[0])
 
     def seconds(self, anatomy: Anatomy, base: Mapping[str, int], sizes: Mapping[str, Sizes]) -> Float:
-        """Seconds of one batch at ``base``, with the groups of ``sizes`` at each of these in turn: (n,)."""
+        """Return seconds of one batch, (n,): ``base``, with the groups of ``sizes`` at each of n sizes in turn."""
         wanted: dict[str, int | Sizes] = {**anatomy.sizes, **base, **sizes}
         found = np.zeros(len(next(iter(sizes.values()), (0,))))
         for layer in self.layers:
-            # Most blocks of a choice have the same sizes: each is looked up once.
+            # Most blocks have the same sizes, so look up each combination only once.
             times: dict[tuple[Any, ...], Float] = {}
             for place in layer.places or ({},):
                 at = {axis: self._size(axis, place, wanted, layer.grid) for axis in layer.grid.axes}
@@ -207,11 +207,11 @@ class LatencyTable:
 
     @staticmethod
     def _size(axis: str, place: Mapping[str, str], wanted: Mapping[str, int | Sizes], grid: Grid) -> int | Sizes:
-        # A model that cannot lose width has no group of it, and one level in the table.
+        # A model whose width cannot be cut has no group for it, and one level in the table.
         return wanted.get(place.get(axis, axis), grid.axes[axis][-1])
 
     def require(self, anatomy: Anatomy, batch_size: int | None = None, runtime: str | None = None) -> None:
-        """Refuse another model, batch size or engine.
+        """Refuse a table for another model, batch size or engine.
 
         Raises:
             InvalidArgument: the table is not for these; the text names the first difference.
@@ -229,7 +229,7 @@ class LatencyTable:
             raise InvalidArgument(f"latency_table: expected one of runtime {runtime!r}, got one of {self.runtime!r}")
 
     def save(self, path: str | Path) -> None:
-        """Write the table as JSON with a checksum, whole or not at all.
+        """Write the table as JSON with a checksum, completely or not at all.
 
         Raises:
             InvalidArgument: the folder does not exist.
@@ -259,7 +259,7 @@ class LatencyTable:
         """
         path = Path(path)
         if not path.is_file():
-            raise InvalidArgument(f"path: expected a secateur latency table, got {path}, which is no file")
+            raise InvalidArgument(f"path: expected a secateur latency table, got {path}, which is not a file")
         try:
             outer = documents.read_json(path)
             if not isinstance(outer, dict) or outer.get("secateur") != "latency table":
@@ -289,7 +289,7 @@ class LatencyTable:
             )
         except UnicodeDecodeError as error:
             raise InvalidArgument(
-                f"{path.name}: expected a secateur latency table, got a file that is no text"
+                f"{path.name}: expected a secateur latency table, got a file that is not text"
             ) from error
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise InvalidArgument(f"{path.name}: expected a secateur latency table, got {error}") from error

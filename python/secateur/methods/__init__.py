@@ -1,4 +1,4 @@
-"""Pruning methods, one module each: criteria that select, and closed forms that change weights."""
+"""Pruning methods, one module each: criteria that select units, and closed forms that change weights."""
 
 import sys
 from types import ModuleType
@@ -10,7 +10,7 @@ __all__ = ["Bound", "Handler", "Method", "methods", "register"]
 
 
 class _Callable(ModuleType):
-    """This package, which ``secateur.methods()`` calls: importing it puts it in that function's place."""
+    """This package as a module that can be called, so that ``secateur.methods()`` still works after its import."""
 
     def __call__(self) -> list[str]:
         return methods()

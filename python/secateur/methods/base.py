@@ -1,4 +1,4 @@
-"""What every method offers: errors at each size, and what the model becomes at the sizes that were chosen."""
+"""The interface of every method: errors at each size, and the decision at the chosen sizes."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .weights import Weights
 
 __all__ = ["Bound", "Decision", "Handler", "Method", "NoOptions", "Prepared"]
 
-# Heads are chosen before their values, which are refitted when a head is removed.
+# Heads are decided before values, since values are refitted when a head is removed.
 _ORDER = ("heads", "qk", "v", "ffn")
 
 
 @dataclass(frozen=True)
 class NoOptions:
-    """Of a method without options."""
+    """Options of a method that has none."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What stays: indices by group, and what changes: parameters, in their size after the cut, and norms."""
+    """What stays (indices by group), and what changes: parameters, in their size after the cut, and norms."""
 
     keep: Mapping[str, Indices]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Decision:
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """One model with what was measured on it, and the options of the method that plans for it."""
+    """One model with its statistics, and the options of the method that plans for it."""
 
     model: nn.Module
     anatomy: Anatomy
@@ -50,14 +50,14 @@ class Bound:
 class Handler(ABC):
     """What a method does with the groups of one kind.
 
-    With ``follows_heads`` it is asked again for groups that stay whole, where heads that they are within are removed.
+    With ``follows_heads``, it is also called for groups that stay whole if heads of their layer are removed.
     """
 
     follows_heads: ClassVar[bool] = False
 
     @abstractmethod
     def errors(self, group: Group) -> Float | None:
-        """Share of the group's output lost when 0 … size units stay, (size + 1,); None where the method only ranks."""
+        """Return the share of the group's output lost when 0 … size units stay, (size + 1,); None if unknown."""
 
     @abstractmethod
     def cut(self, weights: Weights, group: Group, count: int) -> Indices:
@@ -67,9 +67,9 @@ class Handler(ABC):
 class Method(ABC):
     """A pruning method; a subclass registers itself with ``methods.register``.
 
-    ``paper`` names its source, ``needs`` what ``calibrate`` has to collect for it: "scores" or "moments", and nothing
-    for a method that looks at weights alone. ``Options`` is a frozen dataclass of what it takes, a field's
-    ``metadata["help"]`` a line about it. With ``changes_weights`` the plan holds new weights.
+    ``paper`` names its source; ``needs`` names what ``calibrate`` has to collect for it: "scores" or "moments", or
+    nothing for a method that looks at weights alone. ``Options`` is a frozen dataclass of its options, each described
+    in one line by its field's ``metadata["help"]``. With ``changes_weights`` the plan holds new weights.
     """
 
     name: ClassVar[str]
@@ -80,14 +80,14 @@ class Method(ABC):
 
     @abstractmethod
     def handlers(self, bound: Bound) -> Mapping[Kind, Handler]:
-        """What to do with each kind; kinds that are not in it cannot be cut by this method.
+        """Return the handler of each kind; kinds without one cannot be cut by this method.
 
         Raises:
             InvalidArgument: the statistics lack what the method needs.
         """
 
     def prepare(self, bound: Bound) -> Prepared:
-        """Bind the method to a model.
+        """Bind the method to a model and its statistics.
 
         Raises:
             InvalidArgument: the statistics lack what the method needs.
@@ -103,18 +103,18 @@ class Prepared:
         self._errors: dict[str, Float | None] = {}
 
     def errors(self, group: Group) -> Float | None:
-        """Share of the group's output lost when 0 … size units stay, (size + 1,); None where the method cannot say."""
+        """Return the share of the group's output lost when 0 … size units stay, (size + 1,); None if unknown."""
         if group.name not in self._errors:
             self._errors[group.name] = self._handler(group).errors(group)
         return self._errors[group.name]
 
     def decide(self, sizes: Mapping[str, int]) -> Decision:
-        """Choose what stays at these sizes, layer after layer in the order of the data."""
+        """Choose what stays at these sizes, layer by layer in the order of a forward pass."""
         anatomy = self._bound.anatomy
         weights = Weights(self._bound.model, anatomy)
         keep = weights.keep
         for name, layer in anatomy.layers.items():
-            if not sizes[name]:
+            if not sizes.get(name, 1):
                 keep[name] = np.empty((1, 0), np.int64)
                 continue
             for kind in sorted(layer.groups, key=_ORDER.index):
@@ -125,7 +125,7 @@ class Prepared:
                     kept = handler.cut(weights, group, sizes[group.name])
                     if smaller:
                         keep[group.name] = kept
-        # Means of removed layers last, onto the biases that the layers before them were given.
+        # The means of removed layers come last, added to the biases that earlier layers have by then.
         for name in anatomy.layers:
             if name in keep:
                 group = anatomy.group(name)

@@ -1,4 +1,4 @@
-"""Selection by the size of weights, and at random: the baselines that every criterion is compared with."""
+"""Selection by the magnitude of weights, and at random: baselines for every other criterion."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ __all__ = ["Magnitude", "Random"]
 
 @register
 class Magnitude(Method):
-    """Keeps the units whose weights have the largest ℓ2 norm, over all that computes a unit.
+    """Keeps the units with the largest ℓ2 norm over all weights that compute the unit.
 
-    Of a query/key neuron that is its query row and its key row, of a gated FFN's unit both rows, of a filter all its
-    weights. Heads: the sum of squares over their query, key and value rows. Residual width: the mean over the layers
-    that write to it, each layer's norms scaled to sum to one. Whole layers are ranked by what calibration measured.
+    The norm is over the query row and the key row of a query/key neuron, both rows of a gated FFN unit, or all weights
+    of a filter; for a head, over its query, key and value rows. For the residual width it is averaged over the layers
+    that write to it, after each layer's norms are scaled to sum to one. Whole layers are ranked by calibration
+    measurements.
     """
 
     name = "magnitude"
     paper = "Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710, with the ℓ2 norm"
 
     def handlers(self, bound: Bound) -> Mapping[Kind, Handler]:
-        """Rankings by norm."""
+        """Return rankings by norm."""
 
         def squares(group: Group) -> Float:
-            """Of each unit, (heads, size)."""
+            """Return the sum of squares of each unit's weights, (heads, size)."""
             rows = torch.cat([rows_of(bound.model, group, member) for member in group.of("writer")], dim=1)
             return rows.square().sum(1).reshape(group.heads, group.size).numpy()
 
@@ -68,25 +69,25 @@ class Magnitude(Method):
 
 @dataclass(frozen=True)
 class Options:
-    """Where chance begins."""
+    """Options of the method "random"."""
 
-    seed: int = field(default=0, metadata={"help": "of the generator; each group draws from one of its own"})
+    seed: int = field(default=0, metadata={"help": "seed of the random numbers; each group has a generator of its own"})
 
 
 @register
 class Random(Method):
-    """Keeps units drawn at random: what a criterion has to beat. The same seed keeps the same units."""
+    """Keeps units drawn at random, as a baseline. The same seed keeps the same units."""
 
     name = "random"
     paper = "a baseline"
     Options: ClassVar[type] = Options
 
     def handlers(self, bound: Bound) -> Mapping[Kind, Handler]:
-        """Rankings by random numbers."""
+        """Return rankings by random numbers."""
         options: Options = bound.options
 
         def draw(group: Group) -> Float:
-            # By the group's name: what else a model can lose does not change the draw.
+            # Seeded by the group's name, so that the other groups of a model do not change the draw.
             generator = np.random.default_rng([options.seed, zlib.crc32(group.name.encode())])
             return generator.random((group.heads, group.size))
 

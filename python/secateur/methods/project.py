@@ -1,11 +1,10 @@
-"""Score-preserving projection: the best rank of every head and of the residual stream, not the best subset of neurons.
+"""Score-preserving projection: keeps the best subspace of every head and of the residual stream, not selected neurons.
 
-Each head's queries and keys, its values, and the residual stream are rotated to the basis in which the cut costs least,
-and their consumers are refitted by least squares over the calibration rows; the function of the dense model is the same
-in every basis. Queries and keys with norms of their own are rotated in front of these. Where no change of basis is
-allowed (a norm or gate between values and projection; FFN hidden units, which follow their activation; query/key norms
-without a scale, or of a block that normalises what it adds) original neurons are selected and refitted, as the method
-"refit" does.
+Each head's queries and keys, its values, and the residual stream are rotated to the basis where truncation hurts least,
+and their consumers are refitted by least squares over the calibration rows; the dense model's function is the same in
+every basis. Queries and keys that have norms are rotated before these. Where no change of basis is allowed (a norm or
+gate between values and projection; FFN hidden units, which come after an activation; query/key norms without a scale,
+or in a block that normalises its output) original neurons are selected and refitted, as in the method "refit".
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ __all__ = ["Project"]
 
 @dataclass(frozen=True)
 class Options:
-    """How heads are chosen."""
+    """Options of the method "project": how heads are scored."""
 
     head_score: Literal["error", "neurons", "michel"] = field(default="error", metadata={"help": HEAD_SCORE_HELP})
 
@@ -49,7 +48,7 @@ class Project(Method):
     changes_weights = True
 
     def handlers(self, bound: Bound) -> Mapping[Kind, Handler]:
-        """Rotation where it is allowed, else selection and refit."""
+        """Return handlers that rotate where it is allowed, and else select and refit."""
         options: Options = bound.options
         fit = Fit(bound)
         return {

@@ -1,8 +1,9 @@
-"""Selection of original neurons, and their consumers refitted in closed form.
+"""Selects original neurons and refits their consumers in closed form.
 
 Greedy backward elimination (the optimal brain surgeon for groups, OB²C, arXiv:2608.17657) or a one-shot criterion picks
-the neurons; least squares over the calibration rows then gives their consumers what the others contributed (CORP,
-arXiv:2602.05243), the mean of it through the bias. No labels, no gradients; the moments are those of the dense model.
+the neurons; least squares over the calibration rows then makes their consumers take over what the others contributed
+(CORP, arXiv:2602.05243), its mean through the bias. It needs no labels and no gradients; the moments are those of the
+dense model.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from .similarity import channel_scores, similarity
 
 __all__ = ["HEAD_SCORE_HELP", "Refit"]
 
-HEAD_SCORE_HELP = "score of a head: what the refitted projection loses, the mean over its neurons, or by gradients"
+HEAD_SCORE_HELP = "score of a head: the loss of the refitted projection, the mean over its neurons, or by gradients"
 
 
 @dataclass(frozen=True)
 class Options:
-    """How neurons and heads are chosen."""
+    """Options of the method "refit": how neurons and heads are scored."""
 
     selection: Literal["greedy", "snp", "energy"] = field(
         default="greedy", metadata={"help": "greedy elimination, SNP's scores, or the energy of each neuron"}
@@ -40,7 +41,7 @@ class Options:
 
 @register
 class Refit(Method):
-    """Keeps original neurons, and refits their consumers; channels of the residual width are SNP's, without a refit."""
+    """Keeps original neurons and refits their consumers; residual channels are selected as in SNP, without a refit."""
 
     name = "refit"
     paper = "after CORP, arXiv:2602.05243, and OB²C, arXiv:2608.17657; queries and keys are ours"
@@ -49,7 +50,7 @@ class Refit(Method):
     changes_weights = True
 
     def handlers(self, bound: Bound) -> Mapping[Kind, Handler]:
-        """Selection and refit by kind."""
+        """Return handlers that select and refit."""
         options: Options = bound.options
         fit = Fit(bound)
         return {

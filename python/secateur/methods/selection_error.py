@@ -1,4 +1,4 @@
-"""What a cut loses when nothing is refitted, for every size at once, from the second moments of calibration."""
+"""Computes the loss of a cut without a refit, for every size at once, from the second moments of calibration."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["of_selection", "writer_metric"]
 def of_selection(
     model: nn.Module, anatomy: Anatomy, statistics: Statistics, group: Group, order: Indices
 ) -> Float | None:
-    """Share of the group's output that is lost when its first units in ``order`` stay and the others are zero.
+    """Return the share of the group's output lost when only its first units in ``order`` stay, at every size.
 
-    Query/key: of the squared centred scores. Values, heads and FFN: of the variance of what they write, without the
-    part that the next norm does not see; the mean of what is removed is lost as well, so that shares above one occur.
-    Residual width: of what the norms see, the mean over all norms.
+    The share refers to the squared centred scores for query/key; to the variance of the writer's output for values,
+    heads and FFN, without the part that the next norm ignores (the mean of the removed part is lost as well, so shares
+    above one occur); and to the norms' inputs for the residual width, averaged over all norms.
 
     Args:
         model: the model that was calibrated.
         anatomy: its description.
-        statistics: with moments, else nothing can be said.
+        statistics: its statistics, with moments.
         group: any kind but a layer.
-        order: (heads, size), first to last to stay.
+        order: (heads, size), the most important unit first.
 
     Returns:
         (size + 1,), for 0 … size units, never rising; None where the statistics lack the moments.
@@ -43,7 +43,7 @@ def of_selection(
 
 
 def writer_metric(model: nn.Module, anatomy: Anatomy, layer: Layer) -> Tensor:
-    """A layer's writer's weight, (width, inputs), as the next norm sees it: after LayerScale, without the mean."""
+    """Return the weight of a layer's writer, (width, inputs), as the next norm sees it: scaled and centred."""
     weights = Weights(model, anatomy)
     weight = weights.weight(layer.writer)
     factor = weights.scale(layer.scale)
@@ -68,7 +68,7 @@ def _channels(_model: nn.Module, anatomy: Anatomy, statistics: Statistics, group
 
 
 def _written(model: nn.Module, anatomy: Anatomy, statistics: Statistics, group: Group) -> tuple[Tensor, Tensor]:
-    """The energy of what units write together is the sum over a set of them of this matrix; and the total."""
+    """Return a matrix whose sum over any set of units is the energy they write together; and the total."""
     layer = anatomy.layers[anatomy.layer_of[group.name]]
     weight, moments = writer_metric(model, anatomy, layer), statistics.moments(layer.before_writer.name)
     energy = (weight.mT @ weight) * torch.from_numpy(moments.second)
@@ -84,7 +84,7 @@ def _heads(model: nn.Module, anatomy: Anatomy, statistics: Statistics, group: Gr
 
 def _units(model: nn.Module, anatomy: Anatomy, statistics: Statistics, group: Group, order: Tensor) -> Float:
     energy, total = _written(model, anatomy, statistics, group)
-    # As many of every head at each size: head after head in each round.
+    # Every size keeps the same number in each head: one of each head per round.
     joint = (order + group.size * torch.arange(group.heads)[:, None]).mT.flatten()
     return _falling(_trailing(energy, joint)[:: group.heads] / total)
 
@@ -99,7 +99,7 @@ _OF_KIND: Mapping[Kind, Callable[[nn.Module, Anatomy, Statistics, Group, Tensor]
 
 
 def _trailing(matrix: Tensor, order: Tensor) -> Tensor:
-    """Sums of all elements between the units from r on, for r from 0 to their number."""
+    """Return the sums of all elements between the units from r on, for r from 0 to their number."""
     ordered = matrix[order][:, order]
     sums = ordered.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
     return torch.cat([sums, sums.new_zeros(1)])

@@ -1,4 +1,4 @@
-"""SNP's importance of neurons by what others repeat (Shim et al., ECCV 2024, arXiv:2404.11630)."""
+"""SNP's importance of neurons: those that others repeat score low (Shim et al., ECCV 2024, arXiv:2404.11630)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["channel_scores", "head_scores", "rows_of", "similarity"]
 
 
 def similarity(model: nn.Module, group: Group, statistics: Statistics | None = None) -> Float:
-    """Σ (1 − |cos|) of a unit to every other of its group, over all heads: what another repeats scores low.
+    """Score each unit by Σ (1 − |cos|) to all others of its group, over all heads: repeated units score low.
 
     Args:
-        model: the rows of its weights are compared.
-        group: of values, hidden units or filters.
-        statistics: where given, the same of activations, from their second moment.
+        model: the model whose weight rows are compared.
+        group: a group of values, hidden units or filters.
+        statistics: if given, activations are compared instead, by their second moment.
 
     Returns:
         (heads, size).
@@ -31,13 +31,13 @@ def similarity(model: nn.Module, group: Group, statistics: Statistics | None = N
     if statistics is not None:
         found = core.value_similarity_from_moment(statistics.moments(group.name).second)
     else:
-        # The branches of a gated FFN leave together: unit i is row i of each, joined.
+        # The branches of a gated FFN are cut together: unit i is row i of each, joined.
         found = core.value_similarity(torch.cat([rows_of(model, group, each) for each in group.of("writer")], dim=1))
     return np.asarray(found).reshape(group.heads, group.size)
 
 
 def channel_scores(model: nn.Module, group: Group) -> Float:
-    """The same of a residual stream's channels, the mean over its writers, (1, size).
+    """Score a residual stream's channels in the same way, averaged over its writers, (1, size).
 
     Each writer's scores are scaled to sum to one first (the paper states the average, not the writers' own score).
     """
@@ -45,7 +45,7 @@ def channel_scores(model: nn.Module, group: Group) -> Float:
     writers = group.of("writer")
     for member in writers:
         found = np.asarray(core.value_similarity(rows_of(model, group, member)))
-        # A layer of zeros (a fresh LayerScale-style init) says nothing about any channel.
+        # A layer of zeros (as after a zero init) says nothing about any channel.
         if found.sum() > 0:
             total += found / found.sum()
     return (total / len(writers)).reshape(1, group.size)
@@ -54,17 +54,17 @@ def channel_scores(model: nn.Module, group: Group) -> Float:
 def head_scores(
     model: nn.Module, anatomy: Anatomy, statistics: Statistics, group: Group, score: str, *, activations: bool = False
 ) -> Float:
-    """Importance of one layer's heads, (heads,).
+    """Return the importance of one layer's heads, (heads,).
 
     Args:
-        model: that was calibrated.
-        anatomy: of it.
-        statistics: of it.
-        group: of heads.
+        model: the model that was calibrated.
+        anatomy: its description.
+        statistics: its statistics.
+        group: a group of heads.
         score: "neurons": the mean of a head's query/key scores and of its value scores, each over the sum of these
             means over all heads (how neurons make a head's score is not stated in the paper); "michel": E |Att_h ·
             ∂L/∂Att_h| (Michel et al., 2019, arXiv:1905.10650).
-        activations: take value scores from activations.
+        activations: compare values by activations, not weights.
 
     Raises:
         InvalidArgument: the statistics lack what the score needs.
@@ -80,7 +80,7 @@ def head_scores(
 
 
 def rows_of(model: nn.Module, group: Group, member: Member) -> Tensor:
-    """The entries of a weight that belong to each unit, (heads · size, entries), on the host in float64."""
+    """Return the entries of a weight that belong to each unit, (heads · size, entries), on the host in float64."""
     weight = tensor_of(model, member.tensor).detach().movedim(member.axis, 0)
     entries = torch.from_numpy(member.entries.reshape(group.heads * group.size, -1)).to(weight.device)
     return weight[entries].flatten(1).to("cpu", torch.float64)

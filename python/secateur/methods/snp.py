@@ -18,11 +18,11 @@ __all__ = ["SNP"]
 
 @dataclass(frozen=True)
 class Options:
-    """What the paper leaves open."""
+    """Options of the method "snp", for what the paper leaves open."""
 
     similarity: Literal["weights", "activations"] = field(
         default="weights",
-        metadata={"help": "what value and FFN neurons are compared by: rows of weights, as the paper does, or outputs"},
+        metadata={"help": "compare value and FFN neurons by rows of weights, as in the paper, or by their outputs"},
     )
     head_score: Literal["neurons", "michel"] = field(
         default="neurons",
@@ -34,9 +34,9 @@ class Options:
 class SNP(Method):
     """Keeps the query/key neurons that carry the attention scores, and value and FFN neurons that no other repeats.
 
-    Query/key: how much of the attention scores' leading singular directions a neuron carries. Value, FFN and filters:
-    Σ (1 − |cos|) to every other neuron of the layer, over all heads. Residual width: the same on the output
-    rows of each layer that writes to it, averaged over these.
+    A query/key neuron's score is how much of the attention scores' leading singular directions it carries. For values,
+    FFN units and filters, it is Σ (1 − |cos|) to every other neuron of the layer, over all heads. For the residual
+    width, it is the same over the output rows of each layer that writes to it, averaged over these layers.
     """
 
     name = "snp"
@@ -45,7 +45,7 @@ class SNP(Method):
     needs = ("scores",)
 
     def handlers(self, bound: Bound) -> Mapping[Kind, Handler]:
-        """Rankings by these scores."""
+        """Return rankings by these scores."""
         options: Options = bound.options
         activations = options.similarity == "activations"
 

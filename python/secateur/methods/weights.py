@@ -1,4 +1,4 @@
-"""Float64 copies of the weights that a plan changes, by part of a layer; the model itself is not touched."""
+"""Drafts of the weights that a plan changes, in float64, by part of a layer; the model itself is not changed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["Weights"]
 
 
 class Weights:
-    """The dense-shaped weights of a model as they will be before the cut, what stays of them, and what norms become.
+    """The drafted weights of a model, in their shape before the cut, with what stays of them and how norms change.
 
-    ``keep`` maps groups to the units that stay. ``eps`` maps norms to the eps that they get, ``uncentred`` lists those
-    that no longer subtract the mean.
+    ``keep`` maps groups to the units that stay. ``eps`` maps norms to their new eps; ``uncentred`` lists the norms that
+    no longer subtract the mean.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
@@ -29,14 +29,14 @@ class Weights:
         self._changed: dict[str, Tensor] = {}
 
     def weight(self, module: str, parameter: str = "weight") -> Tensor:
-        """A parameter as drafted so far, float64 on the CPU; the model itself is module ''."""
+        """Return a parameter as drafted so far, float64 on the CPU; the model itself is module ''."""
         name = parameter_name(module, parameter)
         if name not in self._changed:
             return self._model.get_parameter(name).detach().to("cpu", torch.float64)
         return self._changed[name]
 
     def bias(self, module: str) -> Tensor:
-        """A layer's bias, zeros where it has none."""
+        """Return a layer's bias, or zeros if it has none."""
         layer: Any = self._model.get_submodule(module)
         name = parameter_name(module, "bias")
         if name in self._changed or layer.bias is not None:
@@ -44,41 +44,41 @@ class Weights:
         return torch.zeros(len(layer.weight), dtype=torch.float64)
 
     def rows(self, group: Group, part: Part) -> Tensor:
-        """What computes a part of a layer's units, head after head: (heads · size, inputs)."""
+        """Return the rows that compute a part of a layer's units, head after head: (heads · size, inputs)."""
         member = _writer(group, part)
         return self.weight(member.module)[_places(member)]
 
     def set_rows(self, group: Group, part: Part, value: Tensor) -> None:
-        """Draft these rows anew."""
+        """Draft new values for these rows."""
         member = _writer(group, part)
         weight = self.weight(member.module).clone()
         weight[_places(member)] = value
         self.set(member.module, weight)
 
     def row_bias(self, group: Group, part: Part) -> Tensor:
-        """The bias of a part, (heads · size,), zeros where there is none."""
+        """Return the bias of a part, (heads · size,), or zeros if there is none."""
         member = _writer(group, part)
         return self.bias(member.module)[_places(member)]
 
     def set_row_bias(self, group: Group, part: Part, value: Tensor) -> None:
-        """Draft this bias anew; one that the layer does not have is added, unless it is zero."""
+        """Draft new values for this bias; a bias that the layer does not have is added, unless it is zero."""
         member = _writer(group, part)
         bias = self.bias(member.module).clone()
         bias[_places(member)] = value
         self.set(member.module, bias, "bias")
 
     def heads(self, group: Group) -> Tensor:
-        """The heads of a group that stay as decided so far, sorted."""
+        """Return the heads of a group that stay as decided so far, sorted."""
         if group.within in self.keep:
             return torch.from_numpy(self.keep[group.within][0])
         return torch.arange(group.heads)
 
     def largest(self, module: str) -> float:
-        """The largest number that a layer's parameters can be."""
+        """Return the largest number that the type of a layer's parameters can hold."""
         return torch.finfo(self._model.get_parameter(parameter_name(module, "weight")).dtype).max
 
     def affine(self, norm: str, size: int) -> tuple[Tensor, Tensor]:
-        """A norm's scale and shift, (size,); ones and zeros where it has none."""
+        """Return a norm's scale and shift, (size,); ones and zeros where it has none."""
         module = self._model.get_submodule(norm)
         gain, shift = (
             None if getattr(module, name, None) is None else self.weight(norm, name) for name in ("weight", "bias")
@@ -97,27 +97,27 @@ class Weights:
         self._changed[name] = value
 
     def set_per_head(self, module: str, values: Tensor, parameter: str = "weight") -> None:
-        """Draft a query/key norm's parameter, (heads, size): also where one entry serves every head as yet."""
+        """Draft a query/key norm's parameter, (heads, size), even if all heads shared one entry before."""
         present = getattr(self._model.get_submodule(module), parameter, None)
         shared = present is not None and present.numel() < values.numel()
         self.set(module, values if shared else values.flatten(), parameter)
 
     def per_head(self, module: str, heads: int, size: int, parameter: str = "weight") -> Tensor:
-        """A query/key norm's parameter, (heads, size); zeros for a bias that is not there."""
+        """Return a query/key norm's parameter, (heads, size); zeros for a bias that is not there."""
         if getattr(self._model.get_submodule(module), parameter, None) is None:
             return torch.zeros(heads, size, dtype=torch.float64)
         value = self.weight(module, parameter)
         return value.expand(heads, size) if value.numel() == size else value.view(heads, size)
 
     def scale(self, module: str | None) -> Tensor | float:
-        """What a LayerScale multiplies by; 1 where there is none."""
+        """Return the factor of a LayerScale; 1 if there is none."""
         return 1.0 if module is None else self.weight(module, "gamma")
 
     def finish(self) -> dict[str, Tensor]:
-        """The changed parameters with only what is kept, in the model's types.
+        """Return the changed parameters, cut to what is kept, in the model's types.
 
         Raises:
-            NumericalError: a value that is no finite number of its type.
+            NumericalError: a value that is not a finite number in its type.
         """
         found, keep = {}, self.keep
         gone = {name for name, indices in keep.items() if indices.shape[1] == 0}
@@ -144,14 +144,14 @@ class Weights:
         return found
 
     def _of_heads(self, name: str, values: Tensor, keep: Mapping[str, Indices]) -> Tensor:
-        """What stays of (heads, size) values of a parameter that served every head."""
+        """Return what stays of (heads, size) values of a parameter that all heads shared."""
         group = self._anatomy.members_of[name][0][0]
         kept = torch.from_numpy(keep[group.name])
         return values.gather(1, kept)[self.heads(group)].flatten()
 
 
 def _writer(group: Group, part: Part) -> Member:
-    """The one layer that computes a part."""
+    """Return the one layer that computes a part."""
     (member,) = group.of("writer", part)
     return member
 

@@ -1,4 +1,4 @@
-"""Choose which units stay: from statistics and a budget to a plan."""
+"""Makes a plan: chooses which units stay, from statistics and a target or ratios."""
 
 from __future__ import annotations
 
@@ -49,45 +49,49 @@ def plan(
     strict: bool = True,
     **options: Any,
 ) -> Plan:
-    """Choose which units stay. The same model, statistics and arguments give the same plan, but for a latency's.
+    """Choose which units stay. The same inputs give the same plan, except for measured latencies.
 
-    ``Target(latency=)`` is met on the clock: the plan that a table of layer times predicts to take that fraction of the
-    model's time is measured, on a copy, against the model in paired runs; the table is corrected by what was found, and
-    a new plan made, until measured / target lies in [0.95, 1] or three rounds passed. ``plan.latency`` reports both. A
-    table of another machine is warned of, and the plan made by the table alone.
+    ``Target(latency=)`` is met by measurement. A table of layer times predicts a plan that takes that fraction of the
+    model's time; a copy is pruned by it and timed against the model in paired runs; the table is corrected by the
+    result and a new plan is made, until measured / target lies in [0.95, 1] or after three rounds. ``plan.latency``
+    reports the predicted and the measured fraction. With a table of another machine, there is a warning and the plan is
+    made by the table alone.
 
     Args:
         model: the model that was calibrated; it is not changed.
         stats: what ``calibrate`` measured on it.
         method: the importance criterion; see ``methods()``.
-        target: a budget; never exceeded, and missed by less than the
-            smallest rounding step that is left, query/key and value of a layer stepping together. Exactly one of
-            ``target`` and ``ratios`` is given.
+        target: fraction kept of MACs, parameters or latency. It is never exceeded, and missed by less than the smallest
+            remaining rounding step, where query/key and value of a layer step together. Give exactly one of ``target``
+            and ``ratios``.
         ratios: fraction removed by kind or group, {"qk": .5, "v": .5, "ffn": .5, "width": .1}, or a per-block file: the
             name of a shipped one ("snp_deit_t", "snp_deit_s_1.3g") or a path. {"blocks.3.attn": 1} removes a layer,
-            {"layer": .25} a quarter of all layers, those whose removal moves the output least.
-        groups: kinds or names of groups that may be cut; with a target ("qk", "v", "ffn") unless given. "heads" are
-            whole heads, as many in a layer as pays; "layer" is whole attention and FFN layers, of which one of each
-            stays, and with a target takes ``allocation="error"``.
+            {"layer": .25} a quarter of all layers, those whose removal changes the output least.
+        groups: kinds or names of groups that may be cut; with a target, the default is ("qk", "v", "ffn"). "heads"
+            removes whole heads, whose number may then differ between layers; "layer" removes whole attention and FFN
+            layers, but the last of each stays; with a target, it requires ``allocation="error"``.
         freeze: kinds, names or patterns ("blocks.0.*") of groups that stay whole.
         min_keep: fewest units to keep, by kind or group.
         round_to: kept counts are multiples of this (per head for query/key and value), an int or a dict by kind or
-            group; unless given 8 per head and 32 otherwise with a target, 1 with ratios. A whole group may always stay.
-        allocation: how a target is shared out: "uniform", one removed fraction for all groups, or "error", the counts
-            of the least loss: a group's error at every size times the sensitivity of the output to it
-            (``calibrate(sensitivity=True)``), added up. Unless given, "error" where the statistics allow it.
-        latency_table: what ``measure_latency`` measured, or its file; it names batch size, type and engine. Without
-            one, a target for latency has one measured first, as the model is, for the groups that may be cut.
-        batch_size: images in the batch that a target for latency is about; the table's, or else 1. A table of another
+            group; the default is 1 with ratios, and with a target 8 per head and 32 otherwise. A group may always stay
+            whole.
+        allocation: how a target is divided among the groups: "uniform" removes the same fraction from all groups;
+            "error" chooses the counts with the least total loss, where a group's loss is its error at that size times
+            the sensitivity of the output to it (``calibrate(sensitivity=True)``). The default is "error" where the
+            statistics allow it.
+        latency_table: the result of ``measure_latency``, or its file; it holds batch size, type and engine. Without
+            one, a target for latency measures one first, on the model's device and in its type, for the groups that may
+            be cut.
+        batch_size: images per batch for a target for latency; the default is the table's, or else 1. A table of another
             batch size is refused.
-        runtime: the engine that a target for latency is about, as for ``bench``; the table's, or else "torch". A table
-            of another engine is refused.
+        runtime: the engine for a target for latency, as for ``bench``; the default is the table's, or else "torch". A
+            table of another engine is refused.
         strict: refuse statistics of other weights; if false, the same dimensions are enough for a method that only
             selects.
-        **options: the method's own. "snp" takes similarity="weights" (the paper's) or "activations"; "refit" takes
-            selection="greedy", "snp" or "energy"; all take head_score="neurons" (the mean of a head's neuron scores) or
-            "michel" (Michel et al., 2019), "refit" and "project" also "error", their default: what the refitted
-            projection loses with the head.
+        **options: options of the method. "snp" takes similarity="weights" (the paper's) or "activations"; "refit" takes
+            selection="greedy", "snp" or "energy". These and "project" take head_score="neurons" (the mean of a head's
+            neuron scores) or "michel" (Michel et al., 2019); "refit" and "project" also take "error", their default:
+            the error of the refitted projection without the head.
 
     Raises:
         InvalidArgument: an argument that does not fit, an infeasible target, or statistics of another model.
@@ -130,9 +134,9 @@ def plan(
         params = anatomy.params_at(sizes) + found
         if target is None or target.params is None or params <= target.params * anatomy.params:
             break
-        # Biases where there were none count, and which layers get them is known behind the choice alone.
+        # Added biases count as parameters, and which layers get one is known only after the choice.
         assert wanted is not None
-        added = max(found, added + 1)  # always more: rounding may take a parameter for one too many
+        added = max(found, added + 1)  # always grows: rounding may count one parameter too many
         left = target.params - added / anatomy.params
         if left <= 0:
             raise _no_room(target, added)
@@ -160,10 +164,10 @@ def check_budget(
     batch_size: Any = None,
     runtime: Any = None,
 ) -> None:
-    """Refuse all but one target or ratios, and what they do not go with.
+    """Refuse anything but exactly one of target and ratios, and arguments that do not go with it.
 
     Raises:
-        InvalidArgument: both, neither, or something else.
+        InvalidArgument: both or neither is given, or an argument does not fit.
     """
     if (target is None) == (ratios is None):
         raise InvalidArgument(f"target, ratios: expected exactly one, got {'neither' if target is None else 'both'}")
@@ -197,10 +201,10 @@ def sizes_for(
     removal: Callable[[Group], float] | None = None,
     table: LatencyTable | None = None,
 ) -> tuple[Allocation, LatencyReport | None]:
-    """How many units of each group stay, and what a target for latency came to.
+    """Choose how many units of each group stay; also report how a target for latency was met.
 
-    Arguments are those of ``plan``; ``limits`` are groups, freeze, min_keep and round_to, and ``table`` is there for a
-    target for latency.
+    Arguments are those of ``plan``, with ``ratios`` the fraction removed; ``limits`` holds groups, freeze, min_keep and
+    round_to; ``table`` is needed for a target for latency.
     """
     if target is None:
         assert ratios is not None
@@ -214,7 +218,7 @@ def sizes_for(
 
 def _no_room(target: Target | None, added: int) -> InvalidArgument:
     return InvalidArgument(
-        f"target: expected room for {added:,} biases that the method adds, beside the least these groups reach, "
+        f"target: expected room for {added:,} biases that the method adds, besides the least these groups reach, "
         f"got {target}"
     )
 
@@ -222,7 +226,7 @@ def _no_room(target: Target | None, added: int) -> InvalidArgument:
 def _losses(
     anatomy: Anatomy, stats: Statistics, prepared: Prepared, limits: Mapping[str, Any], allocation: str | None
 ) -> Callable[[Group], Float] | None:
-    """What a group is predicted to lose at each size, in the unit of the sensitivities; None to share out uniformly."""
+    """Return a function for a group's predicted loss at each size, in the sensitivities' unit; None if uniform."""
     if allocation == "uniform" or (allocation is None and not stats.sensitive):
         return None
     if not stats.sensitive:

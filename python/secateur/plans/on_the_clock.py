@@ -1,4 +1,4 @@
-"""A target for latency: choose sizes by a table, measure them, correct the table, and choose again."""
+"""Meets a target for latency: choose sizes by a table, measure them, correct the table, and choose again."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from ..statistics.settings import Float
 ROUNDS = 3
 
 
-# Measured / target that will do, and what is aimed at: the middle, since the clock errs to both sides.
+# The least measured / target that is accepted, and the aim: the middle, since the clock errs in both directions.
 _LOW, _AIM = 0.95, 0.98
 
 
 @dataclass(frozen=True)
 class LatencyReport:
-    """What became of a target for latency: fractions of the dense model's time of one batch.
+    """How a target for latency was met, as fractions of the dense model's time for one batch.
 
-    ``predicted`` is the table's word for the plan, after ``rounds`` − 1 corrections; ``measured`` the median of paired
-    runs, with its quartiles, or None where nothing was measured: on another machine than the table's.
+    ``predicted`` is the table's prediction for the plan, after ``rounds`` − 1 corrections; ``measured`` is the median
+    of paired runs, with its quartiles, or None if nothing was measured because the table is another machine's.
     """
 
     target: float
@@ -54,11 +54,11 @@ class LatencyReport:
 
     @property
     def compiled(self) -> bool:
-        """Was torch.compile the engine?"""
+        """Whether the engine was torch.compile."""
         return self.runtime == "torch.compile"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the report as JSON values."""
         return {
             **vars(self),
             "compiled": self.compiled,
@@ -68,11 +68,11 @@ class LatencyReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LatencyReport:
-        """Back from JSON values."""
+        """Build a report from its JSON values."""
         low_high = values["quartiles"]
         quartiles = None if low_high is None else (float(low_high[0]), float(low_high[1]))
         machine = Machine.from_dict(values["machine"])
-        # Files from before there were engines say "compiled" alone.
+        # Files from before engines existed have "compiled" only.
         former = {"runtime": "torch.compile" if values["compiled"] else "torch", "runtime_version": machine.pytorch}
         given = {name: value for name, value in values.items() if name != "compiled"}
         return cls(**{**former, **given, "quartiles": quartiles, "machine": machine})
@@ -90,20 +90,21 @@ def meet(
     choose: Callable[[Cost, float], dict[str, int]],
     measure: Callable[[Mapping[str, int]], tuple[float, tuple[float, float]]] | None,
 ) -> tuple[dict[str, int], LatencyReport]:
-    """Choose sizes by the table, measure them, correct the table by what was found, and choose again.
+    """Choose sizes by the table, measure them, correct the table by the result, and choose again.
 
-    Ends when measured / target lies in [0.95, 1], when nothing new is chosen, or after three rounds; then the slowest
-    of what kept the target is returned, or else, with a warning, the fastest.
+    Ends when measured / target lies in [0.95, 1], when no new sizes are chosen, or after three rounds. Returns the
+    slowest sizes that met the target, or else, with a warning, the fastest.
 
     Args:
         target: fraction of the dense model's time.
-        table: of this model.
-        anatomy: of the model that is planned for.
-        choose: gives sizes whose cost is at most a fraction of the dense one.
-        measure: gives the ratio to the dense model's time at some sizes, and its quartiles; None to go by the table.
+        table: latency table of this model.
+        anatomy: description of the model that is to be pruned.
+        choose: returns sizes whose cost is at most a given fraction of the dense cost.
+        measure: returns the ratio to the dense model's time at given sizes, and its quartiles; None to rely on the
+            table.
 
     Raises:
-        InvalidArgument: the target cannot be met, by the table or by what was measured; the text says what can.
+        InvalidArgument: the target cannot be met, by the table or as measured; the text says what can be.
     """
     cost = Latency(table, anatomy)
     tried: list[tuple[float, dict[str, int], LatencyReport]] = []
@@ -126,7 +127,7 @@ def meet(
             return sizes, report
         if any(sizes == before for _, before, _ in tried):
             break
-        # Nothing is cut: no clock is needed to know the ratio.
+        # Nothing is cut, so the ratio is known without measuring.
         measured, quartiles = (1.0, (1.0, 1.0)) if sizes == anatomy.sizes else measure(sizes)
         tried.append((measured, sizes, replace(report, measured=measured, quartiles=quartiles)))
         if _LOW * target <= measured <= target:
@@ -143,13 +144,13 @@ def meet(
 
 
 def _corrected(cost: Latency, measured: Sequence[tuple[Mapping[str, int], float]]) -> Latency:
-    """Bend the prediction to what was measured: by a factor at first, then by the line through the last two."""
+    """Correct the prediction by the measurements: by a factor at first, then by the line through the last two."""
     table = replace(cost, slope=1.0, offset=0.0)
     points = [(table.ratio(sizes), ratio) for sizes, ratio in measured[-2:]]
     predicted, found = points[-1]
     if len(points) == 2 and abs(predicted - points[0][0]) > 0.01:
         slope = (found - points[0][1]) / (predicted - points[0][0])
-        # A line through two points that lie near each other may be noise alone.
+        # A line through two points that are close together may be nothing but noise.
         if 1 / 3 < slope < 3:
             return replace(cost, slope=slope, offset=found - slope * predicted)
     return replace(cost, slope=found / predicted, offset=0.0)
@@ -160,7 +161,7 @@ def _chosen(choose: Callable[[Cost, float], dict[str, int]], cost: Cost, target:
         try:
             return choose(cost, _AIM * target)
         except InvalidArgument:
-            # Within the margin of what can be reached, or out of reach: the target itself tells which.
+            # The aim is out of reach; trying the target itself tells whether that is too.
             pass
     return choose(cost, target)
 
@@ -174,7 +175,7 @@ def table_for(
     batch_size: int | None,
     runtime: str | None,
 ) -> LatencyTable:
-    """The table that was given, or one measured now; a target that it says cannot be met is refused."""
+    """Return the given table, or measure one now; refuse a target that the table says cannot be met."""
     free = check_target(anatomy, target, **limits)
     if given is None:
         kinds = dict.fromkeys(group.kind for group in free)
@@ -182,7 +183,7 @@ def table_for(
     else:
         table = given if isinstance(given, LatencyTable) else _loaded(given)
         table.require(anatomy, batch_size, runtime)
-    # The smallest of everything: is every size in the table, and the target within reach? Before hours of work.
+    # Before hours of work, check with the smallest sizes that the table has every size and the target is within reach.
     allocate(anatomy, target, **limits, latency=Latency(table, anatomy), losses=lambda g: np.linspace(1, 0, g.size + 1))
     return table
 
@@ -195,7 +196,7 @@ def _loaded(path: str | Path) -> LatencyTable:
 
 
 def _other_engine(table: LatencyTable) -> str | None:
-    """What this machine has instead of the table's engine; None if it is the same."""
+    """Describe what this machine has instead of the table's engine; None if it is the same."""
     try:
         version = RUNTIMES.named(table.runtime).version
     except InvalidArgument as error:
@@ -213,13 +214,13 @@ def sizes_on_the_clock(
     losses: Callable[[Group], Float] | None,
     table: LatencyTable,
 ) -> tuple[Allocation, LatencyReport]:
-    """Sizes that meet a target for latency, measured where the table is this machine's and its engine's."""
+    """Choose sizes that meet a target for latency; measure them if the table is of this machine and engine."""
     assert target.latency is not None
     difference = table.machine.difference(Machine.here(device_of(model))) or _other_engine(table)
     if difference is not None:
         warnings.warn(
             f"latency_table: expected one of this machine, got one of {table.machine}; this has {difference}. "
-            "The plan is made for that machine by its table, and not measured.",
+            "The plan is made for that machine by its table, without measuring.",
             stacklevel=5,
         )
 

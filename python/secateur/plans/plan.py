@@ -1,4 +1,4 @@
-"""Which units stay: a Plan, made from statistics and a budget, bound to one model, saved as JSON."""
+"""The Plan: which units stay, made from statistics and a budget, bound to one model, saved as JSON."""
 
 from __future__ import annotations
 
@@ -24,19 +24,18 @@ _FORMAT = 1
 _WEIGHTS = "plan weights"
 
 
-# Equal where they are the same object: arrays and tensors have no equality that is one bool.
+# Equal only if they are the same object: comparing arrays and tensors does not return one bool.
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which units of which group stay, for one model.
+    """Which units of each group of one model stay, and how its weights change.
 
     ``keep`` maps a group to sorted indices, (heads, kept) or (1, kept); groups that stay whole are not in it.
-    ``weights`` maps parameters that do not keep their values to those they get, in their shape after the cut; biases
-    that the model does not have are added. A group that was turned to another basis keeps its first units there.
-    ``eps`` maps norms to the eps that they get, ``uncentred`` names the query/key norms that take the mean off no more.
-    ``params`` and ``macs`` are (before, after). ``latency`` tells what was
-    predicted and measured for a target for it, else it is None. ``loss``, where a target was shared out by errors, is
-    the loss that is predicted (in nats, see ``Statistics.sensitivity``) and what no choice of sizes within the target
-    can go below.
+    ``weights`` maps each changed parameter to its new values, in its shape after the cut; biases that the model does
+    not have are added. A group that was rotated to another basis keeps its first units there. ``eps`` maps norms to
+    their new eps, ``uncentred`` names the query/key norms that no longer subtract the mean. ``params`` and ``macs`` are
+    (before, after). ``latency`` holds what was predicted and measured for a target for latency, else it is None.
+    ``loss``, where a target was divided by errors, is the predicted loss (in nats, see ``Statistics.sensitivity``) and
+    a lower bound for any choice of sizes within the target.
     """
 
     method: str
@@ -55,7 +54,8 @@ class Plan:
         """Check that every index list fits the model; return the size each group will have.
 
         Raises:
-            InvalidArgument: an unknown group, or indices that are not sorted, unique, in range, or equally many a head.
+            InvalidArgument: an unknown group, or indices that are not sorted, unique, in range, or equally many in each
+                head.
         """
         sizes = dict(anatomy.sizes)
         for name, keep in self.keep.items():
@@ -111,7 +111,7 @@ class Plan:
                 raise InvalidArgument(f"plan.uncentred: expected norms of queries and keys that are cut, got {name!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values; of weights their names, shapes and types."""
+        """Return the plan as JSON values; weights are listed by name, shape and type."""
         return {
             "method": self.method,
             "options": dict(self.options),
@@ -129,11 +129,12 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON with a checksum; the same plan gives the same bytes.
 
-        Weights, where it has any, go to a second file beside it, NAME.weights.safetensors, which the JSON names by its
-        checksum; it is written first.
+        Weights, if any, are written first, to a second file beside it, NAME.weights.safetensors, whose checksum is in
+        the JSON.
 
         Raises:
-            InvalidArgument: the folder does not exist, or the plan has more than some million indices.
+            InvalidArgument: the folder does not exist, or the plan has more indices (some millions) than a file can
+                hold.
         """
         path = Path(path)
         values = self.to_dict()
@@ -142,7 +143,7 @@ class Plan:
         fields = _canonical(values)
         try:
             values = container.parse(fields)
-        except ValueError as error:  # what `load` would refuse
+        except ValueError as error:  # a plan that `load` would refuse
             raise InvalidArgument(f"plan: expected one that a file can hold, got {error}") from error
         if self.weights:
             container.write(_weights_path(path), _WEIGHTS, {}, self.weights)
@@ -155,12 +156,12 @@ class Plan:
         """Read a plan that ``save`` wrote.
 
         Raises:
-            InvalidArgument: no such file, another kind of file, a newer format, a checksum that does not match, or the
-                file of its weights missing or another plan's.
+            InvalidArgument: no such file, another kind of file, a newer format, a checksum that does not match, or a
+                weights file that is missing or belongs to another plan.
         """
         path = Path(path)
         if not path.is_file():
-            raise InvalidArgument(f"path: expected a secateur plan, got {path}, which is no file")
+            raise InvalidArgument(f"path: expected a secateur plan, got {path}, which is not a file")
         try:
             outer = documents.read_json(path)
             if not isinstance(outer, dict) or outer.get("secateur") != "plan":
@@ -191,7 +192,7 @@ class Plan:
         except InvalidArgument:
             raise
         except UnicodeDecodeError as error:
-            raise InvalidArgument(f"{path.name}: expected a secateur plan, got a file that is no text") from error
+            raise InvalidArgument(f"{path.name}: expected a secateur plan, got a file that is not text") from error
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise InvalidArgument(f"{path.name}: expected a secateur plan, got {error}") from error
 

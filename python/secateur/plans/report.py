@@ -1,4 +1,4 @@
-"""What a cut changed."""
+"""The report of what a cut changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..anatomy.show import render
 
 @dataclass(frozen=True)
 class Report:
-    """What a cut changed: each pair is (before, after), ``groups`` by name, sizes per head where per head."""
+    """What a cut changed: each pair is (before, after); ``groups`` is by name, with sizes per head where they apply."""
 
     params: tuple[int, int]
     macs: tuple[int, int]
@@ -22,7 +22,7 @@ class Report:
 
     @property
     def blocks(self) -> list[dict[str, tuple[int, int]]]:
-        """Per block: kind to (before, after)."""
+        """For each block, kind to (before, after)."""
         found: dict[str, dict[str, tuple[int, int]]] = {}
         for name, pair in self.groups.items():
             block, _, kind = name.rpartition(".")
@@ -31,7 +31,7 @@ class Report:
         return list(found.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the report as JSON values."""
         return {
             "params": list(self.params),
             "macs": list(self.macs),

@@ -1,1 +1,1 @@
-"""The process: ranks of a job, random generators, devices, the progress bar."""
+"""The process: ranks of a job, random generators, devices, and the progress bar."""

@@ -1,4 +1,4 @@
-"""Where a model is, and where it runs for a while."""
+"""Finds where a model is, and moves it to where it runs for a while."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return where the model's first parameter or buffer is; the CPU if it has none."""
+    """Return the device of the model's first parameter or buffer; the CPU if it has none."""
     for tensors in (model.parameters(), model.buffers()):
         for tensor in tensors:
             return tensor.device
@@ -23,10 +23,10 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def place_for(model: nn.Module, device: torch.device | str | None = None, *, argument: str = "model") -> torch.device:
-    """Return where a model is to run: ``device``, or else where it is.
+    """Return the device that a model is to run on: ``device``, or else its own.
 
     Raises:
-        InvalidArgument: it is no module or without weights (``argument`` names it), or there is no such device.
+        InvalidArgument: it is not a module or has no weights (``argument`` names it), or there is no such device.
     """
     if not isinstance(model, nn.Module):
         raise InvalidArgument(f"{argument}: expected an nn.Module, got {type(model).__name__}")
@@ -54,7 +54,7 @@ def borrowed(
     training: bool = False,
     argument: str = "model",
 ) -> Iterator[torch.device]:
-    """Put a model into one mode and on one device, and every module of it back afterwards, on an exception too.
+    """Move a model to a mode and a device while the block runs, and restore every module afterwards in any case.
 
     Raises:
         InvalidArgument: as `place_for`.

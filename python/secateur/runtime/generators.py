@@ -16,7 +16,7 @@ __all__ = ["get", "kept", "put", "seed"]
 
 
 def get(*places: torch.device) -> dict[str, Any]:
-    """Return the states: numbers and uint8 tensors. Of ``places`` those that are CUDA devices count."""
+    """Return the states as numbers and uint8 tensors; of ``places``, only CUDA devices count."""
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - transforms draw from the global generator
     state = {
         "python": random.getstate(),
@@ -28,7 +28,7 @@ def get(*places: torch.device) -> dict[str, Any]:
 
 
 def put(state: Mapping[str, Any], *places: torch.device) -> None:
-    """Put back what `get` returned for as many CUDA devices, or for none."""
+    """Restore the states that `get` returned, for the same number of CUDA devices or for none."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.default_generator.set_state(state["torch"])
@@ -37,9 +37,9 @@ def put(state: Mapping[str, Any], *places: torch.device) -> None:
 
 
 def seed(value: int, place: torch.device | None = None) -> None:
-    """Seed those that transforms draw from and, with ``place``, those of a model that is there.
+    """Seed the generators that transforms draw from and, with ``place``, those that a model on that device uses.
 
-    torch.manual_seed would seed every GPU, for good those that nobody uses yet.
+    torch.manual_seed would seed every GPU, permanently even those that are not in use yet.
     """
     random.seed(value)
     np.random.seed(value % 2**32)  # noqa: NPY002
@@ -54,7 +54,7 @@ def seed(value: int, place: torch.device | None = None) -> None:
 
 @contextmanager
 def kept(*places: torch.device) -> Iterator[None]:
-    """Leave the generators as they were, on an exception too."""
+    """Restore the generators after the block, even after an exception."""
     state = get(*places)
     try:
         yield

@@ -1,4 +1,4 @@
-"""One progress bar for everything that takes long; silent where nobody watches."""
+"""One progress bar for everything that takes long; silent if stderr is not a terminal."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def progress(
 ) -> Generator[Advance, None, None]:
     """Show done / total, units per second and the remaining time on stderr while the block runs.
 
-    Nothing is written, and nothing is left behind, when stderr is not a terminal, or with ``silent``. ``total=None``
-    stands for an unknown length: the bar pulses and no remaining time is given. A bar within the block of another is
-    shown below it.
+    Nothing is written if stderr is not a terminal, or with ``silent``, and nothing remains afterwards. ``total=None``
+    means an unknown length: the bar pulses and shows no remaining time. A bar within the block of another is shown
+    below it.
     """
     if silent:
         yield _ignore
@@ -47,7 +47,7 @@ def progress(
         try:
             yield advance
         finally:
-            # The last look at a display has its outermost bar.
+            # The outermost bar stays until the display ends.
             if len(bar.tasks) > 1:
                 bar.remove_task(task)
 
@@ -57,7 +57,7 @@ _shown: Progress | None = None
 
 @contextmanager
 def _display() -> Generator[Progress | None, None, None]:
-    """Show the bars of this block, one below the other: two displays at once would write over each other."""
+    """Show the bars of this block, one below the other, since two displays at once would overwrite each other."""
     global _shown
     from rich.console import Console
 

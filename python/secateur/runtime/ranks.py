@@ -1,4 +1,4 @@
-"""The processes of a torchrun job: meeting, failing together, and telling each other numbers."""
+"""The processes of a torchrun job: they meet, fail together, and exchange numbers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Ranks", "first", "joined"]
 
-# A rank that dies is noticed at once, by its closed connection; this is for one that hangs. It is long because the
-# others wait through the validation of the first.
+# A rank that dies is noticed at once by its closed connection; this limit is for one that hangs. It is long because
+# all others wait while the first rank validates.
 _PATIENCE = 3600.0
 _PATIENCE_VARIABLE = "SECATEUR_RANK_TIMEOUT"
 _meetings = count()
@@ -30,9 +30,9 @@ _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Ranks:
-    """The ranks of a job, or of a process on its own (``size`` 1), where nothing is sent.
+    """The ranks of a job; a process on its own has ``size`` 1, and nothing is sent.
 
-    ``lost`` says that a rank did not answer: nothing more can be done together.
+    ``lost`` says that a rank did not answer, so nothing more can be done together.
     """
 
     def __init__(self, group: distributed.ProcessGroup | None = None) -> None:
@@ -43,13 +43,13 @@ class Ranks:
 
     @contextmanager
     def together(self, numbers: int = 0) -> Iterator[list[float]]:
-        """Run a block that ends well on all ranks or raises on all of them.
+        """Run a block that succeeds on all ranks or raises on all of them.
 
         Yields as many zeros as ``numbers`` to write into; after the block they are the sums over ranks, in float64.
 
         Raises:
-            Error: the block raised on another rank; the text names it. Of the other's class where it is one of ours.
-                Or a rank died, or said nothing for too long.
+            Error: the block raised on another rank (the text names the rank, and the class is the same if it is
+                secateur's), or a rank died or did not answer in time.
         """
         totals = [0.0] * numbers
         failure: Exception | None = None
@@ -84,7 +84,7 @@ class Ranks:
         return found
 
     def add(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors on the CPU by their sums over ranks, in their own types; every rank gives as many."""
+        """Replace tensors on the CPU by their sums over ranks, in their own types; all ranks pass the same number."""
         if self._group is not None:
             with self._answering():
                 for tensor in tensors:
@@ -94,7 +94,7 @@ class Ranks:
     def _answering(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # what gloo raises when a connection is closed, or nothing comes over it
+        except RuntimeError as error:  # gloo's error for a closed or silent connection
             self.lost = True
             raise Error(
                 f"ranks: expected all {self.size} to answer within {_patience():g} s, got one that died or hangs"
@@ -104,7 +104,7 @@ class Ranks:
         """Refuse values that are not the same on every rank.
 
         Raises:
-            InvalidArgument: one differs; on all ranks.
+            InvalidArgument: a value differs; raised on all ranks.
         """
         all_values = self.gather(values)
         for name, value in all_values[0].items():
@@ -116,18 +116,18 @@ class Ranks:
                     )
 
     def parallel(self, model: nn.Module) -> Callable[..., Any]:
-        """Return what to call in the model's place, so that gradients are the mean over the ranks.
+        """Return a callable to use instead of the model, so that gradients are averaged over the ranks.
 
-        All ranks' models take the parameters and buffers of the first.
+        The parameters and buffers of the first rank's model are copied to all ranks.
         """
         return model if self._group is None else DistributedDataParallel(model)
 
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Overwrite gradients by their mean over the ranks, as a backward pass of `parallel` does; none is zero."""
+        """Replace gradients by their mean over ranks, as a backward pass of `parallel` does; a missing one is zero."""
         if self._group is not None:
             for parameter in parameters:
                 found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                # Row-major, as memory is what is added; divided first, for float16 has no room for the sum.
+                # Row-major, because raw memory is added; divided first, because the sum may overflow float16.
                 parameter.grad = (found / self.size).contiguous()
                 distributed.all_reduce(parameter.grad)
 
@@ -138,7 +138,7 @@ class Ranks:
                 distributed.broadcast(tensor.detach(), 0)
 
     def device(self, device: torch.device | str | None) -> torch.device | str | None:
-        """Return the device meant: "cuda" on several ranks is the GPU of the local rank."""
+        """Return the actual device: "cuda" on several ranks is the GPU of the local rank."""
         if self._group is None or str(device) != "cuda" or "LOCAL_RANK" not in os.environ:
             return device
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -146,17 +146,17 @@ class Ranks:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Meet the other ranks: those of the process group there is, or else of torchrun's environment, or none.
+    """Meet the other ranks: of the current process group, or of torchrun's environment, or none.
 
-    A process group made here is destroyed at the end, the caller's is left. A rank may say nothing for an hour, or for
-    the seconds in the environment variable SECATEUR_RANK_TIMEOUT.
+    A process group made here is destroyed at the end, but not the caller's. A rank has an hour to answer, or the
+    seconds in the environment variable SECATEUR_RANK_TIMEOUT.
     """
     launched = all(name in os.environ for name in _ENVIRONMENT) and int(os.environ["WORLD_SIZE"]) > 1
     ours = distributed.is_available() and launched and not distributed.is_initialized()
     if ours:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         store, rank, size = _store(_patience())
-        # A second group must not find the addresses of the first.
+        # A second group must not read the addresses of the first.
         store = distributed.PrefixStore(f"secateur/{next(_meetings)}", store)
         patience = timedelta(seconds=_patience())
         distributed.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=size)
@@ -164,7 +164,7 @@ def joined() -> Iterator[Ranks]:
         if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
             yield Ranks()
             return
-        # Numbers and errors go over a group of the CPU's, whatever the gradients go over.
+        # Numbers and errors use a CPU group, whatever the gradients use.
         group: Any = distributed.new_group(backend="gloo", timeout=timedelta(seconds=_patience()))
         try:
             yield Ranks(group)
@@ -176,7 +176,7 @@ def joined() -> Iterator[Ranks]:
 
 
 def _patience() -> float:
-    """Return the seconds that a rank may say nothing."""
+    """Return the seconds that a rank has to answer."""
     text = os.environ.get(_PATIENCE_VARIABLE, str(_PATIENCE))
     try:
         return check.number(_PATIENCE_VARIABLE, float(text), open_low=True)
@@ -186,13 +186,13 @@ def _patience() -> float:
 
 @cache
 def _store(patience: float) -> tuple[Any, int, int]:
-    """Return where the ranks meet, which stays: a rank may come back while another has not yet left."""
+    """Return the store where the ranks meet; it stays open, since one rank may return while another is still in it."""
     found: tuple[Any, int, int] = next(distributed.rendezvous("env://", timeout=timedelta(seconds=patience)))
     return found
 
 
 def first() -> bool:
-    """Whether this process is the one that writes and prints: rank 0, or a process on its own."""
+    """Return whether this process is the one that writes and prints: rank 0, or a process on its own."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank() == 0
     return not all(name in os.environ for name in _ENVIRONMENT) or int(os.environ["RANK"]) == 0

@@ -1,4 +1,4 @@
-"""What a search is for: which models it accepts, and from which of them it cuts further."""
+"""The objectives of a search: which models it accepts, and which of them it cuts further."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Cost = Literal["params", "macs"]
 
 @dataclass(frozen=True)
 class Measures:
-    """What a round measured: counts, the accuracy in percent, and latency as a share of the dense model's."""
+    """The measurements of a round: counts, accuracy in percent, and latency as a fraction of the dense model's."""
 
     params: int
     macs: int
@@ -33,14 +33,14 @@ class Measures:
 
 
 class Verdict(NamedTuple):
-    """``further``: the search goes on from this model, or else rolls back; ``accepted``: it may be the answer."""
+    """``further``: the search continues from this model, else it rolls back; ``accepted``: it may be the answer."""
 
     further: bool
     accepted: bool
 
 
 def _keep(objective: object, **values: float) -> None:
-    """Plain numbers, which files can hold, whatever they came as."""
+    """Store values as plain numbers, whatever their type was, so that files can hold them."""
     for name, value in values.items():
         object.__setattr__(objective, name, value)
 
@@ -50,7 +50,7 @@ class AccuracyCritical:
     """As small as possible with at most ``max_drop`` points of accuracy lost.
 
     A model is accepted, and cut further, while its accuracy is at most ``max_drop`` percentage points below the dense
-    model's. ``cost`` is what the search takes away: "params" or "macs".
+    model's. ``cost`` is what the search reduces: "params" or "macs".
 
     Raises:
         InvalidArgument: a negative drop, or another cost.
@@ -65,9 +65,9 @@ class AccuracyCritical:
             raise InvalidArgument(f"objective.cost: expected 'params' or 'macs', got {self.cost!r}")
 
     def judge(self, found: Measures, dense: Measures, best: Measures | None) -> Verdict:
-        """Judge a round; ``best`` is the last accepted one before it."""
+        """Judge a round; ``best`` is the last round accepted before it."""
         del best
-        # Percentages of a count of images: a drop of exactly max_drop is one, whatever rounding makes of it.
+        # Tolerate rounding: a drop of exactly max_drop must be accepted.
         met = dense.accuracy - found.accuracy <= self.max_drop + 1e-9
         return Verdict(met, met)
 
@@ -79,9 +79,9 @@ class AccuracyCritical:
 class MemoryConstrained:
     """At most ``params`` (a fraction of the dense model's) parameters, as accurate as possible.
 
-    A model within the budget is accepted if none accepted before it is more accurate. The search cuts further from
-    models that have not lost more than was asked for, which is how AAP's released code reads its parameter target, and
-    rolls back behind those that have.
+    A model within the budget is accepted if no model accepted before it is more accurate. As AAP's released code treats
+    its parameter target, the search cuts further while a model has not lost more than the budget asks for, and rolls
+    back after one that has.
 
     Raises:
         InvalidArgument: a fraction outside (0, 1].
@@ -94,11 +94,11 @@ class MemoryConstrained:
 
     @property
     def cost(self) -> Cost:
-        """What the search takes away."""
+        """The cost that the search reduces."""
         return "params"
 
     def judge(self, found: Measures, dense: Measures, best: Measures | None) -> Verdict:
-        """Judge a round; ``best`` is the last accepted one before it."""
+        """Judge a round; ``best`` is the last round accepted before it."""
         return _judge_budget(found.params / dense.params, self.params, found, best)
 
     def __str__(self) -> str:
@@ -109,9 +109,9 @@ class MemoryConstrained:
 class LatencySensitive:
     """At most ``macs`` of the dense model's MACs, or ``latency`` of its measured time, as accurate as possible.
 
-    Acceptance as for `MemoryConstrained`. Exactly one fraction is given. Latency is measured by ``bench`` beside the
-    dense model, on ``batch_size`` images, as the inverse median of ``repeats`` paired ratios, both run by the engine
-    ``runtime``; the search moves MACs.
+    Models are accepted as for `MemoryConstrained`. Give exactly one of the two fractions. Latency is measured by
+    ``bench`` against the dense model, on ``batch_size`` images, as the inverse median of ``repeats`` paired ratios,
+    both run by the engine ``runtime``; the search itself varies MACs.
 
     Raises:
         InvalidArgument: both or neither, a fraction outside (0, 1], a number below 1, or no such engine.
@@ -137,11 +137,11 @@ class LatencySensitive:
 
     @property
     def cost(self) -> Cost:
-        """What the search takes away."""
+        """The cost that the search reduces."""
         return "macs"
 
     def judge(self, found: Measures, dense: Measures, best: Measures | None) -> Verdict:
-        """Judge a round; ``best`` is the last accepted one before it."""
+        """Judge a round; ``best`` is the last round accepted before it."""
         if self.macs is not None:
             return _judge_budget(found.macs / dense.macs, self.macs, found, best)
         assert self.latency is not None
@@ -157,7 +157,7 @@ Objective: TypeAlias = AccuracyCritical | MemoryConstrained | LatencySensitive
 
 
 def settings_of(objective: Objective) -> dict[str, Any]:
-    """Name and fields as JSON values; the engine only where it is not torch, so that older files are read as equal."""
+    """Return name and fields as JSON values; the engine only if it is not torch, as in older files."""
     fields = asdict(objective)
     if fields.get("runtime") == "torch":
         del fields["runtime"]

@@ -1,4 +1,4 @@
-"""What a search did, round by round: a table, a plot, a file; and the model it answers with."""
+"""The result of a search: its rounds as a table, a plot and a file, and the model that is its answer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FIGURE_FORMATS = (".pdf", ".png", ".svg")
 
 
 def check_figure(path: str | os.PathLike[str]) -> Path:
-    """Return the path of a figure that can be drawn.
+    """Return the path of a figure, after checking that it can be drawn.
 
     Raises:
         InvalidArgument: as `SearchResult.plot`.
@@ -46,13 +46,14 @@ def check_figure(path: str | os.PathLike[str]) -> Path:
 
 @dataclass(frozen=True)
 class Round:
-    """One round of a search; round 0 is the dense model as it was measured.
+    """One round of a search; round 0 is the measured dense model.
 
-    ``threshold`` (T) is the fraction of the dense model's cost that was to go, ``step`` (λ) the step in force, ``base``
-    the round whose model was cut. ``params`` and ``macs`` are counts. Of ``top1`` and ``agreement`` (with the dense
-    model's answers, where the images have no labels), both in percent, one is None. ``latency`` is a share of the dense
-    model's, None unless the objective asks for it. All are None where T is more than can be cut. ``accepted`` says
-    whether the model meets the objective, ``move`` what the search did next: "grow", "halve", "return" or "end".
+    ``threshold`` (T) is the fraction of the dense model's cost to be removed, ``step`` (λ) the step at that time,
+    ``base`` the round whose model was cut. ``params`` and ``macs`` are counts. Either ``top1`` or, if the images have
+    no labels, ``agreement`` with the dense model's predictions is given, in percent; the other is None. ``latency`` is
+    a fraction of the dense model's, None unless the objective asks for it. All are None if T is more than can be cut.
+    ``accepted`` says whether the model meets the objective; ``move`` is the next step of the search: "grow", "halve",
+    "return" or "end".
     """
 
     threshold: float
@@ -68,7 +69,7 @@ class Round:
 
     @property
     def measures(self) -> Measures | None:
-        """What was measured; None if there was no model."""
+        """The measurements; None if there was no model."""
         accuracy = self.agreement if self.top1 is None else self.top1
         if self.params is None or self.macs is None or accuracy is None:
             return None
@@ -79,9 +80,10 @@ class Round:
 class SearchResult:
     """The answer of a search, and how it was found.
 
-    ``model`` is the last accepted model, or where none was accepted a copy of the dense one; ``round`` its place in
-    ``history``, 0 for the dense one. ``plan`` makes it of the dense model by ``prune``; it is None for the dense model,
-    and where models were fine-tuned, whose weights no plan holds. ``resumed`` counts the rounds that a file brought.
+    ``model`` is the last accepted model or, if none was accepted, a copy of the dense one; ``round`` is its index in
+    ``history``, 0 for the dense one. With ``plan``, ``prune`` makes it from the dense model; ``plan`` is None for the
+    dense model, and after fine-tuning, since a plan does not hold trained weights. ``resumed`` is the number of rounds
+    read from a file.
     """
 
     model: nn.Module
@@ -93,11 +95,11 @@ class SearchResult:
 
     @property
     def accepted(self) -> bool:
-        """Was a model accepted? If not, the answer is the dense one."""
+        """Whether a model was accepted; if not, the answer is the dense model."""
         return self.round > 0
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, without model and plan."""
+        """Return the result as JSON values, without model and plan."""
         return {
             "objective": {"name": type(self.objective).__name__, **asdict(self.objective)},
             "accepted": self.accepted,
@@ -106,7 +108,7 @@ class SearchResult:
         }
 
     def save_history(self, path: str | os.PathLike[str]) -> None:
-        """Write objective and history as JSON, what `to_dict` returns.
+        """Write objective and history as JSON, as returned by `to_dict`.
 
         Raises:
             InvalidArgument: the folder does not exist.
@@ -115,7 +117,7 @@ class SearchResult:
             temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the threshold of every round, and accuracy over what is left of the cost; needs matplotlib.
+        """Draw the threshold of every round, and the accuracy over the remaining cost; needs matplotlib.
 
         Args:
             path: a .png, .svg or .pdf file.

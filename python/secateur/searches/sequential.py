@@ -1,4 +1,4 @@
-"""Prune block by block: each block's statistics are taken with what stands before it already pruned."""
+"""Prunes block by block: each block's statistics are collected with the blocks before it already pruned."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ def prune_sequential(
     layout: str = "exact",
     **options: Any,
 ) -> Report:
-    """Prune a model in place, block by block, so that each block is fitted to what the pruned ones before it give.
+    """Prune a model in place, block by block, fitting each block to the outputs of the pruned ones before it.
 
-    How much of each group stays is fixed first, on the dense model: with a target from one calibration of all of it
-    (unless ``allocation="uniform"``, which needs none). Then, from the first block to the last: calibrate, plan and
-    prune the block, holding the statistics of that block alone; the residual width comes last. The loader is read once
-    for each of these, and forward passes end behind the block.
+    The sizes of all groups are fixed first, on the dense model; with a target, this needs a calibration of the whole
+    model (unless ``allocation="uniform"``). Then each block, from the first to the last, is calibrated, planned and
+    pruned, with only its own statistics in memory; the residual width comes last. The loader is read once for each of
+    these calibrations, and forward passes end after the block.
 
-    All is done on a copy; the model is changed at the end, or not at all.
+    Everything is done on a copy; the model is changed at the end, or not at all.
 
     Args:
         model: a supported timm model.
-        loader: as for ``calibrate``; it is read several times and has to give the same images.
+        loader: as for ``calibrate``; it is read several times and must yield the same images each time.
         method: as for ``plan``.
-        target: as for ``plan``.
-        ratios: as for ``plan``.
+        target: fraction kept, as for ``plan``.
+        ratios: fraction removed by kind or group, or a per-block file, as for ``plan``.
         groups: as for ``plan``.
         freeze: as for ``plan``.
         min_keep: as for ``plan``.
@@ -77,14 +77,14 @@ def prune_sequential(
         latency_table: as for ``plan``.
         batch_size: as for ``plan``.
         runtime: as for ``plan``.
-        max_images: images per calibration.
+        max_images: the largest number of images per calibration; None for all.
         token_fraction: as for ``calibrate``.
         layout: as for ``prune``.
-        **options: the method's own.
+        **options: options of the method.
 
     Raises:
         InvalidArgument: an argument that does not fit, or an iterator, which can be read only once.
-        Unsupported: the model is of no supported family, or does not allow a cut or the layout.
+        Unsupported: the model is not of a supported family, or does not allow a cut or the layout.
     """
     check_layout(layout)
     if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
@@ -147,7 +147,7 @@ def prune_sequential(
 
 
 def _stages(anatomy: Anatomy, sizes: Mapping[str, int]) -> Iterator[tuple[int | None, dict[str, float]]]:
-    """Each block that loses anything with the fraction removed of its groups; last None, for the width."""
+    """Yield each block that is cut with the fraction removed of its groups; last None, for the width."""
     blocks: dict[int | None, dict[str, float]] = {}
     for group in sorted(anatomy.groups, key=lambda group: (group.block is None, group.block or 0)):
         if sizes[group.name] < group.size:

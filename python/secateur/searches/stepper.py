@@ -1,4 +1,4 @@
-"""How a search moves its one scalar: grow, roll back and halve, return. Knows nothing of models."""
+"""How a search varies its one scalar: grow, roll back and halve, return. Knows nothing about models."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ MISSES = 3
 class Stepper:
     """AAP's adaptive rule (arXiv:2303.08595, as in the authors' released code) for the threshold T and its step λ.
 
-    ``threshold`` and ``step`` are those of the round to come, ``base`` the round whose model it cuts. Round 0 is the
-    dense model at T = 0, which has no base. With b the last round that was kept, after each round `tell`:
+    ``threshold`` and ``step`` are for the next round, ``base`` is the round whose model it cuts. Round 0 is the dense
+    model at T = 0, which has no base. With b the last round that was kept, after each round `tell` moves as follows:
 
     - kept: T ← T + λ, and the next round cuts this one's model;
     - missed once or twice since b: λ ← λ_b / 2 or λ_b / 4, T ← T_b + λ, and the next round cuts b's model;
     - missed three times: λ ← λ / 2, T ← T_b, the next round starts from b's model, and b is forgotten: if that round
       misses too, the one kept before b takes its place;
-    - missed with none left: the search is over, and ``base`` and ``threshold`` mean nothing.
+    - missed with no kept round left: the search is over, and ``base`` and ``threshold`` have no meaning.
     """
 
     def __init__(self, step: float) -> None:
@@ -34,14 +34,14 @@ class Stepper:
 
     @property
     def reachable(self) -> set[int]:
-        """The rounds whose models may still be cut."""
+        """Return the rounds whose models may still be cut."""
         return {*self._kept, *(() if self.base is None else (self.base,))}
 
     def tell(self, further: bool) -> Move:
-        """Say how the round went, and move on.
+        """Record the outcome of the round, and choose the next.
 
         Args:
-            further: the round is kept, and cut further.
+            further: whether the round is kept, and cut further.
         """
         self._rounds.append((self.threshold, self.step))
         if further:

@@ -1,4 +1,4 @@
-"""What calibration collects: sums over images that serve every method and budget."""
+"""Calibration statistics: sums over images that serve every method and budget."""
 
 from .statistics import Statistics
 

@@ -1,4 +1,4 @@
-"""Run calibration images through a model and collect what every method needs, leaving the model as it was."""
+"""Runs calibration images through a model and collects what every method needs, without changing the model."""
 
 from __future__ import annotations
 
@@ -37,50 +37,52 @@ def calibrate(
     resume: str | Path | None = None,
     checkpoint_every: int | None = None,
 ) -> Statistics:
-    """Collect the statistics of a model over images: no labels, no gradients but by request, the model left as it was.
+    """Collect statistics of a model over images. It needs no labels and does not change the model.
 
-    Query/key importance is SNP's (Shim et al., SNP, ECCV 2024, arXiv:2404.11630): per image, how much each neuron's
-    rank-one map agrees with the leading ``gamma`` singular directions of the head's attention scores.
+    Gradients are computed only with ``head_gradients``. Query/key importance is SNP's (Shim et al., SNP, ECCV 2024,
+    arXiv:2404.11630): per image, how much each neuron's rank-one map agrees with the leading ``gamma`` singular
+    directions of the head's attention scores.
 
     Under torchrun, or in any initialised process group, all ranks must call this with the same arguments and the same
-    weights, each on a device of its own. Each runs its share of the images; all return the sums over all of them, up to
-    the order of addition (1e-12) those of one process with the same loader. The ranks go on batch by batch together.
-    What is raised on one ends the run on all; so does a rank that dies, or says nothing for an hour (for the seconds
-    in SECATEUR_RANK_TIMEOUT). The first rank alone reads and writes ``resume``, and shows progress.
+    weights, each on its own device. Each rank runs its share of the images, and all return the sums over all images,
+    equal to those of one process with the same loader up to the order of addition (1e-12). The ranks proceed together,
+    batch by batch. An error on one rank ends the run on all; so does a rank that dies, or does not answer for an hour
+    (or the seconds in SECATEUR_RANK_TIMEOUT). Only the first rank reads and writes ``resume`` and shows progress.
 
     Args:
-        model: a supported timm model, on any device. On a CUDA device the statistics are computed there: by the core
-            where it was built with CUDA (``core.runtime.has_cuda()``), or by torch in float64, which is slower.
-        loader: batches of images (B, C, H, W), normalised as the model's data configuration says, or sequences whose
-            first item they are. It is read once, front to back. On several ranks one of `data.loader` is shared out
-            among them batch by batch; any other must give each rank images of its own, and counts as if the ranks' next
-            batches always followed one another.
+        model: a supported timm model, on any device. On a CUDA device the statistics are computed there: by the core if
+            it was built with CUDA (``core.runtime.has_cuda()``), else by torch in float64, which is slower.
+        loader: batches of images (B, C, H, W), normalised as in the model's data configuration, or sequences with them
+            as the first item. It is read once, from start to end. On several ranks, a loader made by `data.loader` is
+            divided among them batch by batch; any other loader must yield different images on each rank, and images are
+            numbered as if the ranks took turns, batch by batch.
         max_images: stop after exactly this many images; None for all.
         collect: "scores" for query/key importance only, "all" for the second moments of queries, keys, values,
             projection inputs, FFN hidden units and the residual stream as well.
-        gamma: leading singular directions that count.
-        token_fraction: share of the tokens that feed the moments, rotating from image to image: every k-th token, with
-            k = round(1 / token_fraction). Importance uses all tokens.
-        sensitivity: more passes over the first 128 images or fewer: how much the output moves when one group's part
-            of the model is disturbed, or a layer is missing; see ``Statistics.sensitivity``. Plans weigh errors by it.
-        head_gradients: score heads by gradients as well, on the same images; see ``Statistics.head_importance``.
-        resume: a statistics file. If it exists, its images are skipped in the loader, which must give the same images
-            in the same order, and the sums go on from there. The result is written to it; so is what was collected
-            when the loader fails, an image holds NaN or Inf, or the run is interrupted between two batches.
-            On several ranks the loader must be of `data.loader`, then their number may change; what was collected is
-            written unless a rank died or is interrupted.
-        checkpoint_every: also write ``resume`` after every so many batches (of each rank).
+        gamma: number of leading singular directions that count.
+        token_fraction: fraction of the tokens used for the moments: every k-th token, with k = round(1 /
+            token_fraction), starting at another one in each image. Importance uses all tokens.
+        sensitivity: also measure, in more passes over at most the first 128 images, how much the output changes when
+            one group's part of the model is disturbed, or a layer is removed; see ``Statistics.sensitivity``. Plans
+            weight errors by it.
+        head_gradients: also score heads by gradients, on the same images; see ``Statistics.head_importance``.
+        resume: a statistics file. If it exists, its images are skipped in the loader, which must yield the same images
+            in the same order, and its sums are continued. The result is written to it; so are the sums so far when the
+            loader fails, an image holds NaN or Inf, or the run is interrupted between two batches. On several ranks the
+            loader must be made by `data.loader`, and their number may change; the sums so far are written unless a rank
+            died or is interrupted.
+        checkpoint_every: also write ``resume`` each time after this many batches (of each rank).
 
     Returns:
-        Sums in two folds, even and odd images.
+        The sums, in two folds: even and odd images.
 
     Raises:
-        InvalidArgument: an argument out of range, batches that are no images of the model's size, a ``resume`` file
-            of another model or settings, or one of more images than are asked for.
-        Unsupported: the model is of no supported family; on several ranks a stream, or ``resume`` with a loader that
-            is not of `data.loader`.
-        NumericalError: NaN or Inf in an image or a layer; the text names layer and place.
-        Error: another rank raised something that is not of secateur, died or hangs.
+        InvalidArgument: an argument out of range, batches that are not images of the model's size, or a ``resume`` file
+            of another model, of other settings, or with more images than asked for.
+        Unsupported: the model is not of a supported family; or, on several ranks, a stream, or ``resume`` with a loader
+            not made by `data.loader`.
+        NumericalError: NaN or Inf in an image or a layer; the text names the layer and the position.
+        Error: another rank raised an error that is not secateur's, died or hangs.
         OSError: ``resume`` cannot be written.
     """
     with joined() as ranks:
@@ -103,7 +105,7 @@ def calibrate(
             )
             observer = Observer(anatomy, settings)
             if ranks.size > 1 and path is not None and not isinstance(loader, ImageLoader):
-                # Which images the others would have had cannot be told from it.
+                # Such a loader does not tell which images the other ranks would have had.
                 raise Unsupported(
                     f"resume: expected a loader of data.loader on several ranks, got {type(loader).__name__}"
                 )
@@ -145,7 +147,7 @@ def _check(
 
 
 def _agree(ranks: Ranks, settings: Settings) -> None:
-    """Refuse ranks that calibrate different models, or in different ways."""
+    """Refuse ranks that calibrate different models, or with different settings."""
     first, *others = (Settings.from_dict(fields) for fields in ranks.gather(settings.to_dict()))
     for rank, other in enumerate(others, 1):
         first.fingerprint.require(other.fingerprint, f"rank {rank}: model", strict=True)
@@ -155,9 +157,9 @@ def _agree(ranks: Ranks, settings: Settings) -> None:
 def calibrate_block(
     model: nn.Module, loader: Iterable[Any], block: int | None, *, max_images: int | None, token_fraction: float
 ) -> Statistics:
-    """Statistics of one block's groups alone, from forward passes that end behind it; of all norms where None.
+    """Collect statistics of one block's groups only, in passes that end after it; of all norms if it is None.
 
-    The arguments are those of ``calibrate`` and have been checked.
+    The arguments are those of ``calibrate``, already checked.
     """
     anatomy = family_of(model).inspect(model)
     settings = Settings(Fingerprint.of(model, anatomy), 8, "all", token_fraction, "", _data_configuration(model))
@@ -165,7 +167,7 @@ def calibrate_block(
 
 
 def _data_configuration(model: nn.Module) -> dict[str, Any]:
-    """The model's own data configuration, as JSON values; empty for a model that timm's factory did not make."""
+    """Return the model's own data configuration as JSON values; empty if timm's factory did not make it."""
     if not getattr(model, "pretrained_cfg", None):
         return {}
     config = data_config(model)

@@ -1,4 +1,4 @@
-"""Watches a model's forward passes, and hands what its layers' taps read to the collectors."""
+"""Watches a model's forward passes and passes what its layers' taps read to the collectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..anatomy import Anatomy, Layer, Part, Tap
+from ..anatomy import Anatomy, Part, Tap
 from ..errors import InvalidArgument, NumericalError
 from ..runtime.ranks import Ranks
 from .collectors import Accumulator, Position, collectors
@@ -26,32 +26,31 @@ _ALONE = Ranks()
 
 
 class EnoughError(Exception):
-    """Everything that is observed has been seen; the rest of the forward pass is of no interest."""
+    """Everything that is observed has been seen, so the forward pass can end here."""
 
 
 class Observer:
-    """The accumulators of everything that is observed, and how far they are."""
+    """The accumulators of everything that is observed, and their position."""
 
     def __init__(
         self, anatomy: Anatomy, settings: Settings, *, only: int | None = None, norms: bool | None = None
     ) -> None:
-        """Observe all of a model, or the layers of block ``only``, or with ``norms`` the norms (and one attention)."""
+        """Observe the whole model, or the layers of block ``only``, or with ``norms`` the norms (and one attention)."""
         self.position = Position()
         self.whole = True
         self.settings = settings
         self.sensitivity: dict[str, Float] = {}
-        first = next((_block(anatomy, layer) for layer in anatomy.attention), None)
+        first = next((anatomy.block_of(layer) for layer in anatomy.attention), None)
         blocks = None if norms is None else {first if only is None else only}
-        # Attention first: its sums count the images.
+        # Attention comes first: its sums count the images.
         layers = [*anatomy.attention, *anatomy.ffn]
-        self._layers = [each for each in layers if blocks is None or _block(anatomy, each) in blocks]
-        # In front of query/key norms, whose inputs a change of basis has to know.
+        self._layers = [each for each in layers if blocks is None or anatomy.block_of(each) in blocks]
+        # Before query/key norms, whose inputs must be known for a change of basis.
         normed = {layer.input_norm for layer in self._layers if {"query", "key"} <= layer.norms.keys()}
         self._norms = [norm for norm in anatomy.norms if norms is None or norms or norm.name in normed]
-        self._last = None
-        if norms is False:
-            last = [layer for layer in reversed(self._layers) if layer.kind == "ffn"] or self._layers
-            self._last = last[0].writer
+        # Forward passes of one block end after its last layer.
+        inside = [each.writer for each in anatomy.layers.values() if each in self._layers]
+        self._last = inside[-1] if norms is False else None
         seen: list[Mapping[Part, Tap]] = [layer.taps for layer in self._layers]
         seen += [{"stream": norm.tap} for norm in self._norms]
         shapes = {g.name: (g.heads, g.size) for g in anatomy.groups}
@@ -59,21 +58,21 @@ class Observer:
         for taps in seen:
             order = list(taps.values())
             found = [each for collector in collectors for each in collector.open(taps, settings, shapes)]
-            # As the data comes by: errors name what is wrong first.
+            # In the order of a forward pass, so that errors name the first cause.
             self._accumulators += sorted(found, key=lambda each: order.index(each.taps[0]))
         if not any(tap.maps_per_image == 1 for layer in anatomy.attention for tap in [layer.taps["query"]]):
             self._accumulators.append(_Count())
 
     @property
     def images(self) -> int:
-        """Images that all ranks have seen."""
+        """Number of images that all ranks have seen."""
         return self.position.images
 
     @contextmanager
     def batch(self, start: int, end: int) -> Iterator[None]:
-        """One forward pass of images from number ``start`` on; ``end`` have been seen when all ranks are through.
+        """Observe one forward pass of images from number ``start`` on; all ranks together will have seen ``end``.
 
-        If it fails halfway, some layers have seen images that others have not.
+        After a failure halfway, some layers have seen images that others have not.
         """
         self.whole = False
         self.position.images = start
@@ -82,14 +81,14 @@ class Observer:
         self.whole = True
 
     def wait(self) -> None:
-        """Wait for what a device has been given to do.
+        """Wait for the work that was started on a device.
 
         Raises:
             NumericalError: a value that was not finite.
         """
         first: NumericalError | None = None
         for accumulator in self._accumulators:
-            # All of them: what one is left with would be taken for the next batch's.
+            # Wait for all: an error left in one would be taken for the next batch's.
             try:
                 accumulator.wait()
             except NumericalError as error:
@@ -99,7 +98,7 @@ class Observer:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Wait for every layer, so that errors come from where they are."""
+        """Wait for the device after every layer, so that errors name the right layer."""
         self.position.wait = True
         try:
             yield
@@ -107,7 +106,7 @@ class Observer:
             self.position.wait = False
 
     def statistics(self, ranks: Ranks = _ALONE) -> Statistics:
-        """What all ranks have seen; all must ask."""
+        """Return the statistics of all ranks; all must call it."""
         tensors: dict[str, npt.NDArray[Any]] = {}
         for accumulator in self._accumulators:
             tensors |= accumulator.state(self.position)
@@ -120,16 +119,16 @@ class Observer:
         return Statistics(settings, tensors)
 
     def follow(self, ranks: Ranks) -> None:
-        """Go on from where the first rank is: its sums stay its own."""
+        """Continue from the first rank's position; the sums on this rank stay its own."""
         if ranks.size > 1:
             position, self.sensitivity = ranks.gather((self.position, self.sensitivity))[0]
             self.position.images, self.position.dtype = position.images, position.dtype
 
     def restore(self, statistics: Statistics) -> None:
-        """Go on from a file's sums.
+        """Continue from the sums of a file.
 
         Raises:
-            InvalidArgument: they are another model's, or were collected otherwise.
+            InvalidArgument: they are of another model, or were collected with other settings.
         """
         settings = statistics.settings
         self.settings.fingerprint.require(settings.fingerprint, "resume", strict=True)
@@ -147,7 +146,7 @@ class Observer:
 
     @contextmanager
     def observing(self, model: nn.Module) -> Iterator[None]:
-        """Every forward pass meanwhile is counted."""
+        """Observe every forward pass while the block runs."""
         handles: list[RemovableHandle] = []
         try:
             for accumulator in self._accumulators:
@@ -162,7 +161,7 @@ class Observer:
                 handle.remove()
 
     def count(self, images: int) -> None:
-        """Say that a batch of so many images has been run, to what counts images alone."""
+        """Count the images of a batch that has been run, for models without one attention map per image."""
         for accumulator in self._accumulators:
             if isinstance(accumulator, _Count):
                 accumulator.add(self.position, images)
@@ -176,7 +175,7 @@ class Observer:
 
 
 class _Count:
-    """The images of each fold, for models whose attention has several maps an image, or none."""
+    """The number of images in each fold, for models whose attention has several maps per image, or none."""
 
     taps: tuple[Tap, ...] = ()
 
@@ -184,29 +183,25 @@ class _Count:
         self._images = np.zeros(len(FOLDS))
 
     def update(self, position: Position, seen: object) -> None:
-        """It sees nothing."""
+        """Do nothing: it observes no taps."""
 
     def add(self, position: Position, images: int) -> None:
-        """Add images from the batch's first on."""
+        """Add images, from the batch's first on."""
         first = position.images % 2
         self._images[first] += (images + 1) // 2
         self._images[1 - first] += images // 2
 
     def wait(self) -> None:
-        """Nothing is under way."""
+        """Do nothing: no work is pending."""
 
     def state(self, position: Position) -> dict[str, npt.NDArray[Any]]:
-        """How many there were."""
+        """Return the number of images in each fold."""
         del position
         return {f"{fold}/{IMAGES}/images": self._images[index : index + 1].copy() for index, fold in enumerate(FOLDS)}
 
     def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Go on from these."""
+        """Continue from these numbers."""
         self._images = np.array([state[f"{fold}/{IMAGES}/images"][0] for fold in FOLDS])
-
-
-def _block(anatomy: Anatomy, layer: Layer) -> int | None:
-    return anatomy.group(layer.name).block
 
 
 def _enough(_module: nn.Module, _args: object, _output: object) -> None:

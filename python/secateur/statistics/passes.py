@@ -27,7 +27,7 @@ from .statistics import Statistics
 __all__ = ["run"]
 
 _ALONE = Ranks()
-# No batch, not even None.
+# Marks the end; it differs from every batch, even None.
 _END = object()
 
 
@@ -44,7 +44,7 @@ def run(
     every: int | None = None,
     ranks: Ranks = _ALONE,
 ) -> Statistics:
-    """Run the images, the measurements ``further``, and write ``path``; arguments are those of `calibrate`."""
+    """Run the images and the measurements ``further``, and write ``path``; arguments are those of `calibrate`."""
     total = images_in(loader, max_images)
     with ranks.together():
         if ranks.size > 1 and isinstance(loader, ImageLoader):
@@ -107,7 +107,7 @@ def _forward(model: nn.Module, observer: Observer, images: torch.Tensor) -> None
     try:
         observer.wait()
     except NumericalError:
-        # A device was not waited for: once more, to learn which value of which layer it is.
+        # The error came late, from a device: run again and wait, to find which layer and value it is.
         with observer.waiting(), suppress(EnoughError):
             model(images)
         raise
@@ -122,7 +122,7 @@ def _measure(
     first: Mapping[int, torch.Tensor],
     ranks: Ranks,
 ) -> None:
-    """Take the measurements on the first images; all ranks have these, and a share of the work."""
+    """Take the measurements on the first images; all ranks have these, and each does a share of the work."""
     parts = ranks.gather({start: images.cpu() for start, images in first.items()}) if ranks.size > 1 else [first]
     found = dict(sorted(item for part in parts for item in part.items()))
     if not found:
@@ -137,12 +137,12 @@ def _measure(
 
 @contextmanager
 def _kept(observer: Observer, path: Path | None, ranks: Ranks) -> Iterator[None]:
-    """Write what was collected when the block fails, as long as every layer of every rank has seen its images."""
+    """If the block fails, write what was collected, provided that all layers on all ranks have seen the same images."""
     before = observer.images
     try:
         yield
     except BaseException as error:
-        # Of several ranks only what all of them raise leaves them at one place.
+        # Several ranks are at the same position only after an error that is raised on all of them.
         if path is None or (ranks.size > 1 and (ranks.lost or not isinstance(error, Exception))):
             raise
         if all(ranks.gather(observer.whole)) and (observer.images > before or observer.sensitivity):
@@ -167,11 +167,11 @@ def _refuse_non_finite(images: torch.Tensor, start: int) -> None:
 def _batches(
     model: nn.Module, loader: Iterable[Any], max_images: int | None, seen: int, ranks: Ranks
 ) -> Iterator[tuple[int, torch.Tensor, int]]:
-    """This rank's batches as the model takes them, with the number of their first image and of the round's images.
+    """Yield this rank's batches as the model takes them, the number of their first image, and of images so far.
 
-    In each round every rank has a batch, or has come to its end; the images are numbered as if the batches of a round
-    followed one another. Exactly ``max_images`` in all, and no round is begun behind them. The first ``seen`` images
-    may hold anything.
+    In each round every rank has a batch, or has reached its end; images are numbered as if the batches of a round
+    followed one another. There are exactly ``max_images`` in all, and no round begins after them. The first ``seen``
+    images may hold anything.
     """
     source = iter(loader)
     start = 0
@@ -198,7 +198,7 @@ def _batches(
 
 
 def _warn_unless_normalised(images: torch.Tensor, data: Any) -> None:
-    """Pixels in [0, 1] become (x − mean) / std: say so when these cannot have. NaN and Inf are the layers' to name."""
+    """Warn if the range of images does not fit (x − mean) / std for pixels in [0, 1]; ignore NaN and Inf."""
     if not data or len(images) == 0 or not bool(images.isfinite().all()):
         return
     mean, std = np.asarray(data["mean"]), np.asarray(data["std"])
@@ -216,7 +216,7 @@ def _warn_unless_normalised(images: torch.Tensor, data: Any) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; undone whatever happens."""
+    """Put the model in evaluation mode while the block runs, and restore its mode in any case."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -228,7 +228,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _as_written(model: nn.Module) -> Iterator[None]:
-    """Modules that are compiled in place may leave out hooks, on those that do nothing for one: run none of them so."""
+    """Run modules uncompiled while the block runs, because modules compiled in place may skip hooks."""
     compiled: list[tuple[Any, Any]] = [
         (module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl is not None
     ]

@@ -1,4 +1,4 @@
-"""What statistics depend on besides the images."""
+"""The settings that statistics depend on besides the images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLED_IMAGES = 64
 
 @dataclass(frozen=True)
 class Settings:
-    """What the sums depend on besides the images; only equal settings can be merged.
+    """The settings that the sums depend on besides the images; only sums with equal settings can be merged.
 
     ``data`` is the model's data configuration (input size, mean, std, interpolation), ``dtype`` the type of the
     queries and keys that were scored.
@@ -35,10 +35,10 @@ class Settings:
     data: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the settings as JSON values."""
         return {**vars(self), "fingerprint": self.fingerprint.to_dict(), "data": dict(self.data)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Settings:
-        """Back from JSON values."""
+        """Build settings from their JSON values."""
         return cls(**{**fields, "fingerprint": Fingerprint.from_dict(fields["fingerprint"])})

@@ -1,4 +1,4 @@
-"""Sums over calibration images, kept in two folds; saved, merged, and read by every method."""
+"""Sums over calibration images, kept in two folds; saved, merged, and consumed by every method."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..files import container
 from .collectors import collectors
 from .settings import FOLDS, Float, Settings
 
-# The observation that counts images, where no layer has one map an image.
+# The observation that counts images if no layer has one attention map per image.
 IMAGES = "calibration"
 
 
@@ -32,7 +32,7 @@ class Moments:
 
     @property
     def covariance(self) -> Float:
-        """Centred second moment, (d, d)."""
+        """The centred second moment, (d, d)."""
         covariance: Float = np.outer(self.mean, self.mean)
         return np.subtract(self.second, covariance, out=covariance)
 
@@ -41,8 +41,8 @@ class Moments:
 class Agreement:
     """How far two estimates of a group's importance agree.
 
-    ``spearman`` is the rank correlation over a head's neurons, averaged over heads; ``overlap`` the share of the lower
-    half that both would prune.
+    ``spearman`` is the rank correlation over a head's neurons, averaged over heads; ``overlap`` is the share of the
+    lower half that both would prune.
     """
 
     spearman: float
@@ -52,9 +52,9 @@ class Agreement:
 class Statistics:
     """What calibration measured, as sums over images in two folds (even and odd images).
 
-    Arrays are float64, symmetric matrices packed (upper triangle, row by row). ``tensors`` maps
-    ``fold/group/what`` to its array, for example ``even/blocks.0.qk/score_sum`` (heads, qk_dim). Beside the folds stand
-    ``sample/…``, float32 Grams of the first images one by one, and ``sensitivity/…``, sums and, last, the images.
+    Arrays are float64, symmetric matrices packed (upper triangle, row by row). ``tensors`` maps ``fold/group/what`` to
+    its array, for example ``even/blocks.0.qk/score_sum`` (heads, qk_dim). Outside the folds, ``sample/…`` holds float32
+    Grams of the first images one by one, and ``sensitivity/…`` holds sums and, last, the number of images.
     """
 
     def __init__(self, settings: Settings, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -63,17 +63,17 @@ class Statistics:
 
     @classmethod
     def of_nothing(cls, fingerprint: Fingerprint) -> Statistics:
-        """Of no image, for methods that look at weights alone."""
+        """Return statistics of no images, for methods that need only the weights."""
         return cls(Settings(fingerprint, 8, "scores", 1.0, "", {}), {})
 
     @property
     def images(self) -> int:
-        """Images seen."""
+        """Number of images seen."""
         return sum(self.images_by_fold)
 
     @property
     def images_by_fold(self) -> tuple[int, int]:
-        """Images seen in each fold."""
+        """Number of images seen in each fold."""
         first = next(name for name in self.tensors if name.startswith("even/") and name.endswith("/images")).split("/")[
             1
         ]
@@ -84,14 +84,14 @@ class Statistics:
 
     @property
     def groups(self) -> list[str]:
-        """Names of what was observed."""
+        """Names of the observations."""
         return list(dict.fromkeys(name.split("/")[1] for name in self.tensors))
 
     def importance(self, group: str, fold: str | None = None) -> Float:
-        """Mean query/key importance per image, (heads, qk_dim); SNP's ω (Shim et al., ECCV 2024).
+        """Return the mean query/key importance per image, (heads, qk_dim): SNP's ω (Shim et al., ECCV 2024).
 
         Raises:
-            InvalidArgument: no such query/key group, or no image in the fold.
+            InvalidArgument: unknown query/key group, or no image in the fold.
         """
         images = int(self._sum(group, "images", fold)[0])
         if images == 0:
@@ -101,20 +101,21 @@ class Statistics:
     def gram(
         self, group: str, which: Literal["query_gram", "key_gram", "score_gram"], fold: str | None = None
     ) -> Float:
-        """Sums over images of QᵀQ, K_cᵀK_c (keys centred per image) or their elementwise product, (heads, d, d).
+        """Return sums over images of QᵀQ, K_cᵀK_c (keys centred per image) or their elementwise product, (heads, d, d).
 
         Raises:
-            InvalidArgument: not collected, or no such matrix.
+            InvalidArgument: not collected, or an unknown matrix.
         """
         if which not in ("query_gram", "key_gram", "score_gram"):
             raise InvalidArgument(f"which: expected query_gram, key_gram or score_gram, got {which!r}")
         return unpack(self._sum(group, which, fold))
 
     def moments(self, group: str, fold: str | None = None, out: Float | None = None) -> Moments:
-        """Moments of values ("blocks.0.v"), FFN hidden units, a projection's input, or a norm's ("blocks.0.norm1").
+        """Return moments of values ("blocks.0.v"), hidden units, a projection's or a norm's input ("blocks.0.norm1").
 
-        A norm's input x counts as x̂ = x √D / ‖x‖, centred first for LayerNorm. ``out``, contiguous float64 (d, d), is
-        where the second moment is written to: new memory for many large ones takes as long as what is done with them.
+        For a norm's input x, the moments are those of x̂ = x √D / ‖x‖, after centring for LayerNorm. The second moment
+        is written to ``out``, contiguous float64 (d, d), if given: allocating memory for many large ones would take as
+        long as using them.
 
         Raises:
             InvalidArgument: not collected.
@@ -124,7 +125,7 @@ class Statistics:
         return Moments(rows, mean, second)
 
     def mean(self, group: str, fold: str | None = None) -> Float:
-        """The mean alone of what ``moments`` returns, (d,).
+        """Return only the mean of what ``moments`` returns, (d,).
 
         Raises:
             InvalidArgument: not collected.
@@ -133,7 +134,7 @@ class Statistics:
         return found
 
     def image_grams(self, group: str) -> tuple[Float, Float]:
-        """QᵀQ and K_cᵀK_c (keys centred per image) of each of the first 64 images: twice (images, heads, d, d).
+        """Return QᵀQ and K_cᵀK_c (keys centred per image) of each of the first 64 images: two of (images, heads, d, d).
 
         Raises:
             InvalidArgument: not collected.
@@ -147,10 +148,11 @@ class Statistics:
         return found[0], found[1]
 
     def sensitivity(self, group: str) -> float:
-        """How much the output moves when a group's part of the model is off by a small share of its variance.
+        """Return how much the output changes when a group's part of the model is off by a small share of its variance.
 
-        The mean over images of the divergence between the undisturbed and the disturbed model's class probabilities
-        (Kullback-Leibler, in nats), over that share. Without a classifier: the relative squared change of the features.
+        It is the mean over images of the divergence between the undisturbed and the disturbed model's class
+        probabilities (Kullback-Leibler, in nats), divided by that share. Without a classifier it is the relative
+        squared change of the features.
 
         Raises:
             InvalidArgument: not collected (``calibrate(sensitivity=True)``).
@@ -158,9 +160,9 @@ class Statistics:
         return float(self._per_image(group, "divergence")[0])
 
     def removal(self, layer: str) -> tuple[float, float]:
-        """How much the output moves when an attention or FFN layer ("blocks.0.attn") adds nothing, or only its mean.
+        """Return how much the output changes when an attention or FFN layer adds nothing, or only its mean.
 
-        The unit is that of ``sensitivity``.
+        ``layer`` is a name such as "blocks.0.attn". The unit is that of ``sensitivity``.
 
         Raises:
             InvalidArgument: not collected (``calibrate(sensitivity=True)``).
@@ -168,9 +170,9 @@ class Statistics:
         return float(self._per_image(layer, "divergence")[0]), float(self._per_image(layer, "mean_kept")[0])
 
     def head_importance(self, group: str) -> Float:
-        """E |Att_h · ∂L/∂Att_h| of each head of a group of heads ("blocks.0.heads"), (heads,).
+        """Return E |Att_h · ∂L/∂Att_h| for each head of a group of heads ("blocks.0.heads"), (heads,).
 
-        Michel et al., 2019, arXiv:1905.10650; L is the cross-entropy of the model's own answer.
+        Michel et al., 2019, arXiv:1905.10650; L is the cross-entropy of the model's own prediction.
 
         Raises:
             InvalidArgument: not collected (``calibrate(head_gradients=True)``).
@@ -188,7 +190,7 @@ class Statistics:
 
     @property
     def sensitive(self) -> bool:
-        """Was the sensitivity of the groups measured?"""
+        """Whether the sensitivity of the groups was measured."""
         return any(name.startswith("sensitivity/") and name.endswith("/divergence") for name in self.tensors)
 
     def agreement(self, other: Statistics | None = None) -> dict[str, Agreement]:
@@ -248,7 +250,7 @@ class Statistics:
         """Read a file that ``save`` wrote.
 
         Raises:
-            InvalidArgument: not such a file, or a damaged one.
+            InvalidArgument: not a statistics file, or a damaged one.
         """
         fields, tensors = container.read(path, "statistics")
         with container.understood("path: expected a secateur statistics file"):
@@ -287,7 +289,7 @@ class Statistics:
 
 
 def _merged(name: str, arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """Sums over images add up; what is none is its collector's to merge."""
+    """Add up sums over images; let the collector merge arrays that are not sums."""
     for collector in collectors:
         found = collector.merge(name, arrays)
         if found is not None:
@@ -297,7 +299,7 @@ def _merged(name: str, arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
 
 
 def unpack(packed: Float, out: Float | None = None, divisor: float = 1.0) -> Float:
-    """Full symmetric matrices (..., d, d) of packed upper triangles (..., d(d+1)/2), in ``out`` if there is one."""
+    """Expand packed upper triangles (..., d(d+1)/2) to symmetric matrices (..., d, d), into ``out`` if given."""
     size = int((np.sqrt(8 * packed.shape[-1] + 1) - 1) / 2)
     full = np.empty((*packed.shape[:-1], size, size)) if out is None else out
     core.unpack(np.ascontiguousarray(packed), full, divisor)

@@ -1,1 +1,1 @@
-"""Cuts a model. Knows sizes and structure, and no plan."""
+"""Cuts a model. Knows sizes and structure, but not plans."""

@@ -1,4 +1,4 @@
-"""Parameters that keep some of their entries, inside the storage that they have where they can."""
+"""Reduces parameters to the entries that are kept, in their own storage where possible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .stock_layout import assign
 
 
 def replace_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Give a parameter other values, in the storage it has where it can; add a bias that a layer does not have."""
+    """Set a parameter's values, in its own storage where possible; add a bias that the layer does not have."""
     module, _, parameter = name.rpartition(".")
     layer = model.get_submodule(module)
     present = getattr(layer, parameter)
@@ -32,7 +32,7 @@ def replace_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def compact_parameter(parameter: nn.Parameter, axes: Mapping[int, torch.Tensor]) -> None:
-    """Keep some entries along some axes."""
+    """Keep only some entries of a parameter along some axes."""
     if _owns_its_storage(parameter) and not any(_repeats(indices) for indices in axes.values()):
         storage = parameter.untyped_storage()
         data = parameter.detach()
@@ -47,14 +47,14 @@ def compact_parameter(parameter: nn.Parameter, axes: Mapping[int, torch.Tensor])
 
 
 def compact_buffer(model: nn.Module, name: str, axes: Mapping[int, torch.Tensor]) -> None:
-    """Keep some entries of a buffer, which gets a storage of its own."""
+    """Keep only some entries of a buffer, which gets a new storage."""
     module, _, leaf = name.rpartition(".")
     holder = model.get_submodule(module)
     setattr(holder, leaf, _gather(getattr(holder, leaf), axes))
 
 
 def _gather(data: torch.Tensor, axes: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """A new tensor of the kept entries; rows and columns at once, so that nothing between is ever whole."""
+    """Return a new tensor of the kept entries; all axes are indexed at once, so that no intermediate is created."""
     if set(axes) == {0, 1}:
         rows, columns = (axes[dim].to(data.device) for dim in (0, 1))
         return data[rows[:, None], columns]
@@ -68,7 +68,7 @@ def _repeats(indices: torch.Tensor) -> bool:
 
 
 def _owns_its_storage(parameter: nn.Parameter) -> bool:
-    """Is the parameter all there is in a resizable host storage that nothing else refers to?"""
+    """Whether the parameter fills a resizable host storage that nothing else refers to."""
     storage = parameter.untyped_storage()
     return (
         parameter.device.type == "cpu"
@@ -82,7 +82,7 @@ def _owns_its_storage(parameter: nn.Parameter) -> bool:
 
 
 def _owners(storage: torch.UntypedStorage) -> int:
-    # torch has no public count; without it, every storage counts as shared and is replaced.
+    # torch has no public reference count; without one, every storage counts as shared and is replaced.
     count = getattr(torch._C, "_storage_Use_Count", None)
     return -1 if count is None else int(count(storage._cdata))
 

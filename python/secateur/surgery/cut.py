@@ -1,4 +1,4 @@
-"""Cut a model: compact its parameters and buffers in place and make the modules fit."""
+"""Cuts a model: compacts its parameters and buffers in place and makes its modules fit."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def cut(
     keep: Mapping[str, Indices],
     weights: Mapping[str, Tensor],
 ) -> None:
-    """Keep some units of each group and give parameters other values; indices were checked."""
-    # Sorted, unique and as many as there are: nothing to cut.
+    """Keep some units of each group and set new values of parameters; the indices must have been checked."""
+    # Indices are sorted and unique, so a full number of them cuts nothing.
     keep = {name: indices for name, indices in keep.items() if indices.shape[1] < anatomy.sizes[name]}
-    # All indices before the first cut: what does not fit fails here, with the model whole.
+    # Compute all indices before the first cut, so that anything that does not fit fails while the model is whole.
     gone = {name for name in anatomy.members_of if anatomy.layer_holding(name) in keep}
     axes = {name: kept_along_axes(anatomy, name, keep) for name in anatomy.members_of if name not in gone}
     for parameter in model.parameters():

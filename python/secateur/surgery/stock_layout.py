@@ -1,4 +1,4 @@
-"""The stock layout: heads padded with zeros to one size, so that the library's own attention takes them."""
+"""The stock layout: heads are padded with zeros to one size, so that the library's own attention can hold them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 
 def check_layout(layout: object) -> None:
-    """Refuse what is no layout.
+    """Refuse an unknown layout.
 
     Raises:
-        InvalidArgument: it is none.
+        InvalidArgument: there is no such layout.
     """
     if layout not in LAYOUTS:
         raise InvalidArgument(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -29,16 +29,17 @@ def check_layout(layout: object) -> None:
 
 @torch.no_grad()
 def pad_heads(model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
-    """Pad queries, keys and values to the given sizes, and let a softmax scale of 1/√size compute the same.
+    """Pad queries, keys and values to the given sizes, so that a softmax scale of 1/√size computes the same.
 
-    Zero rows of queries and keys add nothing to the scores, zero columns of the projection read nothing. The scale is
-    brought to what the module has now by the query weights, in float64. A parameter that changes gets a storage of its
-    own.
+    Zero rows of queries and keys add nothing to the scores, and zero columns of the projection ignore their inputs. The
+    query weights are multiplied, in float64, by the ratio of the module's present scale to the new one. A parameter
+    that changes gets a new storage.
 
     Args:
-        model: a model whose parameters have the sizes of ``anatomy``; its modules are left to the family.
-        anatomy: of the model as it is.
-        sizes: group to size; of a layer's query/key and value group the same, and at least the present ones.
+        model: a model whose parameters have the sizes of ``anatomy``; the family adapts its modules afterwards.
+        anatomy: description of the model as it is now.
+        sizes: maps groups to sizes; those of a layer's query/key and value groups are the same, and at least the
+            present sizes.
     """
     for name in anatomy.members_of:
         places = _places(anatomy, name, sizes)
@@ -50,10 +51,10 @@ def pad_heads(model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> N
 
 
 def assign(parameter: nn.Parameter, data: torch.Tensor) -> None:
-    """Give a parameter other values, of another shape.
+    """Set new values of a parameter, of another shape.
 
-    While anything of an earlier forward pass lives (a loss that somebody kept), so does the node that takes the
-    parameter's gradients, for those of the old shape; torch makes a new one when the type changes.
+    While anything from an earlier forward pass exists (such as a loss that somebody kept), the parameter's gradient
+    accumulator exists too, and expects the old shape. Changing the type makes torch create a new one.
     """
     other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
     parameter.data = torch.empty(0, dtype=other, device=parameter.device)
@@ -61,15 +62,15 @@ def assign(parameter: nn.Parameter, data: torch.Tensor) -> None:
 
 
 def _places(anatomy: Anatomy, name: str, sizes: Mapping[str, int]) -> dict[int, torch.Tensor]:
-    """Axis to where the entries that parameter ``name`` has will stand, and the new length, for axes that grow."""
+    """Map each axis of parameter ``name`` that grows to a mask of its new length; true where present entries go."""
     axes: dict[int, torch.Tensor] = {}
     here = anatomy.members_of[name]
     for axis in {member.axis for group, member in here if sizes[group.name] > group.size}:
-        # How many entries stand in front of each one that is there.
+        # The number of entries added before each present entry.
         added = np.zeros(anatomy.shapes[name][axis] + 1, np.int64)
         for group, member in here:
             if member.axis == axis:
-                # After the last unit of every head.
+                # The zeros go after the last unit of every head.
                 np.add.at(added, member.entries[:, -1].flatten() + 1, sizes[group.name] - group.size)
         shift = added.cumsum()
         place = torch.zeros(len(shift) - 1 + int(shift[-1]), dtype=torch.bool)
@@ -79,7 +80,7 @@ def _places(anatomy: Anatomy, name: str, sizes: Mapping[str, int]) -> dict[int, 
 
 
 def _spread(data: torch.Tensor, places: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """Put the entries where ``places`` is true, zeros elsewhere."""
+    """Put the entries where ``places`` is true, and zeros elsewhere."""
     for dim, place in places.items():
         shape = list(data.shape)
         shape[dim] = len(place)
@@ -94,9 +95,9 @@ def _rescale_queries(model: nn.Module, anatomy: Anatomy, layer: Layer, size: int
     for member in anatomy.group(layer.groups["qk"]).members:
         if member.part == "query" and member.role == "writer":
             parameter = model.get_parameter(member.tensor)
-            # Never in place: a state_dict that someone holds may share the storage.
+            # Not in place, because a state_dict that someone holds may share the storage.
             data = parameter.detach().clone()
-            # The queries come first, and have grown.
+            # The queries come first, and are already padded.
             rows = data.narrow(member.axis, int(member.entries[0, 0, 0]), len(member.entries) * size)
             rows.copy_(rows.to("cpu", torch.float64) * factor)
             parameter.data = data

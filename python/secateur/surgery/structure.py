@@ -1,4 +1,4 @@
-"""What a pruned model is besides its weights: sizes, layouts, and the settings that its modules have otherwise."""
+"""The structure of a pruned model: sizes, layouts, and settings of modules that differ from the dense model's."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .stock_layout import LAYOUTS
 
 __all__ = ["Structure", "set_norms"]
 
-# Of all groups: what a file says a model has is counted out before its weights are looked at. ViT-22B has 1.8 million.
+# Limit on the units of all groups, checked before the weights in a file are read. ViT-22B has 1.8 million.
 _MAX_UNITS = 1 << 21
 _LINEAR = (nn.Linear, nn.Conv2d)
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What makes a model of the dense one, except its values; the dense model has the sizes of its groups alone.
+    """How a pruned model differs from the dense one, apart from values; the dense model has its group sizes only.
 
-    ``sizes`` maps groups to what stays of them, 0 for layers that are gone; a stock attention layer's are those that it
-    is padded to. ``layouts`` maps attention modules to "exact", which is meant where they are not named, or "stock";
-    ``scales`` those of the exact layout to the scale of their softmax. ``eps`` maps norms to theirs, ``uncentred``
-    names query/key norms that no longer subtract the mean, ``biases`` those that the dense model does not have.
+    ``sizes`` maps groups to their sizes, 0 for removed layers; a stock attention layer's sizes include its padding.
+    ``layouts`` maps attention modules to "exact", which is the default, or "stock"; ``scales`` maps those in the exact
+    layout to their softmax scale. ``eps`` maps norms to their eps, ``uncentred`` names query/key norms that no longer
+    subtract the mean, ``biases`` names the biases that the dense model does not have.
     """
 
     sizes: Mapping[str, int]
@@ -43,17 +43,17 @@ class Structure:
 
     @classmethod
     def of(cls, model: nn.Module, anatomy: Anatomy, dense: Collection[str]) -> Structure:
-        """Read it off a model.
+        """Read the structure of a model.
 
         Args:
-            model: pruned or dense.
-            anatomy: of the model.
+            model: a pruned or dense model.
+            anatomy: description of the model.
             dense: the names of the dense model's parameters.
         """
         norms = [*(norm.name for norm in anatomy.norms), *anatomy.head_norms]
         return cls(
             sizes=anatomy.remains,
-            layouts={layer.name: str(layer.layout) for layer in anatomy.attention},
+            layouts={layer.name: layer.layout for layer in anatomy.attention if layer.layout is not None},
             scales={layer.name: layer.softmax_scale for layer in anatomy.attention if layer.layout == "exact"},
             eps={name: getattr(model.get_submodule(name), "eps") for name in norms},  # noqa: B009
             uncentred=tuple(name for name in anatomy.head_norms if _is_uncentred(model.get_submodule(name))),
@@ -65,15 +65,18 @@ class Structure:
         )
 
     def apply(self, model: nn.Module) -> None:
-        """Give the dense model this structure, in place, whatever its weights and its device are.
+        """Give the dense model this structure in place, whatever its weights and device are.
 
         Raises:
-            InvalidArgument: a group or module that the model does not have, a size that it cannot be cut to, no layout
-                of that name or for those sizes, or a setting of a module that has none.
+            InvalidArgument: an unknown group or module, a size that a group cannot be cut to, a layout that is unknown
+                or cannot hold the sizes, or a setting that its module does not have.
             Unsupported: the stock layout cannot hold a module.
         """
         family = family_of(model)
+        # Inspection stores the position of every unit, so limit them first: a hostile file could ask for too many.
+        _refuse_large(sum(parameter.shape[0] for parameter in model.parameters() if parameter.ndim > 1) // 2)
         anatomy = family.inspect(model)
+        _refuse_large(sum(group.heads * group.size for group in anatomy.groups))
         keep = self._keep(anatomy)
         stock = self._stock_head_dims(anatomy)
         cut(model, family, anatomy, keep, {})
@@ -89,9 +92,6 @@ class Structure:
             layer.bias = nn.Parameter(torch.zeros(len(weight), dtype=weight.dtype, device=weight.device))
 
     def _keep(self, anatomy: Anatomy) -> dict[str, Indices]:
-        units = sum(group.heads * group.size for group in anatomy.groups)
-        if units > _MAX_UNITS:
-            raise InvalidArgument(f"arguments: expected a model of at most {_MAX_UNITS:,} units in all, got {units:,}")
         keep: dict[str, Indices] = {}
         for name, size in self.sizes.items():
             group = anatomy.group(name)
@@ -117,7 +117,7 @@ class Structure:
         return found
 
     def _set_scales(self, model: nn.Module, anatomy: Anatomy) -> None:
-        """A model that was in the stock layout before has another scale than the dense one."""
+        """Set softmax scales; after an earlier stock layout, a model's scale differs from the dense one's."""
         for name, value in self.scales.items():
             if name not in anatomy.layers or anatomy.layers[name].layout != "exact":
                 raise InvalidArgument(f"softmax_scales: expected attention modules of the exact layout, got {name!r}")
@@ -125,7 +125,7 @@ class Structure:
             attn.scale = check.number(f"softmax_scales[{name!r}]", value, open_low=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, in the names that files have."""
+        """Return the structure as JSON values, with the names used in files."""
         return {
             "sizes": dict(self.sizes),
             "layouts": dict(self.layouts),
@@ -137,10 +137,10 @@ class Structure:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Structure:
-        """Back from JSON values; earlier versions wrote fewer of them.
+        """Build a structure from its JSON values; earlier versions wrote fewer of them.
 
         Raises:
-            KeyError: no sizes.
+            KeyError: there are no sizes.
         """
         return cls(
             sizes=fields["sizes"],
@@ -153,10 +153,10 @@ class Structure:
 
 
 def set_norms(model: nn.Module, eps: Mapping[str, float], uncentred: Collection[str]) -> None:
-    """Give norms another eps, and have query/key norms no longer subtract the mean.
+    """Set the eps of norms, and make query/key norms stop subtracting the mean.
 
     Raises:
-        InvalidArgument: such a norm is not of cut queries or keys.
+        InvalidArgument: a norm in ``uncentred`` does not belong to cut queries or keys.
     """
     norm: Any
     for name, value in eps.items():
@@ -169,6 +169,11 @@ def set_norms(model: nn.Module, eps: Mapping[str, float], uncentred: Collection[
         norm.centred = False
 
 
+def _refuse_large(units: int) -> None:
+    if units > _MAX_UNITS:
+        raise InvalidArgument(f"arguments: expected a model of at most {_MAX_UNITS:,} units in all, got {units:,}")
+
+
 def _is_uncentred(norm: nn.Module) -> bool:
-    # timm's own norms are what their class says.
+    # Only secateur's norms have this attribute; for timm's own norms the class decides.
     return getattr(norm, "centred", None) is False

@@ -1,4 +1,4 @@
-"""Proof that a cut computes what the dense model does with the same units masked, before the model is touched."""
+"""Verifies, before the model is changed, that a cut computes the same as the dense model with the same units masked."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _TOLERANCE = 1e-10
 def verify_cut(model: nn.Module, family: Family, anatomy: Anatomy, keep: Mapping[str, Indices]) -> None:
     """Compare a cut copy of a model with a masked one, on random images, in float64 and in evaluation mode.
 
-    A unit is masked where it is read: the entries of all its ``reader`` members are zeroed. The model is not changed,
-    and neither are the states of torch's generators.
+    A unit is masked at its consumers: the entries of all its ``reader`` members are set to zero. Neither the model nor
+    the states of torch's generators are changed.
 
     Args:
-        model: on any device. Two copies of its weights are held in float64 at most, one at a time.
-        family: cuts and adapts it.
-        anatomy: what the family says of it.
-        keep: group to the units that stay, (heads, kept), as checked for ``anatomy``.
+        model: the model, on any device. At most two copies of its weights are made in float64, one at a time.
+        family: the family of the model, which adapts the cut copy.
+        anatomy: the family's description of the model.
+        keep: maps groups to the units that stay, (heads, kept), already checked for ``anatomy``.
 
     Raises:
-        Unsupported: the outputs differ by more than 1e-10 of the largest, or what is cut has no readers to mask; the
-            text names the groups that do not fit.
+        Unsupported: the outputs differ by more than 1e-10 of the largest, or the cut groups have no readers to mask;
+            the text names the groups that do not fit.
     """
     groups = [group for group in anatomy.groups if group.name in keep and keep[group.name].shape[1] < group.size]
     reason = _difference(model, family, anatomy, groups, keep)
@@ -50,7 +50,7 @@ def verify_cut(model: nn.Module, family: Family, anatomy: Anatomy, keep: Mapping
 def _difference(
     model: nn.Module, family: Family, anatomy: Anatomy, groups: Iterable[Group], keep: Mapping[str, Indices]
 ) -> str | None:
-    """What a cut of these groups changes; None where nothing."""
+    """Describe what a cut of these groups changes in the outputs; None if nothing."""
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.no_grad():
         probe = _probe(model, generator)
@@ -63,22 +63,22 @@ def _difference(
             _mask(probe, group, keep[group.name])
         expected = _outputs(probe(images))
         try:
-            # A cut removes what is masked: so the masked model itself is cut.
+            # A cut removes exactly what is masked, so the masked copy itself can be cut.
             cut(probe, family, anatomy, {group.name: keep[group.name] for group in groups}, {})
             found = _outputs(probe(images))
-        except Exception as error:  # whatever modules raise for inputs of other shapes
+        except Exception as error:  # modules raise anything for inputs of other shapes
             return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     if [output.shape for output in found] != [output.shape for output in expected]:
         return "outputs of another shape"
     for ours, theirs in zip(found, expected, strict=True):
         apart, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
-        if not apart <= _TOLERANCE * largest:  # NaN neither
+        if not apart <= _TOLERANCE * largest:  # refuses NaN too
             return f"outputs that differ by {apart:.3g} where the largest is {largest:.3g}"
     return None
 
 
 def _probe(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A copy in float64, without hooks. What is constant, as norms are at first, would hide what comes before it."""
+    """Copy a model in float64, without hooks, and with random values for constant tensors, which would hide errors."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     probe = copy.deepcopy(model).to("cpu" if device.type == "mps" else device).double().eval()
     for module in probe.modules():

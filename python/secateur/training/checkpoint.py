@@ -1,4 +1,4 @@
-"""The file that a training run goes on from: what a step needs, and what the run began with, to refuse another."""
+"""The checkpoint of a training run: what the next step needs, and how the run began, so that others are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KIND = "fine-tuning"
 
 @dataclass(frozen=True)
 class Settings:
-    """What must not change between a checkpoint and its continuation, beside the settings of hooks."""
+    """What must not change between a checkpoint and its continuation, besides the settings of hooks."""
 
     steps: int
     opt: str
@@ -46,7 +46,7 @@ class Settings:
 
 @dataclass
 class Progress:
-    """Where a run is: ``batch`` batches into ``epoch``, whose losses so far sum to ``loss`` over ``images``."""
+    """The position of a run: ``batch`` batches into ``epoch``, whose losses so far sum to ``loss`` over ``images``."""
 
     step: int = 0
     epoch: int = 0
@@ -57,12 +57,12 @@ class Progress:
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and all buffers, those that state_dict leaves out as well."""
+    """Return parameters and all buffers, including those that state_dict omits."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def origin(model: nn.Module, teacher: nn.Module | None, loader: Iterable[Any]) -> dict[str, Any]:
-    """Return what a run begins with: digests of the weights, and what the loader tells of its batches."""
+    """Describe how a run begins: digests of the weights, and what the loader tells about its batches."""
     batch_size = getattr(loader, "batch_size", None)
     return {
         "model": _digest(model),
@@ -74,7 +74,7 @@ def origin(model: nn.Module, teacher: nn.Module | None, loader: Iterable[Any]) -
 
 
 def length(loader: Iterable[Any]) -> int | None:
-    """Return the number of batches in a pass, None where the loader does not know."""
+    """Return the number of batches in a pass, or None if the loader does not know."""
     try:
         return len(loader)  # type: ignore[arg-type]
     except TypeError:
@@ -89,10 +89,10 @@ def write(
     position: Mapping[str, Any],
     rest: Mapping[str, Any],
 ) -> None:
-    """Write the file; ``rest`` are nested values with tensors among them.
+    """Write the file; ``rest`` holds nested values that may include tensors.
 
     Raises:
-        Unsupported: ``rest`` holds something else.
+        Unsupported: ``rest`` holds other values.
     """
     tensors = {f"model.{name}": tensor for name, tensor in state(model).items()}
     header = {
@@ -107,12 +107,12 @@ def write(
 def read(
     path: Path, model: nn.Module, origin: Mapping[str, Any] | None, settings: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Return the model's tensors, the position and the rest that `write` put there; nothing is changed.
+    """Return the model's tensors, the position and the rest from a file that `write` wrote; nothing is changed.
 
-    ``origin`` None takes any.
+    With ``origin`` None, any origin is accepted.
 
     Raises:
-        InvalidArgument: the file is damaged, or of another run, model, teacher or loader.
+        InvalidArgument: the file is damaged, or belongs to another run, model, teacher or loader.
     """
     header, tensors = container.read(path, _KIND)
     with container.understood("resume: expected a checkpoint of this run"):
@@ -126,7 +126,7 @@ def _matched(
     origin: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    # Of a run without hooks, neither the file nor the settings name any.
+    # Without hooks, neither the file nor the settings have an entry for them.
     for name in {**settings, "hooks": None}:
         before, now = header["settings"].get(name), settings.get(name)
         if before != now:
@@ -148,7 +148,7 @@ def _matched(
 
 
 def _require(found: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that began with other weights, another teacher or other batches."""
+    """Refuse a checkpoint of a run that began with other weights, another teacher or other batches."""
     for name in ("model", "teacher"):
         if found.get(name) != mine.get(name):
             raise InvalidArgument(
@@ -156,7 +156,7 @@ def _require(found: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
             )
     for name in ("batches", "batch_size", "images"):
         before, now = found.get(name), mine.get(name)
-        # A loader need not know.
+        # A loader may not know some of it.
         if before is not None and now is not None and before != now:
             raise InvalidArgument(
                 f"resume: expected a checkpoint of this loader, got one with {name}={before} where it is {now} now"
@@ -170,7 +170,7 @@ def _digest(model: nn.Module) -> str:
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
-    """Turn nested values into JSON that keeps tuples and integer keys; tensors become entries of ``tensors``."""
+    """Convert nested values to JSON that keeps tuples and integer keys; tensors become entries of ``tensors``."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}

@@ -1,4 +1,4 @@
-"""Accuracy and loss of a classifier."""
+"""Measures the accuracy and loss of a classifier."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = ["Evaluation", "check_targets", "evaluate", "full_precision"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy in percent, mean cross entropy in nats, and the number of images they were taken over.
+    """Accuracy in percent, mean cross entropy in nats, and the number of images.
 
-    ``top5`` counts the five highest logits, or all of them where the model has fewer classes.
+    ``top5`` counts the five highest logits, or all of them if the model has fewer classes.
     """
 
     top1: float
@@ -45,17 +45,17 @@ def evaluate(
     device: torch.device | str | None = None,
     max_images: int | None = None,
 ) -> Evaluation:
-    """Measure a classifier in evaluation mode; its mode and device are what they were afterwards.
+    """Measure a classifier in evaluation mode; its mode and device are restored afterwards.
 
     Args:
         model: maps images (B, C, H, W) to logits (B, classes), in any floating-point type.
         loader: an iterable of (images, targets), targets (B,) class indices; the images are cast to the model's type.
         device: where to run; the model's own by default.
-        max_images: stop after exactly so many images.
+        max_images: stop after exactly this many images.
 
     Raises:
-        InvalidArgument: no model with weights, no such device, or a loader that yields nothing, images of another
-            shape, no targets, or targets that are no class of the model.
+        InvalidArgument: not a model with weights, no such device, or a loader that yields nothing, images of another
+            shape, no targets, or targets that are not classes of the model.
         NumericalError: a logit is NaN or infinite.
     """
     max_images = check.integer("max_images", max_images, optional=True)
@@ -87,10 +87,10 @@ def evaluate(
 
 
 def check_targets(targets: Tensor, logits: Tensor, *, soft: bool) -> Tensor:
-    """Return class indices (B,) of the logits (B, classes) as int64, with ``soft`` class probabilities as they are.
+    """Return class indices (B,) for the logits (B, classes) as int64; with ``soft``, also accept probabilities.
 
     Raises:
-        InvalidArgument: they are not.
+        InvalidArgument: the targets are neither.
     """
     if logits.ndim != 2:
         raise InvalidArgument(f"model: expected logits (B, classes), got an output of shape {tuple(logits.shape)}")
@@ -100,7 +100,7 @@ def check_targets(targets: Tensor, logits: Tensor, *, soft: bool) -> Tensor:
         raise InvalidArgument(
             f"loader: expected targets (B,) of class indices, got {tuple(targets.shape)} {targets.dtype}"
         )
-    targets = targets.long()  # of uint64, what does not fit is below 0
+    targets = targets.long()  # uint64 values that do not fit become negative
     low, high = (int(value) for value in targets.aminmax())
     if low < 0 or high >= logits.shape[1]:
         got = low if low < 0 else high
@@ -109,10 +109,10 @@ def check_targets(targets: Tensor, logits: Tensor, *, soft: bool) -> Tensor:
 
 
 def full_precision(logits: object) -> Tensor:
-    """Return what a model gave as float32, or as float64 if it is: a loss taken in half precision underflows.
+    """Return a model's output as float32, or float64 if it is: a loss in half precision underflows.
 
     Raises:
-        InvalidArgument: it is no tensor.
+        InvalidArgument: it is not a tensor.
     """
     if not isinstance(logits, Tensor):
         raise InvalidArgument(f"model: expected logits (B, classes), got a {type(logits).__name__}")

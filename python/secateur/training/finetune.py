@@ -1,4 +1,4 @@
-"""Training after the cut, with the dense model as teacher where there is one; resumable to the bit."""
+"""Fine-tunes a pruned model, optionally with the dense model as teacher; runs can be resumed to the bit."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _HALF = ("bfloat16", "float16")
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a run did.
+    """The result of a run.
 
-    ``history`` has one entry for each pass over the loader: ``epoch``, ``step`` (steps done at its end), ``loss``
-    (mean over its images, in nats), ``lr`` (of the last step), ``images`` (of all ranks), and with a validation loader
-    ``top1``, ``top5`` (percent) and ``val_loss``. With a loader that may leave out images it has ``unreadable``, how
-    many the pass left out, of all ranks; a pass that the last step ended before its first image has no entry.
-    ``resumed`` is the step that a checkpoint brought, 0 without one.
+    ``history`` has one entry for each pass over the loader: ``epoch``, ``step`` (steps done at its end), ``loss`` (mean
+    over its images, in nats), ``lr`` (of the last step), ``images`` (of all ranks), and with a validation loader
+    ``top1``, ``top5`` (percent) and ``val_loss``. With a loader that may skip images, it also has ``unreadable``, the
+    number of images skipped in the pass by all ranks; a pass that ends before its first image has no entry. ``resumed``
+    is the step of the checkpoint that the run continued from, or 0.
     """
 
     steps: int
@@ -88,76 +88,78 @@ def finetune(
     """Train a model in place, by default for one pass, on labels, on a teacher's logits, or on both.
 
     The loss is ``(1 - alpha) * cross entropy + alpha * T**2 * KL(teacher || model)`` on logits divided by the
-    temperature T (Hinton, Vinyals and Dean, 2015, arXiv:1503.02531). A model with a distillation token (DeiT) learns as
-    its paper has it (Touvron et al., 2021, arXiv:2012.12877): the class head from the labels, the distillation head
-    from the teacher; without a teacher, or with an ``alpha`` of 0 or 1, the loss is taken on the mean of the two
-    heads, which is what the model answers with at inference.
+    temperature T (Hinton, Vinyals and Dean, 2015, arXiv:1503.02531). A model with a distillation token (DeiT) is
+    trained as in its paper (Touvron et al., 2021, arXiv:2012.12877): the class head on the labels, the distillation
+    head on the teacher; without a teacher, or with an ``alpha`` of 0 or 1, the loss is taken on the mean of the two
+    heads, which is the model's output at inference.
 
-    Models are left in the mode and on the device they came in; the teacher is not changed at all. The caller's random
-    generators are put back, and what a caller's ``torch.autocast`` keeps of weights is dropped. Steps on a CPU take
+    The modes and devices of both models are restored afterwards; the teacher is not changed at all. The caller's random
+    generators are restored, and weights cached by a caller's ``torch.autocast`` are dropped. Steps on a CPU treat
     subnormal numbers as zero.
 
     Under torchrun, or in any initialised process group, all ranks must call this with the same arguments. Each trains
     on its own batches; gradients are averaged over the images of all of them (torch's DistributedDataParallel: every
     parameter that requires a gradient must be used in every forward pass), all start from the first rank's weights and
-    end with the same. The first rank alone validates, writes and shows progress. What is raised on one rank ends the
-    run on all; one that says nothing for an hour, also while the first validates, ends it too. Without a process group
-    one is made of torchrun's environment (gloo, with nccl where there are GPUs) and destroyed at the end.
+    end with the same. Only the first rank validates, writes and shows progress. An error on one rank ends the run on
+    all; so does a rank that does not answer for an hour, even while the first rank validates. Without a process group,
+    one is made from torchrun's environment (gloo, with nccl if there are GPUs) and destroyed at the end.
 
     Args:
-        model: maps images (B, C, H, W) to logits (B, classes). Parameters that do not require a gradient stay. It is
-            trained in the type it has; images are cast to it, and losses taken in float32 or better. float16 is too
-            narrow for the squared gradients of Adam and its like; bfloat16 and float32 are not.
-        loader: batches of images or (images, targets, ...), targets (B,) class indices or (B, classes) probabilities.
-            A loader with ``set_epoch`` is told the number of each pass. On several ranks those of `data.loader` are
-            shared out among them (`ImageLoader.sharded`); any other must give each rank images of its own, and the same
-            number of batches. Images that one of `data.loader` leaves out (``max_unreadable``, in each pass of each
-            rank) make a batch smaller: the gradient is the mean over those that are left, of all ranks. Steps and
-            learning rates stay; a step without any image changes nothing.
-        teacher: gives logits of the same shape; the dense model, usually.
-        epochs: passes over the loader, which then needs a length. One of ``epochs`` and ``steps``, or none for one.
-        steps: optimizer steps, over as many passes as they take.
-        opt: an optimizer that timm.optim knows.
+        model: maps images (B, C, H, W) to logits (B, classes). Parameters that do not require a gradient are not
+            changed. The model is trained in its own type; images are cast to it, and losses are computed in float32 or
+            better. float16 is too narrow for the squared gradients of Adam and similar optimizers; bfloat16 and float32
+            are not.
+        loader: batches of images or (images, targets, ...), targets (B,) class indices or (B, classes) probabilities. A
+            loader with ``set_epoch`` is told the number of each pass. On several ranks, a loader made by `data.loader`
+            is divided among them (`ImageLoader.sharded`); any other must yield different images on each rank, and the
+            same number of batches. Images that a `data.loader` skips (``max_unreadable``, in each pass of each rank)
+            make a batch smaller: the gradient is the mean over the remaining images of all ranks. Steps and learning
+            rates are not affected; a step without any image changes nothing.
+        teacher: returns logits of the same shape; usually the dense model.
+        epochs: passes over the loader, which then needs a length. Give ``epochs`` or ``steps``, or neither for one
+            pass.
+        steps: optimizer steps, over as many passes as needed.
+        opt: name of an optimizer in timm.optim.
         lr: the highest learning rate, after the warm-up.
-        min_lr: where the cosine ends; a hundredth of ``lr`` by default.
-        warmup: steps of linear warm-up, of the total; a twentieth by default.
-        weight_decay: not applied to biases, norms and what the model lists in ``no_weight_decay``.
-        clip_grad: the largest norm of the whole gradient; None for no limit.
-        temperature: T.
-        alpha: the teacher's share in the loss, in [0, 1]; 0.5 by default with a teacher. A loader without targets
+        min_lr: the learning rate at the end of the cosine; a hundredth of ``lr`` by default.
+        warmup: steps of linear warm-up, included in the total; a twentieth of it by default.
+        weight_decay: not applied to biases, norms and the parameters that the model lists in ``no_weight_decay``.
+        clip_grad: the largest allowed norm of the whole gradient; None for no limit.
+        temperature: the temperature T of the distillation loss.
+        alpha: the teacher's weight in the loss, in [0, 1]; 0.5 by default with a teacher. A loader without targets
             needs 1.
         label_smoothing: in [0, 1).
         mixup: alpha of mixup (Zhang et al., 2018, arXiv:1710.09412), 0 for none. The teacher sees the mixed images.
             The last image of an odd batch stays whole.
         cutmix: alpha of cutmix (Yun et al., 2019, arXiv:1905.04899), 0 for none; with both, each batch draws one.
         ema: decay in [0, 1) of a moving average of weights and buffers, taken after each step; the model ends with the
-            average. Step n decays by no more than 1 - n**(-2/3), so that short runs forget where they began. None for
-            no average. An error leaves the weights as trained, not their average.
+            average. Step n decays by no more than 1 - n**(-2/3), so that short runs forget the initial weights. None
+            for no average. After an error, the model has the trained weights, not their average.
         amp: "bfloat16" or "float16": forward passes of model and teacher under torch.autocast, with losses and
             weights in float32, which the model must have; validation is in full precision. With float16 the loss is
             scaled by torch.amp.GradScaler: a step whose gradient overflows counts but changes nothing but the scale.
-        val_loader: evaluated after each pass, with ``ema`` on the average.
-        resume: the checkpoint file. Where it exists, training continues from it, and ends with the same bits as a run
-            that was never interrupted: the model must come as it came to the first call, with the same teacher,
-            batches, settings and number of ranks, all of which must see the file. On a GPU the bits are the same only
-            where torch's kernels repeat theirs (``torch.use_deterministic_algorithms``): the gradients of fused
-            attention add up in any order. It is written every ``checkpoint_every`` steps and at the end, and holds the
-            trained weights beside their average.
-        checkpoint_every: in steps; None writes at the end alone.
-        hooks: what takes part in each step, in this order, such as a trained method; see `LoopHook`. Checkpoints hold
-            their state, and are refused where a hook or its settings are others. With them ``loss`` in the history is
-            what they make of it. They are done with the model when this returns or raises.
-        seed: of order, augmentation, dropout and stochastic depth.
+        val_loader: batches to evaluate after each pass, on the average if there is ``ema``.
+        resume: the checkpoint file. If it exists, training continues from it, and ends with the same bits as an
+            uninterrupted run, provided that the model has its original weights and that teacher, batches, settings and
+            number of ranks are the same; all ranks must see the file. On a GPU the bits are the same only if torch's
+            kernels are deterministic (``torch.use_deterministic_algorithms``), because fused attention sums gradients
+            in any order. The file is written every ``checkpoint_every`` steps and at the end, and holds the trained
+            weights and their average.
+        checkpoint_every: number of steps between checkpoints; None writes only at the end.
+        hooks: objects that take part in each step, in this order, such as a trained method; see `LoopHook`. Checkpoints
+            hold their state, and are refused if a hook or its settings differ. ``loss`` in the history includes their
+            terms. They release the model before this function returns or raises.
+        seed: the seed of order, augmentation, dropout and stochastic depth.
         device: where to train; the model's own by default. On several ranks "cuda" is the GPU of LOCAL_RANK.
 
     Raises:
-        InvalidArgument: an argument or a batch is not as described, more images cannot be read than the loader allows,
-            or the checkpoint is damaged or of another run.
-        Unsupported: the optimizer's state or a hook's cannot be saved, the loader's data cannot be shared out, or a
-            hook refuses the model.
+        InvalidArgument: an argument or a batch is not as described, more images are unreadable than the loader allows,
+            or the checkpoint is damaged or belongs to another run.
+        Unsupported: the state of the optimizer or of a hook cannot be saved, the loader's data cannot be divided among
+            ranks, or a hook refuses the model.
         NumericalError: the loss or the gradient is NaN or infinite (with a GradScaler, the gradient at a scale of 1);
             the weights are those of the last good step.
-        Error: another rank raised something that is not of secateur.
+        Error: another rank raised an error that is not secateur's.
     """
     with joined() as ranks:
         with ranks.together():
@@ -209,7 +211,7 @@ def finetune(
             if not any(parameter.requires_grad for parameter in model.parameters()):
                 raise InvalidArgument("model: expected a parameter that requires a gradient, got none")
             path = None if resume is None else check.writable("resume", resume)
-            # The other ranks' weights are about to be the first one's.
+            # The other ranks are about to get the first rank's weights.
             origin = None if path is None or ranks.rank > 0 else resumption.origin(model, teacher, loader)
         written = path is not None and path.is_file()
         ranks.agree(
@@ -242,10 +244,10 @@ def finetune(
 
 
 def refuse_wrapped(loader: object, argument: str = "loader") -> None:
-    """Refuse a loader that leaves out images behind another's iteration, which would not show the empty batches.
+    """Refuse a wrapper around a loader that skips images: wrapped, it would not show the empty batches.
 
     Raises:
-        InvalidArgument: it is not of `data.loader` and has its ``max_unreadable``.
+        InvalidArgument: the loader is not made by `data.loader` but has its ``max_unreadable``.
     """
     limit = getattr(loader, "max_unreadable", 0)
     if limit and not isinstance(loader, ImageLoader):
@@ -256,7 +258,7 @@ def refuse_wrapped(loader: object, argument: str = "loader") -> None:
 
 
 def _half(amp: object, model: nn.Module, place: torch.device) -> str | None:
-    """Return the type of autocast, checked against the model and the device."""
+    """Return the type for autocast, checked against the model and the device."""
     if amp is None:
         return None
     if not isinstance(amp, str) or amp not in _HALF:
@@ -270,7 +272,7 @@ def _half(amp: object, model: nn.Module, place: torch.device) -> str | None:
 
 
 def _layout(model: nn.Module) -> str:
-    """Return a digest of the parameters' names, shapes and types, and which are trained."""
+    """Return a digest of the parameters' names, shapes and types, and of which are trained."""
     lines = [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in model.named_parameters()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
@@ -302,7 +304,7 @@ def _optimizer(model: nn.Module, settings: Settings, hooks: Hooks) -> torch.opti
 
 @contextmanager
 def _heads_apart(model: nn.Module, settings: Settings) -> Iterator[None]:
-    """Have a model with a distillation token return both heads while each has a loss of its own."""
+    """Make a model with a distillation token return both heads if each has a loss of its own."""
     if not hasattr(model, "set_distilled_training"):
         yield
         return
@@ -316,7 +318,7 @@ def _heads_apart(model: nn.Module, settings: Settings) -> Iterator[None]:
 
 
 def _cuda_devices() -> list[torch.device]:
-    """Return all devices whose generators a run may move: those of a process that uses CUDA."""
+    """Return all devices whose random generators a run may advance: those of a process that uses CUDA."""
     if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return []
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]

@@ -1,4 +1,4 @@
-"""What takes part in the training loop besides the model: terms of the loss, parameters and a state of its own."""
+"""Hooks that take part in the training loop: with terms of the loss, parameters and a state of their own."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Hooks", "LoopHook", "State"]
 
-# Nested dicts, lists and tuples of tensors, numbers, texts, bools and None.
+# Nested dicts, lists and tuples of tensors, numbers, strings, bools and None.
 State: TypeAlias = "dict[str, Any]"
 _METHODS = ("settings", "begin", "loss", "after_backward", "after_step", "state", "load_state")
 
 
 @dataclass
 class Batch:
-    """Images on their device, as the model takes them, and how they were mixed.
+    """Images on their device, in the model's type, and how they were mixed.
 
-    ``images`` (B, C, H, W); ``targets`` as the loader has them, None where it has none; ``shares`` (B, B), where images
-    were mixed, holds each one's shares of those that came in. ``together`` counts the images of all ranks;
-    ``uneven`` says that some rank's batch is empty, and not all are.
+    ``images`` is (B, C, H, W); ``targets`` are the loader's, or None if it has none; ``shares`` (B, B), if images were
+    mixed, holds for each image the shares of the original ones. ``together`` is the number of images of all ranks;
+    ``uneven`` says that the batch is empty on some ranks but not on all.
     """
 
     images: Tensor
@@ -40,66 +40,66 @@ class Batch:
 
 
 class LoopHook(Protocol):
-    """Takes part in `finetune`; a subclass overrides what it needs, for every method here changes nothing.
+    """Takes part in `finetune`; a subclass overrides the methods that it needs, since by default they change nothing.
 
     Each step calls ``loss``, then ``after_backward``, then ``after_step``; a step without images on any rank calls
-    none. The hook's state is saved with each checkpoint and loaded with it, so that a run that was interrupted ends
-    with the same bits as one that was not.
+    none. The hook's state is saved in each checkpoint and loaded from it, so that an interrupted run ends with the same
+    bits as an uninterrupted one.
 
-    On several ranks every rank has a hook of its own, and all must stay the same. The loop sees to the hook's
-    parameters: all ranks start from the first rank's, and gradients are averaged over the images of all ranks. What
-    a hook computes from parameters, gradients and step numbers is then the same everywhere; what it computes from a
-    batch it must average over the ranks itself. The first rank's state is saved, and every rank loads it. Random
-    numbers differ between ranks.
+    On several ranks, every rank has its own hook, and all must stay identical. The loop synchronises the hook's
+    parameters: all ranks start from the first rank's, and gradients are averaged over the images of all ranks. Anything
+    a hook computes from parameters, gradients and step numbers is then the same on every rank; anything it computes
+    from a batch, it must average over the ranks itself. The first rank's state is saved, and every rank loads it.
+    Random numbers differ between ranks.
     """
 
     name: str
-    """Its state is saved under this; the hooks of one run have different names."""
+    """The name under which its state is saved; the hooks of one run have different names."""
 
     def settings(self) -> Mapping[str, Any]:
-        """What must not change between a checkpoint and its continuation, and is the same on all ranks: JSON values."""
+        """Return what must not change between a checkpoint and its continuation: JSON values, the same on all ranks."""
         return {}
 
     def begin(self, model: nn.Module) -> AbstractContextManager[Iterable[nn.Parameter]]:  # noqa: ARG002
         """Return a context in which the model is trained, and evaluated after each pass.
 
         It yields the hook's own parameters, on the model's device, new ones for each run. The optimizer trains them
-        with the learning rate of the model's and without weight decay; they count in the norm that is clipped, and are
-        averaged with the weights where ``ema`` is taken. At its end, also after an error, the model must have the
-        modules and module hooks that it came with.
+        with the model's learning rate and without weight decay; they are included in the gradient norm for clipping and
+        in the average of ``ema``. When it ends, even after an error, the model must have its original modules and
+        module hooks.
 
         Raises:
-            Unsupported: the hook does not know what to do with this model; nothing is changed.
+            Unsupported: the hook cannot handle this model; nothing is changed.
         """
         return nullcontext(())
 
     def loss(self, batch: Batch, base: Tensor) -> Tensor:  # noqa: ARG002
         """Return the loss to minimise, a scalar, the mean over the images of this rank.
 
-        ``base`` is the loss so far: of labels and teacher, and of the hooks before this one.
+        ``base`` is the loss so far: from labels and teacher, and from the hooks before this one.
         """
         return base
 
     def after_backward(self) -> None:
         """Read or change the gradients: the mean over ranks, without a loss scale, not yet clipped.
 
-        With ``amp="float16"`` they may be infinite; the step is then left out, and ``after_step`` called all the same.
+        With ``amp="float16"`` they may be infinite; the step is then skipped, but ``after_step`` is still called.
         """
 
     def after_step(self, step: int) -> None:
-        """Read or change weights and parameters when ``step`` steps have been taken."""
+        """Read or change weights and parameters after ``step`` steps in total."""
 
     def state(self) -> State:
-        """Return all that the hook needs to go on, with its parameters."""
+        """Return everything that the hook needs to continue, including its parameters."""
         return {}
 
     def load_state(self, state: State) -> None:
-        """Take up a state that `state` returned in a run of the same settings; called after `begin`.
+        """Load a state that `state` returned in a run with the same settings; called after `begin`.
 
-        Parameters are copied into, for the optimizer holds them.
+        Copy into the parameters instead of replacing them, since the optimizer holds them.
 
         Raises:
-            InvalidArgument: it does not fit; nothing is changed.
+            InvalidArgument: the state does not fit; nothing is changed.
         """
 
 
@@ -107,19 +107,19 @@ class Hooks:
     """The hooks of one run, in order.
 
     Raises:
-        InvalidArgument: one is no hook, has no name, or the name of another.
+        InvalidArgument: one is not a hook, has no name, or has the name of another.
     """
 
     def __init__(self, hooks: Iterable[LoopHook] = ()) -> None:
         self._hooks = {hook.name: hook for hook in _checked(hooks)}
         found = {name: dict(hook.settings()) for name, hook in self._hooks.items()}
-        # What identifies a run with them, as a file holds it; of one without any, None.
+        # Identifies a run with these hooks, as a file holds it; None without hooks.
         self.settings: dict[str, Any] | None = json.loads(json.dumps(found)) if found else None
         self.parameters: list[nn.Parameter] = []
 
     @contextmanager
     def hold(self, model: nn.Module, ranks: Ranks) -> Iterator[None]:
-        """Have all of them begin, and end in reverse order; all ranks must call it."""
+        """Begin all hooks, and end them in reverse order; all ranks must call it."""
         with ExitStack() as stack:
             with ranks.together():
                 for name, hook in self._hooks.items():
@@ -134,7 +134,7 @@ class Hooks:
                 self.parameters = []
 
     def loss(self, batch: Batch, loss: Tensor) -> Tensor:
-        """Return what they make of a loss, one after the other."""
+        """Return the loss after all hooks have changed it in turn."""
         for name, hook in self._hooks.items():
             loss = hook.loss(batch, loss)
             if not isinstance(loss, Tensor) or loss.ndim > 0:
@@ -143,21 +143,21 @@ class Hooks:
         return loss
 
     def after_backward(self) -> None:
-        """Call theirs."""
+        """Call it on each hook."""
         for hook in self._hooks.values():
             hook.after_backward()
 
     def after_step(self, step: int) -> None:
-        """Call theirs."""
+        """Call it on each hook."""
         for hook in self._hooks.values():
             hook.after_step(step)
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of them; nothing of a run without any."""
+        """Return the hooks' entry in a checkpoint; empty without hooks."""
         return {"hooks": {name: hook.state() for name, hook in self._hooks.items()}} if self._hooks else {}
 
     def load_state(self, rest: Mapping[str, Any]) -> None:
-        """Take up what `state` returned."""
+        """Load what `state` returned."""
         for name, hook in self._hooks.items():
             hook.load_state(rest["hooks"][name])
 

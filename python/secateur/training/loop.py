@@ -1,4 +1,4 @@
-"""The training loop: one run from where it is to its last step, alone or as one of several ranks."""
+"""The training loop: continues one run to its last step, alone or as one of several ranks."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Run"]
 
-# The end of a pass; None would be a batch, and a wrong one.
+# Marks the end of a pass; None could be a (wrong) batch.
 _END = object()
 
 
 class Run:
-    """One run: model, optimizer and position, which a checkpoint holds together."""
+    """One run: model, optimizer and position, which are saved together in a checkpoint."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Run:
     ) -> None:
         self.at = Progress()
         self._model = model
-        # Once: a walk through the modules takes longer than many of a GPU's kernels.
+        # Collected once, since walking through the modules takes longer than many GPU kernels.
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._every = [*self._trained, *hooks.parameters]
         self._forward = ranks.parallel(model)
@@ -68,7 +68,7 @@ class Run:
         self._ranks = ranks
         self._hooks = hooks
         self._generators: Any = None
-        # The loader that may leave out images, and what it had left out of the pass where the checkpoint is.
+        # The loader that may skip images, and the images it had skipped in the pass before the checkpoint.
         self._gaps: ImageLoader | None = None
         self._left_out: list[str] = []
         self._mixing = Mixing(settings.mixup, settings.cutmix) if settings.mixup or settings.cutmix else None
@@ -90,7 +90,7 @@ class Run:
     def train(
         self, loader: Iterable[Any], val_loader: Iterable[Any] | None, path: Path | None, every: int | None
     ) -> None:
-        """Go on from where the run is to its last step, and leave the average in the model where one is taken."""
+        """Continue the run to its last step; the model then holds the average if there is one."""
         at, steps = self.at, self._settings.steps
         self._gaps = loader if isinstance(loader, ImageLoader) and loader.max_unreadable else None
         with progress(steps, "finetune", unit="steps", silent=self._ranks.rank > 0) as advance:
@@ -116,7 +116,7 @@ class Run:
         at, skip = self.at, self.at.batch
         _seed_generators(self._settings.seed, at.epoch, self._ranks.rank, self._place)
         if hasattr(loader, "set_epoch"):
-            # secateur's own loader can leave out what was used without decoding it.
+            # secateur's own loader can skip batches already used without decoding them.
             if self._gaps is not None:
                 self._gaps.set_epoch(at.epoch, skip, self._left_out)
                 skip, self._left_out = 0, []
@@ -134,7 +134,7 @@ class Run:
         yield from batches
 
     def _next(self, batches: Iterator[Any]) -> Batch | None:
-        """Return the next batch, None at the end of the pass; what is wrong with it is found before the ranks wait."""
+        """Return the next batch, or None at the end of the pass; errors in it are found before the ranks wait."""
         found: Batch | None = None
         with self._ranks.together(3) as totals:
             batch = next(batches, _END)
@@ -168,10 +168,10 @@ class Run:
         return Batch(images, None if targets is None else targets.to(self._place), shares)
 
     def _step(self, batch: Batch) -> float | None:
-        """Take one step and return its loss; None of a batch without images, which changes nothing."""
+        """Take one step and return its loss; None for a batch without images, which changes nothing."""
         at, settings = self.at, self._settings
         count = len(batch.images)
-        # A caller's autocast keeps what it has cast until its block ends, and those are other weights by now.
+        # A caller's autocast caches casts until its block ends, but the weights have changed.
         torch.clear_autocast_cache()
         if batch.together == 0:
             self._schedule.step_update(at.step)
@@ -184,7 +184,7 @@ class Run:
         value = totals[0] / batch.together
         self._finite("loss", value)
         if self._ranks.size > 1:
-            # The gradient will be the mean over ranks, whose batches may differ in size.
+            # Gradients are averaged over ranks, whose batches may differ in size.
             loss = loss * (count * self._ranks.size / batch.together)
         self._optimizer.zero_grad()
         scaled = self._scaler.scale(loss)
@@ -197,7 +197,7 @@ class Run:
         self._hooks.after_backward()
         limit = float("inf") if settings.clip_grad is None else settings.clip_grad
         norm = nn.utils.clip_grad_norm_([p for p in self._every if p.grad is not None], limit)
-        # Above 1 the scaler leaves the step out and halves the scale; at 1 it is the gradient itself that is bad.
+        # Above 1, the scaler skips the step and halves the scale; at 1, the gradient itself is not finite.
         if self._scaler.get_scale() <= 1:
             self._finite("gradient", float(norm))
         self._schedule.step_update(at.step)
@@ -205,7 +205,7 @@ class Run:
         before = [p.detach().clone() for p in narrow]
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        # Squared gradients and Adam's epsilon are zero in float16.
+        # In float16, squared gradients and Adam's epsilon round to zero.
         if not all(bool(p.isfinite().all()) for p in narrow):
             with torch.no_grad():
                 for parameter, value_before in zip(narrow, before, strict=True):
@@ -226,10 +226,10 @@ class Run:
     def _loss(self, batch: Batch) -> Tensor:
         settings = self._settings
         with self._precision():
-            # Not all ranks have a forward pass, which DistributedDataParallel would wait for.
+            # DistributedDataParallel would wait for a forward pass on all ranks, which an uneven batch does not have.
             forward = self._model if batch.uneven else self._forward
             output = forward(model_input(self._model, batch.images, self._place))
-        # Two heads only when `_heads_apart` asked for them.
+        # There are two heads only inside `_heads_apart`.
         heads = output if isinstance(output, tuple) and len(output) == 2 else (output, output)
         student, pupil = (full_precision(head) for head in heads)
         loss: Tensor = student.new_zeros(())
@@ -241,7 +241,7 @@ class Run:
             hard = functional.cross_entropy(student, targets, label_smoothing=settings.label_smoothing)
             loss = loss + (1 - settings.alpha) * hard
         if self._teacher is not None and settings.alpha > 0:
-            # Not inference mode: its tensors cannot be kept for the backward pass.
+            # Not inference mode, because its tensors cannot be saved for the backward pass.
             with torch.no_grad(), self._precision():
                 wanted = self._teacher(model_input(self._teacher, batch.images, self._place))
             if not isinstance(wanted, Tensor) or wanted.shape != pupil.shape:
@@ -264,7 +264,7 @@ class Run:
     def _close_epoch(self, val_loader: Iterable[Any] | None) -> None:
         at = self.at
         if at.images == 0:
-            # Of a pass that the last step ended, what was trained before counts.
+            # A pass that the last step ends may have no image, if others were trained before.
             if at.step < self._settings.steps or not at.history:
                 raise InvalidArgument("loader: expected at least one image in every pass, got none")
             at.epoch, at.batch = at.epoch + 1, 0
@@ -276,7 +276,7 @@ class Run:
             "lr": max(float(group["lr"]) for group in self._optimizer.param_groups),
             "images": at.images,
         }
-        # But for the images left out, the first rank's numbers are the sums: the others add zeros.
+        # Except for skipped images, the first rank has the totals and the others add zeros.
         with self._ranks.together(5) as totals:
             totals[4] = 0.0 if self._gaps is None else float(len(self._gaps.unreadable))
             if val_loader is not None and self._ranks.rank == 0:
@@ -300,7 +300,7 @@ class Run:
             **self._hooks.state(),
         }
         if self._gaps is not None:
-            # A resumed pass does not read the batches behind it again, and has its limit still.
+            # A resumed pass does not read earlier batches again, but its limit still counts them.
             rest["unreadable"] = self._ranks.gather(self._gaps.unreadable)
         with self._ranks.together():
             if self._ranks.rank == 0:
@@ -311,7 +311,7 @@ class Run:
         return asdict(self._settings) | ({} if hooks is None else {"hooks": hooks})
 
     def load(self, path: Path) -> int:
-        """Take up a checkpoint and return its step; nothing is changed unless all of it fits."""
+        """Load a checkpoint and return its step; nothing is changed unless all of it fits."""
         found, position, rest = resumption.read(path, self._model, self._origin, self._fixed())
         with container.understood("resume: expected a checkpoint of this run"):
             at, drawn = Progress(**position), rest["generators"][self._ranks.rank]

@@ -223,7 +223,7 @@ def test_failures_are_one_line(run: Run, dense: Path, state: Path, tmp_path: Pat
         "secateur: --checkpoint: expected a secateur model file, got "
     )
     assert "source: expected an image folder" in failure(run, "evaluate", "--checkpoint", dense, "--data", "nowhere")
-    assert "resnet" in failure(run, "inspect", "--model", "resnet18").lower()
+    assert "got timm.models.vgg.VGG" in failure(run, "inspect", "--model", "vgg11")
     assert "expected a model that timm can build, got 'no_such_vit'" in failure(
         run, "inspect", "--model", "no_such_vit"
     )

@@ -176,6 +176,15 @@ def test_search_takes_options(run: Run, files: tuple[Path, Path], tmp_path: Path
     assert error.startswith("secateur: resume: expected the file of this search")
 
 
+def test_statistics_are_for_methods_that_need_them(run: Run, files: tuple[Path, Path], tmp_path: Path) -> None:
+    common = ["plan", "--checkpoint", files[0], "--ratios", '{"ffn": 0.3}', "--out", tmp_path / "plan.json"]
+    assert run(*common, "--method", "magnitude")[0] == 0
+    assert sc.Plan.load(tmp_path / "plan.json").method == "magnitude"
+    code, out, error = run(*common)
+    assert (code, out) == (2, "")
+    assert "expected --stats FILE for the method project, which needs moments" in error
+
+
 def test_methods_are_listed(run: Run) -> None:
     code, out, error = run("methods")
     assert (code, error) == (0, "")

@@ -316,7 +316,7 @@ def test_other_files(pruned, digits_images, tmp_path):
     with pytest.raises(sc.InvalidArgument, match="expected a secateur model file, got a statistics file"):
         sc.load(path)
     for nothing in (tmp_path / "none", tmp_path):
-        with pytest.raises(sc.InvalidArgument, match="which is no file"):
+        with pytest.raises(sc.InvalidArgument, match="which is not a file"):
             sc.load(nothing)
 
 

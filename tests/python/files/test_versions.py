@@ -18,7 +18,7 @@ from finetuning import batches, quiet
 from torch import nn
 
 DATA = Path(__file__).parents[2] / "data"
-FORMATS = sorted(folder.name for folder in DATA.iterdir())
+FORMATS = sorted(folder.name for folder in DATA.iterdir() if folder.name[0].isdigit())
 OPTIONS = {"steps": 4, "lr": 1e-3, "ema": 0.9}
 
 

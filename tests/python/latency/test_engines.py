@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+import outside
 import pytest
 import secateur as sc
 import torch
@@ -20,7 +18,7 @@ from secateur.latency.runtimes.registry import RUNTIMES, chosen, register
 from secateur.latency.table import Grid, LatencyTable, Layer
 from secateur.plans import on_the_clock
 from secateur.plans.on_the_clock import LatencyReport
-from secateur.searches import search as searching
+from secateur.searches import course as searching
 from secateur.searches.objectives import LatencySensitive, settings_of
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -146,11 +144,11 @@ def test_every_layer_and_whole_model_is_measured_on_the_engine(spy):
     table = sc.measure_latency(model, groups=("ffn",), grid={"ffn": [20]}, repeats=1, batch_size=2, runtime="spy")
     assert (table.runtime, table.runtime_version, table.compiled) == ("spy", "7.1", False)
     assert "float32, by spy 7.1, on" in str(table)
-    # Attention, FFN of two sizes, what stands around, the model and four cuts of it; the reference and how many copies
-    # to run, of each layer, besides. Copies would be prepared again: none are made.
+    # The reference, attention, FFN of two sizes, what stands around, the model and four cuts of it. Copies of layers
+    # would be prepared as well: none are made.
     shapes = [shape for _, shape, *_ in spy.prepared]
-    assert shapes.count((2, 3, 16, 16)) == 1 + 1 + 1 + 4
-    assert shapes.count((2, 17, 24)) == 1 + (1 + 1) + (1 + 2)
+    assert shapes.count((2, 3, 16, 16)) == 1 + 1 + 4
+    assert shapes.count((2, 17, 24)) == 1 + 1 + 2
     assert not any(isinstance(module, nn.Sequential) for module, *_ in spy.prepared)
     assert table.predict(sc.inspect(model), {"blocks.0.ffn": 20}) > 0
 
@@ -394,43 +392,28 @@ def test_a_search_on_torch_is_described_as_it_was():
 
 
 def test_an_engine_of_another_package(tmp_path):
-    """Found by its entry point, in a process of its own; imported only when it is asked for."""
-    (tmp_path / "outside_engine.py").write_text(
-        textwrap.dedent(
-            """
-            import torch
-            from secateur.latency.runtimes.registry import register
-
-            @register
-            class Traced:
-                name = "traced"
-                version = "1.0"
-
-                def prepare(self, module, example):
-                    return torch.jit.trace(module, example, check_trace=False)
-            """
-        )
-    )
-    folder = tmp_path / "outside-1.0.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
-    (folder / "entry_points.txt").write_text("[secateur.runtimes]\ntraced = outside_engine:Traced\n")
-    script = textwrap.dedent(
+    """That of docs/extending, found by its entry point, in a process of its own; imported when it is asked for."""
+    folder = outside.installed(tmp_path, *outside.documented("runtime.md"))
+    outside.run(
+        folder,
         """
-        import sys
-        sys.path.insert(0, sys.argv[1])
-        import timm, warnings
-        import secateur as sc
+        import warnings
         warnings.simplefilter("ignore")
+        import timm, torch
+        import secateur as sc
+        torch.set_num_threads(1)
         model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, num_heads=2, depth=2).eval()
         sc.bench(model, batch_size=1, repeats=1)
         assert "outside_engine" not in sys.modules
-        assert sc.bench(model, batch_size=1, repeats=1, runtime="traced").runtime == "traced"
-        table = sc.measure_latency(model, groups=("ffn",), repeats=1, runtime="traced")
-        assert (table.runtime, table.runtime_version) == ("traced", "1.0")
-        """
+        assert sc.bench(model, batch_size=1, repeats=1, runtime="torch.export").runtime == "torch.export"
+        table = sc.measure_latency(model, groups=("ffn",), grid={"ffn": [32]}, repeats=1, runtime="torch.export")
+        assert (table.runtime, table.runtime_version) == ("torch.export", torch.__version__)
+        stats = sc.calibrate(model, [torch.rand(2, 3, 32, 32) * 2 - 1], collect="scores")
+        target = sc.Target(latency=1.0)
+        chosen = sc.plan(model, stats, method="snp", target=target, groups=("ffn",), latency_table=table)
+        assert chosen.latency.runtime == "torch.export"
+        """,
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
 
 
 def test_models_of_another_kind_have_engines_too(spy):

@@ -749,7 +749,9 @@ def test_what_is_no_table(tmp_path):
         (tmp_path / "table.json").write_bytes(content)
         with pytest.raises(sc.InvalidArgument, match="table.json: expected a secateur latency table"):
             LatencyTable.load(tmp_path / "table.json")
-    with pytest.raises(sc.InvalidArgument, match="path: expected a secateur latency table, got .*, which is no file"):
+    with pytest.raises(
+        sc.InvalidArgument, match="path: expected a secateur latency table, got .*, which is not a file"
+    ):
         LatencyTable.load(tmp_path)
     with pytest.raises(sc.InvalidArgument, match="expected a file in an existing folder"):
         table_of(sc.inspect(small()), staircase, steps).save(tmp_path / "none" / "table.json")

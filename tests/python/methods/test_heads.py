@@ -13,7 +13,7 @@ import secateur as sc
 import torch
 from models import images, make
 from secateur.methods.linalg.heads import eliminate_heads, head_errors
-from secateur.searches.search import _rebuilt, _structure
+from secateur.searches.file import rebuilt, structure_of
 from small_vits import small_batches, small_vit
 from torch.nn import functional
 
@@ -325,7 +325,7 @@ def test_a_fraction_of_all_layers_takes_those_that_matter_least(digits_model, di
     most = max(removal, key=removal.get)
     assert most in sc.plan(digits_model, stats, method="snp", ratios={"layer": 0.2, most: 1}).keep
     plain = sc.calibrate(digits_model, [digits_images])
-    with pytest.raises(sc.InvalidArgument, match=r"ratios\['layer'\]: expected layers by their names"):
+    with pytest.raises(sc.InvalidArgument, match=r"ratios\['layer'\]: expected layers by name"):
         sc.plan(digits_model, plain, method="snp", ratios={"layer": 0.5})
 
 
@@ -357,7 +357,7 @@ def test_a_search_goes_on_with_what_is_left(digits_model, digits_images):
     pruned = copy.deepcopy(digits_model)
     ratios = {"heads": 0.34, "width": 0.1, "blocks.0.mlp": 1}
     sc.prune(pruned, sc.plan(digits_model, stats, method="project", ratios=ratios))
-    again = _rebuilt(digits_model, _structure(pruned, digits_model), pruned.state_dict())
+    again = rebuilt(digits_model, structure_of(pruned, digits_model), pruned.state_dict())
     with torch.no_grad():
         assert torch.equal(again(digits_images), pruned(digits_images))
 
@@ -421,7 +421,7 @@ def test_torch_takes_what_is_left(cut, digits_images):
 @pytest.mark.parametrize(
     ("ratios", "text"),
     [
-        ({"blocks.0.attn": 0.5}, r"ratios\['blocks.0.attn'\]: expected 0 or 1 of a layer, got 0.5"),
+        ({"blocks.0.attn": 0.5}, r"ratios\['blocks.0.attn'\]: expected 0 or 1 for a layer, got 0.5"),
         ({f"blocks.{i}.mlp": 1 for i in range(3)}, "ratios: expected at least one FFN layer to stay, got none"),
         ({f"blocks.{i}.attn": 1 for i in range(3)}, "ratios: expected at least one attention layer to stay, got none"),
         ({"heads": 1.0}, r"ratios\['heads'\]: expected a fraction in \[0, 1\)"),

@@ -9,6 +9,7 @@ import pytest
 import secateur as sc
 import torch
 from models import images, make
+from prepared import prepared
 from scores import queries_and_keys
 from secateur.methods import selection_error as losses
 
@@ -112,19 +113,28 @@ def test_nothing_is_said_without_moments(digits_model, digits_images):
 
 
 @pytest.fixture(scope="module")
-def halves(make_digits_model, digits_loader):
-    """Statistics of one half of the digits, the images of the other, and what the model answers to these."""
+def halves(make_digits_model):
+    """Statistics of images of one half of the digits, images of the other, and what the model answers to these."""
     model = make_digits_model()
     batches = [x for x, _ in sc.data.loader("digits", model, split="train", batch_size=64, max_images=256)]
-    held_out = torch.cat([x for x, _ in digits_loader])
+    held_out, _ = next(iter(sc.data.loader("digits", model, batch_size=384)))
     with torch.no_grad():
         return sc.calibrate(model, batches, sensitivity=True), held_out, model(held_out).log_softmax(1)
 
 
-@pytest.mark.parametrize("method", ["snp", "refit"])
-@pytest.mark.parametrize("macs", [0.7, 0.5])
-def test_shared_out_by_loss_a_budget_costs_less(digits_model, halves, method, macs):
-    """Against the better of one ratio for all with and without the width, on images that were not calibrated on."""
+INNER = ("qk", "v", "ffn")
+
+
+@pytest.mark.parametrize(
+    ("method", "macs", "share"), [("snp", 0.8, 0.4), ("snp", 0.7, 0.7), ("refit", 0.7, 0.7), ("refit", 0.5, 0.7)]
+)
+def test_shared_out_by_loss_a_budget_costs_less(digits_model, halves, method, macs, share):
+    """Against the better of one ratio for all with and without the width, on images that were not calibrated on.
+
+    What is shared out by is predicted for each group alone, and adds up while the answers hardly move: over weights
+    trained from three seeds these budgets cost at most 0.19, 0.64, 0.31 and 0.54 of what one ratio does. SNP, which has
+    no refit, moves them by 0.1 to 0.3 nats at half of the MACs; there it was 0.37 to 1.04: chance, which no test holds.
+    """
     stats, held_out, wanted = halves
 
     def lost(groups, allocation):
@@ -134,9 +144,23 @@ def test_shared_out_by_loss_a_budget_costs_less(digits_model, halves, method, ma
         with torch.no_grad():
             return float((wanted.exp() * (wanted - model(held_out).log_softmax(1))).sum(1).mean())
 
-    # At half, what SNP loses depends on the weights that training happened to find: there, no more than one ratio does.
-    share = 1.0 if (method, macs) == ("snp", 0.5) else 0.7
-    inner = ("qk", "v", "ffn")
-    uniform = min(lost(groups, "uniform") for groups in (inner, (*inner, "width")))
-    assert lost((*inner, "width"), "error") <= share * uniform
-    assert lost(inner, None) <= share * uniform
+    uniform = min(lost(groups, "uniform") for groups in (INNER, (*INNER, "width")))
+    assert lost((*INNER, "width"), "error") <= share * uniform
+    assert lost(INNER, None) <= share * uniform
+
+
+@pytest.mark.parametrize("method", ["snp", "refit"])
+@pytest.mark.parametrize("macs", [0.7, 0.5, 0.35])
+def test_what_is_predicted_is_the_least(digits_model, halves, method, macs):
+    """At any budget, and whether or not the prediction holds there: less than with one ratio for all."""
+    stats = halves[0]
+    bound = prepared(digits_model, stats, method)
+    groups = [group for group in sc.inspect(digits_model).groups if group.kind in INNER]
+
+    def predicted(allocation):
+        arguments = {"target": sc.Target(macs=macs), "groups": INNER, "round_to": 3}
+        keep = sc.plan(digits_model, stats, method=method, allocation=allocation, **arguments).keep
+        kept = {group: keep[group.name].shape[1] if group.name in keep else group.size for group in groups}
+        return sum(stats.sensitivity(group.name) * bound.errors(group)[size] for group, size in kept.items())
+
+    assert 0 < predicted("error") <= 0.8 * predicted("uniform")

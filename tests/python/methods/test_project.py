@@ -16,6 +16,7 @@ from prepared import prepared
 from secateur.families.vision_transformer.modules import PrunedAttention
 from secateur.methods.handlers.width import unexplained
 from secateur.methods.linalg import bases as project
+from secateur.methods.linalg import stream, values
 from small_vits import small_batches, small_vit
 from torch import nn
 
@@ -149,7 +150,7 @@ def test_what_is_redundant_costs_nothing(kind):
 @torch.no_grad()
 def test_a_layernorm_stream_has_one_direction_less_than_channels():
     """The stock form of r directions in r + 1 channels: all D channels are the D − 1 directions that LayerNorm sees."""
-    channels = project.stock_basis(7)
+    channels = stream.stock_basis(7)
     assert float((channels.mT @ channels - torch.eye(6)).abs().max()) < 1e-14
     assert float(channels.sum(0).abs().max()) < 1e-14
     generator = torch.Generator().manual_seed(0)
@@ -159,7 +160,7 @@ def test_a_layernorm_stream_has_one_direction_less_than_channels():
         # The stream lies in 20 of its directions: 21 channels hold it, with the eps in proportion.
         basis = torch.linalg.svd(seen[:20], full_matrices=False)[2].mT
         seen = seen @ basis @ basis.mT
-        kept = project.stock_basis(21) @ basis.mT
+        kept = stream.stock_basis(21) @ basis.mT
         small = nn.LayerNorm(21, eps=eps * size / 21, elementwise_affine=False).double()
         dense = nn.LayerNorm(size, eps=eps, elementwise_affine=False).double()
         found = small(seen @ kept.mT) @ kept * (size / 21) ** 0.5
@@ -230,7 +231,7 @@ def test_the_residual_basis_holds_most_of_what_all_norms_see():
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randn(40, 13, 13, generator=generator, dtype=torch.float64)[0] for _ in range(3)]
     moments = [part.mT @ part for part in rows]
-    basis = project.residual_basis(moments)
+    basis = stream.residual_basis(moments)
     torch.testing.assert_close(basis.mT @ basis, torch.eye(13, dtype=torch.float64), rtol=0, atol=1e-12)
     held = torch.stack([((basis.mT @ moment @ basis).diagonal()) for moment in moments]).sum(0)
     # The first r directions can hold no more than the r largest eigenvalues of the sum.
@@ -266,12 +267,12 @@ def test_value_sweeps_remove_what_heads_share():
     weight = torch.randn(8, 15, generator=generator, dtype=torch.float64)
     covariance = torch.cov(z.mT)
     parts = [slice(5 * head, 5 * head + 5) for head in range(3)]
-    start = torch.block_diag(*(project._leading(weight[:, part], covariance[part, part], 2) for part in parts))
-    basis = project.value_bases(weight, covariance, 3, 2)
+    start = torch.block_diag(*(values._leading(weight[:, part], covariance[part, part], 2) for part in parts))
+    basis = values.value_bases(weight, covariance, 3, 2)
     assert basis.shape == (6, 15)
     assert float((basis * (1 - torch.block_diag(*[torch.ones(2, 5)] * 3))).abs().max()) == 0
     assert projected(weight, covariance, basis) < 0.7 * projected(weight, covariance, start)
-    bound = project.value_errors(weight, covariance, 3)
+    bound = values.value_errors(weight, covariance, 3)
     assert bound.shape == (6,)
     assert float(bound[5]) == 0
     assert bool((bound.diff() <= 1e-12).all())
@@ -298,7 +299,7 @@ def test_value_sweeps_are_regressions_on_the_other_heads():
             seen = others @ covariance
             left = covariance - seen.mT @ torch.linalg.solve(seen @ others.mT, seen)
             kept[head] = leading((weight @ left)[:, part] @ left[part][:, part].inverse(), left[part][:, part])
-    found = project.value_bases(weight, covariance, 4, 2)
+    found = values.value_bases(weight, covariance, 4, 2)
     for head, part in enumerate(parts):
         basis = found[2 * head : 2 * head + 2, part]
         # Up to signs.

@@ -125,8 +125,8 @@ def test_save_and_load(digits_model, stats, tmp_path):
             lambda p: p.write_text(p.read_text().replace('"format":1', '"format":2')),
             "expected format 1 or older, got 2",
         ),
-        (lambda p: p.write_bytes(b"\xff\xfe\x00"), "expected a secateur plan, got a file that is no text"),
-        (lambda p: p.unlink(), "which is no file"),
+        (lambda p: p.write_bytes(b"\xff\xfe\x00"), "expected a secateur plan, got a file that is not text"),
+        (lambda p: p.unlink(), "which is not a file"),
     ],
 )
 def test_damaged_plans(digits_model, stats, tmp_path, change, text):

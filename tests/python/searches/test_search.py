@@ -22,7 +22,7 @@ from secateur.searches.objectives import Measures
 from secateur.searches.stepper import Stepper
 
 # `secateur.search` is the function.
-module = importlib.import_module("secateur.searches.search")
+module = importlib.import_module("secateur.searches.course")
 FAST = {"method": "snp", "groups": ALL, "round_to": 1}
 
 
@@ -613,7 +613,7 @@ LOADERS = {"calibration_loader": [], "train_loader": []}
         ({"rounds": 0}, "rounds: expected an integer of at least 1, got 0"),
         ({"step": 0}, r"step: expected a fraction in \(0, 1\), got 0"),
         ({"step": 1.0}, r"step: expected a fraction in \(0, 1\), got 1.0"),
-        ({"method": "magic"}, "method: expected one of project, refit, snp, got 'magic'"),
+        ({"method": "magic"}, "method: expected one of magnitude, project, random, refit, snp, got 'magic'"),
         ({"colour": "red"}, "options: expected"),
         ({"groups": "qk"}, "groups: expected a sequence of names, got 'qk'"),
         ({"groups": ["head"]}, "groups: expected"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import secateur as sc
 import torch
-from secateur.methods import refit
+from secateur.methods.handlers import fit as refit
 from secateur.statistics.statistics import unpack
 from small_vits import small_batches, small_vit
 from sums import assert_close
@@ -158,7 +158,7 @@ def test_damaged_files(stats, tmp_path):
         path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
         with pytest.raises(sc.InvalidArgument, match="expected a secateur statistics file, got one"):
             sc.Statistics.load(path)
-    with pytest.raises(sc.InvalidArgument, match="which is no file"):
+    with pytest.raises(sc.InvalidArgument, match="which is not a file"):
         sc.Statistics.load(tmp_path / "none")
     with pytest.raises(sc.InvalidArgument, match="path: expected a file in an existing folder"):
         stats.save(tmp_path / "no_folder" / "stats.safetensors")

@@ -269,7 +269,7 @@ def test_pruned_models_train_with_every_option(kind: str) -> None:
     teacher = copy.deepcopy(model)
     images = [models.images(model, 3, seed) for seed in range(3)]
     stats = secateur.calibrate(model, images)
-    plan = secateur.plan(model, stats, ratios={"qk": 0.5, "v": 0.3, "ffn": 0.5, "width": 0.2})
+    plan = secateur.plan(model, stats, method="snp", ratios={"qk": 0.5, "v": 0.3, "ffn": 0.5, "width": 0.2})
     secateur.prune(model, plan)
     before = weights(model)
     options = {"mixup": 0.5, "cutmix": 0.5, "ema": 0.5, "amp": "bfloat16"}

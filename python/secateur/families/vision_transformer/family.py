@@ -34,27 +34,27 @@ class PlainViT(Family):
         fit.adapt(_vit(model), anatomy, sizes)
 
     def stock_sizes(self, model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, int]:
-        """The sizes after a cut to ``sizes`` whose attention modules are timm's own."""
+        """Return the sizes after a cut to ``sizes`` whose attention modules are timm's own."""
         return fit.stock_sizes(_vit(model), anatomy, sizes)
 
     def make_stock(self, model: nn.Module, head_dims: Mapping[str, int]) -> None:
-        """Make the attention modules timm's own, the same objects."""
+        """Make the attention modules timm's own, as the same objects."""
         fit.make_stock(_vit(model), head_dims)
 
     def alone(self, model: nn.Module, block: int | None) -> nn.Module:
-        """A copy of the model with that block alone, or without any."""
+        """Return a copy of the model with only that block, or with no block."""
         return run.alone(_vit(model), block)
 
     def layers(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """Attention and FFN layers by name, as timm's blocks run them, dropping no paths."""
+        """Return attention and FFN layers by name, as timm's blocks run them, without dropping paths."""
         return run.layers(_vit(model))
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The blocks, first to last."""
+        """Return the blocks, first to last."""
         return run.blocks(_vit(model))
 
     def from_block(self, model: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
-        """The output of the model, given what enters a block: (B, N, width)."""
+        """Return the model's output, given the input of a block, (B, N, width)."""
         return run.from_block(_vit(model), index, x)
 
 

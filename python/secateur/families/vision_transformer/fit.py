@@ -32,10 +32,10 @@ def adapt(model: VisionTransformer, anatomy: Anatomy, sizes: Mapping[str, int]) 
 
 
 def stock_sizes(model: VisionTransformer, anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, int]:
-    """The sizes after a cut to ``sizes`` whose attention modules are timm's own: each layer has one size per head.
+    """Return the sizes after a cut to ``sizes`` with timm's own attention modules: one size per head in a layer.
 
     Raises:
-        Unsupported: padding a norm's channels would change what it computes, or timm's pool cannot hold the cut width.
+        Unsupported: padding would change what a norm computes, or timm's pool cannot hold the cut width.
     """
     padded = dict(sizes)
     for layer in anatomy.attention:
@@ -45,7 +45,7 @@ def stock_sizes(model: VisionTransformer, anatomy: Anatomy, sizes: Mapping[str, 
         size = padded[layer.groups["qk"]] = padded[layer.groups["v"]] = max(qk, v)
         attn: Any = model.get_submodule(layer.name)
         for name in layer.norms.values():
-            # The softmax scale would have to pass through the norm, cut channels have a scale for each head.
+            # The norm would undo a change of the softmax scale, and cut channels have a scale of their own per head.
             if qk < size or size**-0.5 != layer.softmax_scale or type(model.get_submodule(name)) is HeadNorm:
                 raise Unsupported(
                     f"{name}: expected whole queries and keys for the stock layout, whose norm is one for all heads "
@@ -67,7 +67,7 @@ def stock_sizes(model: VisionTransformer, anatomy: Anatomy, sizes: Mapping[str, 
 
 
 def make_stock(model: VisionTransformer, head_dims: Mapping[str, int]) -> None:
-    """Make the attention modules timm's own, the same objects: parameters already have the given size per head.
+    """Make the attention modules timm's own, as the same objects; parameters already have the given size per head.
 
     Raises:
         Unsupported: query/key norms that timm's class does not have.
@@ -118,12 +118,12 @@ def _fit_width(model: VisionTransformer, width: int) -> None:
     if pool is not None:
         pool.out_features = width
         _fit_norm(pool.norm, width)
-        # The same module object, so that references and hooks stay; only the final reshape differs.
+        # Keep the module object, so that references and hooks stay valid; only the final reshape differs.
         pool.__class__ = PrunedAttentionPoolLatent
 
 
 def _drop_layer(model: VisionTransformer, name: str) -> None:
-    """Take the attention or the FFN out of its block, with the modules around it."""
+    """Remove the attention or the FFN from its block, with the modules around it."""
     _, index, child = name.split(".")
     block: Any = model.blocks[int(index)]
     number = 1 if child == "attn" else 2

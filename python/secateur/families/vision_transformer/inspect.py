@@ -1,4 +1,4 @@
-"""The anatomy of timm's VisionTransformer."""
+"""Inspects timm's VisionTransformer: builds its anatomy."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Inspection(Walk):
         )
 
     def embedding(self) -> Source | None:
-        """What gives all tokens what enters the first block."""
+        """Return the source of the first block's input, if something can be added there."""
         model: Any = self.vit
         if any(is_there(norm) for norm in (model.norm_pre, getattr(model.patch_embed, "norm", None))):
             return None
@@ -121,7 +121,7 @@ class Inspection(Walk):
         return Source({"patch_embed.proj": None}, tokens)
 
     def described_stream(self) -> Stream | str:
-        """What a change of the stream's basis has to touch, or what forbids one."""
+        """Return what a change of the stream's basis has to rotate, or the reason that forbids one."""
         model: Any = self.vit
         if "width" in self.refused:
             return self.refused["width"]
@@ -147,7 +147,7 @@ class Inspection(Walk):
         return Stream(kinds.pop(), self.writers, tuple(tokens), self.readers)
 
     def patch_embedding(self) -> None:
-        """The convolution that cuts patches, or a hybrid's backbone."""
+        """Add the convolution that embeds patches, or a hybrid's backbone."""
         embed: Any = self.vit.patch_embed
         if type(embed) is HybridEmbed:
             macs = _backbone_macs(embed.backbone, (int(self.vit.in_chans), *embed.img_size))
@@ -165,7 +165,7 @@ class Inspection(Walk):
             self.norm("patch_embed.norm", self.stream, "stream", self.channels)
 
     def block(self, index: int, block: nn.Module) -> None:
-        """One block: its LayerScales, norms, attention and FFN."""
+        """Add one block: its LayerScales, norms, attention and FFN."""
         name = f"blocks.{index}"
         pre_norm = type(block) in (Block, PrunedBlock)
         if type(block) in (ResPostBlock, PrunedResPostBlock):
@@ -195,7 +195,7 @@ class Inspection(Walk):
             self.groups.append(Group(layer, "layer", index, 1, (), modules=modules))
 
     def attention_layer(self, index: int, name: str) -> None:
-        """One attention layer with its groups."""
+        """Add one attention layer with its groups."""
         attn: Any = self.model.get_submodule(name)
         if type(attn) is Attention:
             layout: Layout = "stock"
@@ -264,7 +264,7 @@ class Inspection(Walk):
         ]
 
     def mlp(self, index: int, name: str) -> None:
-        """One FFN with its group."""
+        """Add one FFN with its group."""
         mlp: Any = self.model.get_submodule(name)
         members: list[Member] = []
         size = int(mlp.fc2.in_features) if type(mlp) in (Mlp, GluMlp, SwiGLU) else 0
@@ -305,16 +305,16 @@ class Inspection(Walk):
         )
 
     def post_norm(self, index: int) -> bool:
-        """Does the block normalise what it adds?"""
+        """Return whether the block normalises what it adds."""
         return isinstance(self.vit.blocks[index], ResPostBlock)
 
     def layer_scale(self, name: str) -> str | None:
-        """The name of a LayerScale; None where there is none."""
+        """Return the name of a LayerScale, or None if there is none."""
         block, _, child = name.rpartition(".")
         return name if type(getattr(self.model.get_submodule(block), child, None)) is LayerScale else None
 
     def pool(self) -> None:
-        """The attention pool, where there is one."""
+        """Add the attention pool, if there is one."""
         pool: Any = self.vit.attn_pool
         if pool is None:
             return
@@ -343,7 +343,7 @@ class Inspection(Walk):
             self.products.append(cost.WeightProduct(f"attn_pool.{child}", queries))
 
     def classifier(self, name: str) -> None:
-        """A classifier's inputs."""
+        """Add a classifier's inputs."""
         head = self.model.get_submodule(name)
         if type(head) is nn.Identity:
             return
@@ -353,13 +353,13 @@ class Inspection(Walk):
         self.products.append(cost.WeightProduct(name, 1 if pooled else self.tokens))
 
     def stream_norm(self, name: str, *, pooled: bool = False) -> None:
-        """A norm whose input is the residual stream."""
+        """Add a norm whose input is the residual stream."""
         centred = self.norm(name, self.stream, "stream", self.channels)
         if centred is not None:
             self.norms.append(NormSite(name, self.width, centred, pooled))
 
     def head_norm(self, name: str, part: Part, members: list[Member]) -> str | None:
-        """A norm of queries or keys; one scale for all heads, or of ours one for each."""
+        """Add a norm of queries or keys, which has one scale for all heads or, if it is secateur's, one for each."""
         norm = self.model.get_submodule(name)
         if type(norm) is nn.Identity:
             return None
@@ -372,7 +372,7 @@ class Inspection(Walk):
 
 
 def _head_tap(group: str, layer: str, qkv: str, norm: str | None, rows: slice, heads: int) -> Tap:
-    """Queries or keys as the scores see them, (B, N, heads, head_dim): after their norm, where there is one."""
+    """Return the tap for queries or keys as the scores see them, (B, N, heads, head_dim): after any norm."""
     if norm is not None:
         return Tap(group, layer, norm, "output", rows.stop - rows.start, view=lambda x: x.transpose(1, 2))
     size = rows.stop - rows.start
@@ -384,7 +384,7 @@ def _has(model: nn.Module, name: str) -> bool:
 
 
 def _backbone_macs(backbone: nn.Module, input_size: tuple[int, ...]) -> int:
-    """Count a convolutional stem's MACs by tracing shapes only; its weights are neither read nor copied."""
+    """Count a convolutional stem's MACs by tracing only shapes; its weights are neither read nor copied."""
     state = {k: torch.empty_like(v, device="meta", dtype=torch.float32) for k, v in backbone.state_dict().items()}
     images = torch.empty(1, *input_size, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""The modules that take the place of timm's where a cut leaves shapes that timm's cannot hold."""
+"""Modules that replace timm's where a cut leaves shapes that timm's cannot hold."""
 
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
 
@@ -12,11 +12,11 @@ from torch.nn import functional as F  # noqa: N812
 
 
 class HeadNorm(nn.Module):
-    """LayerNorm or RMSNorm over each head's kept channels, with a scale and shift of each head's own.
+    """LayerNorm or RMSNorm over each head's kept channels, with a separate scale and shift for each head.
 
     Args:
         heads: number of heads.
-        size: channels per head that are normalised over.
+        size: channels per head.
         eps: added to the variance (or mean square).
         centred: LayerNorm if true, else RMSNorm.
         upcast: compute in float32 and cast back.
@@ -61,25 +61,25 @@ class HeadNorm(nn.Module):
         return x.to(dtype)
 
     def extra_repr(self) -> str:
-        """Sizes, for print(model)."""
+        """Return the sizes, for print(model)."""
         return f"heads={self.heads}, size={self.size}, eps={self.eps}, centred={self.centred}"
 
 
 def is_uncentred(norm: nn.Module) -> bool:
-    """Is it one of ours that takes no mean off?"""
+    """Return whether the norm is secateur's and does not subtract the mean."""
     return isinstance(norm, HeadNorm) and not norm.centred
 
 
 def _copied(x: torch.Tensor, zeros: int) -> torch.Tensor:
-    """Return (..., d) in memory of its own, with zeros behind the last channel: (..., d + zeros)."""
+    """Return (..., d) in new memory, with zeros after the last channel: (..., d + zeros)."""
     return F.pad(x, [0, zeros]) if zeros > 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 class PrunedAttention(nn.Module):
     """Multi-head self-attention with qk_dim query/key and v_dim value channels per head.
 
-    The attributes are timm's ``Attention``'s. The softmax scale is the dense model's 1/√dense_head_dim: it stays what
-    the model was trained with, whatever is cut (Shim et al., SNP, ECCV 2024, prune the scores, not their temperature).
+    The attributes are those of timm's ``Attention``. The softmax scale stays the dense model's 1/√dense_head_dim, with
+    which it was trained (Shim et al., SNP, ECCV 2024, prune the scores, not their temperature).
 
     ``qkv`` is Linear(C, heads · (2 qk_dim + v_dim)): queries, keys, values, each head by head; ``q_norm`` and
     ``k_norm`` are applied to (B, heads, N, qk_dim); ``norm``, ``gate`` and ``proj`` to (B, N, heads · v_dim).
@@ -105,7 +105,7 @@ class PrunedAttention(nn.Module):
 
     @classmethod
     def adopt(cls, attn: Any, qk_dim: int, v_dim: int, q_norm: nn.Module, k_norm: nn.Module) -> None:
-        """Turn timm's ``Attention`` (or one of ours) into this class, the same object: its hooks and modes stay."""
+        """Convert timm's ``Attention`` (or this class) to this class in place, so that its hooks and modes stay."""
         attn.__class__ = cls
         attn.qk_dim, attn.v_dim = qk_dim, v_dim
         attn.head_dim = qk_dim
@@ -122,11 +122,11 @@ class PrunedAttention(nn.Module):
         v = v.reshape(B, N, self.num_heads, self.v_dim).transpose(1, 2)
 
         if self.fused_attn:
-            # Fused kernels exist only where q, k and v have one size: zeros change neither scores nor values.
+            # Fused kernels need one size for q, k and v; padding with zeros changes neither scores nor values.
             size = max(self.qk_dim, self.v_dim)
             step = 16 // v.element_size()
             if v.is_cuda and (self.qk_dim % step != 0 or self.v_dim % step != 0):
-                # Those of CUDA read 16 bytes at a time wherever a row begins (pytorch/pytorch#183484): only of copies.
+                # CUDA's kernels read 16 bytes at a time, even from unaligned rows (pytorch/pytorch#183484), so copy.
                 size = (size + step - 1) // step * step
                 q, k = _copied(q, size - self.qk_dim), _copied(k, size - self.qk_dim)
                 v = _copied(v, size - self.v_dim)
@@ -144,8 +144,8 @@ class PrunedAttention(nn.Module):
                 scale=self.scale,
             ).transpose(1, 2)
             if self.v_dim < size:
-                # Behind the transpose, so that gradients lie as without padding: torch keeps cuDNN's plans for the
-                # first gradients of a shape and misreads others (since pytorch/pytorch#141147).
+                # After the transpose, so that gradients have the same strides as without padding: torch keeps cuDNN's
+                # plans for the first gradients of a shape and misreads others (since pytorch/pytorch#141147).
                 y = y[..., : self.v_dim]
         else:
             attn = (q * self.scale) @ k.transpose(-2, -1)
@@ -159,19 +159,19 @@ class PrunedAttention(nn.Module):
         return out
 
     def extra_repr(self) -> str:
-        """Sizes, for print(model)."""
+        """Return the sizes, for print(model)."""
         return f"num_heads={self.num_heads}, qk_dim={self.qk_dim}, v_dim={self.v_dim}, scale={self.scale:.6g}"
 
 
 class PrunedBlock(Block):
-    """timm's ``Block`` without its attention, its FFN, or both: what is not there is None.
+    """timm's ``Block`` without its attention, its FFN, or both; the removed modules are None.
 
-    One without both passes its input on. It stays in its place, so that the numbers of all blocks, and what timm tells
-    of them, mean what they meant.
+    A block without both returns its input. It stays in the model, so that the numbers of all blocks, and timm's
+    information about them, remain valid.
     """
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
-        """Add to (B, N, C) what is there; ``attn_mask`` and ``is_causal`` as in timm's ``Block``."""
+        """Add the outputs of the remaining layers to (B, N, C); other arguments as in timm's ``Block``."""
         if self.attn is not None:
             x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
         if self.mlp is not None:
@@ -180,10 +180,10 @@ class PrunedBlock(Block):
 
 
 class PrunedResPostBlock(ResPostBlock):
-    """The same of timm's ``ResPostBlock``, which normalises what it adds."""
+    """timm's ``ResPostBlock``, which normalises what it adds, without its attention, its FFN, or both."""
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
-        """Add to (B, N, C) what is there; ``attn_mask`` and ``is_causal`` as in timm's ``ResPostBlock``."""
+        """Add the outputs of the remaining layers to (B, N, C); other arguments as in timm's class."""
         if self.attn is not None:
             x = x + self.drop_path1(self.norm1(self.attn(x, attn_mask=attn_mask, is_causal=is_causal)))
         if self.mlp is not None:
@@ -192,9 +192,9 @@ class PrunedResPostBlock(ResPostBlock):
 
 
 class PrunedAttentionPoolLatent(AttentionPoolLatent):
-    """timm's latent attention pool for an input that is narrower than its heads together.
+    """timm's latent attention pool for an input that is narrower than all its heads together.
 
-    timm's reshapes the attended values to the input's width, which is heads · head_dim only before a width cut.
+    timm's class reshapes the attended values to the input's width, which is heads · head_dim only before a width cut.
     """
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What secateur has to know of a VisionTransformer's norms."""
+"""Properties of a VisionTransformer's norms."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FP32_NORMS = (LayerNormFp32, RmsNormFp32)
 
 
 def is_there(module: nn.Module | None) -> bool:
-    """Is it a module that does anything?"""
+    """Return whether a module exists and is not an identity."""
     return module is not None and type(module) is not nn.Identity
 
 
 def score_norm(*norms: Any) -> Literal["layer", "rms"] | None:
-    """What query and key norms both are, with a scale; None where they are not."""
+    """Return the common type of query and key norms, with a scale; None if they differ or have no scale."""
     kinds = set()
     for norm in norms:
         if type(norm) is nn.Identity or norm.weight is None:

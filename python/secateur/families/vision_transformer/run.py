@@ -1,4 +1,4 @@
-"""Runs parts of a VisionTransformer: one layer, one block, the blocks from one on."""
+"""Runs parts of a VisionTransformer: one layer, one block, or all blocks from one on."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["alone", "blocks", "from_block", "layers"]
 
 
 def alone(model: VisionTransformer, block: int | None) -> nn.Module:
-    """A copy of the model with that block alone, or without any."""
+    """Return a copy of the model with only that block, or with no block."""
     blocks = nn.Sequential(*(() if block is None else (copy.deepcopy(model.blocks[block]),)))
-    # What the copy is to find already copied; the other blocks are never touched.
+    # The memo makes deepcopy use these blocks and never touch the others.
     return copy.deepcopy(model, {id(model.blocks): blocks})
 
 
 def layers(model: VisionTransformer) -> dict[str, nn.Module]:
-    """Attention and FFN layers by name, as timm's blocks run them, dropping no paths."""
+    """Return attention and FFN layers by name, as timm's blocks run them, without dropping paths."""
     found: dict[str, nn.Module] = {}
     block: Any
     for index, block in enumerate(model.blocks):
@@ -35,12 +35,12 @@ def layers(model: VisionTransformer) -> dict[str, nn.Module]:
 
 
 def blocks(model: VisionTransformer) -> list[nn.Module]:
-    """The blocks, first to last."""
+    """Return the blocks, first to last."""
     return list(model.blocks)
 
 
 def from_block(model: VisionTransformer, index: int, x: torch.Tensor) -> torch.Tensor:
-    """The output of the model, given what enters a block: (B, N, width)."""
+    """Return the model's output, given the input of a block, (B, N, width)."""
     for block in model.blocks[index:]:
         x = block(x)
     output: torch.Tensor = model.forward_head(model.norm(x))
@@ -48,13 +48,13 @@ def from_block(model: VisionTransformer, index: int, x: torch.Tensor) -> torch.T
 
 
 class _Residual(nn.Module):
-    """Adds to its input what modules, one after the other, make of it."""
+    """Applies modules one after the other and adds the result to the input."""
 
     def __init__(self, *branch: nn.Module) -> None:
         super().__init__()
         self.branch = nn.Sequential(*branch)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, N, width) to the same."""
+        """Map (B, N, width) to the same shape."""
         out: torch.Tensor = x + self.branch(x)
         return out

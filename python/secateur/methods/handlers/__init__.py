@@ -1,1 +1,1 @@
-"""What methods do with each kind of group."""
+"""Handlers: what methods do with each kind of group."""

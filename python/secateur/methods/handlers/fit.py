@@ -1,4 +1,4 @@
-"""What the handlers of one method share: moments, orders of removal, ridges, and the refit of a layer's writer."""
+"""State shared by the handlers of one method: moments, orders of removal, ridges, and the refit of a layer's writer."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ from ..weights import Weights
 
 __all__ = ["Fit", "Moments", "costs_to_errors", "eliminate", "falling", "length"]
 
-# Most inputs whose ridge is sought before it is known which stay.
+# The most inputs used to find a ridge before it is known which inputs stay.
 _FIRST = 512
-# The order of removal, (heads, size) from the first to be removed, and what each removal costs where that is known.
+# The order of removal, (heads, size), first removed first, and the cost of each removal where it is known.
 Order = tuple[Tensor, Float | None]
 _SCORED: tuple[Part, Part] = ("query", "key")
 
 
 class Moments:
-    """Mean and covariance of an observation, over all rows and in each fold that has any."""
+    """Mean and covariance of an observation, over all rows and in each non-empty fold."""
 
     def __init__(self, statistics: Statistics, name: str) -> None:
         self._statistics, self._name = statistics, name
 
     @cached_property
     def mean(self) -> Tensor:
-        """Of all rows."""
+        """The mean over all rows."""
         return torch.from_numpy(self._statistics.mean(self._name))
 
     @cached_property
     def second(self) -> Tensor:
-        """Second moment about zero."""
+        """The second moment about zero."""
         return torch.from_numpy(self._statistics.moments(self._name).second)
 
     @cached_property
     def covariance(self) -> Tensor:
-        """Second moment about the mean."""
+        """The second moment about the mean."""
         return _centred(self._statistics.moments(self._name))
 
     @property
     def folds(self) -> Iterator[Tensor]:
-        """Covariances of the folds, in turn and in the same memory; of none where one is empty."""
+        """Yield the folds' covariances, reusing the same memory; nothing if a fold is empty."""
         try:
             for fold in FOLDS:
                 self._statistics.mean(self._name, fold)
@@ -81,40 +81,40 @@ class Fit:
             )
         self.bound = bound
         self.model, self.anatomy, self.statistics = bound.model, bound.anatomy, bound.statistics
-        # Where the search for the next ridge begins: at the same layer's last one, or at the last of all.
+        # Where the search for the next ridge begins: at the same layer's last ridge, else at any layer's last one.
         self.last_ridge = RIDGES[6]
         self._ridges: dict[str, float] = {}
         self._orders: dict[str, Order] = {}
         self._normed: dict[str, tuple[Normed, Normed] | None] = {}
 
     def layer(self, group: str) -> Layer:
-        """The layer that a group is a part of."""
+        """Return the layer that a group is part of."""
         return self.anatomy.layers[self.anatomy.layer_of[group]]
 
     def moments(self, name: str) -> Moments:
-        """Of one observation."""
+        """Return the moments of one observation."""
         return Moments(self.statistics, name)
 
     def before_writer(self, layer: Layer) -> Moments:
-        """Of what a layer's writer takes."""
+        """Return the moments of the input of a layer's writer."""
         return self.moments(layer.before_writer.name)
 
     def metric(self, layer: Layer) -> Tensor:
-        """The weight of a layer's writer in the metric that errors are measured in, (width, inputs)."""
+        """Return the weight of a layer's writer in the metric in which errors are measured, (width, inputs)."""
         return writer_metric(self.model, self.anatomy, layer)
 
     def order(self, group: str, make: Callable[[], Order]) -> Order:
-        """The order in which units are removed, made once."""
+        """Return the order in which units are removed; it is computed once."""
         if group not in self._orders:
             self._orders[group] = make()
         return self._orders[group]
 
     def score_gram(self, group: str, fold: str | None = None) -> Tensor:
-        """Gram matrix of the neurons' rank-one score maps, (heads, d, d)."""
+        """Return the Gram matrix of the neurons' rank-one score maps, (heads, d, d)."""
         return torch.from_numpy(self.statistics.gram(group, "score_gram", fold))
 
     def normed(self, layer: Layer) -> tuple[Normed, Normed] | None:
-        """What the norms of queries and keys do, and what enters them; None where that is not known."""
+        """Describe the norms of queries and keys, and what enters them; None where that is not known."""
         if layer.name not in self._normed:
             self._normed[layer.name] = self._find_normed(layer)
         return self._normed[layer.name]
@@ -122,14 +122,14 @@ class Fit:
     def _find_normed(self, layer: Layer) -> tuple[Normed, Normed] | None:
         if layer.score_norm is None or layer.input_norm is None:
             return None
-        # Queries and keys in front of their norms are linear in what the norm before them lets through.
+        # Before their norms, queries and keys are linear in the output of the layer's input norm.
         weights, moments = Weights(self.model, self.anatomy), self.moments(layer.input_norm)
         gain, shift = weights.affine(layer.input_norm, len(moments.mean))
         group = self.anatomy.group(layer.groups["qk"])
         sides = []
         for part in _SCORED:
             (member,) = group.of("writer", part)
-            # All rows at once: sums depend on how many there are, in the last bit.
+            # All rows at once, since the last bit of a sum depends on how many rows there are.
             weight = weights.weight(member.module)
             centre = weight @ (gain * moments.mean + shift) + weights.bias(member.module)
             rows, centre = (each[torch.from_numpy(member.entries[..., 0])] for each in (weight * gain, centre))
@@ -143,9 +143,10 @@ class Fit:
         return sides[0], sides[1]
 
     def first_ridge(self, layer: Layer, weight: Tensor) -> float:
-        """The ridge of half of the inputs, those of most energy; before it is known which stay.
+        """Return the ridge for keeping the half of the inputs with most energy; used before it is known which stay.
 
-        Of many inputs, fewer: it says how far the statistics can be trusted, and more inputs say it no better.
+        Of many inputs only some are used: the ridge tells how far the statistics can be trusted, and more inputs do not
+        improve that.
         """
         moments = self.before_writer(layer)
         score = moments.covariance.diagonal() * weight.square().sum(0)
@@ -154,8 +155,8 @@ class Fit:
         return self._ridge(layer.writer, moments, weight, order[:count].sort().values, order[count:])
 
     def _ridge(self, module: str, moments: Moments, weight: Tensor, kept: Tensor, cut: Tensor) -> float:
-        """The folds' ridge for what the cut inputs of a layer contribute to its outputs."""
-        # The sketch of the outputs before the products, not after.
+        """Return the folds' ridge for regressing what the removed inputs contribute on the kept ones."""
+        # Sketch the outputs before the products, which is cheaper than after.
         few = torch.zeros(weight.shape[1], min(len(weight), SKETCH), dtype=weight.dtype)
         few[cut] = sketch(weight[:, cut].mT)
         rows = (fold[kept] for fold in moments.folds)
@@ -165,7 +166,7 @@ class Fit:
         return self.last_ridge
 
     def compensate(self, weights: Weights, layer: Layer, kept: Tensor) -> None:
-        """Give the kept inputs of a layer's last linear one what the others contributed, and the bias its mean."""
+        """Refit the layer's writer: kept inputs take over what the removed ones contributed, the bias its mean."""
         module, moments = layer.writer, self.before_writer(layer)
         weight = weights.weight(module)
         cut = torch.ones(weight.shape[1], dtype=torch.bool)
@@ -178,7 +179,7 @@ class Fit:
         divisor = 1.0
         if layer.inner is not None:
             change, shift, divisor = self._renormalised(weights, layer.inner, moments, kept)
-            # The inputs are x + change @ (x - shift) after the cut.
+            # After the cut, the inputs are x + change @ (x - shift).
             bias -= weight[:, kept] @ change @ (mean - shift)
             mean = mean + change @ (mean - shift)
             lost -= part @ change.mT @ weight[:, kept].mT
@@ -194,15 +195,15 @@ class Fit:
     def _renormalised(
         self, weights: Weights, norm: NormSite, moments: Moments, kept: Tensor
     ) -> tuple[Tensor, Tensor, float]:
-        """What a norm leaves of its kept inputs when it counts no others: x + change @ (x - shift), over a length.
+        """Describe what a norm over the kept inputs alone outputs: x + change @ (x - shift), over a length.
 
-        ``change`` takes off the mean over the kept channels, where that of all had been taken off. The length is folded
-        into the norm's scale, and 1 is returned, where it has one.
+        ``change`` subtracts the mean over the kept channels, where the dense norm subtracts that of all. If the norm
+        has a scale, the length is folded into it and 1 is returned.
         """
         gain, shift = weights.affine(norm.name, norm.size)
         living = gain[kept].abs() > 1e-12 * gain.abs().max()
         inverse = torch.where(living, 1 / torch.where(living, gain[kept], 1), 0)
-        # Of vectors whose mean square is one.
+        # The mean of vectors whose mean square is one.
         normal = (moments.mean - shift)[kept] * inverse
         second = moments.covariance[kept[:, None], kept] * inverse * inverse[:, None] + torch.outer(normal, normal)
         second.diagonal().add_((~living).to(second.dtype))
@@ -215,7 +216,7 @@ class Fit:
 
 
 def costs_to_errors(order: Order, size: int) -> Float | None:
-    """From what each removal costs to the share lost at each size; None where costs are not known."""
+    """Convert the cost of each removal to the share lost at each size; None where costs are not known."""
     costs = order[1]
     if costs is None:
         return None
@@ -223,15 +224,15 @@ def costs_to_errors(order: Order, size: int) -> Float | None:
 
 
 def length(second: Tensor, normed: str | None) -> Tensor:
-    """What a norm divides by, at the mean of the squares: of these channels alone."""
+    """Return what a norm over these channels alone divides by, at the mean of the squares."""
     square = second.diagonal().mean()
     return (square - second.mean() if normed == "layer" else square).clamp_min(0).sqrt()
 
 
 def eliminate(moment: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Float, float]:
-    """All inputs from the first to leave, what each costs, and the energy of all: tr(Wᵀ C W), without the ridge.
+    """Order all inputs by removal; return the order, the cost of each, and the energy tr(Wᵀ C W) without the ridge.
 
-    Dead inputs leave at once: a ridge relative to the mean would have to be large to keep them regular.
+    Dead inputs are removed first: a ridge relative to the mean would have to be large to make them regular.
     """
     diagonal = moment.diagonal()
     living = diagonal > 1e-12 * diagonal.max().clamp_min(torch.finfo(torch.float64).tiny)
@@ -247,13 +248,13 @@ def eliminate(moment: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Fl
             break
         except NumericalError:
             ridge *= 10
-    # All costs add up to the energy of the ridged moments.
+    # The costs of all inputs add up to the energy of the ridged moments.
     total = max(0.0, float(np.sum(costs)) - added * float(outputs.square().sum()))
     complete = alive[torch.from_numpy(np.asarray(order, np.int64))]
     return torch.cat([dead, complete]), np.concatenate([np.zeros(len(dead)), costs]), total
 
 
 def falling(rising: Float, size: int) -> Float:
-    """From the cost of removing 0 … size units to the share lost when 0 … size stay, within [0, 1]."""
+    """Convert the cost of removing 0 … size units to the share lost when 0 … size stay, within [0, 1]."""
     errors: Float = np.clip(rising[: size + 1][::-1], 0.0, 1.0)
     return np.minimum.accumulate(errors)

@@ -1,4 +1,4 @@
-"""Whole heads of an attention layer."""
+"""The handler of whole heads of an attention layer."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ __all__ = ["RefittedHeads"]
 
 
 class RefittedHeads(Handler):
-    """Heads are removed by what the refitted projection loses with them, or by a score; the values' handler refits."""
+    """Removes heads by the loss of the refitted projection, or by a score; the values' handler does the refit."""
 
     def __init__(self, fit: Fit, score: str = "error") -> None:
         self._fit, self._score = fit, score
 
     def errors(self, group: Group) -> Float | None:
-        """Of the variance of what the projection writes."""
+        """Return the share of the variance of the projection's output that is lost."""
         layer = self._fit.layer(group.name)
         metric, moments = self._fit.metric(layer), self._fit.before_writer(layer)
         return head_errors(metric, moments.covariance, self._order(group)).numpy()
 
     def _order(self, group: Group) -> Tensor:
-        """Heads from the first to be removed."""
+        """Return the heads in order of removal."""
         if self._score != "error":
             scores = head_scores(self._fit.model, self._fit.anatomy, self._fit.statistics, group, self._score)
             return torch.from_numpy(np.argsort(scores, kind="stable"))
@@ -44,6 +44,6 @@ class RefittedHeads(Handler):
         return self._fit.order(group.name, order)[0]
 
     def cut(self, weights: Weights, group: Group, count: int) -> Indices:
-        """The heads that stay."""
+        """Choose the heads that stay."""
         del weights
         return self._order(group)[group.size - count :].sort().values.numpy()[None]

@@ -1,4 +1,4 @@
-"""FFN hidden units: selected after their activation, and the second linear layer refitted."""
+"""The handler of FFN hidden units: selects them after their activation and refits the second linear layer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["SelectedHidden"]
 
 
 class SelectedHidden(Handler):
-    """Original units stay, and the second layer is given what the others contributed."""
+    """Keeps original units; the second layer is refitted to make up for what the others contributed."""
 
     def __init__(self, fit: Fit, selection: str = "greedy") -> None:
         self._fit, self._selection = fit, selection
 
     def errors(self, group: Group) -> Float | None:
-        """Of the variance of what the second layer writes."""
+        """Return the share of the variance of the second layer's output that is lost."""
         return costs_to_errors(self._fit.order(group.name, lambda: self._order(group)), group.size)
 
     def _order(self, group: Group) -> Order:
@@ -37,7 +37,7 @@ class SelectedHidden(Handler):
         return found[None], costs / max(total, np.finfo(float).tiny)
 
     def cut(self, weights: Weights, group: Group, count: int) -> Indices:
-        """Select, and refit the second layer."""
+        """Select units, and refit the second layer."""
         order, _ = self._fit.order(group.name, lambda: self._order(group))
         kept = order[:, group.size - count :].sort(1).values
         self._fit.compensate(weights, self._fit.layer(group.name), kept[0])

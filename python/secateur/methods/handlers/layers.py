@@ -1,4 +1,4 @@
-"""Whole layers, whose mean the layer before them is given."""
+"""The handler of whole layers: the mean of a removed layer is kept by the layer before it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["MeanKept"]
 
 
 class MeanKept(Handler):
-    """The next writer before a layer that is removed adds the mean of what the layer added."""
+    """Removes a layer and adds the mean of its output to the bias of the writer before it."""
 
     def __init__(self, fit: Fit) -> None:
         self._fit = fit
 
     def errors(self, group: Group) -> Float | None:
-        """As measured in calibration, with the mean or without."""
+        """Return the losses measured in calibration, with the mean or without."""
         whole, mean_kept = self._fit.statistics.removal(group.name)
         shifts = whole > 0 and self._fit.anatomy.before(group.name) is not None
         return np.array([max(0.0, mean_kept) / whole if shifts else 1.0, 0.0])
 
     def cut(self, weights: Weights, group: Group, count: int) -> Indices:
-        """Leave the mean, where nothing normalises it."""
+        """Remove the layer but keep its mean, unless a norm follows that would change it."""
         del count
         layer = self._fit.anatomy.layers[group.name]
         before = self._fit.anatomy.before(group.name, gone=weights.keep)
@@ -38,8 +38,7 @@ class MeanKept(Handler):
             added = added * weights.scale(layer.scale)
             for writer, scale in before.writers.items():
                 gain = weights.scale(scale)
-                # A channel that the writer's own LayerScale shuts stays without, or as good as shuts: its share would
-                # be no number of the parameter's type.
+                # A channel that the writer's LayerScale (almost) shuts off gets no share: it would overflow the type.
                 share = added / gain.where(gain != 0, torch.inf) if isinstance(gain, Tensor) else added
                 bias = weights.bias(writer)
                 fits = (bias + share).abs() <= weights.largest(writer)

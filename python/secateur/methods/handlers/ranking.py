@@ -1,4 +1,4 @@
-"""Methods that only select: the units of the highest score stay."""
+"""Handlers of methods that only select: the units with the highest scores stay."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ __all__ = ["Ranking", "Removal"]
 
 
 class Ranking(Handler):
-    """Keeps the units of the highest score, as many in each head.
+    """Keeps the units with the highest scores, the same number in each head.
 
     Args:
-        bound: what the method is bound to.
-        score: of a group, (heads, size).
+        bound: the model, statistics and options that the method is bound to.
+        score: returns the scores of a group, (heads, size).
     """
 
     def __init__(self, bound: Bound, score: Callable[[Group], Float]) -> None:
         self._bound, self._score = bound, score
 
     def errors(self, group: Group) -> Float | None:
-        """What is lost with the units of the lowest scores; a score itself only orders them."""
+        """Return what is lost with the units of the lowest scores; the score itself only orders them."""
         bound = self._bound
         order = np.argsort(-self._score(group), axis=1, kind="stable")
         return of_selection(bound.model, bound.anatomy, bound.statistics, group, order)
 
     def cut(self, weights: Weights, group: Group, count: int) -> Indices:
-        """Ties go to the lower index."""
+        """Choose the units; ties go to the lower index."""
         del weights
         return core.select(self._score(group), count)
 
 
 class Removal(Handler):
-    """Whole layers, of which nothing stays; what a removed one lost is measured in calibration."""
+    """Removes whole layers entirely; their loss is measured in calibration."""
 
     def errors(self, group: Group) -> Float | None:
-        """All or nothing."""
+        """Return the loss without the layer, and zero with it."""
         del group
         return np.array([1.0, 0.0])
 
     def cut(self, weights: Weights, group: Group, count: int) -> Indices:
-        """Nothing stays."""
+        """Keep nothing."""
         del weights, group, count
         return np.empty((1, 0), np.int64)

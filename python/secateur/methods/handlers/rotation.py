@@ -1,4 +1,4 @@
-"""Rows of heads in another basis."""
+"""Rotates rows of heads to another basis."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["blocks", "leading", "rotated"]
 
 
 def rotated(turn: Tensor, rows: Tensor, heads: int) -> Tensor:
-    """Each head's rows (heads · d, n) times its (rank, d); the rows past the rank are zero."""
+    """Multiply each head's rows (heads · d, n) by its matrix (rank, d); the rows past the rank are zero."""
     parts = rows.unflatten(0, (heads, -1))
     turned = torch.zeros_like(parts)
     turned[:, : turn.shape[1]] = turn @ parts
@@ -20,7 +20,7 @@ def rotated(turn: Tensor, rows: Tensor, heads: int) -> Tensor:
 
 
 def blocks(matrix: Tensor, staying: Tensor, heads: int) -> Tensor:
-    """The diagonal blocks of (staying heads · r, heads · d), as (heads, r, d); zeros for heads that leave."""
+    """Return the diagonal blocks of (staying heads · r, heads · d) as (heads, r, d); zeros for removed heads."""
     parts = matrix.unflatten(0, (len(staying), -1)).unflatten(2, (heads, -1))
     found = matrix.new_zeros(heads, parts.shape[1], parts.shape[3])
     for index, head in enumerate(staying.tolist()):
@@ -29,5 +29,5 @@ def blocks(matrix: Tensor, staying: Tensor, heads: int) -> Tensor:
 
 
 def leading(heads: int, count: int) -> Indices:
-    """The first ``count`` units of every head."""
+    """Return the first ``count`` units of every head."""
     return np.tile(np.arange(count, dtype=np.int64), (heads, 1))

@@ -1,4 +1,4 @@
-"""Queries and keys: neurons that are selected and rescaled, or directions that are rotated to."""
+"""Handlers of queries and keys: neurons are selected and rescaled, or rotated to the best directions."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _PARTS: tuple[Part, Part] = ("query", "key")
 
 
 class SelectedScores(Handler):
-    """Original neurons stay, and each is rescaled to make up for those that are removed."""
+    """Keeps original neurons, each rescaled to make up for those that are removed."""
 
     def __init__(self, fit: Fit, selection: str = "greedy") -> None:
         self._fit, self._selection = fit, selection
 
     def errors(self, group: Group) -> Float | None:
-        """Of the squared centred scores."""
+        """Return the share of the squared centred scores that is lost."""
         return costs_to_errors(self._fit.order(group.name, lambda: self._order(group)), group.size)
 
     def _order(self, group: Group) -> Order:
@@ -52,13 +52,13 @@ class SelectedScores(Handler):
             return grams.diagonal(dim1=-2, dim2=-1).argsort(dim=1, stable=True), None
         ones = torch.ones(group.size, 1, dtype=torch.float64)
         parts = [eliminate(gram, ones, RIDGES[2]) for gram in grams]
-        # In shares of each head's own scores.
+        # As shares of each head's own scores.
         totals = grams.sum((-2, -1)).clamp_min(torch.finfo(torch.float64).tiny).numpy()
         costs = np.stack([part[1] / total for part, total in zip(parts, totals, strict=True)])
         return torch.stack([part[0] for part in parts]), costs.mean(0)
 
     def cut(self, weights: Weights, group: Group, count: int) -> Indices:
-        """Select, and fold the scales into the queries, or into the norms behind them."""
+        """Select neurons, and fold their scales into the queries, or into the norms after them."""
         layer = self._fit.layer(group.name)
         order, _ = self._fit.order(group.name, lambda: self._order(group))
         kept = order[:, group.size - count :].sort(1).values
@@ -73,14 +73,14 @@ class SelectedScores(Handler):
         return kept.numpy()
 
     def _scales(self, group: Group, kept: Tensor) -> Tensor:
-        """What each kept neuron's map is multiplied by to make up for those that are removed, (heads, d)."""
+        """Return the factor of each kept neuron's map that makes up for the removed ones, (heads, d)."""
         scale = torch.zeros(group.heads, group.size, dtype=torch.float64)
         for head, index in enumerate(kept):
             folds = [self._fit.score_gram(group.name, fold)[head] for fold in FOLDS]
             moments = [Moment(gram[index][:, index], gram[index].sum(1, keepdim=True)) for gram in folds]
             ridge = choose_ridge(moments)
             total = Moment(moments[0].xx + moments[1].xx, moments[0].xy + moments[1].xy)
-            # Towards one, not towards zero: a neuron that the ridge doubts stays as it was.
+            # The ridge pulls the factors to one, not to zero: a doubtful neuron keeps its weights.
             rest = Moment(total.xx, total.xy - total.xx.sum(1, keepdim=True))
             scale[head, index] = 1 + solve(rest, ridge)[:, 0]
         return scale
@@ -88,7 +88,7 @@ class SelectedScores(Handler):
     def _rescale_norms(
         self, weights: Weights, layer: Layer, group: Group, kept: Tensor, normed: tuple[Normed, Normed]
     ) -> None:
-        """Fold the scales into the norm of the queries, and into both what their lengths over fewer channels change."""
+        """Fold the scales into the queries' norm, and into both norms how their lengths change over fewer channels."""
         scale = self._scales(group, kept)
         for part, side, factor in zip(_PARTS, normed, (scale, torch.ones_like(scale)), strict=True):
             left = [length(side.second[head][index][:, index], layer.score_norm) for head, index in enumerate(kept)]
@@ -99,16 +99,17 @@ class SelectedScores(Handler):
 
 
 class RotatedScores(SelectedScores):
-    """Each head's queries and keys are rotated to the basis in which the cut costs the scores least.
+    """Rotates each head's queries and keys to the basis where truncation changes the scores least.
 
-    Behind norms they are rotated in front of these, where it is known what enters them; elsewhere neurons are selected.
+    If queries and keys have norms, they are rotated before these, where the norms' input is known; else neurons are
+    selected.
     """
 
     def _rotates(self, layer: Layer) -> bool:
         return "query" not in layer.fixed and (not layer.norms or self._fit.normed(layer) is not None)
 
     def errors(self, group: Group) -> Float | None:
-        """Of the squared centred scores of single images."""
+        """Return the share of the squared centred scores of single images that is lost."""
         layer = self._fit.layer(group.name)
         if not self._rotates(layer):
             return super().errors(group)
@@ -140,12 +141,12 @@ class RotatedScores(SelectedScores):
             query, key = heads.query, heads.key
             self._set_norms(weights, layer, group, heads)
             if layer.score_norm == "layer":
-                # The mean over the old channels leaves through the weights, and the new norm subtracts none.
+                # The weights subtract the mean over the old channels, and the new norm subtracts none.
                 query, key = (turn - turn.mean(-1, keepdim=True) for turn in (query, key))
         for part, turn in zip(_PARTS, (query, key), strict=True):
             bias = rotated(turn, weights.row_bias(group, part)[:, None], group.heads)[:, 0]
             if part == "key" and normed is None:
-                # Softmax does not see what the keys' bias adds to a row of scores; a norm sees it.
+                # The keys' bias adds the same to a whole row of scores, which softmax ignores, but a norm would not.
                 bias = torch.zeros_like(bias)
             weights.set_rows(group, part, rotated(turn, weights.rows(group, part), group.heads))
             weights.set_row_bias(group, part, bias)

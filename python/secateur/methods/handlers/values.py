@@ -1,4 +1,4 @@
-"""Values: neurons that are selected, or directions that are rotated to; the projection is refitted over all heads."""
+"""Handlers of values: neurons are selected, or rotated to the best directions; the projection is then refitted."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from ...anatomy import Group, Indices
 from ...statistics.settings import Float
 from ..base import Handler
-from ..linalg.bases import value_bases, value_errors
 from ..linalg.regression import Moment, choose_ridge, sketch, solve
+from ..linalg.values import value_bases, value_errors
 from ..similarity import similarity
 from ..weights import Weights
 from .fit import Fit, Order, eliminate, falling
@@ -20,7 +20,7 @@ __all__ = ["RotatedValues", "SelectedValues"]
 
 
 class SelectedValues(Handler):
-    """Original neurons stay, and the projection is given what the others contributed."""
+    """Keeps original neurons; the projection is refitted to make up for what the others contributed."""
 
     follows_heads = True
 
@@ -28,14 +28,14 @@ class SelectedValues(Handler):
         self._fit, self._selection = fit, selection
 
     def errors(self, group: Group) -> Float | None:
-        """Of the variance of what the projection writes."""
+        """Return the share of the variance of the projection's output that is lost."""
         _, costs = self._fit.order(group.name, lambda: self._order(group))
         if costs is None:
             return None
         layer = self._fit.layer(group.name)
         weight, moments = self._fit.metric(layer), self._fit.before_writer(layer)
         total = float((weight @ moments.covariance * weight).sum())
-        # Joint costs at multiples of the number of heads: as if each round took one of every head.
+        # Costs in the joint order at multiples of the number of heads, as if each round removed one of every head.
         rising = np.concatenate([[0.0], np.cumsum(costs)])[:: group.heads] / max(total, np.finfo(float).tiny)
         return falling(rising, group.size)
 
@@ -49,12 +49,12 @@ class SelectedValues(Handler):
             scores = (moments.covariance.diagonal() * weight.square().sum(0)).reshape(group.heads, group.size)
             return scores.argsort(dim=1, stable=True), None
         order, costs, _ = eliminate(moments.covariance, weight.mT, self._fit.first_ridge(layer, weight))
-        # As many are removed from each head as from another: of the joint order, each head's own.
+        # Every head loses the same number: take each head's own order from the joint order.
         size = group.size
         return torch.stack([order[order // size == head] % size for head in range(group.heads)]), costs
 
     def cut(self, weights: Weights, group: Group, count: int) -> Indices:
-        """Select, and refit the projection."""
+        """Select neurons, and refit the projection."""
         order, _ = self._fit.order(group.name, lambda: self._order(group))
         kept = order[:, group.size - count :].sort(1).values
         heads = weights.heads(group)
@@ -64,10 +64,10 @@ class SelectedValues(Handler):
 
 
 class RotatedValues(SelectedValues):
-    """Each head's values are rotated to what the projection needs most; elsewhere neurons are selected."""
+    """Rotates each head's values to what the projection needs most; where that is not allowed, selects neurons."""
 
     def errors(self, group: Group) -> Float | None:
-        """Of the variance of what the projection writes, an upper bound: each head by itself, before the refit."""
+        """Return an upper bound of the share of the projection's output variance that is lost."""
         layer = self._fit.layer(group.name)
         if "value" in layer.fixed:
             return super().errors(group)
@@ -84,7 +84,7 @@ class RotatedValues(SelectedValues):
         metric = self._fit.metric(layer)
         basis = value_bases(metric, moments.covariance, group.heads, count, heads.tolist())
         weight = weights.weight(layer.writer)
-        # What is lost without a refit, W − W T⁺ T, is regressed on what is kept.
+        # The loss without a refit, W − W T⁺ T, is regressed on what is kept.
         own = weight.unflatten(1, (group.heads, group.size))[:, heads].flatten(1)
         turned = blocks(basis, heads, group.heads)
         plain = own @ torch.block_diag(*torch.linalg.pinv(turned[heads], rtol=1e-12))

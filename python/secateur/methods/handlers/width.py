@@ -1,4 +1,4 @@
-"""The channels of a residual stream: rotated to those that its norms see most of, or selected."""
+"""Handlers of the channels of a residual stream: they are rotated to those that its norms see most of."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ...anatomy import Group, Indices, Stream
 from ...errors import InvalidArgument, Unsupported
 from ...statistics.settings import Float
 from ..base import Handler
-from ..linalg.bases import residual_basis, stock_basis
 from ..linalg.regression import Moment, choose_ridge, ridged_cholesky, sketch, solve
+from ..linalg.stream import residual_basis, stock_basis
 from ..weights import Weights
 from .fit import Fit, Moments
 from .rotation import leading
@@ -24,10 +24,10 @@ __all__ = ["RotatedChannels"]
 
 
 class RotatedChannels(Handler):
-    """One orthogonal basis for the whole stream, and the consumers of every norm refitted.
+    """Rotates the whole stream to one orthogonal basis, and refits the consumers of every norm.
 
-    The rotation is that of SliceGPT (Ashkboos et al., ICLR 2024, arXiv:2401.15024), made label-free for vision
-    transformers' norms of any eps and kept in timm's own norm classes.
+    The rotation is that of SliceGPT (Ashkboos et al., ICLR 2024, arXiv:2401.15024), without labels, for norms with any
+    eps, and within timm's own norm classes.
     """
 
     def __init__(self, fit: Fit) -> None:
@@ -42,12 +42,12 @@ class RotatedChannels(Handler):
         return stream
 
     def _norm_moments(self, stream: Stream, gone: Collection[str] = ()) -> dict[str, Moments]:
-        """Of the norms that stay when the layers ``gone`` do not."""
+        """Return the moments of the norms that stay when the layers ``gone`` are removed."""
         staying = [name for name in stream.readers if self._fit.anatomy.layer_holding(name) not in gone]
         return {name: self._fit.moments(name) for name in staying}
 
     def errors(self, group: Group) -> Float | None:
-        """Of what the norms see, the mean over all norms."""
+        """Return the share lost of the variance that the norms see, as the mean over all norms."""
         stream = self._stream(group)
         moments = self._norm_moments(stream)
         basis = residual_basis([found.second for found in moments.values()])
@@ -64,7 +64,7 @@ class RotatedChannels(Handler):
         """Rotate the stream, keep its leading directions, and refit the consumers of its norms."""
         stream, size = self._stream(group), group.size
         moments = self._norm_moments(stream, weights.keep)
-        # One channel of a LayerNorm is its mean: it holds one direction less than it has channels.
+        # A LayerNorm subtracts the mean, so it holds one direction fewer than it has channels.
         rank = count - 1 if stream.centred else count
         if rank < 1:
             raise InvalidArgument(f"{group.name}: expected at least 2 channels of a model of LayerNorms, got 1")
@@ -114,10 +114,10 @@ def _rotate_writer(weights: Weights, module: str, scale: str | None, write: Tens
 
 
 def _readout(moments: Moments, basis: Tensor, count: int, near: float) -> tuple[Tensor, Tensor, float]:
-    """The dense norm's output x̂ from the pruned one's in the kept basis, φ: x̂ ≈ matrix @ φ + offset; and the ridge.
+    """Fit the dense norm's output x̂ ≈ matrix @ φ + offset from the pruned norm's output φ; also return the ridge.
 
-    φ has ``count`` channels of mean square one where x̂ has D: φ = Qᵀx̂ / ρ, ρ² = E‖Qᵀx̂‖² / count. What lies outside of
-    the basis is regressed on what lies within.
+    φ has ``count`` channels of mean square one, in the kept basis, where x̂ has D: φ = Qᵀx̂ / ρ, ρ² = E‖Qᵀx̂‖² / count.
+    The part of x̂ outside the basis is regressed on the part within.
     """
     scale = ((moments.second @ basis) * basis).sum().div(count).sqrt()
     few = sketch(torch.eye(len(basis), dtype=torch.float64))
@@ -135,11 +135,11 @@ def _readout(moments: Moments, basis: Tensor, count: int, near: float) -> tuple[
 
 
 def unexplained(covariance: Tensor) -> Tensor:
-    """Variance of all inputs that the first r do not explain, for every r from 0 to their number.
+    """Return the variance of all inputs that the first r do not explain, for every r from 0 to their number.
 
-    With C = L Lᵀ, what is left of C after regression on the first r is the product of L's trailing block with itself.
+    With C = L Lᵀ, the remainder of C after regression on the first r is L₂ L₂ᵀ, with L₂ the trailing block of L.
     """
-    # Sums of float32 activations: what lies below 1e-7 of the largest is rounding, of either sign.
+    # Sums of float32 activations: anything below 1e-7 of the largest is rounding error, of either sign.
     factor, _ = ridged_cholesky(covariance, 1e-7 * float(covariance.diagonal().max()) + 1e-30)
     columns = factor.square().sum(0)
     return torch.cat([columns.flip(0).cumsum(0).flip(0), columns.new_zeros(1)])

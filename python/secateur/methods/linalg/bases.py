@@ -1,12 +1,11 @@
-"""The basis in which a cut costs least, for queries and keys, values and the residual stream; float64 on the CPU.
+"""Bases of queries and keys where truncation hurts the scores least; float64 on the CPU.
 
-A head may be turned to any basis without changing the model (W_q ← A W_q, W_k ← B W_k with AᵀB = I leaves the scores as
-they are), and so may a residual stream that only norms read. Where to cut is then a question of rank, not of neurons.
+A head can be rotated to any basis without changing the model (W_q ← A W_q, W_k ← B W_k with AᵀB = I preserves the
+scores), and so can a residual stream that only norms consume. The cut then chooses a rank instead of neurons.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,20 +21,13 @@ __all__ = [
     "improve",
     "length_errors",
     "query_key_bases",
-    "residual_basis",
     "score_errors",
-    "stock_basis",
-    "value_bases",
-    "value_errors",
 ]
 
-_SWEEPS = 2
+SWEEPS = 2
 _CG_STEPS = 10
-# Of the squared norm of the right side, each preconditioned; what is left then changes no basis that is worth it.
+# Share of the right side's squared norm, both preconditioned; smaller residuals do not improve a basis noticeably.
 _CG_TOLERANCE = 1e-8
-
-# Of the largest variance left to a head's values: below it they are other heads' kept values.
-_HELD = 1e-9
 
 
 class HeadBasis(NamedTuple):
@@ -45,22 +37,22 @@ class HeadBasis(NamedTuple):
     key: Tensor
 
     def first(self, rank: int) -> HeadBasis:
-        """The leading directions."""
+        """Return the leading ``rank`` directions."""
         return HeadBasis(self.query[:, :rank], self.key[:, :rank])
 
 
 def query_key_bases(query_gram: Tensor, key_gram: Tensor) -> HeadBasis:
-    """Bases whose leading r directions keep the scores best, for queries and keys of different images.
+    """Return bases whose leading r directions keep the scores best, for queries and keys of different images.
 
-    With G = RᵀR for each Gram and R_q R_kᵀ = U Σ Vᵀ, queries are turned by Σ^{-½} Vᵀ R_k and keys by Σ^{-½} Uᵀ R_q;
-    dropping the directions past r costs Σ_{j>r} σ_j². Keys are centred over tokens: softmax does not see their mean.
+    With G = RᵀR for each Gram and R_q R_kᵀ = U Σ Vᵀ, queries are multiplied by Σ^{-½} Vᵀ R_k and keys by Σ^{-½} Uᵀ R_q;
+    dropping the directions past r costs Σ_{j>r} σ_j². Keys are centred over tokens, because softmax ignores their mean.
 
     Args:
         query_gram: (heads, d, d), Σ q qᵀ.
         key_gram: (heads, d, d), Σ (k − k̄)(k − k̄)ᵀ.
 
     Returns:
-        All d directions; those of no singular value are zero.
+        All d directions; those without a singular value are zero.
     """
     query_root, key_root = square_root(query_gram), square_root(key_gram)
     left, values, right = torch.linalg.svd(query_root @ key_root.mT)
@@ -70,7 +62,7 @@ def query_key_bases(query_gram: Tensor, key_gram: Tensor) -> HeadBasis:
 
 
 def score_errors(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> Tensor:
-    """Error of the centred scores when the first r directions stay, for every r from 0 to d.
+    """Return the error of the centred scores when the first r directions stay, for every r from 0 to d.
 
     Σ over images of ‖Q Kᵀ − Q (A_rᵀ B_r) Kᵀ‖², over the sum of ‖Q Kᵀ‖². The basis is complete.
 
@@ -84,7 +76,7 @@ def score_errors(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> Te
     """
     queries, keys = _Stack(query_grams), _Stack(key_grams)
     pairs = (queries.turned(basis.query) * keys.turned(basis.key)).sum(1)
-    # What the directions from r on give is the sum of the trailing block.
+    # The directions from r on contribute the sum of the trailing block.
     blocks = pairs.flip(-1, -2).cumsum(-1).cumsum(-2).flip(-1, -2).diagonal(dim1=-2, dim2=-1).clamp_min(0)
     total = (query_grams * key_grams).sum((0, -2, -1))
     errors = torch.cat([blocks, torch.zeros_like(blocks[:, :1])], 1)
@@ -92,7 +84,7 @@ def score_errors(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> Te
 
 
 def improve(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> HeadBasis:
-    """Lower the error on single images by alternating least squares, as far as images that were left out agree.
+    """Lower the error on single images by alternating least squares, as far as held-out images agree.
 
     The error Σ_b tr(Δ G_q,b Δᵀ G_k,b) of AᵀB = I + Δ is quadratic in either factor. Half of the images are fitted by
     one sweep, and a head gets a new basis only if the error on the other half fell; then all are fitted, by two.
@@ -110,16 +102,16 @@ def improve(basis: HeadBasis, query_grams: Tensor, key_grams: Tensor) -> HeadBas
     better = _missed(trial, *odd) < _missed(basis, *odd)
     if not bool(better.any()):
         return basis
-    fitted = _alternate(basis, _Stack(query_grams), _Stack(key_grams), sweeps=_SWEEPS)
+    fitted = _alternate(basis, _Stack(query_grams), _Stack(key_grams), sweeps=SWEEPS)
     chosen = better[:, None, None]
     return HeadBasis(torch.where(chosen, fitted.query, basis.query), torch.where(chosen, fitted.key, basis.key))
 
 
 class Normed(NamedTuple):
-    """Queries or keys behind a norm over their channels: gain ∘ n + shift, where ‖n‖² = d up to the norm's eps.
+    """Queries or keys after a norm over their channels: gain ∘ n + shift, where ‖n‖² = d up to the norm's eps.
 
-    ``second`` is the second moment of the vectors that the norm divides, of any scale, less their mean over channels
-    where the norm takes it off, (heads, d, d); ``gain`` and ``shift`` are (heads, d).
+    ``second`` (heads, d, d) is the second moment, up to a factor, of the vectors that the norm divides, after it has
+    subtracted their mean over channels if it does; ``gain`` and ``shift`` are (heads, d).
     """
 
     second: Tensor
@@ -128,9 +120,9 @@ class Normed(NamedTuple):
 
 
 class NormedHeads(NamedTuple):
-    """New queries ``query`` @ q and keys ``key`` @ k, (heads, rank, d), in front of RMS norms over the rank channels.
+    """New queries ``query`` @ q and keys ``key`` @ k, (heads, rank, d), before RMS norms over the rank channels.
 
-    These have the scale ``gain``, the same for both, and the queries' the shift ``shift``, (heads, rank).
+    Both norms have the scale ``gain``, the queries' norm also has the shift ``shift``, (heads, rank).
     """
 
     query: Tensor
@@ -140,18 +132,18 @@ class NormedHeads(NamedTuple):
 
 
 def behind_norms(basis: HeadBasis, query: Normed, key: Normed) -> NormedHeads:
-    """Turn queries and keys in front of their norms, such that the scores behind them are those of ``basis``.
+    """Rotate queries and keys before their norms so that the scores after the norms are those of ``basis``.
 
-    A norm of fewer channels divides by another length. What is kept, z, tells of the length of what it is a part of:
-    E‖x‖² given z is taken for zᵀ S z, with S = LᵀL for the regression x ≈ L z, and what that leaves out spread over
-    the kept directions. Any turn O S^½ z with orthogonal O has that length. Of the turns of both sides, those that the
-    singular vectors of S_q^-½ S_k^-½ = O_qᵀ D O_k give leave a diagonal between queries and keys, which the norms'
-    scales hold. With all directions kept the function is the dense one.
+    A norm over fewer channels divides by another length. The length of the whole vector x is estimated from the kept
+    part z: E‖x‖² given z is taken as zᵀ S z, with S = LᵀL for the regression x ≈ L z, plus its residual, spread over
+    the kept directions. Any rotation O S^½ z with orthogonal O has that length. The singular vectors of S_q^-½ S_k^-½ =
+    O_qᵀ D O_k define the rotations of both sides for which only a diagonal remains between queries and keys; the norms'
+    scales hold it. With all directions kept, the function is the dense one.
 
     Args:
-        basis: turns of what leaves the norms.
+        basis: bases of the norms' outputs.
         query: the norm of the queries.
-        key: that of the keys, whose shift softmax does not see.
+        key: the norm of the keys, whose shift softmax ignores.
     """
     _, rank, size = basis.query.shape
     parts = []
@@ -178,10 +170,11 @@ def behind_norms(basis: HeadBasis, query: Normed, key: Normed) -> NormedHeads:
 
 
 def length_errors(basis: HeadBasis, query: Normed, key: Normed) -> Tensor:
-    """The share of the squared scores that `behind_norms` is expected to miss, for the first r directions, every r.
+    """Return the share of the squared scores that `behind_norms` is expected to miss, for every rank r.
 
-    Of a squared length whose share m lies in the d - r directions that leave, what is kept does not tell how much it is
-    for one token: m² (1 / (d - r) + 1 / r) / 2 for each side if all were normal, more where tokens differ more.
+    A share m of the squared length lies in the d - r removed directions, and the kept ones do not tell its value for a
+    single token. Its error is m² (1 / (d - r) + 1 / r) / 2 for each side if everything were normally distributed, and
+    more where tokens differ more.
 
     Args:
         basis: all directions.
@@ -211,9 +204,9 @@ def _trace(matrices: Tensor) -> Tensor:
 
 
 class _Stack:
-    """Symmetric matrices G_b of single images, (images, heads, d, d), one under the other for each head.
+    """Symmetric matrices G_b of single images, (images, heads, d, d), stacked for each head.
 
-    Products with one matrix are then a few large ones, which take a fraction of the time of many small ones.
+    A product with one matrix is then a few large products, much faster than many small ones.
     """
 
     def __init__(self, grams: Tensor) -> None:
@@ -225,11 +218,11 @@ class _Stack:
         return self.rows.view(self.heads, self.images, self.size, self.size).mean(1)
 
     def times(self, x: Tensor) -> Tensor:
-        """G_b X of each image, (heads, images, d, n), for one X (heads, d, n)."""
+        """Return G_b X for each image, (heads, images, d, n), for one X (heads, d, n)."""
         return (self.rows @ x).view(self.heads, self.images, self.size, -1)
 
     def turned(self, x: Tensor) -> Tensor:
-        """X G_b Xᵀ, (heads, images, n, n), for one X (heads, n, d)."""
+        """Return X G_b Xᵀ, (heads, images, n, n), for one X (heads, n, d)."""
         left = self.times(x.mT).transpose(2, 3).reshape(self.heads, -1, self.size)
         return (left @ x.mT).view(self.heads, self.images, x.shape[1], x.shape[1])
 
@@ -243,10 +236,10 @@ def _alternate(basis: HeadBasis, queries: _Stack, keys: _Stack, sweeps: int) -> 
 
 
 def _least_squares(start: Tensor, other: Tensor, own: _Stack, others: _Stack) -> Tensor:
-    """X with least Σ_b ‖…‖² for a fixed other side: Σ_b G_b Xᵀ M_b = Σ_b G_b G'_b Yᵀ, by conjugate gradients."""
+    """Find X with least Σ_b ‖…‖² for a fixed other side, Σ_b G_b Xᵀ M_b = Σ_b G_b G'_b Yᵀ, by conjugate gradients."""
     inner = others.turned(other)
     right = own.rows.mT @ (others.rows @ other.mT)
-    outer_mean, inner_mean = _inverse(own.mean), _inverse(inner.mean(1))
+    outer_mean, inner_mean = pseudo_inverse(own.mean), pseudo_inverse(inner.mean(1))
     inner = inner.flatten(1, 2)
 
     def normal(x: Tensor) -> Tensor:
@@ -268,7 +261,7 @@ def _least_squares(start: Tensor, other: Tensor, own: _Stack, others: _Stack) ->
             break
         image = normal(step)
         curvature = dot(step, image)
-        # A head that has arrived stands still.
+        # A head that has converged stays as it is.
         length = torch.where(curvature > 0, size / torch.where(curvature > 0, curvature, 1), 0)
         x = x + length * step
         residual = residual - length * image
@@ -289,146 +282,6 @@ def _missed(basis: HeadBasis, queries: _Stack, keys: _Stack) -> Tensor:
     return error
 
 
-def _inverse(matrix: Tensor) -> Tensor:
+def pseudo_inverse(matrix: Tensor) -> Tensor:
     found: Tensor = torch.linalg.pinv(matrix, rtol=1e-8, hermitian=True)
     return found
-
-
-def value_bases(weight: Tensor, covariance: Tensor, heads: int, rank: int, staying: Sequence[int] = ()) -> Tensor:
-    """What to keep of each head's values, given that the projection is refitted over all heads.
-
-    Each head starts from the directions that matter most to its own part of the output, U_rᵀ W_h with U from the SVD of
-    W_h C_h^½. Two sweeps then give each head the directions that the other heads' kept values do not already hold: the
-    same of what is left of output and values after regression on those.
-
-    Args:
-        weight: the projection's, (outputs, heads · d), in the metric that errors are measured in.
-        covariance: of its input, (heads · d, heads · d).
-        heads: number of heads.
-        rank: r, at most the number of outputs and d.
-        staying: the heads that keep anything; all unless given. The others' part of the output is then to be held too.
-
-    Returns:
-        T, (staying heads · r, heads · d), block-diagonal: a head's new values are T_h times its values.
-    """
-    size = len(covariance) // heads
-    staying = list(staying) or list(range(heads))
-    if rank == size:
-        bases = torch.eye(size, dtype=weight.dtype).expand(len(staying), -1, -1)
-    else:
-        kept = _Kept(weight, covariance, size, staying, rank)
-        for _ in range(_SWEEPS if len(staying) > 1 else 0):
-            for position in range(len(staying)):
-                kept.renew(position)
-        bases = kept.bases
-    joined = weight.new_zeros(len(staying), rank, heads, size)
-    for position, head in enumerate(staying):
-        joined[position, :, head] = bases[position]
-    return joined.flatten(0, 1).flatten(1)
-
-
-class _Kept:
-    """The directions kept of each staying head, T_h, and their moments with each other, all values and the output."""
-
-    def __init__(self, weight: Tensor, covariance: Tensor, size: int, staying: Sequence[int], rank: int) -> None:
-        self._staying, self._size, self._rank = list(staying), size, rank
-        self._parts = [slice(head * size, (head + 1) * size) for head in staying]
-        self._covariance, self._output = covariance, weight @ covariance
-        count = len(staying) * rank
-        self.bases = torch.zeros(len(staying), rank, size, dtype=weight.dtype)
-        self._with_values = torch.zeros(count, len(covariance), dtype=weight.dtype)
-        self._with_output = torch.zeros(len(weight), count, dtype=weight.dtype)
-        self._gram = torch.zeros(count, count, dtype=weight.dtype)
-        for head, part in enumerate(self._parts):
-            self._put(head, _leading(weight[:, part], covariance[part, part], rank))
-
-    def renew(self, head: int) -> None:
-        """Give a head the directions that matter most to what the other heads' leave of the output."""
-        part, own = self._parts[head], slice(head * self._rank, (head + 1) * self._rank)
-        others = torch.ones(len(self._gram), dtype=torch.bool)
-        others[own] = False
-        seen = self._with_values[others][:, part]
-        explained = _solved(self._gram[others][:, others], seen)
-        left = self._covariance[part, part] - seen.mT @ explained
-        cross = self._output[:, part] - self._with_output[:, others] @ explained
-        self._put(head, _of_cross(cross, left, self._rank))
-
-    def _put(self, head: int, basis: Tensor) -> None:
-        own = slice(head * self._rank, (head + 1) * self._rank)
-        self.bases[head] = basis
-        seen = basis @ self._covariance[self._parts[head]]
-        self._with_values[own] = seen
-        self._with_output[:, own] = self._output[:, self._parts[head]] @ basis.mT
-        # Of heads whose turn has not come the directions are still zero.
-        parts = seen.unflatten(1, (-1, self._size))[:, self._staying]
-        gram = torch.einsum("rhd,hsd->rhs", parts, self.bases).flatten(1)
-        self._gram[own] = gram
-        self._gram[:, own] = gram.mT
-
-
-def _solved(gram: Tensor, right: Tensor) -> Tensor:
-    """G⁺ times the right side; of directions below 1e-8 of the largest little or nothing."""
-    ridged = gram.clone()
-    ridged.diagonal().add_(1e-9 * gram.diagonal().max() + torch.finfo(gram.dtype).tiny)
-    factor, info = torch.linalg.cholesky_ex(ridged)
-    found: Tensor = torch.cholesky_solve(right, factor) if int(info) == 0 else _inverse(gram) @ right
-    return found
-
-
-def _leading(weight: Tensor, covariance: Tensor, rank: int) -> Tensor:
-    """The rank directions of the input that the output varies most along, (rank, inputs); zeros beyond the outputs."""
-    return _of_cross(weight @ covariance, covariance, rank)
-
-
-def _of_cross(cross: Tensor, covariance: Tensor, rank: int) -> Tensor:
-    """The same from the covariance of output and input, (outputs, inputs), and that of the input.
-
-    With C = E v Eᵀ and C_yx E v^{-½} = U Σ Vᵀ, U_rᵀ C_yx C⁺ is Σ_r V_rᵀ v^{-½} Eᵀ.
-    """
-    values, vectors = torch.linalg.eigh(covariance)
-    held = values > _HELD * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
-    whitened = vectors * (torch.where(held, values, 1).rsqrt() * held)
-    # Σ and V of the whole from the inputs' side, of their size; MKL's QR of the whole spins where cores are shared.
-    # Squared, singular values below 1e-8 of the largest are rounding, of directions that hold 1e-16 of the output.
-    turned = cross @ whitened
-    squares, right = torch.linalg.eigh(turned.mT @ turned)
-    count = min(rank, len(cross))
-    strengths, leading = squares.clamp_min(0).sqrt().flip(0)[:count], right.flip(1)[:, :count]
-    basis = torch.zeros(rank, len(covariance), dtype=cross.dtype)
-    basis[:count] = strengths[:, None] * (whitened @ leading).mT
-    return basis
-
-
-def value_errors(weight: Tensor, covariance: Tensor, heads: int) -> Tensor:
-    """Bound of the projection's relative error when each head keeps r directions, for every r: (d + 1,).
-
-    Each head by itself, before the refit over all heads, which can only lower it.
-    """
-    size = len(covariance) // heads
-    total = (weight @ covariance * weight).sum()
-    parts = [slice(head * size, (head + 1) * size) for head in range(heads)]
-    roots = square_root(torch.stack([covariance[part, part] for part in parts]))
-    columns = weight.unflatten(1, (heads, size)).transpose(0, 1)
-    # Squared singular values of the weight times the root: of the inputs' size, whatever the number of outputs.
-    energy = torch.linalg.eigvalsh(roots @ (columns.mT @ columns) @ roots.mT).clamp_min(0).sum(0)
-    lost = torch.cat([energy.cumsum(0).flip(0), energy.new_zeros(1)])
-    share: Tensor = lost / torch.where(total > 0, total, 1)
-    return share
-
-
-def residual_basis(moments: list[Tensor]) -> Tensor:
-    """Orthonormal directions of the residual stream, (D, D) columns, those that its norms see most of first.
-
-    The eigenvectors of the mean of the norms' input moments x̂x̂ᵀ: every norm counts alike.
-    """
-    basis: Tensor = torch.linalg.eigh(torch.stack(moments).mean(0))[1]
-    return basis.flip(1)
-
-
-def stock_basis(size: int) -> Tensor:
-    """(size, size − 1) orthonormal columns, each of which sums to zero: what LayerNorm leaves of that many channels."""
-    vector = torch.full((size,), size**-0.5, dtype=torch.float64)
-    vector[0] += 1.0
-    # The Householder reflection that sends the constant direction to the first axis.
-    reflection = torch.eye(size, dtype=torch.float64) - 2 * torch.outer(vector, vector) / vector.dot(vector)
-    return reflection[:, 1:]

@@ -26,17 +26,17 @@ __all__ = [
     "square_root",
 ]
 
-# Shares of the mean diagonal. Below the least, float64 solves of Grams of float32 activations hold no more digits.
+# Shares of the mean diagonal. Below the least, float64 solves of float32 activations' Grams gain no digits.
 RIDGES = tuple(10.0**exponent for exponent in range(-10, 1))
-# Of the largest eigenvalue: what lies below is rounding.
+# Share of the largest eigenvalue; anything below is rounding.
 RANK_TOLERANCE = 1e-11
-# Errors over more outputs than this are estimated from so many random combinations of them.
+# With more outputs than this, errors are estimated from this many random combinations of them.
 SKETCH = 64
-# Errors that differ by less of themselves are the same: at the least ridges of singular Grams rounding is above 1e-6.
+# Errors whose relative difference is less count as equal: for singular Grams and least ridges, rounding exceeds 1e-6.
 _EQUAL = 1e-5
-# With so many regressors every ridge is tried.
+# Up to this many regressors, every ridge is tried.
 _SMALL = 256
-# Columns of a Cholesky factor that are found at a time.
+# Columns of a Cholesky factor that are computed at a time.
 _PANEL = 128
 
 
@@ -48,15 +48,15 @@ class Moment(NamedTuple):
 
 
 def choose_ridge(folds: Sequence[Moment], near: float = RIDGES[6]) -> float:
-    """The ridge whose solution from one fold predicts the other best, each way, summed.
+    """Return the ridge whose solution from one fold best predicts the other, summed over both directions.
 
-    Where one fold is empty or all regressors are zero, there is nothing to compare, and the least ridge is returned.
-    From ``near``, the search goes down the curve of errors over ridges to where it rises again: of one that falls and
-    then rises, as such curves do but for noise, that is the best of all, for a fraction of the factorisations.
+    If a fold is empty or all regressors are zero, there is nothing to compare and the least ridge is returned. From
+    ``near``, the search follows the falling curve of errors over ridges until it rises again. Apart from noise such
+    curves fall and then rise, so that is the global minimum, for a fraction of the factorisations.
 
     Args:
         folds: two, each of moments per row.
-        near: where to begin, one of ``RIDGES``.
+        near: where to begin: one of ``RIDGES``.
 
     Returns:
         A share of the mean diagonal of ``xx``.
@@ -64,7 +64,7 @@ def choose_ridge(folds: Sequence[Moment], near: float = RIDGES[6]) -> float:
     if len(folds) != 2 or any(not bool(fold.xx.diagonal().sum() > 0) for fold in folds):
         return RIDGES[0]
     first, second = (Moment(fold.xx, sketch(fold.xy)) for fold in folds)
-    # For the factors: new memory for each of many large ones takes as long as they do.
+    # Memory for all factors: allocating it anew for each large one takes as long as the factorisation.
     room = torch.zeros_like(first.xx)
 
     @cache
@@ -82,7 +82,7 @@ def choose_ridge(folds: Sequence[Moment], near: float = RIDGES[6]) -> float:
         tried = {RIDGES.index(near)}
         best = RIDGES.index(near)
         while True:
-            # To where the error falls: on the other side it is higher. Where it is level, up: less does nothing.
+            # Go where the error falls, since it is higher on the other side. If it is level, go up: less does nothing.
             beside = best + 1 if at(best)[1] < _EQUAL * abs(error(best)) else best - 1
             if beside in tried or beside not in everything:
                 break
@@ -91,7 +91,7 @@ def choose_ridge(folds: Sequence[Moment], near: float = RIDGES[6]) -> float:
                 break
             best = beside
         best = min(sorted(tried), key=error)
-    # Among equals the least: it changes least what the folds say nothing about.
+    # Among equals, take the least: it changes least where the folds say nothing.
     bound = error(best) + _EQUAL * abs(error(best))
     while best > 0 and at(best)[1] >= -_EQUAL * abs(error(best)) and error(best - 1) <= bound:
         best -= 1
@@ -99,17 +99,17 @@ def choose_ridge(folds: Sequence[Moment], near: float = RIDGES[6]) -> float:
 
 
 def _error(fit: Moment, held_out: Moment, ridge: float, room: Tensor | None = None) -> tuple[float, float]:
-    """Error of the solution from one fold on the other, and its derivative by ln ridge.
+    """Return the error of the solution from one fold on the other, and its derivative by ln ridge.
 
-    In shares of what there is to predict, without the part that no weights change. Infinite, and falling, for a ridge
-    that is lost in the moments' rounding.
+    The error is a share of what is to be predicted, without the part that no weights change. It is infinite, and
+    falling, for a ridge that is lost in the rounding of the moments.
     """
     added = ridge * float(fit.xx.diagonal().mean())
     factor = cholesky(fit.xx, added, room)
     if factor is None:
         return math.inf, -math.inf
     weights = _solve_factored(factor, fit.xy)
-    # Symmetric: from the left, wide products take half the time of tall ones.
+    # The matrix is symmetric, so multiply from the left: wide products take half the time of tall ones.
     seen = (weights.mT @ held_out.xx).mT
     scale = held_out.xy.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
     error = ((weights * seen).sum() - 2 * (weights * held_out.xy).sum()) / scale
@@ -119,7 +119,7 @@ def _error(fit: Moment, held_out: Moment, ridge: float, room: Tensor | None = No
 
 
 def sketch(outputs: Tensor) -> Tensor:
-    """Few outputs (n, 64) for many, random signs of all: the squared error over them is the same in the mean."""
+    """Combine many outputs to few, (n, 64), with random signs: the expected squared error over them is the same."""
     count = outputs.shape[1]
     if count <= SKETCH:
         return outputs
@@ -129,7 +129,7 @@ def sketch(outputs: Tensor) -> Tensor:
 
 
 def solve(moment: Moment, ridge: float) -> Tensor:
-    """Weights (n, outputs) that predict y from x: (xx + ridge · mean diagonal · I)⁻¹ xy; zero where x is zero."""
+    """Return weights (n, outputs) to predict y from x: (xx + ridge · mean diagonal · I)⁻¹ xy; zero where x is zero."""
     diagonal = moment.xx.diagonal()
     alive = diagonal > RANK_TOLERANCE * diagonal.max()
     weights = torch.zeros_like(moment.xy)
@@ -140,22 +140,22 @@ def solve(moment: Moment, ridge: float) -> Tensor:
 
 
 def inverse(matrix: Tensor, ridge: float) -> Tensor:
-    """Symmetric (matrix + ridge · mean diagonal · I)⁻¹, the ridge raised tenfold until it is positive definite."""
+    """Return (matrix + ridge · mean diagonal · I)⁻¹, symmetric, the ridge raised tenfold until positive definite."""
     return ridged_inverse(matrix, ridge)[0]
 
 
 def ridged_inverse(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """The same, and what was added to the diagonal."""
+    """Return the same, and what was added to the diagonal."""
     mean = float(matrix.diagonal().mean())
     if not mean > 0:
         return torch.eye(len(matrix), dtype=matrix.dtype), 0.0
     factor, added = ridged_cholesky(matrix, ridge * mean)
-    # One triangle is computed and copied to the other: symmetric to the bit.
+    # One triangle is computed and copied to the other, so the result is symmetric to the bit.
     return torch.cholesky_inverse(factor.mT, upper=True), added
 
 
 def square_root(matrix: Tensor) -> Tensor:
-    """R (..., n, n) with RᵀR = matrix, from the eigenvalues above rounding; the other rows are zero."""
+    """Return R (..., n, n) with RᵀR = matrix, from the eigenvalues above rounding; the other rows are zero."""
     values, basis = torch.linalg.eigh(matrix)
     values = torch.where(values > RANK_TOLERANCE * values[..., -1:], values, 0)
     root: Tensor = values.sqrt()[..., None] * basis.mT
@@ -163,15 +163,15 @@ def square_root(matrix: Tensor) -> Tensor:
 
 
 def cholesky(matrix: Tensor, added: float = 0.0, out: Tensor | None = None) -> Tensor | None:
-    """The factor L (n, n) of matrix + added · I = L Lᵀ, row-major with zeros above; None where there is none.
+    """Return the factor L (n, n) of matrix + added · I = L Lᵀ, row-major with zeros above; None if there is none.
 
-    By panels: torch's function takes three times as long for a large matrix, most of it for zeros that it writes column
-    by column.
+    It is computed by panels: torch's function takes three times as long for a large matrix, mostly to write zeros
+    column by column.
 
     Args:
-        matrix: symmetric (n, n), of which the lower triangle is read.
-        added: to the diagonal.
-        out: where the factor is written to, with zeros above the diagonal.
+        matrix: symmetric (n, n); only the lower triangle is read.
+        added: the number added to the diagonal.
+        out: where to write the factor; it has zeros above the diagonal.
     """
     size = len(matrix)
     factor = matrix.new_zeros(size, size) if out is None else out
@@ -192,7 +192,7 @@ def cholesky(matrix: Tensor, added: float = 0.0, out: Tensor | None = None) -> T
 
 
 def ridged_cholesky(matrix: Tensor, added: float) -> tuple[Tensor, float]:
-    """The factor of matrix + added · I, and what was added: raised tenfold until there is one.
+    """Return the factor of matrix + added · I, and what was added, which is raised tenfold until there is one.
 
     Raises:
         NumericalError: the matrix is not finite.

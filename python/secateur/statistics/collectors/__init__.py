@@ -1,4 +1,4 @@
-"""What is seen of each layer in calibration, and how it adds up: one module a collector."""
+"""Collectors: what calibration observes of each layer and how it is summed, one module each."""
 
 from .base import Accumulator, Collector, Position, State, collectors, register
 

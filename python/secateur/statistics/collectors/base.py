@@ -1,4 +1,4 @@
-"""What a collector offers, and where it is found by name."""
+"""The interface of collectors, and their registry."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ..settings import FOLDS, Settings
 
 __all__ = ["Accumulator", "Collector", "Folds", "Position", "State", "collectors", "in_turn", "register"]
 
-# Arrays by "fold/observation/what", as statistics and their files have them.
+# Arrays by "fold/observation/what", as in statistics and their files.
 State = dict[str, npt.NDArray[Any]]
 T = TypeVar("T")
 
 
 @dataclass
 class Position:
-    """Where calibration is: the number of the first image of the batch; all accumulators share one.
+    """Where calibration is: the number of the batch's first image. All accumulators share one.
 
-    ``wait`` says whether to wait for the device, layer after layer. ``dtype`` is the type of the queries and keys that
-    were seen, "" before the first.
+    ``wait`` says whether to wait for the device after each layer. ``dtype`` is the type of the queries and keys seen so
+    far, "" before the first.
     """
 
     images: int = 0
@@ -40,27 +40,27 @@ class Accumulator(Protocol):
 
     @property
     def taps(self) -> Sequence[Tap]:
-        """What it sees, in the order in which a forward pass comes by."""
+        """The taps it observes, in the order of a forward pass."""
 
     def update(self, position: Position, seen: Sequence[Tensor]) -> None:
         """Add what the ``taps`` read in a forward pass of one batch."""
 
     def wait(self) -> None:
-        """Wait for what a device has been given to do.
+        """Wait for the work that was started on a device.
 
         Raises:
             NumericalError: a value that was not finite.
         """
 
     def state(self, position: Position) -> State:
-        """The arrays by their full names; those of all ranks are added up."""
+        """Return its arrays by full name; those of all ranks are added up."""
 
     def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Go on from the arrays of a file, of all names."""
+        """Continue from the arrays of a file, given with their full names."""
 
 
 class Collector(ABC):
-    """One way of summing up what is seen of a layer, or of a norm of the residual stream."""
+    """One way of summing up what is observed of a layer, or of a norm of the residual stream."""
 
     name: ClassVar[str]
 
@@ -68,16 +68,16 @@ class Collector(ABC):
     def open(
         self, taps: Mapping[Part, Tap], settings: Settings, shapes: Mapping[str, tuple[int, int]]
     ) -> Iterable[Accumulator]:
-        """Accumulators for the parts it is about; none where the layer lacks them.
+        """Return accumulators for the parts that it collects; none if the layer lacks them.
 
         Args:
-            taps: of one layer, or of a norm of the residual stream (the part "stream").
-            settings: of the calibration.
-            shapes: observation to (heads, size of each), for queries and keys.
+            taps: the taps of one layer, or of a norm of the residual stream (the part "stream").
+            settings: the settings of the calibration.
+            shapes: maps an observation to (heads, size of each), for queries and keys.
         """
 
     def merge(self, name: str, arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any] | None:
-        """One array of several calibrations' over different images; None for those that are added up."""
+        """Merge one array of several calibrations over different images; return None for arrays to be added up."""
         del name, arrays
         return None
 
@@ -89,13 +89,13 @@ register = collectors.register
 
 
 def in_turn(pair: Sequence[T], position: Position) -> list[T]:
-    """What the next image is added to, then what the one after it is."""
+    """Return the pair in the order in which the batch's images, from its first, are added to the folds."""
     first = position.images % 2
     return [pair[first], pair[1 - first]]
 
 
 class Summing(Protocol):
-    """What the core's accumulators have in common."""
+    """The common interface of the core's accumulators."""
 
     def wait(self) -> None: ...
 
@@ -105,20 +105,20 @@ class Summing(Protocol):
 
 
 class Folds:
-    """One of the core's accumulators a fold, under the name of what is observed."""
+    """One of the core's accumulators for each fold, under the name of the observation."""
 
     def __init__(self, name: str, pair: Sequence[Summing]) -> None:
         self._name, self._pair = name, pair
 
     def wait(self) -> None:
-        """Wait for what a device has been given to do.
+        """Wait for the work that was started on a device.
 
         Raises:
             NumericalError: a value that was not finite.
         """
         first: NumericalError | None = None
         for accumulator in self._pair:
-            # All of them: what one is left with would be taken for the next batch's.
+            # Wait for all: an error left in one would be taken for the next batch's.
             try:
                 accumulator.wait()
             except NumericalError as error:
@@ -127,7 +127,7 @@ class Folds:
             raise first
 
     def state(self, position: Position) -> State:
-        """The sums of both folds."""
+        """Return the sums of both folds."""
         del position
         return {
             f"{fold}/{self._name}/{what}": array
@@ -136,7 +136,7 @@ class Folds:
         }
 
     def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Go on from these sums."""
+        """Continue from these sums."""
         for fold, accumulator in zip(FOLDS, self._pair, strict=True):
             prefix = f"{fold}/{self._name}/"
             accumulator.load_state({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

@@ -1,4 +1,4 @@
-"""First and second moments of values, projection inputs, hidden units and norm inputs."""
+"""Collects first and second moments of values, projection inputs, hidden units and norm inputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Moments(Collector):
     def open(
         self, taps: Mapping[Part, Tap], settings: Settings, shapes: Mapping[str, tuple[int, int]]
     ) -> Iterable[Accumulator]:
-        """One for each part except queries and keys."""
+        """Return one accumulator for each part except queries and keys."""
         del shapes
         if settings.collect == "all":
             for part, tap in taps.items():
@@ -33,7 +33,7 @@ class Moments(Collector):
 
 
 class _Moment(Folds):
-    """Two of the core's accumulators, one a fold."""
+    """Two of the core's accumulators, one for each fold."""
 
     def __init__(self, tap: Tap, settings: Settings) -> None:
         self.taps = (tap,)
@@ -44,8 +44,8 @@ class _Moment(Folds):
     def update(self, position: Position, seen: Sequence[Tensor]) -> None:
         """Add the chosen tokens of (B, N, d) to the fold of their image.
 
-        Image g gives every stride-th token from (g // 2) mod stride on, so both folds see all positions, and the
-        choice does not depend on how images are split into batches.
+        Of image g, every stride-th token from (g // 2) mod stride on is used, so that both folds see all positions and
+        the choice does not depend on how images are split into batches.
         """
         (x,) = seen
         pair = in_turn(self._moments, position)

@@ -1,4 +1,4 @@
-"""The Gram matrices of single images: what a cut does to an image's own scores needs queries and keys at once."""
+"""Collects Gram matrices of single images, since a cut's error on an image's scores depends on its queries and keys."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ _GRAMS = ("query_gram", "key_gram")
 
 @register
 class Samples(Collector):
-    """QᵀQ and K_cᵀK_c of the first images, one by one, with ``collect="all"``; packed, in float32."""
+    """QᵀQ and K_cᵀK_c of the first images one by one, with ``collect="all"``; packed, in float32."""
 
     name = "samples"
 
     def open(
         self, taps: Mapping[Part, Tap], settings: Settings, shapes: Mapping[str, tuple[int, int]]
     ) -> Iterable[Accumulator]:
-        """One for queries and keys together."""
+        """Return one accumulator for queries and keys together."""
         if settings.collect == "all" and "query" in taps and "key" in taps:
             yield _Sample(taps["query"], taps["key"], shapes[taps["query"].name])
 
     def merge(self, name: str, arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any] | None:
-        """They are no sums: the first of them stay, as in one long calibration."""
+        """Keep the first images' Grams, as in one long calibration; they are not sums."""
         return np.concatenate(arrays)[:SAMPLED_IMAGES] if name.startswith("sample/") else None
 
 
 class _Sample:
-    """Of each image with several maps one, another for every image."""
+    """Keeps Gram matrices of the first images; of an image with several maps, one map, changing with the image."""
 
     def __init__(self, query: Tap, key: Tap, shape: tuple[int, int]) -> None:
         self.taps = (query, key)
         self._names = {what: f"sample/{query.name}/{what}" for what in _GRAMS}
         self._shape = shape
-        self._parts: dict[str, dict[int, Tensor]] = {what: {} for what in _GRAMS}  # by the number of the first image
+        self._parts: dict[str, dict[int, Tensor]] = {what: {} for what in _GRAMS}  # by first image of the batch
 
     def update(self, position: Position, seen: Sequence[Tensor]) -> None:
-        """Keep the Grams of the images that are among the first; they only measure errors."""
+        """Keep the Grams of those images that are among the first; they only measure errors."""
         left = SAMPLED_IMAGES - position.images
         if left <= 0:
             return
@@ -67,17 +67,17 @@ class _Sample:
         return x[[image * maps + (first + image) % maps for image in range(images)]]
 
     def wait(self) -> None:
-        """Nothing is under way."""
+        """Do nothing: no work is pending."""
 
     def state(self, position: Position) -> State:
-        """The Grams of the first images at their places; zeros where another rank has them."""
+        """Return the Grams of the first images, each at its place; zeros where another rank has them."""
         heads, size = self._shape
         shape = (min(position.images, SAMPLED_IMAGES), heads, size * (size + 1) // 2)
         found: State = {}
         for what, parts in self._parts.items():
             first = parts.get(0)
             if first is not None and first.is_cuda and len(first) == shape[0]:
-                found[self._names[what]] = first.cpu().numpy()  # all came at once: no zeros before
+                found[self._names[what]] = first.cpu().numpy()  # all came at once, so there are no gaps
                 continue
             grams = np.zeros(shape, np.float32)
             for start, part in parts.items():
@@ -86,5 +86,5 @@ class _Sample:
         return found
 
     def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Go on from the Grams of a file."""
+        """Continue from the Grams of a file."""
         self._parts = {what: {0: torch.from_numpy(state[name])} for what, name in self._names.items()}

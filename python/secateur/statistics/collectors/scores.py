@@ -1,4 +1,4 @@
-"""Query/key importance by SNP (Shim et al., ECCV 2024, arXiv:2404.11630), and the Gram matrices that it comes from."""
+"""Collects query/key importance by SNP (Shim et al., ECCV 2024, arXiv:2404.11630), and the Gram matrices behind it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["Scores"]
 
 @register
 class Scores(Collector):
-    """Importance of query/key neurons, with ``collect="all"`` their Gram matrices too."""
+    """Importance of query/key neurons; with ``collect="all"``, also their Gram matrices."""
 
     name = "scores"
 
     def open(
         self, taps: Mapping[Part, Tap], settings: Settings, shapes: Mapping[str, tuple[int, int]]
     ) -> Iterable[Accumulator]:
-        """One for queries and keys together."""
+        """Return one accumulator for queries and keys together."""
         if "query" in taps and "key" in taps:
             yield _Scorer(taps["query"], taps["key"], settings, shapes[taps["query"].name])
 
 
 class _Scorer(Folds):
-    """Two of the core's scorers, one a fold."""
+    """Two of the core's scorers, one for each fold."""
 
     def __init__(self, query: Tap, key: Tap, settings: Settings, shape: tuple[int, int]) -> None:
         self.taps = (query, key)

@@ -1,4 +1,4 @@
-"""Measurements that take more passes over the first images of a calibration: one module each."""
+"""Measurements that need more passes over the first images of a calibration: one module each."""
 
 from .base import MEASURED_IMAGES, Measurement, measurements, register
 

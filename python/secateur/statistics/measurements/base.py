@@ -1,4 +1,4 @@
-"""What a measurement offers, where it is found by name, and what several of them do."""
+"""The interface of measurements, their registry, and helpers that several of them share."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ MEASURED_IMAGES = 128
 
 
 class Measurement(Protocol):
-    """More passes over the first images; ``name`` is what its sums are called, "group/name"."""
+    """A measurement by more passes over the first images; its sums are called "group/name"."""
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """The measurement's name."""
 
     def take(
         self, model: nn.Module, family: Family, anatomy: Anatomy, batches: Sequence[Tensor], rank: int, ranks: int
     ) -> dict[str, Float]:
-        """Measure; the model is in evaluation mode.
+        """Measure on a model in evaluation mode.
 
         Args:
-            model: on any device.
-            family: of the model.
-            anatomy: its description.
-            batches: images (B, C, H, W), as the model takes them.
-            rank: of several processes that share out the work, each with all images.
-            ranks: how many they are.
+            model: the model, on any device.
+            family: the family of the model.
+            anatomy: the description of the model.
+            batches: images (B, C, H, W), in the model's type and on its device.
+            rank: number of this process among several that divide the work; each has all images.
+            ranks: number of processes.
 
         Returns:
-            By "group/what" sums over images and, last, their number; those of all ranks are added up.
+            For each "group/what", sums over images and, last, the number of images; those of all ranks are added up.
         """
 
 
@@ -61,5 +61,5 @@ def hooked(handles: Sequence[torch.utils.hooks.RemovableHandle]) -> Iterator[Non
 
 
 def double(output: Tensor) -> Tensor:
-    """What a model outputs, in float64."""
+    """Return a model's output in float64."""
     return output.double()

@@ -1,4 +1,4 @@
-"""How much the output moves when one part of the model is slightly wrong, or missing."""
+"""Measures how much the output changes when one part of the model is slightly wrong, or removed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .base import double, hooked, register
 
 __all__ = ["Divergence"]
 
-# What enters every block is held for so many images at once.
+# The inputs of all blocks are held for this many images at once.
 _CHUNK = 32
-# Of the standard deviation: small enough for the divergence to grow with its square, far above rounding.
+# Share of the standard deviation: small enough for the divergence to grow with its square, far above rounding.
 _SHARE = 0.1
 
 _Change = Callable[[Tensor, torch.Generator], Tensor]
@@ -27,15 +27,15 @@ _Change = Callable[[Tensor, torch.Generator], Tensor]
 
 @register
 class Divergence:
-    """Disturbs or removes one part after the other, and compares the outputs.
+    """Disturbs or removes one part of the model at a time, and compares the outputs.
 
-    A group's part of the model (queries; what proj or fc2 writes; what every norm of a stream reads) gets a tenth of
-    its own values at other tokens and images added: noise of its own covariance. Divided by that share squared, the
-    divergence is what an error of all its variance would do if the output moved linearly. Whole layers are removed, or
-    replaced by the mean of what they add. What stands before a disturbed block is not run again.
+    To a group's part of the model (queries; the outputs of proj or fc2; the inputs of a stream's norms), a tenth of its
+    own values at other tokens and images is added: noise with its own covariance. The divergence over that share
+    squared is what an error as large as its whole variance would cause if the output changed linearly. Whole layers are
+    removed, or replaced by the mean of their output. Blocks before a disturbed one are not run again.
 
-    The sums are "divergence" of each group, per share of variance (of a layer: when it is removed); and "mean_kept",
-    the same of a layer that its mean replaces.
+    The sums are "divergence" for each group, per share of variance (for a layer: when it is removed), and "mean_kept",
+    for a layer that its mean replaces.
     """
 
     name = "divergence"
@@ -71,7 +71,7 @@ class Divergence:
                     )
                 totals[trial.name] += _divergence(model, wanted, double(found)) / trial.share**2
         for layer in anatomy.attention:
-            # What is lost with a head is a share of what the projection writes, as with values.
+            # As with values, the loss of a head is a share of the projection's output.
             value, heads = (f"{layer.groups[kind]}/divergence" for kind in ("v", "heads"))
             if value in totals:
                 totals[heads] = totals[value]
@@ -80,7 +80,7 @@ class Divergence:
 
 
 class _Trial(NamedTuple):
-    """One quantity to measure: what becomes of which modules' outputs, in a block or in all of the model."""
+    """One quantity to measure: how to change which modules' outputs, in one block or in the whole model."""
 
     name: str
     block: int | None
@@ -103,16 +103,18 @@ def _trials(anatomy: Anatomy) -> list[_Trial]:
         trials.append(_Trial(f"{group}/mean_kept", block, [(branch, _mean)], 1.0))
 
     for layer in anatomy.layers_of("attention"):
-        block = anatomy.group(layer.name).block
+        block = anatomy.block_of(layer)
         query = layer.taps["query"]
-        # Scores are products: queries count from zero, as in the error of the scores.
+        # Scores are products, so queries are not centred, as in the error of the scores.
         disturbed(layer.groups["qk"], block, (query.module, _noise(query.channels, centred=False)))
         disturbed(layer.groups["v"], block, (layer.writer, _noise(None, centred=True)))
-        removed(layer.name, block, layer.branch)
+        if layer.name in anatomy.sizes:
+            removed(layer.name, block, layer.branch)
     for layer in anatomy.layers_of("ffn"):
-        block = anatomy.group(layer.name).block
+        block = anatomy.block_of(layer)
         disturbed(layer.groups["ffn"], block, (layer.writer, _noise(None, centred=True)))
-        removed(layer.name, block, layer.branch)
+        if layer.name in anatomy.sizes:
+            removed(layer.name, block, layer.branch)
     for width in anatomy.widths:
         norms = [norm for norm in anatomy.norms if norm.stream == width.name]
         if norms:
@@ -151,7 +153,7 @@ def _changed(model: nn.Module, changes: Sequence[tuple[str, _Change]], generator
 
 
 def _divergence(model: nn.Module, wanted: Tensor, found: Tensor) -> float:
-    """Summed over images: of class probabilities, or of features relative to their variance."""
+    """Sum the divergence of outputs over images: of class probabilities, or of features relative to their variance."""
     if getattr(model, "num_classes", 0):
         first, second = wanted.log_softmax(-1), found.log_softmax(-1)
         each = (first.exp() * (first - second)).sum(-1)

@@ -1,4 +1,4 @@
-"""Importance of heads by gradients (Michel et al., 2019, arXiv:1905.10650)."""
+"""Measures the importance of heads by gradients (Michel et al., 2019, arXiv:1905.10650)."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .base import double, hooked, register
 
 __all__ = ["Gradient"]
 
-# Gradients need several times the memory of a forward pass.
+# Small, because gradients need several times the memory of a forward pass.
 _CHUNK = 8
 
 
 @register
 class Gradient:
-    """E |Att_h · ∂L/∂Att_h| of each head.
+    """Scores each head by E |Att_h · ∂L/∂Att_h|.
 
-    L is the cross-entropy of the model's own answer, half the squared features where there is no classifier. Gradients
-    of the model's parameters are neither needed nor left.
+    L is the cross-entropy of the model's own prediction, or half the squared features without a classifier. Gradients
+    of the model's parameters are neither needed nor changed.
     """
 
     name = "gradient"
@@ -40,7 +40,7 @@ class Gradient:
         rank: int = 0,
         ranks: int = 1,
     ) -> dict[str, Float]:
-        """Measure this rank's share of the images: "group/gradient" of each group of heads, (heads + 1,)."""
+        """Measure this rank's share of the images: "group/gradient" for each group of heads, (heads + 1,)."""
         del family
         sums = {f"{group}/gradient": np.zeros(anatomy.sizes[group] + 1) for group in _heads(anatomy)}
         for images in [chunk for batch in batches for chunk in batch.split(_CHUNK)][rank::ranks]:
@@ -54,12 +54,12 @@ def _heads(anatomy: Anatomy) -> list[str]:
 
 
 def _of_single_images(model: nn.Module, anatomy: Anatomy, images: Tensor) -> dict[str, Float]:
-    """Sums over images of |Σ over tokens and channels of Att_h · ∂L/∂Att_h|, (heads,) of each layer."""
+    """Return sums over images of |Σ over tokens and channels of Att_h · ∂L/∂Att_h|, (heads,) for each layer."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            # The first of them has no gradient of its own where all weights are frozen.
+            # If all weights are frozen, the first input does not require a gradient by itself.
             outputs[name] = args[0] if args[0].requires_grad else args[0].requires_grad_()
             return (outputs[name], *args[1:])
 
@@ -81,7 +81,7 @@ def _of_single_images(model: nn.Module, anatomy: Anatomy, images: Tensor) -> dic
     found = {}
     for group, gradient in zip(_heads(anatomy), gradients, strict=True):
         products = (outputs[group].detach() * gradient).double()
-        # Of windows, all that belong to an image.
+        # Sum over all windows of an image.
         each = (
             products.reshape(len(images), -1, products.shape[-1]).unflatten(-1, (anatomy.sizes[group], -1)).sum((1, 3))
         )

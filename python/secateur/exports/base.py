@@ -1,0 +1,122 @@
+"""What an exporter offers, what it reports, and where it is found by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..data.model_input import data_config, input_dtype
+from ..errors import Error, InvalidArgument
+from ..registry import Registry
+
+__all__ = ["ExportReport", "Exporter", "exporters", "largest_difference", "random_images", "register"]
+
+# Of the largest output: what another order of sums may change.
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how it was checked.
+
+    ``difference`` is the largest absolute difference between the outputs of ``engine`` and of the model, over random
+    images in batches of ``batch_sizes``; ``version`` is that of the format, such as the opset of ONNX.
+    """
+
+    format: str
+    files: tuple[Path, ...]
+    size: int
+    version: str
+    engine: str
+    batch_sizes: tuple[int, ...]
+    difference: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**asdict(self), "files": [str(file) for file in self.files], "batch_sizes": list(self.batch_sizes)}
+
+    def __str__(self) -> str:
+        names = ", ".join(file.name for file in self.files)
+        batches = ", ".join(map(str, self.batch_sizes))
+        return (
+            f"{self.format} {self.version}: {names}, {self.size / 1e6:,.2f} MB; {self.engine} differs from the model "
+            f"by at most {self.difference:.2g} (batches of {batches})"
+        )
+
+
+class Exporter(ABC):
+    """One file format; a subclass registers itself with ``exports.register``. One instance, no state.
+
+    ``Options`` is a frozen dataclass of what it takes.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type]
+
+    @abstractmethod
+    def export(self, model: nn.Module, path: Path, options: Any) -> ExportReport:
+        """Write the model to ``path``, whole or not at all, read it again in its engine, and compare the two.
+
+        The model is in evaluation mode, on its device; its folder is there and can be written.
+
+        Raises:
+            InvalidArgument: an option that does not fit, or a package that is missing; the text names the command that
+                installs it.
+            Unsupported: the format cannot hold the model.
+            Error: what was read again computes something else.
+        """
+
+
+exporters: Registry[Exporter] = Registry("format", "secateur.exports", "secateur.exporters", members=("export",))
+register = exporters.register
+
+
+def random_images(model: nn.Module, batch: int) -> Tensor:
+    """A batch of random images as the model takes them, on the CPU; the same for the same batch size."""
+    generator = torch.Generator().manual_seed(batch)
+    shape = (batch, *data_config(model)["input_size"])
+    return torch.randn(shape, generator=generator, device="cpu").to(input_dtype(model))
+
+
+@torch.inference_mode()
+def largest_difference(
+    model: nn.Module, run: Callable[[Tensor], Tensor], batch_sizes: Sequence[int], engine: str
+) -> float:
+    """Compare an engine's outputs with the model's on random images.
+
+    Returns:
+        The largest absolute difference.
+
+    Raises:
+        Error: it is more than rounding, or the engine fails on a batch or returns another shape.
+    """
+    worst = 0.0
+    for batch in batch_sizes:
+        images = random_images(model, batch)
+        wanted = model(images)
+        if not isinstance(wanted, Tensor):
+            raise InvalidArgument(f"model: expected one that returns a tensor, got {type(wanted).__name__}")
+        try:
+            found = torch.as_tensor(run(images))
+        except Exception as error:  # engines raise what they like
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise Error(f"export: expected {engine} to take a batch of {batch}, got {reason}") from error
+        if found.shape != wanted.shape:
+            raise Error(
+                f"export: expected outputs of shape {tuple(wanted.shape)} of {engine}, got {tuple(found.shape)}"
+            )
+        difference = float((found.double() - wanted.double()).abs().max())
+        bar = _TOLERANCES.get(wanted.dtype, 1e-4) * max(1.0, float(wanted.abs().max()))
+        if not difference <= bar:
+            raise Error(
+                f"export: expected {engine} to compute what the model does, got a difference of {difference:.3g} in a "
+                f"batch of {batch} (more than {bar:.3g})"
+            )
+        worst = max(worst, difference)
+    return worst

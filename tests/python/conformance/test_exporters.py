@@ -1,0 +1,95 @@
+"""Every exporter that is registered: what it writes is read again, and computes what the model does."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import fields, is_dataclass
+
+import numpy as np
+import pytest
+import secateur as sc
+import timm
+import torch
+from secateur.exports.base import exporters
+
+NAMES = exporters.names()
+
+
+def pruned(dense, layout="exact"):
+    """Unequal queries and values, a head less, fewer channels, and one layer gone."""
+    model = copy.deepcopy(dense)
+    ratios = {"qk": 0.4, "v": 0.2, "ffn": 0.3, "heads": 0.34, "width": 0.2, "blocks.1.attn": 1}
+    sc.prune(model, sc.plan(model, method="magnitude", ratios=ratios), layout=layout)
+    return model
+
+
+@pytest.fixture
+def made(make_digits_model):
+    dense = make_digits_model()
+    return {"dense": dense, "exact": pruned(dense), "stock": pruned(dense, "stock")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("which", ["dense", "exact", "stock"])
+def test_a_transformer_is_exported_and_checked(name, which, made, tmp_path):
+    model = made[which].train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    report = sc.export(model, tmp_path / "model.file", format=name, batch_sizes=(1, 3))
+    assert model.training
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert report.format == name
+    assert sorted(tmp_path.iterdir()) == sorted(report.files) == [tmp_path / "model.file"]
+    assert report.size == sum(file.stat().st_size for file in report.files)
+    assert report.batch_sizes == (1, 3)
+    assert 0 <= report.difference < 1e-4
+    assert json.loads(json.dumps(report.to_dict()))["format"] == name
+    assert "model.file" in str(report)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("architecture", ["resnet18", "mobilenetv2_100"])
+def test_a_convolutional_network_is_exported_and_checked(name, architecture, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, num_classes=7).eval()
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "input_size": (3, 64, 64)}
+    sc.prune(model, sc.plan(model, method="magnitude", ratios={"conv": 0.4, "width": 0.2}))
+    report = sc.export(model, tmp_path / "model.file", format=name, batch_sizes=(2, 5))
+    assert report.difference < 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_are_documented_and_checked(name, made, tmp_path):
+    options = exporters.named(name).Options
+    assert is_dataclass(options)
+    assert all(field.metadata["help"] for field in fields(options))
+    for given, text in (
+        ({"colour": "red"}, "^options: expected .*, got 'colour'$"),
+        ({"batch_sizes": ()}, r"^batch_sizes: expected a sequence of numbers, got \(\)$"),
+        ({"batch_sizes": (0,)}, "^batch_sizes: expected an integer of at least 1, got 0$"),
+    ):
+        with pytest.raises(sc.InvalidArgument, match=text):
+            sc.export(made["dense"], tmp_path / "x", format=name, **given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_differs_is_an_error_and_leaves_no_new_file(name, made, tmp_path, monkeypatch):
+    """The model's own answers change between the two: stands for an engine that computes something else."""
+    model, drift = made["exact"], iter(np.linspace(1, 2, 99))
+    monkeypatch.setattr(type(model), "forward_head", lambda self, x: self.head(x[:, 0]) + next(drift))
+    with pytest.raises(sc.Error):
+        sc.export(model, tmp_path / "model.file", format=name)
+    assert name == "native" or not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_one_clear_line(made, tmp_path):
+    model = made["dense"]
+    with pytest.raises(sc.InvalidArgument, match=f"^format: expected one of {', '.join(NAMES)}, got 'tflite'$"):
+        sc.export(model, tmp_path / "x", format="tflite")
+    with pytest.raises(sc.InvalidArgument, match="^path: expected a file in an existing folder, got .*none"):
+        sc.export(model, tmp_path / "none" / "x")
+    with pytest.raises(sc.InvalidArgument, match="^model: expected an nn.Module, got str$"):
+        sc.export("vit", tmp_path / "x")
+    with pytest.raises(sc.InvalidArgument, match="^model: expected a model with weights, got one on the meta device$"):
+        sc.export(copy.deepcopy(model).to("meta"), tmp_path / "x")
