@@ -43,7 +43,7 @@ test: test-cpp test-python
 test-python: $(VENV)/.installed-test
 	$(WITH_PATH) $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_FLAGS)
 
-# What takes minutes: runs killed at 52 random points, more ranks, more rounds.
+# What takes minutes: runs killed at 65 random points, more ranks, more rounds.
 faults: $(VENV)/.installed-test
 	$(WITH_PATH) $(BIN)/python -m pytest -m faults tests/python
 

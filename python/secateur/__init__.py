@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .searches.sequential import prune_sequential
     from .statistics.calibrate import calibrate
     from .statistics.statistics import Statistics
+    from .trained.registry import trained_method, trained_methods
     from .training.evaluate import Evaluation, evaluate
     from .training.finetune import FinetuneResult, finetune
     from .training.hooks import LoopHook
@@ -70,6 +71,8 @@ _MODULES = {
     "prune_sequential": "searches.sequential",
     "save": "exports.native",
     "search": "searches.search",
+    "trained_method": "trained.registry",
+    "trained_methods": "trained.registry",
 }
 __all__ = [
     "AccuracyCritical",
@@ -107,6 +110,8 @@ __all__ = [
     "prune_sequential",
     "save",
     "search",
+    "trained_method",
+    "trained_methods",
 ]
 
 

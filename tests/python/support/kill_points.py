@@ -1,4 +1,4 @@
-"""Kill calibrate, finetune, search and save at random points, start them again, and compare with runs left alone.
+"""Kill calibrate, finetune, gates, search and save at random points, start them again, compare with runs left alone.
 
     python kill_points.py FOLDER POINTS SEED
 
@@ -53,6 +53,16 @@ def finetune(folder: Path) -> None:
     save_file({**weights(model), "steps": torch.tensor(found.steps)}, folder / "result")
 
 
+def gates(folder: Path) -> None:
+    model, method = tiny(), sc.trained_method("gates", ratios={"qk": 0.5, "v": 0.25, "ffn": 0.5})
+    sc.finetune(model, batches(6), resume=folder / "file", checkpoint_every=1, ema=0.9, epochs=4, hooks=[method])
+    plan = method.plan()
+    keep = {name: torch.from_numpy(indices) for name, indices in plan.keep.items()}
+    save_file(
+        {**weights(model), **keep, **{f"plan.{name}": each for name, each in plan.weights.items()}}, folder / "result"
+    )
+
+
 def search(folder: Path) -> None:
     found = tuned(3, batches(), {**TUNING, "checkpoint_every": 2}, resume=folder / "file")
     history = json.dumps([str(row) for row in found.history]).encode()
@@ -82,6 +92,7 @@ def same_bytes(found: Path, expected: Path) -> None:
 JOBS: dict[str, tuple[Callable[[Path], None], Callable[[Path, Path], None], str]] = {
     "calibrate": (calibrate, same_statistics, "statistics"),
     "finetune": (finetune, same_tensors, "fine-tuning"),
+    "gates": (gates, same_tensors, "fine-tuning"),
     "search": (search, same_tensors, "search"),
     "save": (save, same_bytes, "model"),
 }

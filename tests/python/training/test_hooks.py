@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import secateur
 import torch
 from finetuning import Breaking, Killed, batches, float32_muon, quiet, same, tiny, weights
 from launch import on_ranks
@@ -298,7 +299,7 @@ def _beginning_with(*values: object) -> Iterator[tuple[object, ...]]:
             "hooks: expected a scalar tensor from the loss of 'nothing', got shape (2,)",
         ),
         (
-            [with_(Nothing(), loss=lambda _, base: float(base))],
+            [with_(Nothing(), loss=lambda _, base: float(base.detach()))],
             "hooks: expected a scalar tensor from the loss of 'nothing', got a float",
         ),
     ],
@@ -315,6 +316,24 @@ def test_a_state_that_no_file_can_hold_is_refused(tmp_path: Path) -> None:
     hook = with_(Nothing(), state=lambda: {"set": {1}})
     with pytest.raises(Unsupported, match=r"^hooks: expected hooks whose state can be saved, got a set in hooks\.noth"):
         finetune(tiny(), batches(2), hooks=[hook], resume=tmp_path / "run")
+
+
+def test_the_guides_example(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[3] / "docs/guides/fine_tuning.md").read_text()
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "LoopHook" in block]
+    moved = {}
+    for strength in ("1e-3", "10.0"):
+        model = tiny()
+        before = weights(model)
+        code = example.replace("1e-3", strength).replace("run.safetensors", str(tmp_path / strength))
+        scope = {"sc": secateur, "model": model, "training": batches()}
+        exec(code.replace("steps=1000", "steps=7"), scope)
+        moved[strength] = sum(float((tensor - before[name]).norm()) for name, tensor in weights(model).items())
+        # Once more goes on from the end.
+        again = tiny()
+        exec(code.replace("steps=1000", "steps=7"), {**scope, "model": again})
+        assert same(weights(again), weights(model))
+    assert moved["10.0"] < moved["1e-3"]
 
 
 RANKED = """
