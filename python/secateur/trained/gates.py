@@ -167,7 +167,7 @@ class Gates(TrainedMethod):
 
 def _site(anatomy: Anatomy, group: Group, layer: Layer) -> _Gated:
     """Where a group's gates act."""
-    if group.kind != "qk":
+    if not group.of("writer", "query"):
         columns = f"{layer.writer}.weight"
         (member,) = [each for each in group.members if each.tensor == columns and each.role == "reader"]
         index = torch.empty(anatomy.shapes[columns][member.axis], dtype=torch.long)
