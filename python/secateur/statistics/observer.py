@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..anatomy import Anatomy, Part, Tap
-from ..errors import InvalidArgument, NumericalError
+from ..errors import InvalidArgument
 from ..runtime.ranks import Ranks
 from .collectors import Accumulator, Position, collectors
+from .collectors.base import wait_for_all
 from .settings import FOLDS, Float, Settings
 from .statistics import IMAGES, Statistics
 
@@ -86,15 +87,7 @@ class Observer:
         Raises:
             NumericalError: a value that was not finite.
         """
-        first: NumericalError | None = None
-        for accumulator in self._accumulators:
-            # Wait for all: an error left in one would be taken for the next batch's.
-            try:
-                accumulator.wait()
-            except NumericalError as error:
-                first = first or error
-        if first is not None:
-            raise first
+        wait_for_all(self._accumulators)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

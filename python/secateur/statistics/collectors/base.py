@@ -15,7 +15,17 @@ from ...errors import NumericalError
 from ...registry import Registry
 from ..settings import FOLDS, Settings
 
-__all__ = ["Accumulator", "Collector", "Folds", "Position", "State", "collectors", "in_turn", "register"]
+__all__ = [
+    "Accumulator",
+    "Collector",
+    "Folds",
+    "Position",
+    "State",
+    "collectors",
+    "in_turn",
+    "register",
+    "wait_for_all",
+]
 
 # Arrays by "fold/observation/what", as in statistics and their files.
 State = dict[str, npt.NDArray[Any]]
@@ -94,6 +104,28 @@ def in_turn(pair: Sequence[T], position: Position) -> list[T]:
     return [pair[first], pair[1 - first]]
 
 
+class Waiting(Protocol):
+    """Anything that a device may still be working for."""
+
+    def wait(self) -> None: ...
+
+
+def wait_for_all(parts: Iterable[Waiting]) -> None:
+    """Wait for all work that was started on a device; an error left in one part would be taken for the next batch's.
+
+    Raises:
+        NumericalError: the first value that was not finite.
+    """
+    first: NumericalError | None = None
+    for part in parts:
+        try:
+            part.wait()
+        except NumericalError as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
 class Summing(Protocol):
     """The common interface of the core's accumulators."""
 
@@ -116,15 +148,7 @@ class Folds:
         Raises:
             NumericalError: a value that was not finite.
         """
-        first: NumericalError | None = None
-        for accumulator in self._pair:
-            # Wait for all: an error left in one would be taken for the next batch's.
-            try:
-                accumulator.wait()
-            except NumericalError as error:
-                first = first or error
-        if first is not None:
-            raise first
+        wait_for_all(self._pair)
 
     def state(self, position: Position) -> State:
         """Return the sums of both folds."""
