@@ -35,14 +35,13 @@ REFUSED = {
 }
 
 
-def small(name):
-    """The variant at its own width, with few blocks and a small image, weights left to the caller."""
-    probe = timm.create_model(name, device="meta", depth=2)
-    if type(probe.patch_embed) is HybridEmbed:
-        return timm.create_model(name, depth=2, img_size=(64, 96))
-    patch = probe.patch_embed.patch_size
-    depth = 1 if probe.embed_dim > 1000 else 2
-    model = timm.create_model(name, device="meta", depth=depth, img_size=(patch[0] * 2, patch[1] * 3))
+def small(name, whole):
+    """The variant with as many heads, of 13 channels each, two blocks and a small image, weights left to the caller."""
+    hybrid = type(whole.patch_embed) is HybridEmbed
+    patch = (32, 32) if hybrid else whole.patch_embed.patch_size
+    # MobileCLIP's stem has channels of its own.
+    width = {} if name == "vit_base_mci_224" else {"embed_dim": 13 * whole.blocks[0].attn.num_heads}
+    model = timm.create_model(name, device="meta", depth=2, img_size=(patch[0] * 2, patch[1] * 3), **width)
     return model.to_empty(device="cpu")
 
 
@@ -56,8 +55,13 @@ def test_every_variant_is_pruned_exactly_or_refused_by_name(name):
         assert str(error.value) == REFUSED[name]
         assert model.state_dict().keys() == state.keys()
         return
-    model = reference.randomise(small(name)).double().eval()
+    whole = timm.create_model(name, device="meta", depth=2)
+    own = sc.inspect(whole)
+    assert own.params == sum(parameter.numel() for parameter in whole.parameters())
+    assert {group.size for group in own.groups if group.kind == "width"} <= {whole.embed_dim}
+    model = reference.randomise(small(name, whole)).double().eval()
     anatomy = sc.inspect(model)
+    assert {group.kind for group in own.groups} == {group.kind for group in anatomy.groups}
     groups = {group.name: (group.heads, group.size) for group in anatomy.groups}
     keep = reference.random_keep(np.random.default_rng(0), groups)
     x = images(model).double()
