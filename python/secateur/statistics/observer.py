@@ -61,7 +61,9 @@ class Observer:
             found = [each for collector in collectors for each in collector.open(taps, settings, shapes)]
             # In the order of a forward pass, so that errors name the first cause.
             self._accumulators += sorted(found, key=lambda each: order.index(each.taps[0]))
-        if not any(tap.maps_per_image == 1 for layer in anatomy.attention for tap in [layer.taps["query"]]):
+        maps = [layer.taps["query"].maps_per_image for layer in self._layers if layer.kind == "attention"]
+        if set(maps) != {1}:
+            # The scorers' own counts are of maps, and any of them may be asked.
             self._accumulators.append(_Count())
 
     @property
@@ -154,7 +156,7 @@ class Observer:
                 handle.remove()
 
     def count(self, images: int) -> None:
-        """Count the images of a batch that has been run, for models without one attention map per image."""
+        """Count the images of a batch that has been run, for models where attention maps do not count them."""
         for accumulator in self._accumulators:
             if isinstance(accumulator, _Count):
                 accumulator.add(self.position, images)
@@ -168,7 +170,7 @@ class Observer:
 
 
 class _Count:
-    """The number of images in each fold, for models whose attention has several maps per image, or none."""
+    """The number of images in each fold, for models where any attention has several maps per image, or with none."""
 
     taps: tuple[Tap, ...] = ()
 

@@ -18,7 +18,7 @@ from ..files import container
 from .collectors import collectors
 from .settings import FOLDS, Float, Settings
 
-# The observation that counts images if no layer has one attention map per image.
+# The observation that counts images unless every attention layer has one map per image.
 IMAGES = "calibration"
 
 
@@ -74,11 +74,10 @@ class Statistics:
     @property
     def images_by_fold(self) -> tuple[int, int]:
         """Number of images seen in each fold."""
-        first = next(name for name in self.tensors if name.startswith("even/") and name.endswith("/images")).split("/")[
-            1
-        ]
-        if f"even/{IMAGES}/images" in self.tensors:
-            first = IMAGES
+        counts = [name.split("/")[1] for name in self.tensors if name.startswith("even/") and name.endswith("/images")]
+        if not counts:
+            return 0, 0
+        first = IMAGES if IMAGES in counts else counts[0]
         even, odd = (int(self.tensors[f"{fold}/{first}/images"][0]) for fold in FOLDS)
         return even, odd
 

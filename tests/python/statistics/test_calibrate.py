@@ -11,7 +11,9 @@ import timm
 import torch
 from models import images, make
 from scores import mean_scores, queries_and_keys
+from secateur.statistics.calibrate import calibrate_block
 from small_vits import small_batches, small_vit
+from sums import assert_close
 from torch import nn
 
 
@@ -466,3 +468,38 @@ def test_calibrate_does_not_look_at_labels(labels):
     assert np.array_equal(found.importance("blocks.0.qk"), wanted.importance("blocks.0.qk"))
     with pytest.raises(sc.InvalidArgument, match="loader: expected"):
         sc.evaluate(model, [(images, labels)])
+
+
+def test_images_are_counted_where_only_some_layers_have_several_maps_per_image():
+    """Swin's last stage is often one window: the maps of the earlier ones are not images."""
+    torch.manual_seed(3)
+    model = timm.models.swin_transformer.SwinTransformer(
+        img_size=(28, 28), patch_size=2, embed_dim=12, depths=(1, 1), num_heads=(2, 3), window_size=7, num_classes=3
+    ).eval()
+    maps = [layer.taps["query"].maps_per_image for layer in sc.inspect(model).attention]
+    assert maps == [4, 1]
+    x = torch.randn(5, 3, 28, 28)
+    stats = sc.calibrate(model, [x[:2], x[2:]])
+    assert (stats.images, stats.images_by_fold) == (5, (3, 2))
+    for block in (*range(len(maps)), None):
+        assert calibrate_block(model, [x], block, max_images=None, token_fraction=1.0).images == 5
+
+
+def test_a_resumed_calibration_counts_images_and_not_maps(tmp_path):
+    torch.manual_seed(4)
+    model = timm.models.swin_transformer.SwinTransformer(
+        img_size=(28, 28), patch_size=2, embed_dim=12, depths=(1, 1), num_heads=(2, 3), window_size=7, num_classes=3
+    ).eval()
+    x = torch.randn(5, 3, 28, 28)
+    path = tmp_path / "half.safetensors"
+    sc.calibrate(model, [x[:2]], resume=path)
+    stats = sc.calibrate(model, [x[:2], x[2:]], resume=path)
+    assert_close(sc.calibrate(model, [x[:2], x[2:]]), stats, tolerance=1e-12)
+
+
+def test_gradients_of_heads_where_there_are_none():
+    """A model without attention has no heads to score, and calibration says nothing of any."""
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    stats = sc.calibrate(model, [torch.randn(2, 3, 64, 64)], head_gradients=True)
+    assert stats.images == 2
+    assert not any(name.endswith("/gradient") for name in stats.tensors)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import secateur as sc
 import torch
+from secateur.anatomy.fingerprint import Fingerprint
 from secateur.methods.handlers import fit as refit
 from secateur.statistics.statistics import unpack
 from small_vits import small_batches, small_vit
@@ -168,3 +169,9 @@ def test_matrices_are_asked_for_by_their_names():
     stats = sc.calibrate(small_vit(), small_batches())
     with pytest.raises(sc.InvalidArgument, match="which: expected query_gram, key_gram or score_gram, got 'gram'"):
         stats.gram("blocks.0.qk", "gram")
+
+
+def test_statistics_of_nothing_hold_no_images(digits_model):
+    nothing = sc.Statistics.of_nothing(Fingerprint.of(digits_model, sc.inspect(digits_model)))
+    assert (nothing.images, nothing.images_by_fold, nothing.groups) == (0, (0, 0), [])
+    assert repr(nothing) == "Statistics(vit_tiny_patch16_224, 0 images, collect='scores', gamma=8)"

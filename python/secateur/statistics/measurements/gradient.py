@@ -43,6 +43,8 @@ class Gradient:
         """Measure this rank's share of the images: "group/gradient" for each group of heads, (heads + 1,)."""
         del family
         sums = {f"{group}/gradient": np.zeros(anatomy.sizes[group] + 1) for group in _heads(anatomy)}
+        if not sums:
+            return {}
         for images in [chunk for batch in batches for chunk in batch.split(_CHUNK)][rank::ranks]:
             for name, found in _of_single_images(model, anatomy, images).items():
                 sums[name] += np.append(found, len(images))
