@@ -79,10 +79,9 @@ class Family(ABC):
 
     def stock_sizes(self, model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, int]:
         """Return the sizes in the stock layout after a cut to ``sizes``, or raise Unsupported naming the module."""
-        del sizes
         if any(layer.layout is not None for layer in anatomy.layers.values()):
             raise Unsupported(f"layout: expected 'exact' for {type(model).__name__}, got 'stock'")
-        return dict(anatomy.sizes)
+        return dict(sizes)
 
     def make_stock(self, model: nn.Module, head_dims: Mapping[str, int]) -> None:
         """Make attention modules the library's own; their parameters already have the given size per head."""

@@ -44,3 +44,14 @@ def test_a_published_model_goes_the_whole_way(name, tmp_path):
     timed = sc.bench(loaded, batch_size=1, repeats=2, warmup=0)
     assert timed.milliseconds > 0
     assert timed.input_size == (3, side, side)
+
+
+def test_both_layouts_are_one_without_attention():
+    models = []
+    for layout in ("exact", "stock"):
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet", num_classes=3).eval()
+        sc.prune(model, sc.plan(model, method="magnitude", ratios={"conv": 0.3, "width": 0.2}), layout=layout)
+        models.append(model.state_dict())
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
