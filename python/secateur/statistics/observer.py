@@ -61,7 +61,7 @@ class Observer:
             found = [each for collector in collectors for each in collector.open(taps, settings, shapes)]
             # In the order of a forward pass, so that errors name the first cause.
             self._accumulators += sorted(found, key=lambda each: order.index(each.taps[0]))
-        maps = [layer.taps["query"].maps_per_image for layer in self._layers if layer.kind == "attention"]
+        maps = [layer.taps["query"].maps_per_image for layer in self._layers if "query" in layer.taps]
         if set(maps) != {1}:
             # The scorers' own counts are of maps, and any of them may be asked.
             self._accumulators.append(_Count())
