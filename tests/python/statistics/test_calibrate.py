@@ -500,6 +500,6 @@ def test_a_resumed_calibration_counts_images_and_not_maps(tmp_path):
 def test_gradients_of_heads_where_there_are_none():
     """A model without attention has no heads to score, and calibration says nothing of any."""
     model = timm.create_model("test_resnet", num_classes=4).eval()
-    stats = sc.calibrate(model, [torch.randn(2, 3, 64, 64)], head_gradients=True)
+    stats = sc.calibrate(model, [torch.rand(2, 3, 64, 64) * 2 - 1], head_gradients=True)
     assert stats.images == 2
     assert not any(name.endswith("/gradient") for name in stats.tensors)
