@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import check, core
-from ..anatomy import Anatomy, Group, Layer, Member, Part, Tap
+from ..anatomy import Anatomy, Group, Kind, Layer, Member, Part, Tap
 from ..errors import InvalidArgument, Unsupported
 from ..methods.base import Decision
 from ..methods.weights import Weights
@@ -79,7 +79,7 @@ class Gates(TrainedMethod):
     def attach(self, model: nn.Module, anatomy: Anatomy, groups: list[Group]) -> Iterator[list[nn.Parameter]]:
         """Multiply the units of these groups by gates, which it yields; nothing stays on the model afterwards."""
         layers = {name: layer for layer in anatomy.layers.values() for name in layer.groups.values()}
-        self._sites = [_site(anatomy, group, layers[group.name]) for group in groups]
+        self._sites = [_SITES[group.kind](anatomy, group, layers[group.name]) for group in groups]
         like = next(model.parameters())
         dtype = torch.promote_types(like.dtype, torch.float32)
         # Flat: some optimizers would orthogonalise a matrix.
@@ -165,15 +165,9 @@ class Gates(TrainedMethod):
         return gate.view(-1, group.size).expand(group.heads, -1).contiguous().numpy()
 
 
-def _site(anatomy: Anatomy, group: Group, layer: Layer) -> _Gated:
-    """Where a group's gates act."""
-    if not group.of("writer", "query"):
-        columns = f"{layer.writer}.weight"
-        (member,) = [each for each in group.members if each.tensor == columns and each.role == "reader"]
-        index = torch.empty(anatomy.shapes[columns][member.axis], dtype=torch.long)
-        units = torch.arange(group.heads * group.size).view(group.heads, group.size, 1)
-        index[torch.from_numpy(member.entries)] = units.expand(member.entries.shape)
-        return _Gated(group, units.numel(), ((layer.before_writer, index),), (member,))
+def _of_scores(anatomy: Anatomy, group: Group, layer: Layer) -> _Gated:
+    """Gates on queries and keys as the scores see them."""
+    del anatomy
     folded: list[Member] = []
     taps: list[tuple[Tap, Tensor]] = []
     heads = group.heads
@@ -191,6 +185,24 @@ def _site(anatomy: Anatomy, group: Group, layer: Layer) -> _Gated:
         index = torch.from_numpy(channels) + group.size * torch.arange(group.heads if heads > 1 else 1)[:, None]
         taps.append((layer.taps[part], index))
     return _Gated(group, heads * group.size, tuple(taps), tuple(folded))
+
+
+def _of_columns(anatomy: Anatomy, group: Group, layer: Layer) -> _Gated:
+    """Gates on what the layer's last linear layer takes."""
+    columns = f"{layer.writer}.weight"
+    (member,) = [each for each in group.members if each.tensor == columns and each.role == "reader"]
+    index = torch.empty(anatomy.shapes[columns][member.axis], dtype=torch.long)
+    units = torch.arange(group.heads * group.size).view(group.heads, group.size, 1)
+    index[torch.from_numpy(member.entries)] = units.expand(member.entries.shape)
+    return _Gated(group, units.numel(), ((layer.before_writer, index),), (member,))
+
+
+# Where the gates of a kind act.
+_SITES: Mapping[Kind, Callable[[Anatomy, Group, Layer], _Gated]] = {
+    "qk": _of_scores,
+    "v": _of_columns,
+    "ffn": _of_columns,
+}
 
 
 def _multiply(found: list[tuple[Tap, nn.Parameter, Tensor]]) -> Callable[[Tensor], Tensor]:

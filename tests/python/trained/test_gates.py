@@ -10,6 +10,7 @@ import models
 import numpy as np
 import pytest
 import secateur as sc
+import swin_models
 import torch
 from finetuning import batches, quiet, same, tiny, weights
 from launch import on_ranks
@@ -24,12 +25,14 @@ RATIOS = {"qk": 0.4, "v": 0.3, "ffn": 0.55}
 
 
 def gated(dense: nn.Module, gates: dict[str, Tensor]) -> nn.Module:
-    """A copy of a timm ViT with gates on its units, by groups' names, (heads or 1, size): without secateur."""
+    """A copy of a timm model with gates on its units, by groups' names, (heads or 1, size): without secateur."""
     model = copy.deepcopy(dense)
-    for index, block in enumerate(model.blocks):
+    for name, block in model.named_modules():
+        if not hasattr(block, "attn"):
+            continue
         attn, mlp = block.attn, block.mlp
-        qk, v, ffn = (gates.get(f"blocks.{index}.{kind}") for kind in ("qk", "v", "ffn"))
-        if qk is not None and isinstance(attn.q_norm, nn.Identity):
+        qk, v, ffn = (gates.get(f"{name}.{kind}") for kind in ("qk", "v", "ffn"))
+        if qk is not None and isinstance(getattr(attn, "q_norm", nn.Identity()), nn.Identity):
             _after(attn.qkv, lambda x, g=qk, n=attn.num_heads: _on_scores(x, g, n))
         elif qk is not None:
             for norm in (attn.q_norm, attn.k_norm):
@@ -146,6 +149,22 @@ def test_models_of_every_kind(kind: str) -> None:
         whole = gated(model, gates).eval()(x)
         sc.prune(model, plan)
         assert (model.eval()(x) - expected).abs().max() <= 1e-10 * whole.abs().max()
+    assert (whole - expected).abs().max() > 1e-3 * whole.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["padded", "fitting", "no_qkv_bias"])
+def test_windows(kind: str) -> None:
+    model = swin_models.make(kind).double()
+    images = [swin_models.images(model, 3, seed).double() for seed in range(2)]
+    method = trained(model, [(each, torch.tensor([0, 1, 6])) for each in images], ratios=RATIOS)
+    nudge(method)
+    plan, gates = method.plan(), gates_of(method, model)
+    assert len(plan.keep) == len(gates) == 3 * sum(len(stage.blocks) for stage in model.layers)
+    with torch.no_grad():
+        expected = gated(model, closed(gates, plan.keep)).eval()(images[1])
+        whole = gated(model, gates).eval()(images[1])
+        sc.prune(model, plan)
+        assert (model.eval()(images[1]) - expected).abs().max() <= 1e-10 * whole.abs().max()
     assert (whole - expected).abs().max() > 1e-3 * whole.abs().max()
 
 
