@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -36,15 +36,26 @@ class GatesOptions:
 
 
 @dataclass(frozen=True, eq=False)
-class _Gated:
-    """The gates of one group: where they multiply, and the weights that they are folded into.
+class _Place:
+    """Where gates multiply: what a module takes or outputs.
 
-    ``taps`` come with the gate (an index) of each of their last axes' entries.
+    ``index`` says which gate each entry of its last axis has, and holds the number of gates where it has none; with
+    ``tap``, of the last two axes (heads, head_dim) of what is seen there.
     """
+
+    module: str
+    at: str
+    index: Tensor
+    tap: Tap | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Gated:
+    """The gates of one group: where they multiply, and the weights that they are folded into."""
 
     group: Group
     count: int
-    taps: tuple[tuple[Tap, Tensor], ...]
+    places: tuple[_Place, ...]
     folded: tuple[Member, ...]
 
 
@@ -87,6 +98,7 @@ class Gates(TrainedMethod):
             site.group.name: nn.Parameter(torch.ones(site.count, dtype=dtype, device=like.device))
             for site in self._sites
         }
+        self._run: set[tuple[str, str]] = set()
         with ExitStack() as stack:
             for handle in self._multiplied(model, like.device):
                 stack.callback(handle.remove)
@@ -94,21 +106,38 @@ class Gates(TrainedMethod):
 
     def _multiplied(self, model: nn.Module, device: torch.device) -> Iterator[torch.utils.hooks.RemovableHandle]:
         """Put one hook on each end of a module, which multiplies all that is seen there."""
-        ends: dict[tuple[str, str], list[tuple[Tap, nn.Parameter, Tensor]]] = {}
+        self._ends: dict[tuple[str, str], list[tuple[_Place, nn.Parameter]]] = {}
         for site in self._sites:
-            for tap, index in site.taps:
-                gate = self._gates[site.group.name]
-                ends.setdefault((tap.module, tap.at), []).append((tap, gate, index.to(device)))
-        for (name, at), found in ends.items():
-            module, multiply = model.get_submodule(name), _multiply(found)
+            for place in site.places:
+                moved = replace(place, index=place.index.to(device))
+                self._ends.setdefault((place.module, place.at), []).append((moved, self._gates[site.group.name]))
+        for (name, at), found in self._ends.items():
+            module, multiply = model.get_submodule(name), self._multiply((name, at), found)
             if at == "input":
                 yield module.register_forward_pre_hook(lambda _m, args, f=multiply: (f(args[0]), *args[1:]))
             else:
                 yield module.register_forward_hook(lambda _m, _args, output, f=multiply: f(output))
 
+    def _multiply(self, end: tuple[str, str], found: list[tuple[_Place, nn.Parameter]]) -> Callable[[Tensor], Tensor]:
+        def multiplied(x: Tensor) -> Tensor:
+            self._run.add(end)
+            for place, gate in found:
+                factors = torch.cat([gate, gate.new_ones(1)])[place.index].to(x.dtype)
+                x = x * factors if place.tap is None else _through(place.tap, x, factors)
+            return x
+
+        return multiplied
+
     def loss(self, batch: Batch, base: Tensor) -> Tensor:
-        """Add the l1 term."""
+        """Add the l1 term.
+
+        Raises:
+            Unsupported: the model did not run a module whose units have gates, which then would learn nothing.
+        """
         del batch
+        idle = sorted(self._ends.keys() - self._run)
+        if idle:
+            raise Unsupported(f"{idle[0][0]}: expected a module that every forward pass runs, got one that it did not")
         every = torch.cat(list(self._gates.values()))
         return base + float(self.options.l1) * every.abs().sum()
 
@@ -167,34 +196,53 @@ class Gates(TrainedMethod):
 
 def _of_scores(anatomy: Anatomy, group: Group, layer: Layer) -> _Gated:
     """Gates on queries and keys as the scores see them."""
-    del anatomy
-    folded: list[Member] = []
-    taps: list[tuple[Tap, Tensor]] = []
-    heads = group.heads
+    folded: dict[Part, list[Member]] = {}
     for part in _SCORES:
         norm = layer.norms.get(part)
         members = [each for each in group.members if each.part == part and (each.role == "norm") == (norm is not None)]
         if not any(each.parameter == "weight" for each in members):
             raise Unsupported(f"{norm}: expected a norm with a scale, which gates are folded into, got none")
-        heads = 1 if any(each.shared for each in members) else heads
-        folded += members
-    for part in _SCORES:
-        entries = next(each.entries for each in folded if each.part == part)
+        folded[part] = members
+    shared = any(member.shared for members in folded.values() for member in members)
+    count = group.size if shared else group.heads * group.size
+    places = []
+    for part, members in folded.items():
+        tap, member = layer.taps[part], next(each for each in members if each.parameter == "weight")
+        if tap.module == member.module and (member.role != "norm" or member.shared or group.heads == 1):
+            places.append(_Place(tap.module, tap.at, _gate_numbers(anatomy, group, member, count)))
+            continue
         # Of a head's channels in the order of its entries: which unit is each?
-        channels = np.argsort(entries.reshape(group.heads, -1), axis=1, kind="stable") // entries.shape[2]
-        index = torch.from_numpy(channels) + group.size * torch.arange(group.heads if heads > 1 else 1)[:, None]
-        taps.append((layer.taps[part], index))
-    return _Gated(group, heads * group.size, tuple(taps), tuple(folded))
+        channels = np.argsort(member.entries.reshape(group.heads, -1), axis=1, kind="stable") // member.copies
+        heads = 0 if shared else torch.arange(group.heads)[:, None]
+        places.append(_Place(tap.module, tap.at, torch.from_numpy(channels) + group.size * heads, tap))
+    return _Gated(group, count, tuple(places), tuple(each for members in folded.values() for each in members))
 
 
 def _of_columns(anatomy: Anatomy, group: Group, layer: Layer) -> _Gated:
     """Gates on what the layer's last linear layer takes."""
     columns = f"{layer.writer}.weight"
     (member,) = [each for each in group.members if each.tensor == columns and each.role == "reader"]
-    index = torch.empty(anatomy.shapes[columns][member.axis], dtype=torch.long)
-    units = torch.arange(group.heads * group.size).view(group.heads, group.size, 1)
-    index[torch.from_numpy(member.entries)] = units.expand(member.entries.shape)
-    return _Gated(group, units.numel(), ((layer.before_writer, index),), (member,))
+    count = group.heads * group.size
+    place = _Place(layer.writer, "input", _gate_numbers(anatomy, group, member, count))
+    return _Gated(group, count, (place,), (member,))
+
+
+def _gate_numbers(anatomy: Anatomy, group: Group, member: Member, count: int) -> Tensor:
+    """The gate of each entry along a member's axis; ``count`` where it has none."""
+    index = torch.full((anatomy.shapes[member.tensor][member.axis],), count)
+    numbers = torch.arange(count).view(-1, group.size, 1)
+    index[torch.from_numpy(member.entries)] = numbers.expand(member.entries.shape)
+    return index
+
+
+def _through(tap: Tap, x: Tensor, factors: Tensor) -> Tensor:
+    """Multiply what a tap sees of x, in a copy."""
+    x = x.clone()
+    seen = tap.read(x)
+    if seen.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+        raise Unsupported(f"{tap.module}: expected queries and keys that can be seen in place for gates, got a copy")
+    seen.mul_(factors)
+    return x
 
 
 # Where the gates of a kind act.
@@ -203,13 +251,3 @@ _SITES: Mapping[Kind, Callable[[Anatomy, Group, Layer], _Gated]] = {
     "v": _of_columns,
     "ffn": _of_columns,
 }
-
-
-def _multiply(found: list[tuple[Tap, nn.Parameter, Tensor]]) -> Callable[[Tensor], Tensor]:
-    def multiplied(x: Tensor) -> Tensor:
-        x = x.clone()
-        for tap, gate, index in found:
-            tap.read(x).mul_(gate[index])
-        return x
-
-    return multiplied

@@ -16,6 +16,7 @@ from finetuning import batches, quiet, same, tiny, weights
 from launch import on_ranks
 from reference import masked
 from safetensors.torch import load_file
+from secateur.anatomy import Tap
 from secateur.errors import InvalidArgument, Unsupported
 from secateur.trained.base import TrainedMethod
 from timm.layers import DropPath
@@ -200,11 +201,13 @@ def test_a_model_pruned_before_is_gated_and_pruned_again() -> None:
         assert (model.eval()(x) - expected.eval()(x)).abs().max() <= 1e-10 * expected(x).abs().max()
 
 
-@pytest.mark.parametrize("kind", ["plain", "qk_norm", "swiglu_packed", "padded"])
+@pytest.mark.parametrize("kind", ["plain", "qk_norm", "pruned_norms", "swiglu_packed", "padded", "fitting"])
 def test_a_step_by_hand(kind: str) -> None:
     """The gates' gradient is that of labels, teacher and the l1 term; weights see the gates."""
-    source = swin_models if kind == "padded" else models
-    model, teacher = source.make(kind).double(), source.make(kind, seed=5).double()
+    source = swin_models if kind in swin_models.KINDS else models
+    model, teacher = (source.make(kind.replace("pruned_norms", "qk_norm"), seed).double() for seed in (0, 5))
+    if kind == "pruned_norms":  # each head has a scale of its own
+        sc.prune(model, sc.plan(model, method="magnitude", ratios={"qk": 0.4}))
     for module in model.modules():
         if isinstance(module, DropPath):  # Swin's default
             module.drop_prob = 0.0
@@ -300,6 +303,26 @@ def test_norms_without_a_scale_are_refused_before_the_run(kind: str) -> None:
 def test_terms_that_are_no_numbers(l1: object) -> None:
     with pytest.raises(InvalidArgument, match=f"^l1: expected a (finite )?number .*, got {re.escape(repr(l1))}$"):
         sc.trained_method("gates", ratios=RATIOS, l1=l1)
+
+
+def test_a_module_that_is_not_run_is_refused_before_the_first_step() -> None:
+    """Its gates would learn nothing but the l1 term."""
+    model = quiet()
+    before, mlp = weights(model), model.blocks[1].mlp
+    mlp.forward = lambda x: functional.linear(mlp.act(mlp.fc1(x)), mlp.fc2.weight, mlp.fc2.bias)
+    text = r"^blocks\.1\.mlp\.fc2: expected a module that every forward pass runs, got one that it did not$"
+    with pytest.raises(Unsupported, match=text):
+        trained(model, batches(1), ratios=RATIOS)
+    assert same(weights(model), before)
+
+
+def test_scores_that_cannot_be_multiplied_in_place_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.make("qk_norm")
+    sc.prune(model, sc.plan(model, method="magnitude", ratios={"qk": 0.4}))
+    read = Tap.read
+    monkeypatch.setattr(Tap, "read", lambda tap, x: read(tap, x).clone())
+    with pytest.raises(Unsupported, match=r"^blocks\.0\.attn\.q_norm: expected queries and keys .*, got a copy$"):
+        trained(model, pairs(model), ratios=RATIOS)
 
 
 def test_groups_without_gates_cannot_be_cut() -> None:
