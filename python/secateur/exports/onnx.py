@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import tempfile
 import warnings
 from dataclasses import dataclass, field
@@ -80,8 +81,12 @@ class Onnx(Exporter):
 def _write(model: nn.Module, path: Path, opset: int, external_data: bool) -> None:
     # A batch of 1 would be taken for a constant.
     example = random_images(model, 2)
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # what the exporter says of itself
+        # What the exporter says of itself; where it cannot write the opset it logs a traceback and writes another.
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
         try:
             torch.onnx.export(
                 model,
@@ -98,6 +103,8 @@ def _write(model: nn.Module, path: Path, opset: int, external_data: bool) -> Non
         except Exception as error:  # torch, onnxscript and protobuf raise what they like
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise Unsupported(f"model: expected one that torch exports to ONNX, got {reason}") from error
+        finally:
+            logger.setLevel(level)
     if not path.is_file():
         raise Error(f"export: expected torch to write {path.name}, got no file")
 
