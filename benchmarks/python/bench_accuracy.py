@@ -203,7 +203,7 @@ class Draw:
 
     @cached_property
     def statistics(self) -> sc.Statistics:
-        return calibrate(self.model, self.images, sensitivity=True)
+        return calibrate(self.model, self.images, sensitivity="noise")
 
 
 def calibrate(model: nn.Module, images: Tensor, **options: Any) -> sc.Statistics:

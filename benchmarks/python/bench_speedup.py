@@ -414,7 +414,7 @@ def plot_errors(run: Run, save: Callable[[Any, str], None]) -> None:
     """What each group is predicted to lose, by ``project``, in the unit that the allocation adds up."""
     from matplotlib import pyplot
 
-    model, anatomy, stats = run.model("small"), run.anatomy("small"), run.stats("small", sensitivity=True)
+    model, anatomy, stats = run.model("small"), run.anatomy("small"), run.stats("small", sensitivity="noise")
     method = method_named("project")
     prepared = method.prepare(Bound(model, anatomy, stats, options_of(method, {})))
     figure, panels = pyplot.subplots(1, len(INNER), figsize=(12, 3.5), layout="constrained", sharey=True)

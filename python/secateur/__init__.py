@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from . import core, data
     from .anatomy.anatomy import Anatomy
     from .budgets.target import Target
+    from .calibration.calibrate import calibrate
     from .errors import Error, InvalidArgument, NumericalError, Unsupported
     from .exports.base import ExportReport
     from .exports.export import export
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from .searches.result import SearchResult
     from .searches.search import search
     from .searches.sequential import prune_sequential
-    from .statistics.calibrate import calibrate
     from .statistics.statistics import Statistics
     from .trained.registry import trained_method, trained_methods
     from .training.evaluate import Evaluation, evaluate
@@ -58,7 +58,7 @@ _MODULES = {
     "Target": "budgets.target",
     "Unsupported": "errors",
     "bench": "latency.bench",
-    "calibrate": "statistics.calibrate",
+    "calibrate": "calibration.calibrate",
     "evaluate": "training.evaluate",
     "export": "exports.export",
     "finetune": "training.finetune",

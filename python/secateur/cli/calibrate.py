@@ -26,6 +26,7 @@ from .options import (
     Threads,
     Unreadable,
     Workers,
+    names,
 )
 from .output import collected
 
@@ -51,7 +52,13 @@ def calibrate(
     gamma: Annotated[int, typer.Option(min=1, help="Number of leading singular directions that SNP scores.")] = 8,
     token_fraction: Annotated[float, typer.Option(help="Fraction of the tokens that enter the moments.")] = 1.0,
     sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Also measure how much the output depends on each group.")
+        bool, typer.Option("--sensitivity", help="Also measure what cutting each group costs, for plan to share out a budget.")
+    ] = False,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Methods that --sensitivity cuts with, by commas; project by default.")
+    ] = None,
+    noise: Annotated[
+        bool, typer.Option("--noise", help="Instead measure how much noise in each group costs, for plan --allocation error.")
     ] = False,
     head_gradients: Annotated[
         bool,
@@ -65,6 +72,8 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Collect a model's statistics over images, without labels; reads the training split by default."""
+    if noise and (sensitivity or methods is not None):
+        raise typer.BadParameter("expected --noise without --sensitivity and --methods")
     with collected(as_json) as output, lazy.joined() as ranks:
         net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs)
         net.to(lazy.place_for(net, ranks.device(device)))
@@ -90,7 +99,8 @@ def calibrate(
             collect=kind,
             gamma=gamma,
             token_fraction=token_fraction,
-            sensitivity=sensitivity,
+            sensitivity="noise" if noise else sensitivity,
+            methods=None if methods is None else names(methods),
             head_gradients=head_gradients,
             resume=resume,
             checkpoint_every=checkpoint_every,

@@ -19,6 +19,7 @@ from torch import nn
 
 from .. import check
 from ..budgets.target import Target
+from ..calibration.calibrate import calibrate
 from ..data.loader import ImageLoader, loader
 from ..errors import Error, InvalidArgument
 from ..exports.native import load, save
@@ -27,7 +28,6 @@ from ..files.container import digest
 from ..latency.bench import Benchmark, bench
 from ..plans.make import plan
 from ..plans.prune import prune
-from ..statistics.calibrate import calibrate
 from ..training.evaluate import Evaluation, evaluate
 from ..training.finetune import finetune
 

@@ -135,7 +135,7 @@ MinKeep = Annotated[
 RoundTo = Annotated[str | None, typer.Option("--round-to", metavar="N|JSON", help="Kept counts are multiples of this.")]
 Allocation = Annotated[
     str | None,
-    typer.Option("--allocation", help="How to share out a budget: uniform, or error (needs calibrate --sensitivity)."),
+    typer.Option("--allocation", help="How to share out a budget: measured (needs calibrate --sensitivity), error (--noise) or uniform."),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
 Threads = Annotated[

@@ -102,6 +102,11 @@ class Prepared:
         self._bound, self._handlers = bound, handlers
         self._errors: dict[str, Float | None] = {}
 
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """The kinds of groups that the method cuts."""
+        return frozenset(self._handlers)
+
     def errors(self, group: Group) -> Float | None:
         """Return the share of the group's output lost when 0 … size units stay, (size + 1,); None if unknown."""
         if group.name not in self._errors:

@@ -18,6 +18,7 @@ from ..budgets.budget import Allocation
 from ..budgets.limits import limits_of
 from ..budgets.ratios import counts_from_ratios
 from ..budgets.target import Target
+from ..calibration.cuts import measured_name
 from ..errors import InvalidArgument
 from ..families.registry import family_of
 from ..latency.runtimes.registry import RUNTIMES
@@ -26,6 +27,8 @@ from ..methods.base import Bound, Prepared
 from ..methods.registry import method_named, options_of
 from ..statistics.settings import Float
 from ..statistics.statistics import Statistics
+from .losses import losses_of, removal_of
+from .measured import Choice, Measured
 from .on_the_clock import LatencyReport, sizes_on_the_clock, table_for
 from .plan import Plan
 
@@ -43,6 +46,7 @@ def plan(
     min_keep: Mapping[str, int] | None = None,
     round_to: int | Mapping[str, int] | None = None,
     allocation: str | None = None,
+    loader: Iterable[Any] | None = None,
     latency_table: LatencyTable | str | Path | None = None,
     batch_size: int | None = None,
     runtime: str | None = None,
@@ -75,10 +79,15 @@ def plan(
         round_to: kept counts are multiples of this (per head for query/key and value), an int or a dict by kind or
             group; the default is 1 with ratios, and with a target 8 per head and 32 otherwise. A group may always stay
             whole.
-        allocation: how a target is divided among the groups: "uniform" removes the same fraction from all groups;
-            "error" chooses the counts with the least total loss, where a group's loss is its error at that size times
-            the sensitivity of the output to it (``calibrate(sensitivity=True)``). The default is "error" where the
-            statistics allow it.
+        allocation: how a target is divided among the groups. "measured" chooses the counts with the least total loss,
+            where a group's loss is what its cut by this method was measured to cost (``calibrate(sensitivity=True)``);
+            "error" takes its error at that size times the sensitivity of the output to it instead
+            (``sensitivity="noise"``); "uniform" removes the same fraction from all groups. The default is the first of
+            these that statistics or ``loader`` allow.
+        loader: calibration images as for ``calibrate``, of which the first 48 are run. What the statistics do not hold
+            is measured on them. Cuts that cost more together than alone are then found: around the chosen sizes each
+            group is restored, or cut if it is whole, and the counts are chosen again, as long as the measured loss of
+            the whole plan falls; ``Plan.measured`` reports that loss.
         latency_table: the result of ``measure_latency``, or its file; it holds batch size, type and engine. Without
             one, a target for latency measures one first, on the model's device and in its type, for the groups that may
             be cut.
@@ -115,25 +124,70 @@ def plan(
         table = table_for(model, anatomy, target, limits, latency_table, batch_size, runtime)
     with core.torch_threads():
         prepared = criterion.prepare(Bound(model, anatomy, stats, chosen))
-        losses = None if target is None else _losses(anatomy, stats, prepared, limits, allocation)
-    removal = None if not stats.sensitive else lambda group: _loss(stats, prepared, group)[0]
+    measure = None
+    if loader is not None:
+        measure = Measured(model, anatomy, None if target is None else free_groups(anatomy, limits), loader)
+        stats = measure.completed(stats, criterion, chosen) if target is not None else stats
+    cut = measured_name(criterion, chosen)
+    losses = None
+    if target is not None:
+        with core.torch_threads():
+            losses = losses_of(anatomy, stats, prepared, cut, free_groups(anatomy, limits), allocation)
+    removal = removal_of(stats, prepared, cut)
+
+    def choose(losses: Callable[[Group], Float] | None) -> Choice:
+        return _choose(model, anatomy, target, ratios, limits, prepared, losses=losses, removal=removal, table=table)
+
+    found = choose(losses)
+    measured = None
+    if measure is not None:
+        found, measured = measure.jointly(found, prepared, losses, choose)
+    sizes = found.allocation.sizes
+    return Plan(
+        method=method,
+        options={**asdict(chosen), "target": None if target is None else vars(target), "gamma": stats.settings.gamma},
+        fingerprint=fingerprint,
+        keep=found.decision.keep,
+        params=(anatomy.params, found.params),
+        macs=(anatomy.macs, anatomy.macs_at(sizes)),
+        weights=found.decision.weights,
+        eps=found.decision.eps,
+        uncentred=found.decision.uncentred,
+        latency=found.latency,
+        loss=None if math.isnan(found.allocation.loss) else (found.allocation.loss, found.allocation.bound),
+        measured=measured,
+    )
+
+
+def _choose(
+    model: nn.Module,
+    anatomy: Anatomy,
+    target: Target | None,
+    ratios: Mapping[str, float] | str | Path | None,
+    limits: Mapping[str, Any],
+    prepared: Prepared,
+    *,
+    losses: Callable[[Group], Float] | None,
+    removal: Callable[[Group], float] | None,
+    table: LatencyTable | None,
+) -> Choice:
+    """Choose the sizes and what stays, so that the biases that the method adds fit in a target for parameters."""
     wanted, added = target, 0
     while True:
         try:
-            chosen_sizes, latency = sizes_for(
+            allocation, latency = sizes_for(
                 model, anatomy, wanted, ratios, limits, losses=losses, removal=removal, table=table
             )
         except InvalidArgument as error:
             if added == 0:
                 raise
             raise _no_room(target, added) from error
-        sizes = chosen_sizes.sizes
         with core.torch_threads():
-            decision = prepared.decide(sizes)
+            decision = prepared.decide(allocation.sizes)
         found = sum(value.numel() for name, value in decision.weights.items() if name not in anatomy.shapes)
-        params = anatomy.params_at(sizes) + found
+        params = anatomy.params_at(allocation.sizes) + found
         if target is None or target.params is None or params <= target.params * anatomy.params:
-            break
+            return Choice(allocation, latency, decision, params)
         # Added biases count as parameters, and which layers get one is known only after the choice.
         assert wanted is not None
         added = max(found, added + 1)  # always grows: rounding may count one parameter too many
@@ -141,19 +195,6 @@ def plan(
         if left <= 0:
             raise _no_room(target, added)
         wanted = replace(target, params=left)
-    return Plan(
-        method=method,
-        options={**asdict(chosen), "target": None if target is None else vars(target), "gamma": stats.settings.gamma},
-        fingerprint=fingerprint,
-        keep=decision.keep,
-        params=(anatomy.params, params),
-        macs=(anatomy.macs, anatomy.macs_at(sizes)),
-        weights=decision.weights,
-        eps=decision.eps,
-        uncentred=decision.uncentred,
-        latency=latency,
-        loss=None if math.isnan(chosen_sizes.loss) else (chosen_sizes.loss, chosen_sizes.bound),
-    )
 
 
 def check_budget(
@@ -175,8 +216,8 @@ def check_budget(
         raise InvalidArgument(f"target: expected a Target, such as Target(macs=0.5), got {target!r}")
     if ratios is not None and not isinstance(ratios, (Mapping, str, Path)):
         raise InvalidArgument(f"ratios: expected a dict, a name or a path, got {ratios!r}")
-    if allocation not in (None, "uniform", "error"):
-        raise InvalidArgument(f"allocation: expected 'uniform' or 'error', got {allocation!r}")
+    if allocation not in (None, "measured", "error", "uniform"):
+        raise InvalidArgument(f"allocation: expected 'measured', 'error' or 'uniform', got {allocation!r}")
     if allocation is not None and ratios is not None:
         raise InvalidArgument(f"allocation: expected none with ratios, got {allocation!r}")
     if target is None or target.latency is None:
@@ -221,27 +262,3 @@ def _no_room(target: Target | None, added: int) -> InvalidArgument:
         f"target: expected room for {added:,} biases that the method adds, besides the least these groups reach, "
         f"got {target}"
     )
-
-
-def _losses(
-    anatomy: Anatomy, stats: Statistics, prepared: Prepared, limits: Mapping[str, Any], allocation: str | None
-) -> Callable[[Group], Float] | None:
-    """Return a function for a group's predicted loss at each size, in the sensitivities' unit; None if uniform."""
-    if allocation == "uniform" or (allocation is None and not stats.sensitive):
-        return None
-    if not stats.sensitive:
-        raise InvalidArgument("stats: expected sensitivities (calibrate(sensitivity=True)), got statistics without")
-    cut = free_groups(anatomy, limits)
-    for group in cut:
-        if prepared.errors(group) is None:
-            if allocation is None and not any(other.traits.whole for other in cut):
-                return None
-            raise InvalidArgument(f"allocation: expected a method that knows the error of {group.name!r}, got none")
-
-    return lambda group: _loss(stats, prepared, group)
-
-
-def _loss(stats: Statistics, prepared: Prepared, group: Group) -> Float:
-    errors = prepared.errors(group)
-    assert errors is not None
-    return stats.sensitivity(group.name) * errors

@@ -35,7 +35,8 @@ class Plan:
     their new eps, ``uncentred`` names the query/key norms that no longer subtract the mean. ``params`` and ``macs`` are
     (before, after). ``latency`` holds what was predicted and measured for a target for latency, else it is None.
     ``loss``, where a target was divided by errors, is the predicted loss (in nats, see ``Statistics.sensitivity``) and
-    a lower bound for any choice of sizes within the target.
+    a lower bound for any choice of sizes within the target; ``measured`` is the loss of the whole plan on the images
+    that ``plan`` was given, or None.
     """
 
     method: str
@@ -49,6 +50,7 @@ class Plan:
     uncentred: tuple[str, ...] = ()
     latency: LatencyReport | None = None
     loss: tuple[float, float] | None = None
+    measured: float | None = None
 
     def check(self, anatomy: Anatomy) -> dict[str, int]:
         """Check that every index list fits the model; return the size each group will have.
@@ -124,6 +126,7 @@ class Plan:
             **({"uncentred": list(self.uncentred)} if self.uncentred else {}),
             "latency": None if self.latency is None else self.latency.to_dict(),
             "loss": None if self.loss is None else list(self.loss),
+            **({} if self.measured is None else {"measured": self.measured}),
         }
 
     def save(self, path: str | Path) -> None:
@@ -188,6 +191,7 @@ class Plan:
                 uncentred=tuple(map(str, fields.get("uncentred", ()))),
                 latency=LatencyReport.from_dict(fields["latency"]) if fields.get("latency") else None,
                 loss=(fields["loss"][0], fields["loss"][1]) if fields.get("loss") else None,
+                measured=None if fields.get("measured") is None else float(fields["measured"]),
             )
         except InvalidArgument:
             raise
@@ -199,6 +203,9 @@ class Plan:
     def __str__(self) -> str:
         params, macs = (" -> ".join(map(units, pair)) for pair in (self.params, self.macs))
         line = f"Plan({self.method}): {params} parameters, {macs} MACs, {len(self.keep)} groups cut"
+        if self.measured is not None:
+            predicted = "" if self.loss is None else f"{self.loss[0]:.3g} predicted, "
+            line = f"{line}, loss {predicted}{self.measured:.3g} measured"
         return line if self.latency is None else f"{line}, {self.latency}"
 
 

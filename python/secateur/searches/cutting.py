@@ -11,12 +11,12 @@ from torch import nn
 
 from ..budgets.allocate import check_target
 from ..budgets.target import Target
+from ..calibration.calibrate import calibrate
 from ..errors import InvalidArgument
 from ..families.registry import family_of
 from ..plans.make import plan
 from ..plans.plan import Plan
 from ..plans.prune import prune
-from ..statistics.calibrate import calibrate
 from ..statistics.statistics import Statistics
 from ..training.finetune import finetune as finetune_
 
@@ -102,6 +102,7 @@ class Tuned:
 
     def calibrate(self, model: nn.Module, like: Statistics) -> Statistics:
         """Collect the statistics of a trained copy with the settings used for the dense model."""
+        methods = [cut.removeprefix("cut:") for cut in like.cuts]
         return calibrate(
             model,
             self.calibration_loader,
@@ -109,7 +110,8 @@ class Tuned:
             collect=like.settings.collect,
             gamma=like.settings.gamma,
             token_fraction=like.settings.token_fraction,
-            sensitivity=like.sensitive,
+            sensitivity=True if methods else "noise" if like.sensitive else False,
+            methods=methods or None,
         )
 
 

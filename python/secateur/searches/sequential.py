@@ -17,6 +17,7 @@ from ..anatomy.fingerprint import Fingerprint
 from ..anatomy.groups import Indices
 from ..budgets.limits import limits_of
 from ..budgets.target import Target
+from ..calibration.calibrate import calibrate, calibrate_block
 from ..errors import InvalidArgument
 from ..families.registry import family_of
 from ..latency.table import LatencyTable
@@ -26,7 +27,6 @@ from ..plans.on_the_clock import table_for
 from ..plans.plan import Plan
 from ..plans.prune import prune
 from ..plans.report import Report
-from ..statistics.calibrate import calibrate, calibrate_block
 from ..surgery.stock_layout import check_layout
 
 __all__ = ["prune_sequential"]
@@ -107,9 +107,17 @@ def prune_sequential(
         sizes = sizes_for(model, anatomy, target, ratios, limits, table=table)[0].sizes
     else:
         shared: dict[str, Any] = {"max_images": max_images, "token_fraction": token_fraction}
-        stats = calibrate(model, loader, **shared, sensitivity=True)
+        stats = calibrate(model, loader, **shared, sensitivity="noise" if allocation == "error" else False)
         planned = plan(
-            model, stats, method=method, target=target, **limits, allocation=allocation, latency_table=table, **chosen
+            model,
+            stats,
+            method=method,
+            target=target,
+            **limits,
+            allocation=allocation,
+            loader=None if allocation == "error" else loader,
+            latency_table=table,
+            **chosen,
         )
         sizes = {**anatomy.sizes, **{name: kept.shape[1] for name, kept in planned.keep.items()}}
         del stats, planned

@@ -20,11 +20,11 @@ from ..errors import InvalidArgument, NumericalError
 from ..families.base import Family
 from ..runtime.progress import progress
 from ..runtime.ranks import Ranks
-from .measurements import MEASURED_IMAGES, Measurement
+from .measurements import MEASURED_IMAGES, Measurement, Work
 from .observer import EnoughError, Observer
 from .statistics import Statistics
 
-__all__ = ["run"]
+__all__ = ["batches_of", "measuring", "run"]
 
 _ALONE = Ranks()
 # Marks the end; it differs from every batch, even None.
@@ -57,19 +57,13 @@ def run(
     seen = observer.images
     end = 0
     first: dict[int, torch.Tensor] = {}
+    # A measurement whose sums have further names may have been interrupted, and skips what is done itself.
     taken = [name.rpartition("/")[2] for name in observer.sensitivity]
     missing = [measurement for measurement in further if measurement.name not in taken]
-    with (
-        _as_written(model),
-        core.host_by_default(),
-        _evaluating(model),
-        _kept(observer, path, ranks),
-        core.torch_threads(),
-        torch.inference_mode(),
-    ):
+    with measuring(model), _kept(observer, path, ranks):
         shown = progress(total, "calibrate", silent=ranks.rank > 0)
         with observer.observing(model), shown as advance:
-            for index, (start, images, stop) in enumerate(_batches(model, loader, max_images, seen, ranks)):
+            for index, (start, images, stop) in enumerate(batches_of(model, loader, max_images, seen, ranks)):
                 advance(stop - end)
                 end = stop
                 if missing and start < MEASURED_IMAGES and len(images) > 0:
@@ -129,10 +123,20 @@ def _measure(
         return
     with ranks.together():
         batches = [model_input(model, images) for images in found.values()]
-        shares = [each.take(model, family, anatomy, batches, ranks.rank, ranks.size) for each in missing]
-    for share in ranks.gather({name: sums for part in shares for name, sums in part.items()}):
-        for name, sums in share.items():
-            observer.sensitivity[name] = observer.sensitivity.get(name, 0) + sums
+    statistics = observer.statistics(ranks)
+    for measurement in missing:
+        done = frozenset(observer.sensitivity)
+        rounds = measurement.take(
+            Work(model, family, anatomy, batches, statistics, rank=ranks.rank, ranks=ranks.size, done=done)
+        )
+        while True:
+            with ranks.together():
+                share = next(rounds, None)
+            if share is None:
+                break
+            for part in ranks.gather(share):
+                for name, sums in part.items():
+                    observer.sensitivity[name] = observer.sensitivity.get(name, 0) + sums
 
 
 @contextmanager
@@ -164,8 +168,8 @@ def _refuse_non_finite(images: torch.Tensor, start: int) -> None:
         raise NumericalError(f"patch_embed: expected finite values, got {value} in image {start + first}")
 
 
-def _batches(
-    model: nn.Module, loader: Iterable[Any], max_images: int | None, seen: int, ranks: Ranks
+def batches_of(
+    model: nn.Module, loader: Iterable[Any], max_images: int | None, seen: int = 0, ranks: Ranks = _ALONE
 ) -> Iterator[tuple[int, torch.Tensor, int]]:
     """Yield this rank's batches as the model takes them, the number of their first image, and of images so far.
 
@@ -212,6 +216,13 @@ def _warn_unless_normalised(images: torch.Tensor, data: Any) -> None:
             f" says (mean {tuple(data['mean'])}, std {tuple(data['std'])}) they would lie in [{low:.3g}, {high:.3g}]",
             stacklevel=3,
         )
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Run the model in evaluation mode, as it is written and without gradients, while the block runs."""
+    with _as_written(model), core.host_by_default(), _evaluating(model), core.torch_threads(), torch.inference_mode():
+        yield
 
 
 @contextmanager

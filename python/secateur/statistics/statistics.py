@@ -168,6 +168,23 @@ class Statistics:
         """
         return float(self._per_image(layer, "divergence")[0]), float(self._per_image(layer, "mean_kept")[0])
 
+    def losses(self, group: str, cut: str) -> dict[int, float]:
+        """Return how much the output changes when a method cuts this group alone, for each size that was measured.
+
+        It is the mean over images of the divergence between the class probabilities of the dense and the cut model
+        (Kullback-Leibler, in nats); without a classifier it is the relative squared change of the features.
+
+        Args:
+            group: the group's name.
+            cut: which cuts, such as "cut:project".
+
+        Returns:
+            By the number of units that stay, in ascending order; empty if none was measured.
+        """
+        start = f"sensitivity/{group}/{cut}@"
+        found = {int(name.removeprefix(start)): sums for name, sums in self.tensors.items() if name.startswith(start)}
+        return {size: float(found[size][0] / found[size][-1]) for size in sorted(found)}
+
     def head_importance(self, group: str) -> Float:
         """Return E |Att_h · ∂L/∂Att_h| for each head of a group of heads ("blocks.0.heads"), (heads,).
 
@@ -188,8 +205,14 @@ class Statistics:
         return mean
 
     @property
+    def cuts(self) -> list[str]:
+        """The cuts whose losses were measured, such as "cut:project"."""
+        measured = [name.rpartition("/")[2].partition("@") for name in self.tensors if name.startswith("sensitivity/")]
+        return sorted({cut for cut, at, _ in measured if at})
+
+    @property
     def sensitive(self) -> bool:
-        """Whether the sensitivity of the groups was measured."""
+        """Whether the sensitivity of the groups to disturbances was measured."""
         return any(name.startswith("sensitivity/") and name.endswith("/divergence") for name in self.tensors)
 
     def agreement(self, other: Statistics | None = None) -> dict[str, Agreement]:

@@ -496,7 +496,7 @@ def test_a_budget_that_is_a_count_of_parameters_ends():
 
 def test_the_width_alone_may_be_cut_by_its_loss():
     model = small_vit()
-    stats = sc.calibrate(model, small_batches(), sensitivity=True)
+    stats = sc.calibrate(model, small_batches(), sensitivity="noise")
     for more in ({"groups": ("width",)}, {"groups": ("width", "qk"), "freeze": ("qk",)}):
         plan = sc.plan(model, stats, method="project", target=sc.Target(macs=0.6), round_to=1, **more)
         assert set(plan.keep) == {"width"}
@@ -508,7 +508,7 @@ def test_the_width_alone_may_be_cut_by_its_loss():
 def test_what_is_left_after_exchanges_is_spent():
     """No step of any group that lowers the loss fits any more."""
     model = small_vit()
-    stats = sc.calibrate(model, small_batches(), sensitivity=True)
+    stats = sc.calibrate(model, small_batches(), sensitivity="noise")
     anatomy = sc.inspect(model)
     method = prepared(model, stats, "snp")
     losses = {g.name: stats.sensitivity(g.name) * method.errors(g) for g in anatomy.groups if g.kind == "ffn"}

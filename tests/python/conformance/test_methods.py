@@ -20,7 +20,7 @@ RATIOS = {"qk": 0.37, "v": 0.41, "ffn": 0.53, "heads": 0.34}
 @pytest.fixture(scope="module")
 def calibrated(make_digits_model, digits_images):
     model = make_digits_model().double()
-    return model, sc.calibrate(model, digits_images.double().split(16), sensitivity=True, head_gradients=True)
+    return model, sc.calibrate(model, digits_images.double().split(16), sensitivity="noise", head_gradients=True)
 
 
 @pytest.mark.parametrize("name", sc.methods())

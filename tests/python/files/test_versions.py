@@ -46,7 +46,7 @@ def search(model: nn.Module, stats: sc.Statistics, path: Path, rounds: int) -> s
 def write(folder: Path) -> None:
     model = quiet(embed_dim=8, depth=1)
     sc.save(model, folder / "dense.safetensors")
-    stats = sc.calibrate(model, images(), sensitivity=True, head_gradients=True)
+    stats = sc.calibrate(model, images(), sensitivity="noise", head_gradients=True)
     stats.save(folder / "statistics.safetensors")
     search(model, stats, folder / "search.safetensors", 2)
     sc.measure_latency(model, groups=("ffn",), repeats=1).save(folder / "latency.json")

@@ -367,7 +367,7 @@ def test_a_search_times_on_its_engine(monkeypatch, digits_model, digits_images, 
         return Found
 
     monkeypatch.setattr(searching, "bench", bench)
-    stats = sc.calibrate(digits_model, [digits_images[:16]], sensitivity=True)
+    stats = sc.calibrate(digits_model, [digits_images[:16]], sensitivity="noise")
     objective = LatencySensitive(latency=0.6, runtime="spy")
     sc.search(digits_model, stats, objective=objective, loader=[digits_images[:16]], rounds=2, step=0.3)
     assert set(asked) == {"spy"}

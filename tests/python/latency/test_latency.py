@@ -518,7 +518,7 @@ def digits_table(make_digits_model):
 
 @pytest.fixture(scope="module")
 def digits_stats(make_digits_model, digits_images):
-    return sc.calibrate(make_digits_model(), [digits_images[:16]], sensitivity=True)
+    return sc.calibrate(make_digits_model(), [digits_images[:16]], sensitivity="noise")
 
 
 @pytest.mark.parametrize(("method", "allocation"), [("snp", None), ("project", "uniform"), ("project", "error")])

@@ -103,7 +103,7 @@ def test_removal_is_what_the_output_moves_by(request, kind):
         model = make(kind)
         x = images(model, 20)
     model, x = doubled(model, x)
-    stats = sc.calibrate(model, [x[:9], x[9:]], sensitivity=True)
+    stats = sc.calibrate(model, [x[:9], x[9:]], sensitivity="noise")
     for index, (layer, branch) in itertools.product(range(2), (("attn", "drop_path1"), ("mlp", "drop_path2"))):
         name = f"blocks.{index}.{layer}"
         with torch.no_grad():
@@ -223,7 +223,7 @@ def test_a_head_that_repeats_another_costs_nothing(method, kind):
 def test_with_everything_else_cut_too_the_plan_means_what_it_says(digits_model, digits_images, method, head_score):
     """The dense-shaped model with the plan's weights, written apart from the library, computes the same."""
     model, x = doubled(digits_model, digits_images)
-    stats = sc.calibrate(model, [x], sensitivity=True, head_gradients=True)
+    stats = sc.calibrate(model, [x], sensitivity="noise", head_gradients=True)
     ratios = {"heads": 0.34, "qk": 0.3, "v": 0.4, "ffn": 0.5, "width": 0.1, "blocks.1.attn": 1, "blocks.2.mlp": 1}
     plan = sc.plan(model, stats, method=method, ratios=ratios, head_score=head_score)
     assert not any(name.startswith(("blocks.1.attn", "blocks.1.norm1", "blocks.2.mlp")) for name in plan.weights)
@@ -236,7 +236,7 @@ def test_with_everything_else_cut_too_the_plan_means_what_it_says(digits_model, 
 
 
 def test_fewer_heads_lose_less_refitted_than_cut(digits_model, digits_images, digits_loader):
-    stats = sc.calibrate(digits_model, digits_loader, sensitivity=True)
+    stats = sc.calibrate(digits_model, digits_loader, sensitivity="noise")
     dense = digits_model(digits_images).log_softmax(1).detach()
     lost = {}
     for method in ("snp", "refit", "project"):
@@ -311,7 +311,7 @@ def test_two_layers_in_a_row_leave_both_means(digits_model, digits_images):
 
 
 def test_a_fraction_of_all_layers_takes_those_that_matter_least(digits_model, digits_images):
-    stats = sc.calibrate(digits_model, [digits_images], sensitivity=True)
+    stats = sc.calibrate(digits_model, [digits_images], sensitivity="noise")
     removal = {
         group.name: stats.removal(group.name)[0] for group in sc.inspect(digits_model).groups if group.kind == "layer"
     }
@@ -366,7 +366,7 @@ def test_a_search_goes_on_with_what_is_left(digits_model, digits_images):
 def test_a_second_round(cut, digits_images, layout, tmp_path):
     x = digits_images.double()
     cut.double()
-    stats = sc.calibrate(cut, [x], sensitivity=True)
+    stats = sc.calibrate(cut, [x], sensitivity="noise")
     with torch.no_grad():
         before = cut(x)
     target = sc.Target(macs=0.8)

@@ -95,7 +95,7 @@ def test_no_other_refit_would_do_much_better(kind, layer, fraction, most):
 @pytest.fixture(scope="module")
 def trained(make_normed_model, digits_images):
     model = make_normed_model().double()
-    return model, sc.calibrate(model, [digits_images[:48].double()], sensitivity=True), digits_images[48:].double()
+    return model, sc.calibrate(model, [digits_images[:48].double()], sensitivity="noise"), digits_images[48:].double()
 
 
 def lost(trained, layer, method, fraction, block, **options):

@@ -105,7 +105,7 @@ def test_what_norms_lose(digits_model, digits_images):
 
 def test_nothing_is_said_without_moments(digits_model, digits_images):
     anatomy = sc.inspect(digits_model)
-    stats = sc.calibrate(digits_model, [digits_images], collect="scores", sensitivity=True)
+    stats = sc.calibrate(digits_model, [digits_images], collect="scores", sensitivity="noise")
     order = shuffled(3, 31)
     assert losses.of_selection(digits_model, anatomy, stats, anatomy.group("blocks.0.qk"), order) is None
     with pytest.raises(sc.InvalidArgument, match="allocation: expected a method that knows"):
@@ -119,7 +119,7 @@ def halves(make_digits_model):
     batches = [x for x, _ in sc.data.loader("digits", model, split="train", batch_size=64, max_images=256)]
     held_out, _ = next(iter(sc.data.loader("digits", model, batch_size=384)))
     with torch.no_grad():
-        return sc.calibrate(model, batches, sensitivity=True), held_out, model(held_out).log_softmax(1)
+        return sc.calibrate(model, batches, sensitivity="noise"), held_out, model(held_out).log_softmax(1)
 
 
 INNER = ("qk", "v", "ffn")

@@ -85,7 +85,7 @@ def test_every_kind_is_exact_or_refused(kind, method):
 @pytest.mark.parametrize("allocation", [None, "error"])
 def test_a_target_says_why_the_width_cannot_be_turned(allocation):
     dense = make("norm_pre")
-    stats = calibrated(dense, sensitivity=True)
+    stats = calibrated(dense, sensitivity="noise")
     for groups in (KINDS_CUT, ("width",)):
         with pytest.raises(sc.Unsupported, match="width: expected a residual stream that can be rotated.*norm_pre"):
             sc.plan(dense, stats, method="project", target=sc.Target(macs=0.7), groups=groups, allocation=allocation)
@@ -308,7 +308,7 @@ def test_value_sweeps_are_regressions_on_the_other_heads():
 
 @pytest.fixture(scope="module")
 def digits_statistics(make_digits_model, digits_loader):
-    return sc.calibrate(make_digits_model(), digits_loader, max_images=512, sensitivity=True)
+    return sc.calibrate(make_digits_model(), digits_loader, max_images=512, sensitivity="noise")
 
 
 def divergence(model, dense, x):
@@ -464,7 +464,7 @@ def test_dead_units_and_few_images_are_normal(digits_model, digits_images):
         digits_model.blocks[1].attn.qkv.weight[:20] = 0
         digits_model.blocks[1].attn.qkv.bias[:20] = 0
     for count in (1, 2, 3):
-        stats = sc.calibrate(digits_model, [digits_images[:count]], sensitivity=True)
+        stats = sc.calibrate(digits_model, [digits_images[:count]], sensitivity="noise")
         for method in ("project", "refit"):
             kinds = KINDS_CUT if method == "project" else KINDS_CUT[:3]
             pruned = cut(digits_model, stats, method=method, ratios=dict.fromkeys(kinds, 0.4))
@@ -501,7 +501,7 @@ def test_bad_arguments(digits_model, digits_statistics, digits_images):
 
 def test_a_width_that_cannot_be_turned_may_stay():
     model = make("no_final_norm").float()
-    stats = sc.calibrate(model, [images(model, 8).float()], sensitivity=True)
+    stats = sc.calibrate(model, [images(model, 8).float()], sensitivity="noise")
     arguments = {"target": sc.Target(macs=0.8), "groups": ("ffn", "width"), "freeze": ("width",), "round_to": 1}
     plan = sc.plan(model, stats, method="project", **arguments)
     assert "width" not in plan.keep

@@ -165,7 +165,7 @@ def test_a_cut_to_the_rank_of_the_heads_changes_nothing(kind):
 @pytest.fixture(scope="module")
 def trained(make_normed_model, digits_images):
     model = make_normed_model().double()
-    return model, sc.calibrate(model, [digits_images[:48].double()], sensitivity=True), digits_images[48:].double()
+    return model, sc.calibrate(model, [digits_images[:48].double()], sensitivity="noise"), digits_images[48:].double()
 
 
 @torch.no_grad()

@@ -240,7 +240,7 @@ def test_the_plan_is_readable_json(digits_model, stats, tmp_path):
 @pytest.mark.parametrize("method", ["snp", "project"])
 def test_names_may_come_from_an_iterator(method):
     model = small_vit()
-    stats = sc.calibrate(model, small_batches(), sensitivity=True)
+    stats = sc.calibrate(model, small_batches(), sensitivity="noise")
     limits = {"groups": ("qk", "v", "ffn"), "freeze": ["blocks.0.*"]}
     once = {name: (each for each in names) for name, names in limits.items()}
     target = sc.Target(macs=0.7)

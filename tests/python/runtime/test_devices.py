@@ -15,7 +15,7 @@ def test_another_device_by_default_changes_nothing(tmp_path):
     def job():
         torch.manual_seed(0)
         model = copy.deepcopy(dense)
-        stats = sc.calibrate(model, images, sensitivity=True, head_gradients=True)
+        stats = sc.calibrate(model, images, sensitivity="noise", head_gradients=True)
         plan = sc.plan(
             model, stats, method="project", target=sc.Target(macs=0.6), groups=("qk", "v", "ffn", "width"), round_to=1
         )

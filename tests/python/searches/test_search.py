@@ -321,7 +321,7 @@ def test_more_than_can_be_cut_is_a_miss(plain, monkeypatch):
 
 @pytest.mark.parametrize("method", ["snp", "refit", "project"])
 def test_at_most_one_point_of_a_trained_model(digits_model, digits_images, digits_loader, method):
-    stats = sc.calibrate(digits_model, [digits_images], sensitivity=True)
+    stats = sc.calibrate(digits_model, [digits_images], sensitivity="noise")
     before = weights(digits_model)
     found = sc.search(
         digits_model, stats, objective=sc.AccuracyCritical(1.0), loader=digits_loader, method=method, rounds=3,
@@ -421,7 +421,7 @@ def test_each_round_cuts_the_trained_model_before_it():
     model = copy.deepcopy(dense)
     params = sc.inspect(dense).params
     for number in (1, 2, 3):
-        stats = sc.calibrate(model, calibration(), sensitivity=True)
+        stats = sc.calibrate(model, calibration(), sensitivity="noise")
         left = (1 - 0.125 * number) * params / sc.inspect(model).params
         sc.prune(model, sc.plan(model, stats, method="project", target=sc.Target(params=left), groups=ALL, round_to=1))
         sc.finetune(model, batches(), teacher=dense, **TUNING)
@@ -455,7 +455,7 @@ def test_behind_a_miss_the_model_before_it_is_cut_again(monkeypatch, objective):
     assert same(weights(kept), rounds[2])
     dense = tiny().eval()
     left = (1 - 0.3125) * sc.inspect(dense).params / sc.inspect(kept).params
-    stats = sc.calibrate(kept, calibration(), sensitivity=True)
+    stats = sc.calibrate(kept, calibration(), sensitivity="noise")
     sc.prune(kept, sc.plan(kept, stats, method="project", target=sc.Target(params=left), groups=ALL, round_to=1))
     sc.finetune(kept, batches(), teacher=dense, **TUNING)
     assert same(weights(found.model), weights(kept))

@@ -8,8 +8,8 @@ import pytest
 import secateur as sc
 import torch
 from models import images, make
+from secateur.calibration.calibrate import calibrate_block
 from secateur.data.loader import loader
-from secateur.statistics.calibrate import calibrate_block
 
 ALL = {"qk": 0.5, "v": 0.5, "ffn": 0.5, "width": 0.2}
 
@@ -57,7 +57,7 @@ def calibration(make_digits_model):
     """Batches of one half of the digits, and their statistics."""
     model = make_digits_model()
     batches = [images for images, _ in loader("digits", model, split="train", batch_size=64, max_images=512)]
-    return batches, sc.calibrate(model, batches, sensitivity=True)
+    return batches, sc.calibrate(model, batches, sensitivity="noise")
 
 
 @pytest.mark.parametrize("macs", [0.5, 0.35])

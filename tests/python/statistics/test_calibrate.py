@@ -11,7 +11,7 @@ import timm
 import torch
 from models import images, make
 from scores import mean_scores, queries_and_keys
-from secateur.statistics.calibrate import calibrate_block
+from secateur.calibration.calibrate import calibrate_block
 from small_vits import small_batches, small_vit
 from sums import assert_close
 from torch import nn

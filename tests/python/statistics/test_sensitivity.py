@@ -45,7 +45,7 @@ def noise_like(rows, seed):
 def test_against_gaussian_noise_of_the_same_covariance(digits_model, digits_images, group, module):
     """Other noise, another share, another seed: the same sensitivity within sampling."""
     model, x = digits_model.double(), digits_images[:24].double()
-    found = sc.calibrate(model, [x], sensitivity=True).sensitivity(group)
+    found = sc.calibrate(model, [x], sensitivity="noise").sensitivity(group)
     samples = [
         literal(model, x, lambda name, out, seed=seed: noise_like(out, seed) if name == module else None)
         for seed in range(3)
@@ -57,7 +57,7 @@ def test_against_gaussian_noise_of_the_same_covariance(digits_model, digits_imag
 def test_every_group_has_one_and_the_model_is_left_as_it_was(digits_model, digits_images):
     digits_model.train()
     before = {name: value.clone() for name, value in digits_model.state_dict().items()}
-    stats = sc.calibrate(digits_model, [digits_images[:40], digits_images[40:]], sensitivity=True)
+    stats = sc.calibrate(digits_model, [digits_images[:40], digits_images[40:]], sensitivity="noise")
     for group in sc.inspect(digits_model).groups:
         assert 0 < stats.sensitivity(group.name) < np.inf
     assert digits_model.training
@@ -75,7 +75,7 @@ def test_every_group_has_one_and_the_model_is_left_as_it_was(digits_model, digit
 @pytest.mark.parametrize("kind", ["identity_head", "no_pool", "qk_norm", "distilled", "map_pool", "hybrid", "gate"])
 def test_all_kinds_of_models(kind):
     model = make(kind)
-    stats = sc.calibrate(model, [images(model, 5)], sensitivity=True)
+    stats = sc.calibrate(model, [images(model, 5)], sensitivity="noise")
     for group in sc.inspect(model).groups:
         assert stats.sensitivity(group.name) > 0
 
@@ -83,19 +83,19 @@ def test_all_kinds_of_models(kind):
 def test_a_part_without_influence_has_none(digits_model, digits_images):
     with torch.no_grad():
         digits_model.blocks[1].mlp.fc2.weight.zero_()
-    stats = sc.calibrate(digits_model, [digits_images], sensitivity=True)
+    stats = sc.calibrate(digits_model, [digits_images], sensitivity="noise")
     assert abs(stats.sensitivity("blocks.1.ffn")) < 1e-9 < stats.sensitivity("blocks.0.ffn")
 
 
 def test_files_resuming_and_merging(tmp_path, digits_model, digits_images):
     path = tmp_path / "s.safetensors"
     batches = [digits_images[:30], digits_images[30:]]
-    whole = sc.calibrate(digits_model, batches, sensitivity=True, resume=path)
+    whole = sc.calibrate(digits_model, batches, sensitivity="noise", resume=path)
     again = sc.Statistics.load(path)
-    resumed = sc.calibrate(digits_model, batches, sensitivity=True, resume=path)
+    resumed = sc.calibrate(digits_model, batches, sensitivity="noise", resume=path)
     for stats in (again, resumed):
         assert stats.sensitivity("width") == whole.sensitivity("width")
-    halves = [sc.calibrate(digits_model, [batch], sensitivity=True) for batch in batches]
+    halves = [sc.calibrate(digits_model, [batch], sensitivity="noise") for batch in batches]
     merged = sc.Statistics.merge(halves)
     weights = [30, 34]
     mean = np.average([half.sensitivity("blocks.0.v") for half in halves], weights=weights)
@@ -129,8 +129,8 @@ def test_blocks_that_are_compiled_are_measured_as_they_are_written():
     compiled = copy.deepcopy(model)
     for block in compiled.blocks:
         block.compile(backend="eager")
-    wanted = sc.calibrate(model, small_batches(), sensitivity=True)
-    found = sc.calibrate(compiled, small_batches(), sensitivity=True)
+    wanted = sc.calibrate(model, small_batches(), sensitivity="noise")
+    found = sc.calibrate(compiled, small_batches(), sensitivity="noise")
     for group in [group for group in sc.inspect(model).groups if group.kind == "layer"]:
         assert wanted.removal(group.name)[0] > 0
         assert found.removal(group.name) == wanted.removal(group.name)

@@ -70,7 +70,7 @@ def test_merge_keeps_the_grams_of_the_first_images(digits_model, digits_images):
 def test_sensitivities_are_added_by_images(digits_model, digits_images):
     """Each is a mean over the images it was measured on."""
     first, second = (
-        sc.calibrate(digits_model, [digits_images[a:b]], sensitivity=True, head_gradients=True)
+        sc.calibrate(digits_model, [digits_images[a:b]], sensitivity="noise", head_gradients=True)
         for a, b in ((0, 8), (8, 32))
     )
     merged = sc.Statistics.merge([first, second])

@@ -18,7 +18,7 @@ def tuned(rounds=3, train=None, tuning=TUNING, objective=None, **arguments):
     """A search with fine-tuning in every round, on a model of 16 channels."""
     model = tiny().eval()
     return sc.search(
-        model, sc.calibrate(model, calibration(), sensitivity=True), loader=batches(4, 6, seed=9), finetune=tuning,
+        model, sc.calibrate(model, calibration(), sensitivity="noise"), loader=batches(4, 6, seed=9), finetune=tuning,
         train_loader=batches() if train is None else train, calibration_loader=calibration(),
         **{**SEARCH, "rounds": rounds, **({} if objective is None else {"objective": objective})}, **arguments,
     )  # fmt: skip

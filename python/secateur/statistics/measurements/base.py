@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,34 +14,44 @@ from ...anatomy import Anatomy
 from ...families.base import Family
 from ...registry import Registry
 from ..settings import Float
+from ..statistics import Statistics
 
-__all__ = ["MEASURED_IMAGES", "Measurement", "double", "hooked", "measurements", "register"]
+__all__ = ["MEASURED_IMAGES", "Measurement", "Work", "divergence", "double", "hooked", "measurements", "register"]
 
 MEASURED_IMAGES = 128
 
 
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What a measurement works on.
+
+    ``model`` is in evaluation mode, on any device; ``batches`` holds the first images (B, C, H, W), in the model's type
+    and on its device; ``statistics`` holds the sums over all images. Process ``rank`` of ``ranks`` does its share of
+    the work, and each has all images. What ``done`` names is there already, from a run that was interrupted.
+    """
+
+    model: nn.Module
+    family: Family
+    anatomy: Anatomy
+    batches: Sequence[Tensor]
+    statistics: Statistics
+    rank: int = 0
+    ranks: int = 1
+    done: Collection[str] = ()
+
+
 class Measurement(Protocol):
-    """A measurement by more passes over the first images; its sums are called "group/name"."""
+    """A measurement by more passes over the first images; its sums are called "group/name" or "group/name@what"."""
 
     @property
     def name(self) -> str:
         """The measurement's name."""
 
-    def take(
-        self, model: nn.Module, family: Family, anatomy: Anatomy, batches: Sequence[Tensor], rank: int, ranks: int
-    ) -> dict[str, Float]:
-        """Measure on a model in evaluation mode.
+    def take(self, work: Work) -> Iterator[Mapping[str, Float]]:
+        """Measure in equally many rounds on all ranks; what a round yields is kept if a later one is interrupted.
 
-        Args:
-            model: the model, on any device.
-            family: the family of the model.
-            anatomy: the description of the model.
-            batches: images (B, C, H, W), in the model's type and on its device.
-            rank: number of this process among several that divide the work; each has all images.
-            ranks: number of processes.
-
-        Returns:
-            For each "group/what", sums over images and, last, the number of images; those of all ranks are added up.
+        Yields:
+            For each sum's name, sums over images and, last, the number of images; those of all ranks are added up.
         """
 
 
@@ -58,6 +69,19 @@ def hooked(handles: Sequence[torch.utils.hooks.RemovableHandle]) -> Iterator[Non
     finally:
         for handle in handles:
             handle.remove()
+
+
+def divergence(model: nn.Module, wanted: Tensor, found: Tensor) -> Tensor:
+    """Return the divergence of each image's output, (B,): of class probabilities, or of features as share of variance.
+
+    The variance is that of all images in the batch.
+    """
+    if getattr(model, "num_classes", 0):
+        first, second = wanted.log_softmax(-1), found.log_softmax(-1)
+        each = (first.exp() * (first - second)).sum(-1)
+        return each.reshape(len(wanted), -1).mean(1)
+    spread = (wanted - wanted.flatten(0, -2).mean(0)).square().mean() if wanted.ndim > 1 else wanted.square().mean()
+    return (wanted - found).square().reshape(len(wanted), -1).mean(1) / spread
 
 
 def double(output: Tensor) -> Tensor:

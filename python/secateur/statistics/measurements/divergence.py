@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...anatomy import Anatomy
-from ...families.base import Family
 from ..settings import Float
-from .base import double, hooked, register
+from .base import Work, divergence, double, hooked, register
 
 __all__ = ["Divergence"]
 
@@ -41,23 +40,14 @@ class Divergence:
     name = "divergence"
 
     @torch.inference_mode()
-    def take(
-        self,
-        model: nn.Module,
-        family: Family,
-        anatomy: Anatomy,
-        batches: Sequence[Tensor],
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> dict[str, Float]:
-        """Measure this rank's share of the model's parts; each rank has all images."""
-        trials = _trials(anatomy)[rank::ranks]
-        if not trials:
-            return {}
+    def take(self, work: Work) -> Iterator[Mapping[str, Float]]:
+        """Measure this rank's share of the model's parts, in one round."""
+        model, family, anatomy = work.model, work.family, work.anatomy
+        trials = _trials(anatomy)[work.rank :: work.ranks]
         generators = {trial.name: torch.Generator().manual_seed(0) for trial in trials}
         totals = dict.fromkeys(generators, 0.0)
         blocks = family.blocks(model)
-        chunks = [chunk for batch in batches for chunk in batch.split(_CHUNK)]
+        chunks = [chunk for batch in work.batches for chunk in batch.split(_CHUNK)]
         for chunk in chunks:
             entering: list[Tensor] = []
             with hooked([block.register_forward_pre_hook(_noted(entering)) for block in blocks]):
@@ -69,14 +59,14 @@ class Divergence:
                         if trial.block is None or not blocks
                         else family.from_block(model, trial.block, entering[trial.block])
                     )
-                totals[trial.name] += _divergence(model, wanted, double(found)) / trial.share**2
+                totals[trial.name] += float(divergence(model, wanted, double(found)).sum()) / trial.share**2
         for layer in anatomy.attention:
             # As with values, the loss of a head is a share of the projection's output.
             value, heads = (f"{layer.groups[kind]}/divergence" for kind in ("v", "heads"))
             if value in totals:
                 totals[heads] = totals[value]
         images = float(sum(map(len, chunks)))
-        return {name: np.array([total, images]) for name, total in totals.items()}
+        yield {name: np.array([total, images]) for name, total in totals.items()}
 
 
 class _Trial(NamedTuple):
@@ -150,13 +140,3 @@ def _changed(model: nn.Module, changes: Sequence[tuple[str, _Change]], generator
 
     with hooked([model.get_submodule(name).register_forward_hook(hook(change)) for name, change in changes]):
         yield
-
-
-def _divergence(model: nn.Module, wanted: Tensor, found: Tensor) -> float:
-    """Sum the divergence of outputs over images: of class probabilities, or of features relative to their variance."""
-    if getattr(model, "num_classes", 0):
-        first, second = wanted.log_softmax(-1), found.log_softmax(-1)
-        each = (first.exp() * (first - second)).sum(-1)
-        return float(each.reshape(len(wanted), -1).mean(1).sum())
-    spread = (wanted - wanted.flatten(0, -2).mean(0)).square().mean() if wanted.ndim > 1 else wanted.square().mean()
-    return float((wanted - found).square().mean() / spread * len(wanted))

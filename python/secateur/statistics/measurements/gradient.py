@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -11,9 +11,8 @@ from torch.nn import functional
 
 from ... import core
 from ...anatomy import Anatomy
-from ...families.base import Family
 from ..settings import Float
-from .base import double, hooked, register
+from .base import Work, double, hooked, register
 
 __all__ = ["Gradient"]
 
@@ -31,24 +30,15 @@ class Gradient:
 
     name = "gradient"
 
-    def take(
-        self,
-        model: nn.Module,
-        family: Family,
-        anatomy: Anatomy,
-        batches: Sequence[Tensor],
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> dict[str, Float]:
-        """Measure this rank's share of the images: "group/gradient" for each group of heads, (heads + 1,)."""
-        del family
+    def take(self, work: Work) -> Iterator[Mapping[str, Float]]:
+        """Measure this rank's share of the images, in one round: "group/gradient" for each group of heads."""
+        anatomy = work.anatomy
         sums = {f"{group}/gradient": np.zeros(anatomy.sizes[group] + 1) for group in _heads(anatomy)}
-        if not sums:
-            return {}
-        for images in [chunk for batch in batches for chunk in batch.split(_CHUNK)][rank::ranks]:
-            for name, found in _of_single_images(model, anatomy, images).items():
+        chunks = [chunk for batch in work.batches for chunk in batch.split(_CHUNK)]
+        for images in chunks[work.rank :: work.ranks] if sums else []:
+            for name, found in _of_single_images(work.model, anatomy, images).items():
                 sums[name] += np.append(found, len(images))
-        return sums
+        yield sums
 
 
 def _heads(anatomy: Anatomy) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -14,12 +14,14 @@ from ..data.loader import ImageLoader
 from ..data.model_input import data_config
 from ..errors import InvalidArgument, Unsupported
 from ..families.registry import family_of
+from ..methods.registry import method_named, options_of
 from ..runtime.ranks import Ranks, joined
-from .measurements import measurements
-from .observer import Observer
-from .passes import run
-from .settings import Collect, Settings
-from .statistics import Statistics
+from ..statistics.measurements import Measurement, measurements
+from ..statistics.observer import Observer
+from ..statistics.passes import run
+from ..statistics.settings import Collect, Settings
+from ..statistics.statistics import Statistics
+from .cuts import Cuts
 
 __all__ = ["calibrate", "calibrate_block"]
 
@@ -32,7 +34,8 @@ def calibrate(
     collect: Collect = "all",
     gamma: int = 8,
     token_fraction: float = 1.0,
-    sensitivity: bool = False,
+    sensitivity: bool | Literal["noise"] = False,
+    methods: Iterable[str] | None = None,
     head_gradients: bool = False,
     resume: str | Path | None = None,
     checkpoint_every: int | None = None,
@@ -62,9 +65,12 @@ def calibrate(
         gamma: number of leading singular directions that count.
         token_fraction: fraction of the tokens used for the moments: every k-th token, with k = round(1 /
             token_fraction), starting at another one in each image. Importance uses all tokens.
-        sensitivity: also measure, in more passes over at most the first 128 images, how much the output changes when
-            one group's part of the model is disturbed, or a layer is removed; see ``Statistics.sensitivity``. Plans
-            weight errors by it.
+        sensitivity: if true, also measure what the cuts of ``methods`` really cost: each group alone is cut to a few
+            sizes, and the outputs for at most the first 48 images are compared; see ``Statistics.losses``. Plans divide
+            a target by it. "noise" measures, on at most the first 128 images, how much the output changes when a
+            group's part of the model is disturbed, or a layer is removed; see ``Statistics.sensitivity``.
+        methods: the methods whose cuts are measured, with their default options; by default "project", or "snp" with
+            collect="scores".
         head_gradients: also score heads by gradients, on the same images; see ``Statistics.head_importance``.
         resume: a statistics file. If it exists, its images are skipped in the loader, which must yield the same images
             in the same order, and its sums are continued. The result is written to it; so are the sums so far when the
@@ -77,8 +83,9 @@ def calibrate(
         The sums, in two folds: even and odd images.
 
     Raises:
-        InvalidArgument: an argument out of range, batches that are not images of the model's size, or a ``resume`` file
-            of another model, of other settings, or with more images than asked for.
+        InvalidArgument: an argument out of range, an unknown method or one that needs what is not collected, batches
+            that are not images of the model's size, or a ``resume`` file of another model, of other settings, or with
+            more images than asked for.
         Unsupported: the model is not of a supported family; or, on several ranks, a stream, or ``resume`` with a loader
             not made by `data.loader`.
         NumericalError: NaN or Inf in an image or a layer; the text names the layer and the position.
@@ -94,6 +101,7 @@ def calibrate(
             checkpoint_every = check.integer("checkpoint_every", checkpoint_every, optional=True)
             token_fraction = check.fraction("token_fraction", token_fraction, open_low=True)
             _check(loader, collect, resume, checkpoint_every)
+            further = _further(sensitivity, methods, collect, head_gradients)
             path = None if resume is None else check.writable("resume", resume)
             settings = Settings(
                 fingerprint=Fingerprint.of(model, anatomy),
@@ -114,10 +122,8 @@ def calibrate(
             max_images=max_images,
             resume=path is not None,
             checkpoint_every=checkpoint_every,
-            sensitivity=sensitivity,
-            head_gradients=head_gradients,
+            measurements=[each.name for each in further],
         )
-        asked = (("divergence", sensitivity), ("gradient", head_gradients))
         return run(
             model,
             loader,
@@ -125,7 +131,7 @@ def calibrate(
             max_images=max_images,
             anatomy=anatomy,
             family=family,
-            further=[measurements.named(name) for name, wanted in asked if wanted],
+            further=further,
             path=path,
             every=checkpoint_every,
             ranks=ranks,
@@ -144,6 +150,27 @@ def _check(
         raise InvalidArgument("checkpoint_every: expected resume= to name the file to write, got none")
     if not isinstance(loader, Iterable):
         raise InvalidArgument(f"loader: expected batches of images, got {type(loader).__name__}")
+
+
+def _further(
+    sensitivity: object, methods: Iterable[str] | None, collect: str, head_gradients: bool
+) -> list[Measurement]:
+    """Return the measurements that are asked for."""
+    if sensitivity not in (True, False, "noise"):
+        raise InvalidArgument(f"sensitivity: expected True, False or 'noise', got {sensitivity!r}")
+    if isinstance(methods, str) or not isinstance(methods, Iterable | None):
+        raise InvalidArgument(f"methods: expected a sequence of names, got {methods!r}")
+    if methods is not None and sensitivity is not True:
+        raise InvalidArgument(f"methods: expected none without sensitivity=True, got {methods!r}")
+    found: list[Measurement] = []
+    if sensitivity is True:
+        for name in ("project" if collect == "all" else "snp",) if methods is None else methods:
+            method = method_named(name)
+            if "moments" in method.needs and collect != "all":
+                raise InvalidArgument(f"methods: expected some that need scores only, got {name!r}; use collect='all'")
+            found.append(Cuts(method, options_of(method, {})))
+    found += [measurements.named("divergence")] if sensitivity == "noise" else []
+    return found + ([measurements.named("gradient")] if head_gradients else [])
 
 
 def _agree(ranks: Ranks, settings: Settings) -> None:

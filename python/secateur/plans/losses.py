@@ -1,0 +1,80 @@
+"""The loss of each group at every size, by which a target is divided among the groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+from ..anatomy import Anatomy, Group
+from ..budgets.measured import losses_between
+from ..errors import InvalidArgument
+from ..methods.base import Prepared
+from ..statistics.settings import Float
+from ..statistics.statistics import Statistics
+
+__all__ = ["losses_of", "removal_of"]
+
+
+def losses_of(
+    anatomy: Anatomy,
+    stats: Statistics,
+    prepared: Prepared,
+    cut: str,
+    groups: Sequence[Group],
+    allocation: str | None,
+) -> Callable[[Group], Float] | None:
+    """Return a function for the loss of a group at each size; None to remove the same fraction from all groups.
+
+    Args:
+        anatomy: description of the model.
+        stats: its statistics.
+        prepared: the method.
+        cut: the name of the method's measured losses.
+        groups: the groups that may be cut.
+        allocation: as for `plan`.
+
+    Raises:
+        InvalidArgument: the statistics lack what the allocation needs.
+    """
+    if allocation == "uniform":
+        return None
+    missing = next((group for group in groups if not stats.losses(group.name, cut)), None)
+    if allocation == "measured" and missing is not None:
+        raise InvalidArgument(
+            f"stats: expected losses of {missing.name!r} (calibrate(sensitivity=True), for this method; or loader=), "
+            "got statistics without"
+        )
+    if missing is None:
+        return cache(lambda group: _measured(anatomy, stats, prepared, cut, group))
+    if allocation is None and not stats.sensitive:
+        return None
+    if not stats.sensitive:
+        raise InvalidArgument("stats: expected sensitivities (calibrate(sensitivity='noise')), got statistics without")
+    for group in groups:
+        if prepared.errors(group) is None:
+            if allocation is None and not any(other.traits.whole for other in groups):
+                return None
+            raise InvalidArgument(f"allocation: expected a method that knows the error of {group.name!r}, got none")
+    return lambda group: _sensitive(stats, prepared, group)
+
+
+def removal_of(stats: Statistics, prepared: Prepared, cut: str) -> Callable[[Group], float] | None:
+    """Return a function for the loss of removing a whole layer; None where the statistics do not tell."""
+
+    def removal(group: Group) -> float:
+        measured = stats.losses(group.name, cut)
+        return measured[0] if measured else float(_sensitive(stats, prepared, group)[0])
+
+    return removal if stats.sensitive or cut in stats.cuts else None
+
+
+def _measured(anatomy: Anatomy, stats: Statistics, prepared: Prepared, cut: str, group: Group) -> Float:
+    # How a layer's loss falls with its size is known: it has one.
+    errors = None if group.name in anatomy.layers else prepared.errors(group)
+    return losses_between(stats.losses(group.name, cut), group.size, errors)
+
+
+def _sensitive(stats: Statistics, prepared: Prepared, group: Group) -> Float:
+    errors = prepared.errors(group)
+    assert errors is not None
+    return stats.sensitivity(group.name) * errors
