@@ -52,13 +52,16 @@ def calibrate(
     gamma: Annotated[int, typer.Option(min=1, help="Number of leading singular directions that SNP scores.")] = 8,
     token_fraction: Annotated[float, typer.Option(help="Fraction of the tokens that enter the moments.")] = 1.0,
     sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Also measure what cutting each group costs, for plan to share out a budget.")
+        bool,
+        typer.Option("--sensitivity", help="Also measure what cutting each group costs, to share out budgets."),
     ] = False,
     methods: Annotated[
-        str | None, typer.Option("--methods", help="Methods that --sensitivity cuts with, by commas; project by default.")
+        str | None,
+        typer.Option("--methods", help="Methods that --sensitivity measures; project by default."),
     ] = None,
     noise: Annotated[
-        bool, typer.Option("--noise", help="Instead measure how much noise in each group costs, for plan --allocation error.")
+        bool,
+        typer.Option("--noise", help="Instead measure how much noise costs, for --allocation error."),
     ] = False,
     head_gradients: Annotated[
         bool,

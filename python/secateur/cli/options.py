@@ -135,7 +135,10 @@ MinKeep = Annotated[
 RoundTo = Annotated[str | None, typer.Option("--round-to", metavar="N|JSON", help="Kept counts are multiples of this.")]
 Allocation = Annotated[
     str | None,
-    typer.Option("--allocation", help="How to share out a budget: measured (needs calibrate --sensitivity), error (--noise) or uniform."),
+    typer.Option(
+        "--allocation",
+        help="How to share out a budget: measured (after calibrate --sensitivity), error (--noise), uniform.",
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
 Threads = Annotated[

@@ -29,11 +29,9 @@ def divergence(dense: nn.Module, cut: nn.Module, x: torch.Tensor) -> float:
 def test_the_sizes_of_least_measured_loss(digits_model, calibrated):
     """Where only measured sizes are allowed, and all choices can be tried."""
     anatomy = sc.inspect(digits_model)
-    step = {name: 31 for name in FREE}
+    step = dict.fromkeys(FREE, 31)
     target = 0.8
-    plan = sc.plan(
-        digits_model, calibrated, method="snp", target=sc.Target(macs=target), groups=FREE, round_to=step
-    )
+    plan = sc.plan(digits_model, calibrated, method="snp", target=sc.Target(macs=target), groups=FREE, round_to=step)
     chosen = {name: plan.keep[name].shape[1] if name in plan.keep else 372 for name in FREE}
 
     def loss(kept):
