@@ -4,7 +4,7 @@ from .anatomy import Anatomy
 from .entries import kept_along_axes, tensor_of
 from .groups import Group, Indices, Member, Part, Role, parameter_name, shared_entries, unit_entries
 from .kinds import KINDS, Kind
-from .layers import Layer, Layout, NormSite, Source, Stream, Tap
+from .layers import LastBlock, Layer, Layout, NormSite, Source, Stream, Tap
 
 __all__ = [
     "KINDS",
@@ -12,6 +12,7 @@ __all__ = [
     "Group",
     "Indices",
     "Kind",
+    "LastBlock",
     "Layer",
     "Layout",
     "Member",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from rich.table import Table
 from ..errors import InvalidArgument
 from . import costs as cost
 from .groups import Group, Member, named, parameter_name
-from .layers import Layer, LayerKind, NormSite, Source, Stream
+from .layers import LastBlock, Layer, LayerKind, NormSite, Source, Stream
 from .show import render, units
 
 
@@ -28,6 +28,11 @@ class Anatomy:
     cannot. ``architecture`` and ``arguments`` rebuild the dense model; for a ``handmade`` model, whose construction was
     not recorded, they are its class name and empty. ``embedding`` is the source of the first block's input, None where
     a norm follows it. ``absent`` names the layers of the dense model that have been removed.
+
+    ``last_block`` is "pooled" if the last block computes only the tokens that the output depends on, and
+    ``default_last_block`` is what ``prune`` makes of it unless told otherwise; ``pooled_products`` are the products
+    then, None where all tokens leave the model. ``tokens`` maps each group of kind "tokens" to the number of tokens
+    after its block.
     """
 
     family: str
@@ -45,16 +50,39 @@ class Anatomy:
     streams: Mapping[str, Stream | str] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     embedding: Source | None = None
+    last_block: LastBlock = "whole"
+    default_last_block: LastBlock = "whole"
+    pooled_products: tuple[cost.Product, ...] | None = None
+    tokens: Mapping[str, cost.Tokens] = field(default_factory=dict)
 
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Group name to its present size."""
         return {group.name: group.size for group in self.groups}
 
+    @cached_property
+    def merged(self) -> dict[str, int]:
+        """Group of kind "tokens" to the number of tokens that its block merges now."""
+        return {name: tokens.merges[-1].units - self.sizes[name] for name, tokens in self.tokens.items()}
+
+    @property
+    def fixed_sizes(self) -> dict[str, int]:
+        """Group name to its present size, without groups of tokens of which none is merged: the weights' sizes."""
+        return {name: size for name, size in self.sizes.items() if self.merged.get(name, 1)}
+
     @property
     def remains(self) -> dict[str, int]:
-        """What remains of the dense model: group name to size, 0 for removed layers."""
-        return {**self.sizes, **dict.fromkeys(self.absent, 0)}
+        """What remains of the dense model: group name to size, 0 for removed layers; no tokens that are all there."""
+        return {**self.fixed_sizes, **dict.fromkeys(self.absent, 0)}
+
+    def tokens_at(self, sizes: Mapping[str, cost.Size]) -> dict[str, cost.Size]:
+        """Map each group of kind "tokens" to the number of tokens after its block, prefix tokens included."""
+        return {name: tokens.at(self._size_in(sizes)) for name, tokens in self.tokens.items()}
+
+    def positions(self, product: cost.WeightProduct) -> int:
+        """Return at how many places of one image a weight is applied now."""
+        found = product.positions
+        return int(found.at(self._size_in({}))) if isinstance(found, cost.Tokens) else found
 
     @cached_property
     def members_of(self) -> dict[str, tuple[tuple[Group, Member], ...]]:
@@ -166,13 +194,20 @@ class Anatomy:
         """Return the number of parameters when each named group has the given size, or array of sizes."""
         return sum(self.numel(name, sizes) for name in self.shapes)
 
-    def macs_at(self, sizes: Mapping[str, cost.Size]) -> cost.Size:
-        """Return the MACs of one image when each named group has the given size, or array of sizes."""
+    def macs_at(self, sizes: Mapping[str, cost.Size], last_block: LastBlock | None = None) -> cost.Size:
+        """Return the MACs of one image when each named group has the given size, or array of sizes.
+
+        The last block is as asked for, or else as ``prune`` makes it unless told otherwise.
+        """
+        pooled = (last_block or self.default_last_block) == "pooled" and self.pooled_products is not None
         return cost.macs(
-            self.products,
+            self.pooled_products if pooled and self.pooled_products is not None else self.products,
             lambda module, parameter: self.numel(parameter_name(module, parameter), sizes),
-            lambda name: sizes.get(name, self.sizes[name]),
+            self._size_in(sizes),
         )
+
+    def _size_in(self, sizes: Mapping[str, cost.Size]) -> Callable[[str], cost.Size]:
+        return lambda name: sizes.get(name, self.sizes[name])
 
     @cached_property
     def params(self) -> int:
@@ -181,8 +216,8 @@ class Anatomy:
 
     @cached_property
     def macs(self) -> int:
-        """MACs of one image: patch embedding, linear layers, attention products, classifier."""
-        return int(self.macs_at({}))
+        """MACs of one image now: patch embedding, linear layers, attention products, matching of tokens, classifier."""
+        return int(self.macs_at({}, self.last_block))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the sizes and costs as JSON values."""
@@ -196,6 +231,8 @@ class Anatomy:
                 {"name": g.name, "kind": g.kind, "block": g.block, "size": g.size, "heads": g.heads}
                 for g in self.groups
             ],
+            "tokens": {name: int(count) for name, count in self.tokens_at({}).items()},
+            "last_block": self.last_block,
             "refused": dict(self.refused),
         }
 
@@ -207,7 +244,10 @@ class Anatomy:
         per_head = {group.kind for group in channels if group.per_head}
         table = Table(box=box.SIMPLE)
         table.add_column("block")
-        for column in [*(["heads"] if per_head else []), *(f"{k} per head" if k in per_head else k for k in kinds)]:
+        columns = [*(["heads"] if per_head else []), *(f"{k} per head" if k in per_head else k for k in kinds)]
+        merging = any(self.merged.values())
+        after = {self.group(name).block: str(count) for name, count in self.tokens_at({}).items()}
+        for column in [*columns, *(["tokens after"] if merging else [])]:
             table.add_column(column, justify="right")
         rows: dict[str, dict[str, Group]] = {}
         for group in channels:
@@ -216,9 +256,12 @@ class Anatomy:
         for name, found in rows.items():
             heads = next((str(group.heads) for group in found.values() if group.per_head), "")
             sizes = (str(found[kind].size) if kind in found else "" for kind in kinds)
-            table.add_row(name, *([heads] if per_head else []), *sizes)
+            block = next(group.block for group in found.values())
+            left = [after.get(block, "")] if merging else []
+            table.add_row(name, *([heads] if per_head else []), *sizes, *left)
         widths = self.widths
         notes = [f"residual width {group.size}" + (f" ({group.name})" if len(widths) > 1 else "") for group in widths]
         notes += [f"without {', '.join(self.absent)}"] if self.absent else []
+        notes += ["the last block computes prefix tokens only"] if self.last_block == "pooled" else []
         notes += [f"{kind} cannot be cut: {reason}" for kind, reason in self.refused.items()]
         return "\n".join([title, render(table), *notes])

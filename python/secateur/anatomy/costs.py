@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -33,12 +34,59 @@ class Cost(Protocol):
 
 
 @dataclass(frozen=True)
+class Merge:
+    """A block that merges tokens: those of ``group``'s ``units`` that are gone, unless ``layer`` is removed."""
+
+    group: str
+    units: int
+    layer: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The number of tokens at one place: ``prefix`` and ``patches``, less what the ``merges`` before it merge.
+
+    A block merges at most half of the patch tokens that it gets.
+    """
+
+    prefix: int
+    patches: int
+    merges: tuple[Merge, ...] = ()
+
+    def left(self, size: Callable[[str], Size]) -> Size:
+        """Return the number of patch tokens, given the size of each group."""
+        left: Size = self.patches
+        for merge in self.merges:
+            merged = (merge.units - size(merge.group)) * size(merge.layer)
+            half = left // 2
+            arrays = isinstance(merged, np.ndarray) or isinstance(half, np.ndarray)
+            left = left - (np.minimum(merged, half) if arrays else min(merged, half))
+        return left
+
+    def at(self, size: Callable[[str], Size]) -> Size:
+        """Return the number of all tokens, given the size of each group."""
+        return self.prefix + self.left(size)
+
+
+Count: TypeAlias = int | Tokens
+
+
+@dataclass(frozen=True)
 class WeightProduct:
     """A linear layer or convolution whose weight is applied at ``positions`` places of one image."""
 
     module: str
-    positions: int
+    positions: Count
     parameter: str = "weight"
+
+
+@dataclass(frozen=True)
+class PartProduct:
+    """Some rows of a linear layer, at ``positions`` places: the product of ``factors``, numbers or names of groups."""
+
+    module: str
+    positions: Count
+    factors: tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -50,12 +98,22 @@ class AttentionProduct:
     """
 
     module: str
-    queries: int
-    keys: int
+    queries: Count
+    keys: Count
     heads: str | int
     qk: str | int
     v: str | int
     layer: str | int = 1
+
+
+@dataclass(frozen=True)
+class MatchingProduct:
+    """The similarities of even and odd patch ``tokens``, of ``channels`` each, in a block that merges some of them."""
+
+    module: str
+    tokens: Tokens
+    merge: Merge
+    channels: str
 
 
 @dataclass(frozen=True)
@@ -66,7 +124,7 @@ class FixedProduct:
     macs: int
 
 
-Product: TypeAlias = WeightProduct | AttentionProduct | FixedProduct
+Product: TypeAlias = WeightProduct | PartProduct | AttentionProduct | MatchingProduct | FixedProduct
 
 
 def macs(
@@ -82,16 +140,24 @@ def macs(
         size: maps a group name to its number of units (per head where the group is per head).
     """
 
-    def of(number: str | int) -> Size:
+    def of(number: str | Count) -> Size:
+        if isinstance(number, Tokens):
+            return number.at(size)
         return size(number) if isinstance(number, str) else number
 
     total: Size = 0
     for product in products:
         if isinstance(product, WeightProduct):
-            total = total + product.positions * numel(product.module, product.parameter)
+            total = total + of(product.positions) * numel(product.module, product.parameter)
+        elif isinstance(product, PartProduct):
+            total = total + math.prod(map(of, product.factors), start=of(product.positions))
         elif isinstance(product, AttentionProduct):
             channels = of(product.heads) * (of(product.qk) + of(product.v)) * of(product.layer)
-            total = total + product.queries * product.keys * channels
+            total = total + of(product.queries) * of(product.keys) * channels
+        elif isinstance(product, MatchingProduct):
+            merge, left = product.merge, product.tokens.left(size)
+            present = (of(merge.group) < merge.units) * of(merge.layer)
+            total = total + ((left + 1) // 2) * (left // 2) * of(product.channels) * present
         else:
             total += product.macs
     return total

@@ -44,7 +44,7 @@ class Fingerprint:
     def without_weights(cls, anatomy: Anatomy) -> Fingerprint:
         """Return the fingerprint of the model's structure, without digests of its weights."""
         arguments = {name: _plain(value) for name, value in sorted(anatomy.arguments.items())}
-        return cls(anatomy.architecture, arguments, dict(anatomy.sizes), {})
+        return cls(anatomy.architecture, arguments, anatomy.fixed_sizes, {})
 
     def require(self, other: Fingerprint, what: str, *, strict: bool) -> None:
         """Refuse a different model.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-Kind = Literal["qk", "v", "ffn", "conv", "heads", "width", "layer"]
+Kind = Literal["qk", "v", "ffn", "conv", "heads", "width", "layer", "tokens"]
 # Names that files and callers used before 0.2.
 _FORMER = MappingProxyType({"block": "layer"})
 
@@ -21,7 +21,7 @@ class Traits:
     ``counted`` (heads, layers) are not channels: a single number for ``round_to`` does not apply to them. A kind that
     ``steps_with`` another changes along with it, so that both keep the same size in a layer. A ``shared`` kind (the
     residual width) belongs to many layers and multiplies their costs, so it is chosen first; a ``whole`` kind is a
-    layer, which can be removed entirely.
+    layer, which can be removed entirely. Latency tables measure the kinds that are ``in_table``.
     """
 
     multiple: int = 1
@@ -31,6 +31,7 @@ class Traits:
     steps_with: Kind | None = None
     shared: bool = False
     whole: bool = False
+    in_table: bool = True
 
 
 KINDS: Mapping[str, Traits] = MappingProxyType(
@@ -42,6 +43,8 @@ KINDS: Mapping[str, Traits] = MappingProxyType(
         "heads": Traits(counted=True),
         "width": Traits(multiple=32, shared=True),
         "layer": Traits(least=0, counted=True, whole=True),
+        # Units are tokens that could still be merged in a block; they have no weights.
+        "tokens": Traits(counted=True, in_table=False),
     }
 )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .groups import Part
 
 Layout = Literal["exact", "stock"]
+LastBlock = Literal["whole", "pooled"]
 RowNorm = Literal["none", "rms", "layer"]
 LayerKind = Literal["attention", "ffn"]
 

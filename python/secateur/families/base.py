@@ -12,7 +12,7 @@ import torch
 from timm.layers import LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32
 from torch import nn
 
-from ..anatomy import Anatomy
+from ..anatomy import Anatomy, LastBlock
 from ..errors import InvalidArgument, Unsupported
 
 __all__ = ["NORMS", "Family", "fit_modules", "refuse_computed", "refuse_tied", "unsupported"]
@@ -88,6 +88,15 @@ class Family(ABC):
         if head_dims:
             raise Unsupported(f"layout: expected 'exact' for {type(model).__name__}, got 'stock'")
 
+    def set_last_block(self, model: nn.Module, last_block: LastBlock) -> None:
+        """Make the last block compute only the tokens that the output depends on ("pooled"), or all ("whole").
+
+        Raises:
+            Unsupported: the output depends on all tokens; the text names the reason.
+        """
+        if last_block != "whole":
+            raise Unsupported(f"last_block: expected 'whole' for {type(model).__name__}, got {last_block!r}")
+
     def alone(self, model: nn.Module, block: int | None) -> nn.Module:
         """Return a copy of the model with only that block, or with no block.
 
@@ -110,8 +119,14 @@ class Family(ABC):
         del model
         return []
 
-    def from_block(self, model: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
-        """Return the model's output, given the input of one of its ``blocks``."""
+    def from_block(
+        self, model: nn.Module, index: int, x: torch.Tensor, sizes: Mapping[str, int] | None = None
+    ) -> torch.Tensor:
+        """Return the model's output, given the input of one of its ``blocks``.
+
+        ``sizes`` of groups of kind "tokens" merge tokens in blocks from ``index`` on, as a cut to them would.
+        """
+        del sizes
         raise AssertionError(f"{type(model).__name__} has no block {index} that takes {tuple(x.shape)}")
 
 

@@ -72,7 +72,8 @@ def identity(model: nn.Module) -> tuple[str, dict[str, Any], bool]:
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     recorded: Any = getattr(model, "_model_args", None)
     if not architecture or recorded is None:
-        return type(model).__name__, {}, True
+        # A class that replaces the library's names it.
+        return getattr(type(model), "dense_class", type(model)).__name__, {}, True
     # timm does not publish the drop rates with a model, but further training needs them.
     drop = {name: value for name, value in recorded.items() if "drop" in name}
     return architecture, get_model_args(model, drop), False

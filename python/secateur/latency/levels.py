@@ -80,7 +80,7 @@ def levels_for(anatomy: Anatomy, groups: Iterable[str] | None, grid: Mapping[str
     Raises:
         InvalidArgument: a kind that the model does not have, or an invalid size.
     """
-    kinds = list(dict.fromkeys(group.kind for group in anatomy.groups))
+    kinds = list(dict.fromkeys(group.kind for group in anatomy.groups if group.traits.in_table))
     if isinstance(groups, str) or not isinstance(groups, (Iterable, type(None))):
         raise InvalidArgument(f"groups: expected a sequence of kinds, got {groups!r}")
     named = kinds if groups is None else [current(name) for name in groups]

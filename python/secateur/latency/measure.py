@@ -261,7 +261,7 @@ class _Source:
 def _distinct(family: Family, dense: nn.Module, anatomy: Anatomy, levels: Levels) -> list[_Source]:
     """Return every kind of layer once: the first block's attention first, the parts around the blocks last."""
     modules = family.layers(dense)
-    tokens = {each.module: each.positions for each in anatomy.products if isinstance(each, WeightProduct)}
+    tokens = {each.module: anatomy.positions(each) for each in anatomy.products if isinstance(each, WeightProduct)}
     # A stream whose channels cannot be cut has no group.
     widths = {layer.stream: anatomy.shapes[f"{layer.writer}.weight"][0] for layer in anatomy.layers.values()}
     found: dict[tuple[object, ...], _Source] = {}

@@ -138,7 +138,11 @@ class Prepared:
         for group in anatomy.groups:
             inside = group.name in anatomy.layers or group.name in anatomy.layer_of
             if not inside and sizes[group.name] < group.size:
-                keep[group.name] = self._handler(group).cut(weights, group, sizes[group.name])
+                # Units without weights (tokens to merge) are all alike: the images decide which.
+                alike = np.arange(sizes[group.name], dtype=np.int64)[None]
+                keep[group.name] = (
+                    self._handler(group).cut(weights, group, sizes[group.name]) if group.members else alike
+                )
         return Decision(dict(keep), weights.finish(), weights.eps, tuple(weights.uncentred))
 
     def _handler(self, group: Group) -> Handler:

@@ -11,14 +11,21 @@ from ..errors import InvalidArgument
 from ..families.registry import family_of
 from ..surgery.cut import cut
 from ..surgery.stock_layout import check_layout, pad_heads
-from ..surgery.structure import set_norms
+from ..surgery.structure import check_last_block, set_norms
 from ..surgery.verify import verify_cut
 from .plan import Plan
 from .report import Report
 
 
 @core.host_by_default()
-def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool = True) -> Report:
+def prune(
+    model: nn.Module,
+    plan: Plan | None = None,
+    *,
+    layout: str = "exact",
+    last_block: str | None = None,
+    strict: bool = True,
+) -> Report:
     """Cut the model in place as planned. Gradients are dropped; build optimizers afterwards.
 
     A parameter that owns its storage is compacted in place and the storage is shrunk. One that shares its storage (with
@@ -27,40 +34,53 @@ def prune(model: nn.Module, plan: Plan, *, layout: str = "exact", strict: bool =
 
     Args:
         model: the model that was planned for.
-        plan: what to keep.
+        plan: what to keep; None cuts nothing, for the layout and the last block alone.
         layout: "exact": attention modules that lose anything become secateur's own, which hold any sizes. "stock": all
             attention modules are timm's own afterwards, also those cut in an earlier round. Queries, keys and values
             have the same size per head, the larger of the two, padded with zeros, which the report counts. The query
             weights are multiplied by √(size / dense size), so that timm's 1/√size amounts to the dense model's scale.
             The ``params`` and ``macs`` of plans do not count the zeros.
+        last_block: "pooled": the last block computes queries, projection and FFN for the prefix tokens only, and keys
+            and values for all, which changes the model's output by rounding alone. ``forward_features`` and
+            ``forward_intermediates`` still return all tokens. "whole": it computes all tokens. The default is "pooled"
+            for classifiers with token pooling, which use no other tokens, and "whole" for other models.
         strict: refuse weights other than those the plan was made for. Their checksums are compared, for which weights
             on a GPU are copied to the host; if false, the same dimensions are enough for a plan that only selects, and
             no weight leaves its device.
 
     Raises:
         InvalidArgument: not the plan's model, or a plan whose indices do not fit; nothing is changed.
-        Unsupported: the model is not of a supported family; or its stock layout would compute something else (query/key
+        Unsupported: the model is not of a supported family; or ``last_block="pooled"`` for a model whose output depends
+            on all tokens; or its stock layout would compute something else (query/key
             norms over cut channels, an inner norm over padded values, an attention pool over a cut width); or its
             family's cuts are verified, and the cut model differs from the dense one with the same units masked (the
             text names the groups that do not fit). Nothing is changed.
     """
     check_layout(layout)
-    if not isinstance(plan, Plan):
+    if not isinstance(plan, (Plan, type(None))):
         raise InvalidArgument(f"plan: expected a Plan, got {type(plan).__name__}")
     family = family_of(model)
     anatomy = family.inspect(model)
-    strict = strict or bool(plan.weights)
-    plan.fingerprint.require(Fingerprint.of(model, anatomy, weights=strict), "model", strict=strict)
-    sizes = plan.check(anatomy)
+    wanted = anatomy.default_last_block if last_block is None else check_last_block(last_block)
+    if wanted == "pooled" and anatomy.pooled_products is None:
+        # Refused by name, and nothing is changed.
+        family.set_last_block(model, wanted)
+    sizes = dict(anatomy.sizes)
+    if plan is not None:
+        strict = strict or bool(plan.weights)
+        plan.fingerprint.require(Fingerprint.of(model, anatomy, weights=strict), "model", strict=strict)
+        sizes = plan.check(anatomy)
     if layout == "stock":
         sizes = family.stock_sizes(model, anatomy, sizes)
-    if family.verified:
+    if family.verified and plan is not None:
         verify_cut(model, family, anatomy, plan.keep)
     # Inference tensors cannot be trained, so make them only if the model already has them.
     inference = any(parameter.is_inference() for parameter in model.parameters())
-    with torch.inference_mode(inference):
-        cut(model, family, anatomy, plan.keep, plan.weights)
-    set_norms(model, plan.eps, plan.uncentred)
+    if plan is not None:
+        with torch.inference_mode(inference):
+            cut(model, family, anatomy, plan.keep, plan.weights)
+        set_norms(model, plan.eps, plan.uncentred)
+    family.set_last_block(model, wanted)
     after = family.inspect(model)
     if layout == "stock":
         with torch.inference_mode(inference):

@@ -45,7 +45,7 @@ class Report:
         for name, (before, after) in (("parameters", self.params), ("MACs", self.macs)):
             table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.1%}")
         for name, (before, after) in self.groups.items():
-            if before == after and name.endswith((".heads", ".attn", ".mlp")):
+            if before == after and name.endswith((".heads", ".attn", ".mlp", ".tokens")):
                 continue
             table.add_row(name, str(before), str(after), f"{after / before:.1%}")
         return render(table)

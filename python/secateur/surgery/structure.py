@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
 from .. import check
-from ..anatomy import Anatomy, Indices
+from ..anatomy import Anatomy, Indices, LastBlock
 from ..errors import InvalidArgument
 from ..families.registry import family_of
 from .cut import cut
 from .stock_layout import LAYOUTS
 
-__all__ = ["Structure", "set_norms"]
+__all__ = ["Structure", "check_last_block", "set_norms"]
 
 # Limit on the units of all groups, checked before the weights in a file are read. ViT-22B has 1.8 million.
 _MAX_UNITS = 1 << 21
@@ -31,7 +31,8 @@ class Structure:
     ``sizes`` maps groups to their sizes, 0 for removed layers; a stock attention layer's sizes include its padding.
     ``layouts`` maps attention modules to "exact", which is the default, or "stock"; ``scales`` maps those in the exact
     layout to their softmax scale. ``eps`` maps norms to their eps, ``uncentred`` names query/key norms that no longer
-    subtract the mean, ``biases`` names the biases that the dense model does not have.
+    subtract the mean, ``biases`` names the biases that the dense model does not have. ``last_block`` is "pooled" if the
+    last block computes only the tokens that the output depends on.
     """
 
     sizes: Mapping[str, int]
@@ -40,6 +41,7 @@ class Structure:
     eps: Mapping[str, float] = field(default_factory=dict)
     uncentred: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
+    last_block: str = "whole"
 
     @classmethod
     def of(cls, model: nn.Module, anatomy: Anatomy, dense: Collection[str]) -> Structure:
@@ -62,6 +64,7 @@ class Structure:
                 for name, module in model.named_modules()
                 if isinstance(module, _LINEAR) and module.bias is not None and f"{name}.bias" not in dense
             ),
+            last_block=anatomy.last_block,
         )
 
     def apply(self, model: nn.Module) -> None:
@@ -79,8 +82,11 @@ class Structure:
         _refuse_large(sum(group.heads * group.size for group in anatomy.groups))
         keep = self._keep(anatomy)
         stock = self._stock_head_dims(anatomy)
+        last_block = check_last_block(self.last_block)
         cut(model, family, anatomy, keep, {})
         family.make_stock(model, stock)
+        if last_block != "whole":
+            family.set_last_block(model, last_block)
         if self.scales:
             self._set_scales(model, family.inspect(model))
         set_norms(model, self.eps, self.uncentred)
@@ -133,6 +139,7 @@ class Structure:
             "eps": dict(self.eps),
             "uncentred": list(self.uncentred),
             "biases": list(self.biases),
+            **({} if self.last_block == "whole" else {"last_block": self.last_block}),
         }
 
     @classmethod
@@ -149,7 +156,21 @@ class Structure:
             eps=fields.get("eps", {}),
             uncentred=tuple(fields.get("uncentred", ())),
             biases=tuple(fields.get("biases", ())),
+            last_block=fields.get("last_block", "whole"),
         )
+
+
+def check_last_block(last_block: object) -> LastBlock:
+    """Refuse an unknown way to run the last block.
+
+    Raises:
+        InvalidArgument: there is no such way.
+    """
+    for known in get_args(LastBlock):
+        if last_block == known:
+            found: LastBlock = known
+            return found
+    raise InvalidArgument(f"last_block: expected one of {', '.join(get_args(LastBlock))}, got {last_block!r}")
 
 
 def set_norms(model: nn.Module, eps: Mapping[str, float], uncentred: Collection[str]) -> None:

@@ -9,11 +9,12 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ...anatomy import Anatomy
+from ...anatomy import Anatomy, LastBlock
 from ..base import Family
 from ..registry import register
 from . import fit, run
 from .inspect import Inspection
+from .reduced import REDUCED
 
 __all__ = ["PlainViT"]
 
@@ -24,6 +25,10 @@ class PlainViT(Family):
 
     name = "vision_transformer"
     models = (VisionTransformer, VisionTransformerDistilled)
+
+    def accepts(self, model: nn.Module) -> bool:
+        """Return whether the model's class is one of these, or secateur's with fewer tokens."""
+        return super().accepts(model) or type(model) in REDUCED
 
     def inspect(self, model: nn.Module) -> Anatomy:
         """Describe the model, or raise Unsupported naming the module and the reason."""
@@ -41,6 +46,10 @@ class PlainViT(Family):
         """Make the attention modules timm's own, as the same objects."""
         fit.make_stock(_vit(model), head_dims)
 
+    def set_last_block(self, model: nn.Module, last_block: LastBlock) -> None:
+        """Make the last block compute prefix tokens only, or all."""
+        fit.set_last_block(_vit(model), last_block)
+
     def alone(self, model: nn.Module, block: int | None) -> nn.Module:
         """Return a copy of the model with only that block, or with no block."""
         return run.alone(_vit(model), block)
@@ -53,9 +62,13 @@ class PlainViT(Family):
         """Return the blocks, first to last."""
         return run.blocks(_vit(model))
 
-    def from_block(self, model: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
+    def from_block(
+        self, model: nn.Module, index: int, x: torch.Tensor, sizes: Mapping[str, int] | None = None
+    ) -> torch.Tensor:
         """Return the model's output, given the input of a block, (B, N, width)."""
-        return run.from_block(_vit(model), index, x)
+        anatomy = self.inspect(model) if sizes else None
+        merges = {} if anatomy is None else fit.merges_at(anatomy, sizes or {})
+        return run.from_block(_vit(model), index, x, merges)
 
 
 def _vit(model: nn.Module) -> VisionTransformer:

@@ -6,16 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from timm.layers import Attention, AttentionPoolLatent
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
-from ...anatomy import Anatomy, Layer
+from ...anatomy import Anatomy, LastBlock, Layer
 from ...errors import Unsupported
 from ..base import NORMS, fit_modules, unsupported
+from .counts import is_pooled, why_not_pooled
 from .modules import HeadNorm, PrunedAttention, PrunedAttentionPoolLatent, PrunedBlock, PrunedResPostBlock
 from .norms import FP32_NORMS, is_there
+from .reduced import (
+    MergingBlock,
+    MergingResPostBlock,
+    ReducedVisionTransformer,
+    ReducedVisionTransformerDistilled,
+    merges,
+)
 
-__all__ = ["adapt", "make_stock", "stock_sizes"]
+__all__ = ["adapt", "make_stock", "merges_at", "set_last_block", "stock_sizes"]
 
 
 def adapt(model: VisionTransformer, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
@@ -29,6 +38,57 @@ def adapt(model: VisionTransformer, anatomy: Anatomy, sizes: Mapping[str, int]) 
     _fit_layers(model)
     if "width" in sizes and sizes["width"] != model.embed_dim:
         _fit_width(model, sizes["width"])
+    _fit_classes(model, is_pooled(model), merges_at(anatomy, sizes))
+
+
+def merges_at(anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[int, int]:
+    """Return how many tokens each block merges when its group of tokens has a size; other blocks as now."""
+    merged = {}
+    for name, tokens in anatomy.tokens.items():
+        block = anatomy.group(name).block
+        assert block is not None
+        merged[block] = tokens.merges[-1].units - sizes.get(name, anatomy.sizes[name])
+    return merged
+
+
+def set_last_block(model: VisionTransformer, last_block: LastBlock) -> None:
+    """Make the last block compute prefix tokens only, or all.
+
+    Raises:
+        Unsupported: the output depends on all tokens.
+    """
+    reason = why_not_pooled(model)
+    if last_block == "pooled" and reason is not None:
+        raise Unsupported(f"last_block: expected 'whole' for this model ({reason}), got 'pooled'")
+    _fit_classes(model, last_block == "pooled", dict(enumerate(merges(model))))
+
+
+def _fit_classes(model: Any, pooled: bool, merged: Mapping[int, int]) -> None:
+    """Give the model and its blocks the classes that run its tokens, as the same objects."""
+    merging = False
+    block: Any
+    for index, block in enumerate(model.blocks):
+        post_norm = isinstance(block, ResPostBlock)
+        vars(block).pop("pooled", None)
+        vars(block).pop("merge", None)
+        merge = 0 if block.attn is None else merged.get(index, 0)
+        merging = merging or merge > 0
+        if pooled and index == len(model.blocks) - 1:
+            block.pooled = True
+        if merging:
+            block.__class__ = MergingResPostBlock if post_norm else MergingBlock
+            block.merge = merge
+        elif hasattr(block, "pooled") or block.attn is None or block.mlp is None:
+            block.__class__ = PrunedResPostBlock if post_norm else PrunedBlock
+        else:
+            block.__class__ = ResPostBlock if post_norm else Block
+    distilled = isinstance(model, VisionTransformerDistilled)
+    vars(model).pop("merging", None)
+    if merging or pooled:
+        model.__class__ = ReducedVisionTransformerDistilled if distilled else ReducedVisionTransformer
+        model.merging = merging
+    else:
+        model.__class__ = VisionTransformerDistilled if distilled else VisionTransformer
 
 
 def stock_sizes(model: VisionTransformer, anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -131,7 +191,6 @@ def _drop_layer(model: VisionTransformer, name: str) -> None:
     for other in (f"norm{number}", f"ls{number}", f"drop_path{number}"):
         if hasattr(block, other):
             setattr(block, other, nn.Identity())
-    block.__class__ = PrunedResPostBlock if isinstance(block, ResPostBlock) else PrunedBlock
 
 
 def _fit_attention(attn: Any, anatomy: Anatomy, layer: Layer, sizes: Mapping[str, int]) -> None:

@@ -39,8 +39,10 @@ from ...anatomy import costs as cost
 from ...errors import Unsupported
 from ..base import NORMS, refuse_tied, unsupported
 from ..walk import Walk, identity
+from .counts import Merging, classifies, is_pooled, pooled_products, why_not_pooled
 from .modules import HeadNorm, PrunedAttention, PrunedAttentionPoolLatent, PrunedBlock, PrunedResPostBlock
 from .norms import is_there, score_norm
+from .reduced import MergingBlock, MergingResPostBlock
 
 __all__ = ["Inspection"]
 
@@ -57,7 +59,7 @@ class Inspection(Walk):
         self.vit = model
         self.width = int(model.embed_dim)
         self.channels = unit_entries(self.width)
-        self.tokens = int(model.patch_embed.num_patches) + int(model.num_prefix_tokens)
+        self.tokens = Merging(model)
         self.groups: list[Group] = []
         self.stream: list[Member] = []
         self.layers: dict[str, Layer] = {}
@@ -90,6 +92,8 @@ class Inspection(Walk):
             self.classifier("head_dist")
         if "width" not in self.refused:
             self.groups.append(Group("width", "width", None, self.width, tuple(self.stream)))
+        self.groups += self.tokens.groups
+        self.refused |= {} if self.tokens.refused is None else {"tokens": self.tokens.refused}
         refuse_tied(model)
         architecture, arguments, handmade = identity(model)
         height, width = map(int, model.patch_embed.img_size)
@@ -108,7 +112,20 @@ class Inspection(Walk):
             streams={"width": self.described_stream()},
             absent=tuple(self.absent),
             embedding=self.embedding(),
+            last_block="pooled" if is_pooled(model) else "whole",
+            default_last_block="pooled" if is_pooled(model) or classifies(model) else "whole",
+            pooled_products=self.pooled(),
+            tokens=self.tokens.after,
         )
+
+    def pooled(self) -> tuple[cost.Product, ...] | None:
+        """Return the products when the last block computes prefix tokens only; None if all are used."""
+        if why_not_pooled(self.vit) is not None:
+            return None
+        layer = f"blocks.{len(self.vit.blocks) - 1}.attn"
+        groups = dict(self.layers[layer].groups) if layer in self.layers else {}
+        width = self.width if "width" in self.refused else "width"
+        return pooled_products(self.products, self.vit, f"{layer}.qkv", groups, width)
 
     def embedding(self) -> Source | None:
         """Return the source of the first block's input, if something can be added there."""
@@ -167,8 +184,8 @@ class Inspection(Walk):
     def block(self, index: int, block: nn.Module) -> None:
         """Add one block: its LayerScales, norms, attention and FFN."""
         name = f"blocks.{index}"
-        pre_norm = type(block) in (Block, PrunedBlock)
-        if type(block) in (ResPostBlock, PrunedResPostBlock):
+        pre_norm = type(block) in (Block, PrunedBlock, MergingBlock)
+        if type(block) in (ResPostBlock, PrunedResPostBlock, MergingResPostBlock):
             self.refused.setdefault("width", f"{name}: ResPostBlock normalises what it adds to the residual stream")
         elif not pre_norm:
             raise unsupported(name, block, "timm's Block")
@@ -222,7 +239,7 @@ class Inspection(Walk):
         if attn.gate is not None:
             self.rows(f"{name}.gate", v, "elementwise", "gate", projected)
             self.columns(f"{name}.gate", self.stream, "stream", self.channels)
-            self.products.append(cost.WeightProduct(f"{name}.gate", self.tokens))
+            self.products.append(cost.WeightProduct(f"{name}.gate", self.tokens.here))
         between = next((child for child in ("norm", "gate") if is_there(getattr(attn, child))), None)
         scale = self.layer_scale(f"{block}.ls1")
         self.writers[proj] = scale
@@ -255,12 +272,12 @@ class Inspection(Walk):
             softmax_scale=float(attn.scale),
             layout=layout,
         )
+        tokens = self.tokens.here
         self.products += [
-            cost.WeightProduct(qkv, self.tokens),
-            cost.AttentionProduct(
-                name, self.tokens, self.tokens, groups["heads"], groups["qk"], groups["v"], layer=name
-            ),
-            cost.WeightProduct(proj, self.tokens),
+            cost.WeightProduct(qkv, tokens),
+            cost.AttentionProduct(name, tokens, tokens, groups["heads"], groups["qk"], groups["v"], layer=name),
+            cost.WeightProduct(proj, tokens),
+            *self.tokens.attention(index, name, groups["qk"]),
         ]
 
     def mlp(self, index: int, name: str) -> None:
@@ -280,12 +297,12 @@ class Inspection(Walk):
         for branch, rows in branches.items():
             self.rows(f"{name}.{branch}", members, "writer", "hidden", rows)
             self.columns(f"{name}.{branch}", self.stream, "stream", self.channels)
-            self.products.append(cost.WeightProduct(f"{name}.{branch}", self.tokens))
+            self.products.append(cost.WeightProduct(f"{name}.{branch}", self.tokens.here))
         self.norm(f"{name}.norm", members, "output", units)
         fc2 = f"{name}.fc2"
         self.columns(fc2, members, "output", units)
         self.rows(fc2, self.stream, "writer", "stream", self.channels)
-        self.products.append(cost.WeightProduct(fc2, self.tokens))
+        self.products.append(cost.WeightProduct(fc2, self.tokens.here))
         block = f"blocks.{index}"
         scale = self.layer_scale(f"{block}.ls2")
         self.writers[fc2] = scale
@@ -324,7 +341,7 @@ class Inspection(Walk):
         if pool.pos_embed is not None:
             self.stream.append(Member("attn_pool.pos_embed", 1, self.channels, "stream", "elementwise"))
         self.columns("attn_pool.kv", self.stream, "stream", self.channels)
-        keys = self.tokens - (0 if self.vit.pool_include_prefix else int(self.vit.num_prefix_tokens))
+        keys = self.tokens.all - (0 if self.vit.pool_include_prefix else int(self.vit.num_prefix_tokens))
         queries, inner = int(pool.latent_len), int(pool.head_dim)
         if type(pool.q) is nn.Linear:
             self.products.append(cost.WeightProduct("attn_pool.q", queries))
@@ -350,7 +367,7 @@ class Inspection(Walk):
         self.columns(name, self.stream, "stream", self.channels)
         pool: Any = self.vit.attn_pool
         pooled = pool is not None or bool(self.vit.global_pool)
-        self.products.append(cost.WeightProduct(name, 1 if pooled else self.tokens))
+        self.products.append(cost.WeightProduct(name, 1 if pooled else self.tokens.here))
 
     def stream_norm(self, name: str, *, pooled: bool = False) -> None:
         """Add a norm whose input is the residual stream."""

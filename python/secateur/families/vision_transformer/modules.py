@@ -10,6 +10,8 @@ from timm.models.vision_transformer import Block, ResPostBlock
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from .tokens import Attends, fused_attention
+
 
 class HeadNorm(nn.Module):
     """LayerNorm or RMSNorm over each head's kept channels, with a separate scale and shift for each head.
@@ -70,11 +72,6 @@ def is_uncentred(norm: nn.Module) -> bool:
     return isinstance(norm, HeadNorm) and not norm.centred
 
 
-def _copied(x: torch.Tensor, zeros: int) -> torch.Tensor:
-    """Return (..., d) in new memory, with zeros after the last channel: (..., d + zeros)."""
-    return F.pad(x, [0, zeros]) if zeros > 0 else x.clone(memory_format=torch.contiguous_format)
-
-
 class PrunedAttention(nn.Module):
     """Multi-head self-attention with qk_dim query/key and v_dim value channels per head.
 
@@ -122,31 +119,8 @@ class PrunedAttention(nn.Module):
         v = v.reshape(B, N, self.num_heads, self.v_dim).transpose(1, 2)
 
         if self.fused_attn:
-            # Fused kernels need one size for q, k and v; padding with zeros changes neither scores nor values.
-            size = max(self.qk_dim, self.v_dim)
-            step = 16 // v.element_size()
-            if v.is_cuda and (self.qk_dim % step != 0 or self.v_dim % step != 0):
-                # CUDA's kernels read 16 bytes at a time, even from unaligned rows (pytorch/pytorch#183484), so copy.
-                size = (size + step - 1) // step * step
-                q, k = _copied(q, size - self.qk_dim), _copied(k, size - self.qk_dim)
-                v = _copied(v, size - self.v_dim)
-            elif self.qk_dim < self.v_dim:
-                q, k = F.pad(q, [0, size - self.qk_dim]), F.pad(k, [0, size - self.qk_dim])
-            elif self.v_dim < self.qk_dim:
-                v = F.pad(v, [0, size - self.v_dim])
-            y = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=attn_mask,
-                dropout_p=self.attn_drop.p if self.training else 0.0,
-                is_causal=is_causal,
-                scale=self.scale,
-            ).transpose(1, 2)
-            if self.v_dim < size:
-                # After the transpose, so that gradients have the same strides as without padding: torch keeps cuDNN's
-                # plans for the first gradients of a shape and misreads others (since pytorch/pytorch#141147).
-                y = y[..., : self.v_dim]
+            dropout = self.attn_drop.p if self.training else 0.0
+            y = fused_attention(q, k, v, attn_mask, None, dropout, is_causal, self.scale)
         else:
             attn = (q * self.scale) @ k.transpose(-2, -1)
             attn = maybe_add_mask(attn, resolve_self_attn_mask(N, attn, attn_mask, is_causal))
@@ -163,29 +137,56 @@ class PrunedAttention(nn.Module):
         return f"num_heads={self.num_heads}, qk_dim={self.qk_dim}, v_dim={self.v_dim}, scale={self.scale:.6g}"
 
 
-class PrunedBlock(Block):
-    """timm's ``Block`` without its attention, its FFN, or both; the removed modules are None.
+class PrunedBlock(Attends, Block):
+    """timm's ``Block`` that may lack its attention, its FFN, or both (None), or run for the first tokens alone.
 
     A block without both returns its input. It stays in the model, so that the numbers of all blocks, and timm's
     information about them, remain valid.
     """
 
-    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
-        """Add the outputs of the remaining layers to (B, N, C); other arguments as in timm's ``Block``."""
+    def forward(
+        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False, queries: int = 0
+    ) -> torch.Tensor:
+        """Add the outputs of the remaining layers to (B, N, C), for the first ``queries`` tokens unless that is 0.
+
+        Other arguments as in timm's ``Block``.
+        """
+        if queries > 0 and (is_causal or self.attn is None):
+            # They see no token after them.
+            x = x[:, :queries]
+            queries = 0
         if self.attn is not None:
-            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+            if queries > 0:
+                y = self.attend(self.norm1(x), queries, attn_mask)[0]
+                x = x[:, :queries]
+            else:
+                y = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+            x = x + self.drop_path1(self.ls1(y))
         if self.mlp is not None:
             x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
 
 
-class PrunedResPostBlock(ResPostBlock):
-    """timm's ``ResPostBlock``, which normalises what it adds, without its attention, its FFN, or both."""
+class PrunedResPostBlock(Attends, ResPostBlock):
+    """As ``PrunedBlock``, for timm's ``ResPostBlock``, which normalises what it adds."""
 
-    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
-        """Add the outputs of the remaining layers to (B, N, C); other arguments as in timm's class."""
+    def forward(
+        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False, queries: int = 0
+    ) -> torch.Tensor:
+        """Add the outputs of the remaining layers to (B, N, C), for the first ``queries`` tokens unless that is 0.
+
+        Other arguments as in timm's class.
+        """
+        if queries > 0 and (is_causal or self.attn is None):
+            x = x[:, :queries]
+            queries = 0
         if self.attn is not None:
-            x = x + self.drop_path1(self.norm1(self.attn(x, attn_mask=attn_mask, is_causal=is_causal)))
+            if queries > 0:
+                y = self.attend(x, queries, attn_mask)[0]
+                x = x[:, :queries]
+            else:
+                y = self.attn(x, attn_mask=attn_mask, is_causal=is_causal)
+            x = x + self.drop_path1(self.norm1(y))
         if self.mlp is not None:
             x = x + self.drop_path2(self.norm2(self.mlp(x)))
         return x

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 
+from ...errors import Unsupported
+from .reduced import merges, pooled_output, run_merging
+
 __all__ = ["alone", "blocks", "from_block", "layers"]
 
 
 def alone(model: VisionTransformer, block: int | None) -> nn.Module:
-    """Return a copy of the model with only that block, or with no block."""
+    """Return a copy of the model with only that block, or with no block.
+
+    Raises:
+        Unsupported: the model merges tokens.
+    """
+    _refuse_merging(model)
     blocks = nn.Sequential(*(() if block is None else (copy.deepcopy(model.blocks[block]),)))
     # The memo makes deepcopy use these blocks and never touch the others.
     return copy.deepcopy(model, {id(model.blocks): blocks})
 
 
 def layers(model: VisionTransformer) -> dict[str, nn.Module]:
-    """Return attention and FFN layers by name, as timm's blocks run them, without dropping paths."""
+    """Return attention and FFN layers by name, as timm's blocks run them, without dropping paths.
+
+    Raises:
+        Unsupported: the model merges tokens.
+    """
+    _refuse_merging(model)
     found: dict[str, nn.Module] = {}
     block: Any
     for index, block in enumerate(model.blocks):
@@ -35,16 +49,30 @@ def layers(model: VisionTransformer) -> dict[str, nn.Module]:
 
 
 def blocks(model: VisionTransformer) -> list[nn.Module]:
-    """Return the blocks, first to last."""
-    return list(model.blocks)
+    """Return the blocks, first to last; none if tokens merge, since those that enter a block have sizes then."""
+    return [] if any(merges(model)) else list(model.blocks)
 
 
-def from_block(model: VisionTransformer, index: int, x: torch.Tensor) -> torch.Tensor:
-    """Return the model's output, given the input of a block, (B, N, width)."""
-    for block in model.blocks[index:]:
-        x = block(x)
-    output: torch.Tensor = model.forward_head(model.norm(x))
+def from_block(model: Any, index: int, x: torch.Tensor, merged: Mapping[int, int]) -> torch.Tensor:
+    """Return the model's output, given the input of a block, (B, N, width), before which no token was merged.
+
+    ``merged`` is how many tokens each block merges. All tokens are computed in the last block.
+    """
+    size: torch.Tensor | None = None
+    for number, block in enumerate(model.blocks[index:], index):
+        merge = merged.get(number, 0)
+        if merge or size is not None:
+            x, size = run_merging(block, x, size, merge, model.num_prefix_tokens)
+        else:
+            x = block(x)
+    output: torch.Tensor = pooled_output(model, model.norm(x), size)
     return output
+
+
+def _refuse_merging(model: VisionTransformer) -> None:
+    for index, merge in enumerate(merges(model)):
+        if merge:
+            raise Unsupported(f"latency: expected blocks that merge no tokens, got {merge} merged in block {index}")
 
 
 class _Residual(nn.Module):

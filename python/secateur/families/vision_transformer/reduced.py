@@ -1,0 +1,225 @@
+"""VisionTransformers that run fewer tokens: prefix tokens alone in the last block, or merged ones from a block on."""
+
+# No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from timm.models._manipulate import checkpoint
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import nn
+
+from ...errors import InvalidArgument
+from .modules import PrunedBlock, PrunedResPostBlock
+from .tokens import Attends, merge_tokens
+
+__all__ = [
+    "REDUCED",
+    "MergingBlock",
+    "MergingResPostBlock",
+    "ReducedVisionTransformer",
+    "ReducedVisionTransformerDistilled",
+    "merges",
+    "pooled_output",
+    "pools_tokens",
+    "run_merging",
+]
+
+
+def run_merging(
+    block: Any, x: torch.Tensor, size: torch.Tensor | None, merge: int, prefix: int, queries: int = 0
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run a block whose tokens have sizes, and merge some more between its attention and its FFN.
+
+    Args:
+        block: of timm's classes or secateur's.
+        x: (B, N, C).
+        size: (B, N), how many tokens each has become; None for 1 each.
+        merge: how many tokens to merge; none in a block without attention, whose keys compare them.
+        prefix: number of tokens before the patches, which are not merged.
+        queries: run for the first tokens alone, without merging; 0 is all.
+
+    Returns:
+        (B, N', C) and (B, N').
+    """
+    post_norm = isinstance(block, ResPostBlock)
+    if block.attn is not None:
+        log_size = None if size is None else size.log()
+        y, keys = Attends.attend(block, x if post_norm else block.norm1(x), queries, None, log_size)
+        if queries:
+            x = x[:, :queries]
+        x = x + block.drop_path1(block.norm1(y) if post_norm else block.ls1(y))
+        if merge and not queries:
+            x, size = merge_tokens(x, size, keys, merge, prefix)
+    elif queries:
+        x = x[:, :queries]
+    if block.mlp is not None:
+        y = block.norm2(block.mlp(x)) if post_norm else block.ls2(block.mlp(block.norm2(x)))
+        x = x + block.drop_path2(y)
+    return x, size
+
+
+class MergingBlock(PrunedBlock):
+    """``PrunedBlock`` that merges ``merge`` tokens between attention and FFN, if its tokens may have sizes."""
+
+    merge: int
+
+    def forward(  # type: ignore[override]
+        self,
+        x: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        queries: int = 0,
+        prefix: int = -1,
+        size: torch.Tensor | None = None,
+    ) -> Any:
+        """Merge if ``prefix`` is not negative, and return tokens and sizes as ``run_merging``; else keep all tokens."""
+        if prefix < 0:
+            return super().forward(x, attn_mask, is_causal, queries)
+        return run_merging(self, x, size, self.merge, prefix, queries)
+
+    def extra_repr(self) -> str:
+        """Return the number of tokens that are merged, for print(model)."""
+        return f"merge={self.merge}"
+
+
+class MergingResPostBlock(PrunedResPostBlock):
+    """As ``MergingBlock``, for timm's ``ResPostBlock``."""
+
+    merge: int
+
+    def forward(  # type: ignore[override]
+        self,
+        x: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        queries: int = 0,
+        prefix: int = -1,
+        size: torch.Tensor | None = None,
+    ) -> Any:
+        """Merge if ``prefix`` is not negative, and return tokens and sizes as ``run_merging``; else keep all tokens."""
+        if prefix < 0:
+            return super().forward(x, attn_mask, is_causal, queries)
+        return run_merging(self, x, size, self.merge, prefix, queries)
+
+    def extra_repr(self) -> str:
+        """Return the number of tokens that are merged, for print(model)."""
+        return f"merge={self.merge}"
+
+
+class _Reduced(nn.Module):
+    """Runs fewer tokens in ``forward`` alone.
+
+    ``forward_features``, ``forward_intermediates`` and ``get_intermediate_layers`` run all tokens through all blocks,
+    as in timm's class, because their users ask for patches.
+    """
+
+    merging: bool
+    blocks: Any
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> Any:
+        """Return the model's output for images, (B, 3, H, W).
+
+        If a module of the last block, or the norm after it, has hooks, they see all tokens: that block runs whole.
+
+        Raises:
+            InvalidArgument: a mask, causal attention or another pooling in a model that merges tokens.
+        """
+        # As pools_tokens; torch.jit.script takes no function of a module.
+        queries = self.num_prefix_tokens if self.attn_pool is None and self.global_pool == "token" else 0
+        if not torch.jit.is_scripting():
+            if queries and not torch.compiler.is_compiling() and _hooked(self):
+                queries = 0
+            if self.merging:
+                return self._merging(x, attn_mask, is_causal, queries)
+        else:
+            assert not self.merging, "torch.jit.script: expected a model that merges no tokens"
+        checkpointing = self.grad_checkpointing and attn_mask is None and not is_causal
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        for block in self.blocks:
+            if hasattr(block, "pooled"):
+                if checkpointing and not torch.jit.is_scripting():
+                    x = checkpoint(block, x, attn_mask, is_causal, queries)
+                else:
+                    x = block(x, attn_mask, is_causal, queries)
+            elif checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x, attn_mask, is_causal)
+        return self.forward_head(self.norm(x))
+
+    def _merging(self, x: torch.Tensor, attn_mask: torch.Tensor | None, is_causal: bool, queries: int) -> torch.Tensor:
+        if attn_mask is not None or is_causal:
+            what = "is_causal" if is_causal else "attn_mask"
+            raise InvalidArgument(f"{what}: expected none in a model that merges tokens, got one")
+        if self.attn_pool is not None or self.global_pool not in ("token", "avg"):
+            raise InvalidArgument(
+                f"global_pool: expected 'token' or 'avg' in a model that merges tokens, got {self.global_pool!r}"
+            )
+        prefix, size = self.num_prefix_tokens, None
+        run = checkpoint if self.grad_checkpointing else _called
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        for block in self.blocks:
+            some = queries if hasattr(block, "pooled") else 0
+            if hasattr(block, "merge"):
+                x, size = run(block, x, None, False, some, prefix, size)
+            elif some:
+                x = run(block, x, None, False, some)
+            else:
+                x = run(block, x)
+        return pooled_output(self, self.norm(x), size)
+
+
+class ReducedVisionTransformer(_Reduced, VisionTransformer):
+    """timm's ``VisionTransformer`` with fewer tokens."""
+
+    dense_class = VisionTransformer
+
+
+class ReducedVisionTransformerDistilled(_Reduced, VisionTransformerDistilled):
+    """timm's ``VisionTransformerDistilled`` with fewer tokens."""
+
+    dense_class = VisionTransformerDistilled
+
+
+REDUCED = (ReducedVisionTransformer, ReducedVisionTransformerDistilled)
+
+
+def pools_tokens(model: Any) -> bool:
+    """Return whether the output depends on the prefix tokens of the last block alone."""
+    return model.attn_pool is None and model.global_pool == "token"
+
+
+def merges(model: Any) -> list[int]:
+    """Return how many tokens each block merges."""
+    return [getattr(block, "merge", 0) for block in model.blocks]
+
+
+def pooled_output(model: Any, x: torch.Tensor, size: torch.Tensor | None) -> Any:
+    """Return the model's output, given all tokens after the last norm, (B, N, C), and their sizes, (B, N) or None.
+
+    An average is weighted by size.
+    """
+    if size is None or model.global_pool != "avg":
+        return model.forward_head(x)
+    if not model.pool_include_prefix:
+        x, size = x[:, model.num_prefix_tokens :], size[:, model.num_prefix_tokens :]
+    weight = (size / size.sum(1, keepdim=True)).to(x.dtype)
+    x = (weight[:, None] @ x)[:, 0]
+    return model.head(model.head_drop(model.fc_norm(x)))
+
+
+def _called(block: nn.Module, *arguments: Any) -> Any:
+    return block(*arguments)
+
+
+def _hooked(model: Any) -> bool:
+    """Return whether anything watches the tokens that pooling leaves out."""
+    watched: Iterable[nn.Module] = (
+        module
+        for part in (*(block for block in model.blocks if hasattr(block, "pooled")), model.norm)
+        for module in part.modules()
+    )
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in watched)

@@ -1,0 +1,188 @@
+"""Fewer tokens: attention for some queries or over merged tokens, and the merging itself."""
+
+# No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.layers import maybe_add_mask, resolve_self_attn_mask
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+
+def _copied(x: torch.Tensor, zeros: int) -> torch.Tensor:
+    """Return (..., d) in new memory, with zeros after the last channel: (..., d + zeros)."""
+    return F.pad(x, [0, zeros]) if zeros > 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def fused_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    log_size: torch.Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    """Attend with torch's fused kernel, whatever the sizes of heads are.
+
+    Args:
+        q: (B, heads, L, qk_dim).
+        k: (B, heads, N, qk_dim).
+        v: (B, heads, N, v_dim).
+        attn_mask: as for torch's kernel.
+        log_size: (B, N), added to the scores of each key; without a mask.
+        dropout: rate of dropped attention weights.
+        is_causal: as for torch's kernel.
+        scale: multiplies the scores.
+
+    Returns:
+        (B, L, heads, v_dim).
+    """
+    if log_size is not None:
+        if q.is_cpu:
+            # This kernel reads one row for all heads and queries, without a copy of q, k or v.
+            attn_mask = log_size[:, None, None].to(q.dtype)
+        else:
+            # Other kernels would take a mask of all scores, or none: as one more channel of keys.
+            q = F.pad(q, [0, 1], value=1 / scale)
+            k = torch.cat([k, log_size[:, None, :, None].expand(-1, k.size(1), -1, -1).to(k.dtype)], -1)
+    qk_dim, v_dim = q.size(-1), v.size(-1)
+    # Fused kernels need one size for q, k and v; padding with zeros changes neither scores nor values.
+    size = max(qk_dim, v_dim)
+    step = 16 // v.element_size()
+    if v.is_cuda and (qk_dim % step != 0 or v_dim % step != 0):
+        # CUDA's kernels read 16 bytes at a time, even from unaligned rows (pytorch/pytorch#183484), so copy.
+        size = (size + step - 1) // step * step
+        q, k = _copied(q, size - qk_dim), _copied(k, size - qk_dim)
+        v = _copied(v, size - v_dim)
+    elif qk_dim < v_dim:
+        q, k = F.pad(q, [0, size - qk_dim]), F.pad(k, [0, size - qk_dim])
+    elif v_dim < qk_dim:
+        v = F.pad(v, [0, size - v_dim])
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=scale
+    ).transpose(1, 2)
+    if v_dim < size:
+        # After the transpose, so that gradients have the same strides as without padding: torch keeps cuDNN's
+        # plans for the first gradients of a shape and misreads others (since pytorch/pytorch#141147).
+        y = y[..., :v_dim]
+    return y
+
+
+class Attends(nn.Module):
+    """A block that runs its attention, of timm's class or secateur's, for some queries or over merged tokens."""
+
+    if TYPE_CHECKING:  # torch.jit.script would read this as an attribute's type
+        attn: Any
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        queries: int,
+        attn_mask: torch.Tensor | None = None,
+        log_size: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the attention's output for the first tokens, and all keys.
+
+        Args:
+            x: the attention's input, (B, N, C).
+            queries: how many tokens the output is for; 0 is all.
+            attn_mask: for all queries, as in timm's ``Attention``.
+            log_size: (B, N), the logarithm of how many tokens each has become; None if no token was merged.
+
+        Returns:
+            (B, queries, C) and (B, heads, N, qk_dim).
+        """
+        attn = self.attn
+        B, N, _ = x.shape  # noqa: N806
+        heads, qk_dim, v_dim = attn.num_heads, attn.head_dim, attn.attn_dim // attn.num_heads
+        qk_all, v_all = heads * qk_dim, attn.attn_dim
+        first = x
+        if queries > 0:
+            first = x[:, :queries]
+            if attn_mask is not None and attn_mask.size(-2) > 1:
+                attn_mask = attn_mask[..., :queries, :]
+            weight, bias = attn.qkv.weight, attn.qkv.bias
+            if bias is None:
+                q = F.linear(first, weight[:qk_all])
+                k, v = F.linear(x, weight[qk_all:]).split([qk_all, v_all], dim=-1)
+            else:
+                q = F.linear(first, weight[:qk_all], bias[:qk_all])
+                k, v = F.linear(x, weight[qk_all:], bias[qk_all:]).split([qk_all, v_all], dim=-1)
+        else:
+            q, k, v = attn.qkv(x).split([qk_all, qk_all, v_all], dim=-1)
+        L = first.size(1)  # noqa: N806
+        q = attn.q_norm(q.reshape(B, L, heads, qk_dim).transpose(1, 2))
+        k = attn.k_norm(k.reshape(B, N, heads, qk_dim).transpose(1, 2))
+        v = v.reshape(B, N, heads, v_dim).transpose(1, 2)
+        if attn.fused_attn:
+            dropout = attn.attn_drop.p if attn.training else 0.0
+            y = fused_attention(q, k, v, attn_mask, log_size, dropout, False, attn.scale)
+        else:
+            scores = (q * attn.scale) @ k.transpose(-2, -1)
+            if log_size is not None:
+                scores = scores + log_size[:, None, None].to(scores.dtype)
+            scores = maybe_add_mask(scores, resolve_self_attn_mask(N, scores, attn_mask, False))
+            y = (attn.attn_drop(scores.softmax(dim=-1)) @ v).transpose(1, 2)
+        y = attn.norm(y.reshape(B, L, v_all))
+        if attn.gate is not None:
+            y = y * attn.gate(first).sigmoid()
+        return attn.proj_drop(attn.proj(y)), k
+
+
+def merge_tokens(
+    x: torch.Tensor, size: torch.Tensor | None, keys: torch.Tensor, merged: int, prefix: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Add the even patch tokens that are most like an odd one to it (Bolya et al., ToMe, ICLR 2023).
+
+    The similarity is the cosine of the keys, averaged over heads. Tokens that stay keep their order, so that
+    neighbours in the image are compared again.
+
+    Args:
+        x: (B, N, C), of which the first ``prefix`` tokens stay as they are.
+        size: (B, N), how many tokens each has become; None for 1 each.
+        keys: (B, heads, N, d).
+        merged: how many tokens to merge; at most half of the patch tokens are.
+        prefix: number of tokens before the patches.
+
+    Returns:
+        The means, weighted by size, (B, N - merged, C), and their sizes, (B, N - merged).
+    """
+    B, N, C = x.shape  # noqa: N806
+    half = (N - prefix) // 2
+    merged = min(merged, half)
+    if merged <= 0:
+        return x, size
+    precise = torch.promote_types(x.dtype, torch.float32)
+    left = N - merged
+    with torch.no_grad():
+        metric = F.normalize(keys[:, :, prefix:].detach().mean(1, dtype=precise), dim=-1)
+        best, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(-1)
+        chosen = best.topk(merged, dim=1, sorted=False).indices
+        partner = partner.gather(1, chosen)
+        # Where each token goes: to its number less the merged tokens before it.
+        gone = torch.zeros_like(best, dtype=torch.int64).scatter_(1, chosen, 1).cumsum(1)
+        even = torch.arange(prefix, N, 2, device=x.device)
+        odd = even[:half] + 1
+        place = odd - gone[:, :half]
+        source = torch.arange(left, device=x.device).repeat(B, 1)
+        # A merged token writes where the odd one before it goes (or the first), which is written next.
+        source.scatter_(1, (even - gone).clamp_min(prefix), even.expand(B, -1))
+        source.scatter_(1, place, odd.expand(B, -1))
+        image = torch.arange(B, device=x.device)[:, None]
+        old, new = image * N, image * left
+        stays = (source + old).flatten()
+        moves = (chosen * 2 + (old + prefix)).flatten()
+        meets = (partner * 2 + (old + (prefix + 1))).flatten()
+        target = (place.gather(1, partner) + new).flatten()
+        sizes = x.new_ones(B * N, dtype=precise) if size is None else size.flatten()
+        weight = sizes.index_select(0, moves)
+        sizes = sizes.index_select(0, stays).index_add_(0, target, weight)
+        share = (weight / sizes.index_select(0, target)).to(x.dtype)
+    rows = x.reshape(B * N, C)
+    # The mean is the odd token plus each one's share of the difference, so that only merged tokens are computed.
+    change = (rows.index_select(0, moves) - rows.index_select(0, meets)) * share[:, None]
+    rows = rows.index_select(0, stays).index_add(0, target, change)
+    return rows.view(B, left, C), sizes.view(B, left)
