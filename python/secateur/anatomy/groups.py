@@ -108,6 +108,11 @@ class Group:
         """Whether units are counted per head."""
         return self.within is not None
 
+    @property
+    def of_tokens(self) -> bool:
+        """Whether its units are tokens, which have no weights."""
+        return self.traits.shared and self.traits.counted
+
     def of(self, role: Role, part: Part | None = None, parameter: str = "weight") -> list[Member]:
         """Return its members with a role, and with a part if one is named, on their weights unless told otherwise."""
         return [

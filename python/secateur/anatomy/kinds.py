@@ -20,8 +20,8 @@ class Traits:
     whether a target cuts the kind unless told otherwise, ``least`` the fewest units that can stay. Kinds that are
     ``counted`` (heads, layers) are not channels: a single number for ``round_to`` does not apply to them. A kind that
     ``steps_with`` another changes along with it, so that both keep the same size in a layer. A ``shared`` kind (the
-    residual width) belongs to many layers and multiplies their costs, so it is chosen first; a ``whole`` kind is a
-    layer, which can be removed entirely. Latency tables measure the kinds that are ``in_table``.
+    residual width, tokens) belongs to many layers and multiplies their costs, so it is chosen first; a ``whole`` kind
+    is a layer, which can be removed entirely. Latency tables measure the kinds that are ``in_table``.
     """
 
     multiple: int = 1
@@ -44,7 +44,7 @@ KINDS: Mapping[str, Traits] = MappingProxyType(
         "width": Traits(multiple=32, shared=True),
         "layer": Traits(least=0, counted=True, whole=True),
         # Units are tokens that could still be merged in a block; they have no weights.
-        "tokens": Traits(counted=True, in_table=False),
+        "tokens": Traits(counted=True, shared=True, in_table=False),
     }
 )
 

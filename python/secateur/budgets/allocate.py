@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..anatomy import Anatomy, Group
@@ -25,6 +25,7 @@ def allocate(
     min_keep: Mapping[str, int],
     round_to: int | Mapping[str, int] | None,
     losses: Callable[[Group], Float] | None = None,
+    merging: Sequence[tuple[Mapping[str, int], float]] = (),
     latency: Cost | None = None,
 ) -> Allocation:
     """Choose the kept units of each group under a budget; ``latency`` predicts what ``target.latency`` limits.
@@ -33,8 +34,9 @@ def allocate(
     the counts are those of the least total loss: for every width, each group takes the least loss + λ · cost, at the λ
     that meets the budget; then the width with the least total is chosen. Heads, their query/key and value sizes, and
     whether the layer stays at all are one choice, since their costs multiply. The Lagrangian dual at the same λ is a
-    lower bound on the loss of any choice. Without ``losses``, the same fraction is removed from all named groups, the
-    least that meets the budget.
+    lower bound on the loss of any choice. Tokens are merged as one of the schedules in ``merging`` says, sizes of their
+    groups with their total loss, or not at all. Without ``losses``, the same fraction is removed from all named groups,
+    the least that meets the budget.
 
     Budget left over from rounding is then spent while anything fits. With ``losses``, it goes to the larger size that
     lowers the loss most for its cost, and sizes of two groups are exchanged as long as that lowers the loss; else it
@@ -59,10 +61,15 @@ def allocate(
         return {group.name: free.count(group, fraction) for group in free.groups}
 
     smallest = counts(1.0)
+    allowed = _allowed(merging, free)
+    if losses is not None:
+        # Only the schedules that were measured are considered.
+        tokens = {group.name: group.size for group in free.groups if group.of_tokens}
+        smallest |= {name: allowed[-1][0].get(name, size) if allowed else size for name, size in tokens.items()}
     if not budget.holds(smallest):
         raise InvalidArgument(f"target: expected {budget.reach(smallest)} (the least these groups reach), got {target}")
     if losses is not None:
-        return of_least_loss(anatomy, free, budget, losses)
+        return of_least_loss(anatomy, free, budget, losses, allowed)
     # Sizes change at a few fractions only: bisect to the last fraction whose sizes exceed the budget.
     low, high = 0.0, 1.0
     if budget.holds(counts(0.0)):
@@ -82,6 +89,21 @@ def allocate(
             # A step that does not fit now never will, since every other step adds to the cost.
             steps.remove(step)
     return Allocation(kept)
+
+
+def _allowed(
+    merging: Sequence[tuple[Mapping[str, int], float]], free: FreeGroups
+) -> list[tuple[Mapping[str, int], float]]:
+    """Return the schedules with the sizes that are allowed, the next larger ones; that only lowers the loss."""
+    options = {group.name: free.options(group) for group in free.groups}
+    found: list[tuple[Mapping[str, int], float]] = []
+    for sizes, loss in merging:
+        allowed = {
+            name: min(option for option in options.get(name, [free.anatomy.sizes[name]]) if option >= size)
+            for name, size in sizes.items()
+        }
+        found.append((allowed, loss))
+    return found
 
 
 def free_groups(anatomy: Anatomy, limits: Mapping[str, Any]) -> list[Group]:

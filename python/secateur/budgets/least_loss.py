@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,22 +19,33 @@ from .uniform import bundles_of
 _EXCHANGES = 100
 
 
-def of_least_loss(anatomy: Anatomy, free: FreeGroups, budget: Budget, losses: Callable[[Group], Float]) -> Allocation:
-    """Return the sizes with the least total loss that meet the budget, and a lower bound on any choice's loss."""
-    widths = [group for group in free.groups if group.traits.shared]
+def of_least_loss(
+    anatomy: Anatomy,
+    free: FreeGroups,
+    budget: Budget,
+    losses: Callable[[Group], Float],
+    merging: Sequence[tuple[Mapping[str, int], float]] = (),
+) -> Allocation:
+    """Return the sizes with the least total loss that meet the budget, and a lower bound on any choice's loss.
+
+    Of all numbers of tokens to merge, those in ``merging`` are considered, and none: sizes of groups, and their loss.
+    """
+    widths = [group for group in free.groups if group.traits.shared and not group.of_tokens]
     choices = _choices(anatomy, free, losses)
     best: Allocation | None = None
     best_base = anatomy.sizes
     bound = math.inf
-    for base in _widths(anatomy, free, widths):
-        found = _at_width(base, choices, budget)
+    fewer = [({}, 0.0), *merging]
+    for base, merged in itertools.product(_widths(anatomy, free, widths), fewer):
+        sizes, lost = merged
+        found = _at_width({**base, **sizes}, choices, budget)
         if found is None:
             continue
-        narrower = sum(float(losses(width)[base[width.name]]) for width in widths)
-        loss = found.loss + narrower
-        bound = min(bound, found.bound + narrower)
+        lost = lost + sum(float(losses(width)[base[width.name]]) for width in widths)
+        loss = found.loss + lost
+        bound = min(bound, found.bound + lost)
         if best is None or loss < best.loss:
-            best, best_base = Allocation(found.sizes, loss), base
+            best, best_base = Allocation(found.sizes, loss), {**base, **sizes}
     assert best is not None, "the smallest sizes meet the budget"
     shares = [budget.along(best_base, choice.sizes) for choice in choices]
     kept = best.sizes

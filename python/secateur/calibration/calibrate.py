@@ -22,6 +22,7 @@ from ..statistics.passes import run
 from ..statistics.settings import Collect, Settings
 from ..statistics.statistics import Statistics
 from .cuts import Cuts
+from .merging import MergingSchedules
 
 __all__ = ["calibrate", "calibrate_block"]
 
@@ -169,6 +170,7 @@ def _further(
             if "moments" in method.needs and collect != "all":
                 raise InvalidArgument(f"methods: expected some that need scores only, got {name!r}; use collect='all'")
             found.append(Cuts(method, options_of(method, {})))
+        found.append(MergingSchedules())
     found += [measurements.named("divergence")] if sensitivity == "noise" else []
     return found + ([measurements.named("gradient")] if head_gradients else [])
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ..anatomy import Anatomy, Group, Kind
+from ..anatomy import Group, Kind
 from ..errors import Unsupported
 from ..families.base import Family
 from ..methods.base import Bound, Method, Prepared
@@ -19,7 +19,15 @@ from ..statistics.measurements.base import double, hooked
 from ..statistics.settings import Float
 from ..surgery.trial import cut_copy
 
-__all__ = ["MEASURED_IMAGES", "Cuts", "Passed", "first_images", "measured_name", "measured_sizes", "pruned_copy"]
+__all__ = [
+    "MEASURED_IMAGES",
+    "Cuts",
+    "Passed",
+    "first_images",
+    "measured_name",
+    "measured_sizes",
+    "pruned_copy",
+]
 
 # More images change the counts little: a group's loss at one size varies less between images than between sizes.
 MEASURED_IMAGES = 48
@@ -53,7 +61,7 @@ class Cuts:
         trials = [
             (group, size, name)
             for group in anatomy.groups
-            if self._groups is None or group.name in self._groups
+            if not group.of_tokens and (self._groups is None or group.name in self._groups)
             for size in measured_sizes(group)
             if (name := f"{group.name}/{self.name}@{size}") not in work.done
         ]
@@ -68,7 +76,7 @@ class Cuts:
             for group, size, name in [trial for trial in trials if trial[0].block == block][work.rank :: work.ranks]:
                 # A residual stream that cannot be rotated is refused.
                 with suppress(Unsupported):
-                    cut = pruned_copy(work.model, work.family, anatomy, prepared, {group.name: size})
+                    cut = pruned_copy(work, prepared, {group.name: size})
                     losses = (each.loss(cut, work.family, group, each.output).sum() for each in dense)
                     found[name] = np.array([float(sum(losses)), images])
             yield found
@@ -129,11 +137,15 @@ def first_images(batches: Iterable[Tensor]) -> Iterator[Tensor]:
             left -= len(batch)
 
 
-def pruned_copy(
-    model: nn.Module, family: Family, anatomy: Anatomy, prepared: Prepared, sizes: Mapping[str, int]
-) -> nn.Module:
+def pruned_copy(work: Work, prepared: Prepared, sizes: Mapping[str, int]) -> nn.Module:
     """Return a copy of the model with some groups cut to these sizes, to run once; it shares what is not cut."""
-    decision = prepared.decide({**anatomy.sizes, **sizes})
+    decision = prepared.decide({**work.anatomy.sizes, **sizes})
     return cut_copy(
-        model, family, anatomy, decision.keep, decision.weights, eps=decision.eps, uncentred=decision.uncentred
+        work.model,
+        work.family,
+        work.anatomy,
+        decision.keep,
+        decision.weights,
+        eps=decision.eps,
+        uncentred=decision.uncentred,
     )

@@ -144,19 +144,20 @@ class Swin(Family):
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """The blocks of all stages, first to last."""
-        stages: Any = model.layers
-        return [block for stage in stages for block in stage.blocks]
+        return [block for stage in getattr(model, "layers") for block in stage.blocks]  # noqa: B009
 
-    def from_block(self, model: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
+    def from_block(
+        self, model: nn.Module, index: int, x: torch.Tensor, sizes: Mapping[str, int] | None = None
+    ) -> torch.Tensor:
         """The output of the model, given what enters a block: (B, H, W, width)."""
+        del sizes  # windows merge no tokens
         swin: Any = model
         for stage in swin.layers:
             x = stage.downsample(x) if index < 0 else x
             for block in stage.blocks[max(0, index) :]:
                 x = block(x)
             index -= len(stage.blocks)
-        output: torch.Tensor = swin.forward_head(swin.norm(x))
-        return output
+        return swin.forward_head(swin.norm(x))  # type: ignore[no-any-return]
 
 
 def _drop_layer(model: nn.Module, name: str) -> None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from typing import Any, TypeAlias
+
+from torch import nn
 
 from ..anatomy import Anatomy, Group
+from ..budgets.limits import default_groups
 from ..budgets.measured import losses_between
+from ..budgets.target import Target
+from ..calibration.merging import token_groups
 from ..errors import InvalidArgument
 from ..methods.base import Prepared
 from ..statistics.settings import Float
 from ..statistics.statistics import Statistics
 
-__all__ = ["losses_of", "removal_of"]
+__all__ = ["Losses", "Merging", "losses_of", "merging_of", "removal_of", "with_tokens"]
+
+Losses: TypeAlias = Callable[[Group], Float]
+Merging: TypeAlias = Sequence[tuple[Mapping[str, int], float]]
 
 
 def losses_of(
@@ -38,6 +47,7 @@ def losses_of(
     """
     if allocation == "uniform":
         return None
+    groups = [group for group in groups if not group.of_tokens]
     missing = next((group for group in groups if not stats.losses(group.name, cut)), None)
     if allocation == "measured" and missing is not None:
         raise InvalidArgument(
@@ -56,6 +66,44 @@ def losses_of(
                 return None
             raise InvalidArgument(f"allocation: expected a method that knows the error of {group.name!r}, got none")
     return lambda group: _sensitive(stats, prepared, group)
+
+
+def merging_of(anatomy: Anatomy, stats: Statistics, groups: Sequence[Group]) -> Merging:
+    """Return the schedules worth considering of those that were measured: sizes of groups, and the loss.
+
+    Each costs fewer MACs than any other that loses no more; there are none if no tokens may merge.
+    """
+    if not any(group.of_tokens for group in groups):
+        return []
+    names = [group.name for group in token_groups(anatomy)]
+    sizes = anatomy.sizes
+    measured = [
+        ({name: sizes[name] - count for name, count in zip(names, merged, strict=True)}, loss)
+        for merged, loss in stats.merged
+    ]
+    found: list[tuple[Mapping[str, int], float]] = []
+    least = float(anatomy.macs_at({}))
+    for kept, loss in sorted(measured, key=lambda each: each[1]):
+        macs = float(anatomy.macs_at(kept))
+        if macs < least:
+            found.append((kept, loss))
+            least = macs
+    return found
+
+
+def with_tokens(model: nn.Module, anatomy: Anatomy, target: Target, limits: dict[str, Any]) -> dict[str, Any]:
+    """Return limits that also allow tokens to be merged, where no groups are named and it serves the target.
+
+    Args:
+        model: the model; without a classifier, all its tokens may be wanted.
+        anatomy: its description.
+        target: the budget; parameters are not saved by fewer tokens, and latency tables do not know them.
+        limits: limits on the groups, as from `limits_of`.
+    """
+    classifies = bool(getattr(model, "num_classes", 0))
+    if limits["groups"] is not None or target.macs is None or target.latency is not None or not classifies:
+        return limits
+    return {**limits, "groups": [*default_groups(anatomy), *{group.kind for group in token_groups(anatomy)}]}
 
 
 def removal_of(stats: Statistics, prepared: Prepared, cut: str) -> Callable[[Group], float] | None:

@@ -25,9 +25,8 @@ from ..latency.runtimes.registry import RUNTIMES
 from ..latency.table import LatencyTable
 from ..methods.base import Bound, Prepared
 from ..methods.registry import method_named, options_of
-from ..statistics.settings import Float
 from ..statistics.statistics import Statistics
-from .losses import losses_of, removal_of
+from .losses import Losses, Merging, losses_of, merging_of, removal_of, with_tokens
 from .measured import Choice, Measured
 from .on_the_clock import LatencyReport, sizes_on_the_clock, table_for
 from .plan import Plan
@@ -71,9 +70,10 @@ def plan(
         ratios: fraction removed by kind or group, {"qk": .5, "v": .5, "ffn": .5, "width": .1}, or a per-block file: the
             name of a shipped one ("snp_deit_t", "snp_deit_s_1.3g") or a path. {"blocks.3.attn": 1} removes a layer,
             {"layer": .25} a quarter of all layers, those whose removal changes the output least.
-        groups: kinds or names of groups that may be cut; with a target, the default is ("qk", "v", "ffn"). "heads"
-            removes whole heads, whose number may then differ between layers; "layer" removes whole attention and FFN
-            layers, but the last of each stays; with a target, it requires ``allocation="error"``.
+        groups: kinds or names of groups that may be cut; with a target, the default is ("qk", "v", "ffn"), and "tokens"
+            as well for MACs of a classifier where losses were measured. "heads" removes whole heads, whose number may
+            then differ between layers; "layer" removes whole attention and FFN layers, but the last of each stays; with
+            a target, it requires another allocation than "uniform". "tokens" merges patch tokens block by block.
         freeze: kinds, names or patterns ("blocks.0.*") of groups that stay whole.
         min_keep: fewest units to keep, by kind or group.
         round_to: kept counts are multiples of this (per head for query/key and value), an int or a dict by kind or
@@ -124,24 +124,30 @@ def plan(
         table = table_for(model, anatomy, target, limits, latency_table, batch_size, runtime)
     with core.torch_threads():
         prepared = criterion.prepare(Bound(model, anatomy, stats, chosen))
+    cut = measured_name(criterion, chosen)
+    measures = target is not None and allocation in (None, "measured")
+    if target is not None and measures and (loader is not None or (cut in stats.cuts and stats.merged)):
+        limits = with_tokens(model, anatomy, target, limits)
+    free = anatomy.groups if target is None else free_groups(anatomy, limits)
     measure = None
     if loader is not None:
-        measure = Measured(model, anatomy, None if target is None else free_groups(anatomy, limits), loader)
-        stats = measure.completed(stats, criterion, chosen) if target is not None else stats
-    cut = measured_name(criterion, chosen)
-    losses = None
+        measure = Measured(model, anatomy, free, loader)
+        if measures:
+            stats = measure.completed(stats, criterion, chosen)
+    losses, merging = None, merging_of(anatomy, stats, free) if measures else []
     if target is not None:
         with core.torch_threads():
-            losses = losses_of(anatomy, stats, prepared, cut, free_groups(anatomy, limits), allocation)
+            losses = losses_of(anatomy, stats, prepared, cut, free, allocation)
     removal = removal_of(stats, prepared, cut)
 
-    def choose(losses: Callable[[Group], Float] | None) -> Choice:
-        return _choose(model, anatomy, target, ratios, limits, prepared, losses=losses, removal=removal, table=table)
+    def choose(losses: Losses | None, merging: Merging) -> Choice:
+        how = {"losses": losses, "merging": merging, "removal": removal, "table": table}
+        return _choose(model, anatomy, target, ratios, limits, prepared, how)
 
-    found = choose(losses)
+    found = choose(losses, merging)
     measured = None
     if measure is not None:
-        found, measured = measure.jointly(found, prepared, losses, choose)
+        found, measured = measure.jointly(found, prepared, losses, merging, choose)
     sizes = found.allocation.sizes
     return Plan(
         method=method,
@@ -166,18 +172,16 @@ def _choose(
     ratios: Mapping[str, float] | str | Path | None,
     limits: Mapping[str, Any],
     prepared: Prepared,
-    *,
-    losses: Callable[[Group], Float] | None,
-    removal: Callable[[Group], float] | None,
-    table: LatencyTable | None,
+    how: Mapping[str, Any],
 ) -> Choice:
-    """Choose the sizes and what stays, so that the biases that the method adds fit in a target for parameters."""
+    """Choose the sizes and what stays, so that the biases that the method adds fit in a target for parameters.
+
+    ``how`` holds the other arguments of `sizes_for`.
+    """
     wanted, added = target, 0
     while True:
         try:
-            allocation, latency = sizes_for(
-                model, anatomy, wanted, ratios, limits, losses=losses, removal=removal, table=table
-            )
+            allocation, latency = sizes_for(model, anatomy, wanted, ratios, limits, **how)
         except InvalidArgument as error:
             if added == 0:
                 raise
@@ -238,7 +242,8 @@ def sizes_for(
     ratios: Mapping[str, float] | str | Path | None,
     limits: Mapping[str, Any],
     *,
-    losses: Callable[[Group], Float] | None = None,
+    losses: Losses | None = None,
+    merging: Merging = (),
     removal: Callable[[Group], float] | None = None,
     table: LatencyTable | None = None,
 ) -> tuple[Allocation, LatencyReport | None]:
@@ -254,7 +259,7 @@ def sizes_for(
         assert table is not None
         return sizes_on_the_clock(model, anatomy, target, limits, losses, table)
     with core.torch_threads():
-        return allocate(anatomy, target, **limits, losses=losses), None
+        return allocate(anatomy, target, **limits, losses=losses, merging=merging), None
 
 
 def _no_room(target: Target | None, added: int) -> InvalidArgument:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy, Group
+from ..anatomy.fingerprint import Fingerprint
 from ..budgets.budget import Allocation
 from ..calibration.cuts import MEASURED_IMAGES, Cuts, Passed, first_images, measured_sizes, pruned_copy
+from ..calibration.merging import MergingSchedules
 from ..errors import InvalidArgument
 from ..families.registry import family_of
 from ..methods.base import Decision, Method, Prepared
-from ..statistics.measurements import Work, divergence
+from ..statistics.measurements import Measurement, Work, divergence
 from ..statistics.passes import batches_of, measuring
 from ..statistics.settings import Float
 from ..statistics.statistics import Statistics
+from .losses import Losses, Merging
 from .on_the_clock import LatencyReport
 
 __all__ = ["Choice", "Measured"]
@@ -27,9 +31,6 @@ __all__ = ["Choice", "Measured"]
 _ROUNDS = 2
 # How far the factors of single groups differ from that of all, relative to it, and the most that is believed.
 _SPREAD, _MOST = 0.5, 4.0
-
-
-Losses = Callable[[Group], Float]
 
 
 class Choice(NamedTuple):
@@ -47,26 +48,31 @@ class Measured:
     Args:
         model: the model.
         anatomy: its description.
-        groups: the groups that may be cut; None for all.
+        groups: the groups that may be cut.
         loader: batches of images, as for `calibrate`.
+
+    Raises:
+        InvalidArgument: there are no images, or not of the model's size.
     """
 
-    def __init__(
-        self, model: nn.Module, anatomy: Anatomy, groups: Sequence[Group] | None, loader: Iterable[Any]
-    ) -> None:
-        self._model, self._anatomy, self._family = model, anatomy, family_of(model)
-        self._groups = anatomy.groups if groups is None else groups
-        self._batches: list[Tensor] = [images for _, images, _ in batches_of(model, loader, MEASURED_IMAGES)]
-        if not self._batches:
+    def __init__(self, model: nn.Module, anatomy: Anatomy, groups: Sequence[Group], loader: Iterable[Any]) -> None:
+        self._groups = groups
+        batches = [images for _, images, _ in batches_of(model, loader, MEASURED_IMAGES)]
+        if not batches:
             raise InvalidArgument("loader: expected at least one image, got none")
+        nothing = Statistics.of_nothing(Fingerprint.without_weights(anatomy))
+        self._work = Work(model, family_of(model), anatomy, batches, nothing)
 
     def completed(self, stats: Statistics, method: Method, options: Any) -> Statistics:
         """Return the statistics with the method's losses of the groups, measured where they are missing."""
-        cuts = Cuts(method, options, [group.name for group in self._groups])
+        needed: list[Measurement] = [Cuts(method, options, [group.name for group in self._groups])]
+        if not stats.merged and any(group.of_tokens for group in self._groups):
+            needed.append(MergingSchedules())
         done = {name.removeprefix("sensitivity/") for name in stats.tensors}
-        with measuring(self._model):
-            work = Work(self._model, self._family, self._anatomy, self._batches, stats, done=done)
-            added = {f"sensitivity/{name}": sums for part in cuts.take(work) for name, sums in part.items()}
+        work = replace(self._work, statistics=stats, done=done)
+        with measuring(work.model):
+            parts = [part for measurement in needed for part in measurement.take(work)]
+        added = {f"sensitivity/{name}": sums for part in parts for name, sums in part.items()}
         return Statistics(stats.settings, {**stats.tensors, **added})
 
     def jointly(
@@ -74,16 +80,19 @@ class Measured:
         found: Choice,
         prepared: Prepared,
         losses: Losses | None,
-        choose: Callable[[Losses], Choice],
+        merging: Merging,
+        choose: Callable[[Losses, Merging], Choice],
     ) -> tuple[Choice, float]:
         """Choose again by what each group costs beside all other cuts; return the best choice and its measured loss."""
-        with measuring(self._model):
-            dense = [Passed.through(self._model, self._family, chunk).output for chunk in first_images(self._batches)]
+        with measuring(self._work.model):
+            dense = [each.output for each in self._passed(self._work.model)]
             best, cut = found, self._run(prepared, found.allocation.sizes, dense)
             for _ in range(_ROUNDS if losses is not None else 0):
                 assert losses is not None
-                factors = self._factors(prepared, best.allocation.sizes, losses, cut, dense)
-                again = choose(_scaled(losses, factors))
+                sizes = best.allocation.sizes
+                factors = self._factors(prepared, sizes, losses, cut, dense)
+                merged = self._factor_of_merging(prepared, sizes, merging, cut, dense)
+                again = choose(_scaled(losses, factors), [(each, merged * loss) for each, loss in merging])
                 if again.allocation.sizes == best.allocation.sizes:
                     break
                 tried = self._run(prepared, again.allocation.sizes, dense)
@@ -92,12 +101,15 @@ class Measured:
                 best, cut = again, tried
         return best, float(cut[1].mean())
 
+    def _passed(self, model: nn.Module) -> list[Passed]:
+        return [Passed.through(model, self._work.family, chunk) for chunk in first_images(self._work.batches)]
+
     def _run(
         self, prepared: Prepared, sizes: Mapping[str, int], dense: Sequence[Tensor]
     ) -> tuple[list[Passed], Tensor]:
         """Run the model cut to these sizes; also return each image's loss."""
-        cut = pruned_copy(self._model, self._family, self._anatomy, prepared, sizes)
-        passed = [Passed.through(cut, self._family, chunk) for chunk in first_images(self._batches)]
+        cut = pruned_copy(self._work, prepared, sizes)
+        passed = self._passed(cut)
         losses = [divergence(cut, wanted, each.output) for wanted, each in zip(dense, passed, strict=True)]
         return passed, torch.cat(losses)
 
@@ -111,23 +123,42 @@ class Measured:
     ) -> dict[str, float]:
         """Return what each group's cut costs beside the others, as a multiple of what it costs alone."""
         passed, base = cut
-        names, alone, beside, doubt = [], [], [], []
-        for group in self._groups:
+        rows: dict[str, tuple[float, float, float]] = {}
+        for group in (each for each in self._groups if not each.of_tokens):
             # A group that is cut is restored; one that is whole is cut.
             other = group.size if sizes[group.name] < group.size else max(measured_sizes(group), default=group.size)
-            expected = abs(float(losses(group)[sizes[group.name]] - losses(group)[other]))
-            if not expected > 0:
+            alone = abs(float(losses(group)[sizes[group.name]] - losses(group)[other]))
+            if not alone > 0:
                 continue
-            changed = pruned_copy(self._model, self._family, self._anatomy, prepared, {**sizes, group.name: other})
-            loss = torch.cat(
-                [each.loss(changed, self._family, group, out) for each, out in zip(passed, dense, strict=True)]
-            )
+            changed = pruned_copy(self._work, prepared, {**sizes, group.name: other})
+            pairs = zip(passed, dense, strict=True)
+            loss = torch.cat([each.loss(changed, self._work.family, group, out) for each, out in pairs])
             gained = base - loss if other == group.size else loss - base
-            names.append(group.name)
-            alone.append(expected)
-            beside.append(float(gained.mean()))
-            doubt.append(float(gained.std()) / len(gained) ** 0.5 if len(gained) > 1 else expected)
-        return dict(zip(names, _shrunk(*map(np.array, (alone, beside, doubt))).tolist(), strict=True))
+            doubt = float(gained.std()) / len(gained) ** 0.5 if len(gained) > 1 else alone
+            rows[group.name] = alone, float(gained.mean()), doubt
+        return dict(zip(rows, _shrunk(*np.array(list(rows.values())).T).tolist(), strict=True)) if rows else {}
+
+    def _factor_of_merging(
+        self,
+        prepared: Prepared,
+        sizes: Mapping[str, int],
+        merging: Merging,
+        cut: tuple[list[Passed], Tensor],
+        dense: Sequence[Tensor],
+    ) -> float:
+        """Return what merging costs beside the cuts, as a multiple of what it costs alone."""
+        if not merging:
+            return 1.0
+        whole = {name: self._work.anatomy.sizes[name] for name in merging[0][0]}
+        left = sum(sizes[name] for name in whole)
+        if left < sum(whole.values()):
+            # Limits may have changed the schedule that was measured.
+            other, less, sign = whole, min(merging, key=lambda each: abs(sum(each[0].values()) - left))[1], 1
+        else:
+            other, less, sign = dict(merging[len(merging) // 2][0]), merging[len(merging) // 2][1], -1
+        _, loss = self._run(prepared, {**sizes, **other}, dense)
+        beside = sign * float((cut[1] - loss).mean())
+        return min(_MOST, max(1 / _MOST, beside / less)) if less > 0 else 1.0
 
 
 def _scaled(losses: Losses, factors: Mapping[str, float]) -> Losses:
@@ -137,7 +168,7 @@ def _scaled(losses: Losses, factors: Mapping[str, float]) -> Losses:
 
 def _shrunk(alone: Float, beside: Float, doubt: Float) -> Float:
     """Return the losses beside other cuts over the losses alone; doubtful ones are drawn to the factor of all."""
-    common = max(float(beside.sum()), 1e-9) / max(float(alone.sum()), 1e-9) if len(alone) else 1.0
+    common = max(float(beside.sum()), 1e-9) / max(float(alone.sum()), 1e-9)
     spread = (_SPREAD * common) ** 2
     trust = spread / (spread + (doubt / alone) ** 2)
     found: Float = np.clip(common + trust * (beside / alone - common), common / _MOST, common * _MOST)

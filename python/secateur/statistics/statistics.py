@@ -18,6 +18,8 @@ from ..files import container
 from .collectors import collectors
 from .settings import FOLDS, Float, Settings
 
+# The name of losses of whole schedules of merged tokens.
+MERGED = "merged"
 # The observation that counts images unless every attention layer has one map per image.
 IMAGES = "calibration"
 
@@ -205,10 +207,23 @@ class Statistics:
         return mean
 
     @property
+    def merged(self) -> list[tuple[tuple[int, ...], float]]:
+        """How many tokens each block merges, and how much the output changes, for the schedules that were measured.
+
+        The unit is that of ``losses``; schedules that merge more come later.
+        """
+        start = "sensitivity/" + merged_name(())
+        found = []
+        for name, sums in self.tensors.items():
+            if name.startswith(start):
+                found.append((tuple(map(int, name.removeprefix(start).split("-"))), float(sums[0] / sums[1])))
+        return sorted(found, key=lambda each: sum(each[0]))
+
+    @property
     def cuts(self) -> list[str]:
         """The cuts whose losses were measured, such as "cut:project"."""
         measured = [name.rpartition("/")[2].partition("@") for name in self.tensors if name.startswith("sensitivity/")]
-        return sorted({cut for cut, at, _ in measured if at})
+        return sorted({cut for cut, at, _ in measured if at and cut != MERGED})
 
     @property
     def sensitive(self) -> bool:
@@ -308,6 +323,11 @@ class Statistics:
             f"Statistics({self.settings.fingerprint.architecture}, {self.images} images, "
             f"collect={self.settings.collect!r}, gamma={self.settings.gamma})"
         )
+
+
+def merged_name(merged: Sequence[int]) -> str:
+    """Return the name of a schedule's losses, given how many tokens each block merges."""
+    return f"tokens/{MERGED}@{'-'.join(map(str, merged))}"
 
 
 def _merged(name: str, arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from timm.models._manipulate import checkpoint
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 
 from ...errors import InvalidArgument
