@@ -102,7 +102,8 @@ def calibrate(
             checkpoint_every = check.integer("checkpoint_every", checkpoint_every, optional=True)
             token_fraction = check.fraction("token_fraction", token_fraction, open_low=True)
             _check(loader, collect, resume, checkpoint_every)
-            further = _further(sensitivity, methods, collect, head_gradients)
+            names = _names(methods)
+            further = _further(sensitivity, names, collect, head_gradients)
             path = None if resume is None else check.writable("resume", resume)
             settings = Settings(
                 fingerprint=Fingerprint.of(model, anatomy),
@@ -123,7 +124,9 @@ def calibrate(
             max_images=max_images,
             resume=path is not None,
             checkpoint_every=checkpoint_every,
-            measurements=[each.name for each in further],
+            sensitivity=sensitivity,
+            methods=names,
+            head_gradients=head_gradients,
         )
         return run(
             model,
@@ -153,14 +156,18 @@ def _check(
         raise InvalidArgument(f"loader: expected batches of images, got {type(loader).__name__}")
 
 
+def _names(methods: Iterable[str] | None) -> list[str] | None:
+    if isinstance(methods, str) or not isinstance(methods, Iterable | None):
+        raise InvalidArgument(f"methods: expected a sequence of names, got {methods!r}")
+    return None if methods is None else list(methods)
+
+
 def _further(
-    sensitivity: object, methods: Iterable[str] | None, collect: str, head_gradients: bool
+    sensitivity: object, methods: list[str] | None, collect: str, head_gradients: bool
 ) -> list[Measurement]:
     """Return the measurements that are asked for."""
     if sensitivity not in (True, False, "noise"):
         raise InvalidArgument(f"sensitivity: expected True, False or 'noise', got {sensitivity!r}")
-    if isinstance(methods, str) or not isinstance(methods, Iterable | None):
-        raise InvalidArgument(f"methods: expected a sequence of names, got {methods!r}")
     if methods is not None and sensitivity is not True:
         raise InvalidArgument(f"methods: expected none without sensitivity=True, got {methods!r}")
     found: list[Measurement] = []

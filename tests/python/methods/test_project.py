@@ -489,7 +489,7 @@ def test_bad_arguments(digits_model, digits_statistics, digits_images):
         (
             digits_statistics,
             {"method": "snp", "target": target, "allocation": "best"},
-            "allocation: expected 'uniform'",
+            "allocation: expected 'measured'",
         ),
         (digits_statistics, {"method": "project", "ratios": {"v": 0.5}, "allocation": "error"}, "with ratios"),
         (digits_statistics, {"method": "refit", "target": target, "selection": "best"}, "selection"),
