@@ -84,5 +84,3 @@ def _change(prior: Tensor, whole: PairedMoments, folds: Folds) -> Tensor:
         return Moment(moments.xx, _beyond(prior, moments))
 
     return shrunk(rest(whole), [rest(fold) for fold in folds if fold.rows > 0]).mT
-
-

@@ -188,11 +188,15 @@ def prune_sequential(
                     )
                 asked = {
                     "model": Fingerprint.of(model, anatomy).to_dict(),
-                    **{"method": method, "options": chosen, "target": None if target is None else vars(target)},
+                    "method": method,
+                    "options": chosen,
+                    "target": None if target is None else vars(target),
                     "ratios": dict(ratios) if isinstance(ratios, Mapping) else None if ratios is None else str(ratios),
                     "sizes_of": None if sizes_of is None else sizes_of.check(anatomy),
                     **{name: repr(value) for name, value in limits.items()},
-                    **{"allocation": allocation, "max_images": max_images, "token_fraction": token_fraction},
+                    "allocation": allocation,
+                    "max_images": max_images,
+                    "token_fraction": token_fraction,
                 }
                 file = SequentialFile(path, asked)
         with ranks.together():

@@ -102,7 +102,9 @@ class Sums:
         if count == 0:
             raise InvalidArgument("loader: expected at least one image, got none")
         shares = [fold[0] / count for fold in folds]
-        x, y, xx, xy = (shares[0] * first + shares[1] * second for first, second in zip(*(f[1:] for f in folds), strict=True))
+        x, y, xx, xy = (
+            shares[0] * first + shares[1] * second for first, second in zip(*(f[1:] for f in folds), strict=True)
+        )
         return _centred(count, x, y, xx, xy), [_centred(*fold) for fold in folds]
 
 
