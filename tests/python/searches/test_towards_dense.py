@@ -44,7 +44,9 @@ def same(first, second):
     return mine.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in mine.items())
 
 
-@pytest.mark.parametrize("kind", ["plain", "registers_layer_scale", "rms_norm", "identity_head", "distilled", "no_pool"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "registers_layer_scale", "rms_norm", "identity_head", "distilled", "no_pool"]
+)
 def test_row_weights_by_hand(kind):
     """½ v̄/v + ½ g/ḡ, g by a perturbation of the stream after the layer, one image and one token at a time."""
     model = make(kind).double()
@@ -146,7 +148,9 @@ def test_weighted_moments_by_hand(dtype, stride):
     torch.testing.assert_close(whole.xx, aa - torch.outer(ma, ma), **tolerance)
 
 
-@pytest.mark.parametrize("kind", ["plain", "registers_layer_scale", "rms_norm", "swiglu_split", "no_proj_bias", "qk_norm"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "registers_layer_scale", "rms_norm", "swiglu_split", "no_proj_bias", "qk_norm"]
+)
 def test_layers_after_a_cut_by_hand(kind):
     """Only the first FFN is cut: every weight of the block after it, by the formulas, from rows one by one."""
     model = make(kind).double()
@@ -158,28 +162,33 @@ def test_layers_after_a_cut_by_hand(kind):
         want, have = (each.blocks[0](each._pos_embed(each.patch_embed(x))) for each in (model, pruned))
         dense, fitted = model.blocks[1], pruned.blocks[1]
         expected = copy.deepcopy(dense)
-        readers = ((expected.attn.qkv,), (expected.mlp.fc1_g, expected.mlp.fc1_x) if kind == "swiglu_split" else (expected.mlp.fc1,))
+        readers = (
+            (expected.attn.qkv,),
+            (expected.mlp.fc1_g, expected.mlp.fc1_x) if kind == "swiglu_split" else (expected.mlp.fc1,),
+        )
         writers = expected.attn.proj, expected.mlp.fc2
         scales = (expected.ls1, expected.ls2) if kind == "registers_layer_scale" else (None, None)
-        norms = expected.norm1, expected.norm2
+        norms, asked = (expected.norm1, expected.norm2), []
         for number, name in enumerate(("blocks.1.attn", "blocks.1.mlp")):
             after = layers_of(dense)[number](want)
             w = rows.of(name, after)
             eye = torch.eye(39, dtype=torch.float64)
             read, shift, _ = by_folds(norms[number](have), norms[number](want), w, eye)
             for reader in readers[number]:
-                reader.bias.copy_(reader.bias + reader.weight @ shift)
+                bias = 0 if reader.bias is None else reader.bias
+                reader.bias = torch.nn.Parameter(bias + reader.weight @ shift)
                 reader.weight.copy_(reader.weight @ read)
             writer = writers[number]
             z = taken_by(writer, layers_of(expected)[number], have)
             gain = torch.ones(39) if scales[number] is None else scales[number].gamma
             weight, bias, ridge = by_folds(z, after - have, w, gain[:, None] * writer.weight)
-            assert ridge is not None
+            asked.append(ridge is not None)
             if scales[number] is not None:
                 scales[number].gamma.fill_(1)
             writer.weight.copy_(weight)
             writer.bias = torch.nn.Parameter(bias)
             want, have = after, layers_of(expected)[number](have)
+        assert any(asked)
         for name, value in expected.state_dict().items():
             torch.testing.assert_close(fitted.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
@@ -215,15 +224,12 @@ def test_nothing_to_cut_changes_nothing(digits_model, digits_images):
 
 
 def redundant(model):
-    """Half of the hidden units twice, and queries, keys and values of half the rank."""
+    """Queries, keys and values of half the rank, and half of the hidden units constant."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for block in model.blocks:
-            fc1, fc2 = block.mlp.fc1, block.mlp.fc2
-            half = len(fc1.weight) // 2
-            order = torch.randperm(len(fc1.weight), generator=generator)
-            for tensor in (fc1.weight, fc1.bias):
-                tensor[order[half : 2 * half]] = tensor[order[:half]]
+            fc1 = block.mlp.fc1
+            fc1.weight[torch.randperm(len(fc1.weight), generator=generator)[: len(fc1.weight) // 2]] = 0
             heads, size = block.attn.num_heads, block.attn.head_dim
             rows = block.attn.qkv.weight.view(3, heads, size, -1)
             shifts = block.attn.qkv.bias.view(3, heads, size)
@@ -232,7 +238,6 @@ def redundant(model):
                 mix = torch.randn(heads, size, rank, dtype=rows.dtype, generator=generator)
                 rows[part] = mix @ rows[part, :, :rank]
                 shifts[part] = (mix @ shifts[part, :, :rank, None])[..., 0]
-            del fc2
     return model
 
 

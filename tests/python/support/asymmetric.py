@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from secateur.methods.linalg.regression import RIDGES
+from secateur.methods.linalg.regression import Moment, choose_ridge
 from torch import Tensor, nn
 
 
@@ -22,33 +22,30 @@ def ridged(x: Tensor, y: Tensor, w: Tensor, prior: Tensor, ridge: float) -> tupl
 def by_folds(x: Tensor, y: Tensor, w: Tensor, prior: Tensor) -> tuple[Tensor, Tensor, float | None]:
     """The same with the ridge by which even images predict odd ones best and the other way round; None: no change.
 
-    x (images, tokens, n), y (images, tokens, m), w (images, tokens). All weights count alike in each fold.
+    x (images, tokens, n), y (images, tokens, m), w (images, tokens). All weights count alike in each fold. Only the
+    choice between ridges that are about as good is left to `choose_ridge`, which has tests of its own.
     """
     w = w.clone()
-    folds = []
+    folds, moments = [], []
     for k in (0, 1):
         w[k::2] *= w[k::2].numel() / w[k::2].sum()
-        folds.append([each[k::2].flatten(0, 1) for each in (x, y)] + [w[k::2].flatten()])
-
-    def error(ridge: float) -> float:
-        total = 0.0
-        for (a, b, s), (c, d, t) in (folds, folds[::-1]):
-            weight, _ = ridged(a, b, s, prior, ridge)
-            mc, md = ((t[:, None] * each).sum(0) / t.sum() for each in (c, d))
-            held, wanted = c - mc, d - md
-            lost = (wanted - held @ weight.T).square().sum(1) - (wanted - held @ prior.T).square().sum(1)
-            # Each fold's error is a share of what it asks for, as moments.
-            scale = ((t[:, None] * held).T @ (wanted - held @ prior.T) / t.sum()).square().sum()
-            total += float((t * lost).sum() / t.sum() / scale)
-        return total
-
-    flat = [each.flatten(0, 1) for each in (x, y)]
-    errors = [error(ridge) for ridge in RIDGES]
-    best = min(range(len(RIDGES)), key=errors.__getitem__)
-    if errors[best] >= 0:
-        mx, my = ((w.flatten()[:, None] * each).sum(0) / w.sum() for each in flat)
+        a, b, s = x[k::2].flatten(0, 1), y[k::2].flatten(0, 1), w[k::2].flatten()
+        ma, mb = ((s[:, None] * each).sum(0) / s.sum() for each in (a, b))
+        rest = b - mb - (a - ma) @ prior.T
+        moments.append(Moment(*((a - ma).T @ (s[:, None] * each) / s.sum() for each in (a - ma, rest))))
+        folds.append((a, b, s, a - ma, rest))
+    ridge = choose_ridge(moments)
+    gained = 0.0
+    for (a, b, s, _, _), (_, _, t, held, rest), asked in zip(folds, folds[::-1], moments[::-1], strict=True):
+        weight, _ = ridged(a, b, s, prior, ridge)
+        lost = (rest - held @ (weight - prior).T).square().sum(1) - rest.square().sum(1)
+        # Each fold's error counts as a share of what it asks for.
+        gained -= float((t * lost).sum() / t.sum() / asked.xy.square().sum())
+    flat = x.flatten(0, 1), y.flatten(0, 1), w.flatten()
+    if gained <= 0:
+        mx, my = ((flat[2][:, None] * each).sum(0) / flat[2].sum() for each in flat[:2])
         return prior, my - prior @ mx, None
-    return (*ridged(*flat, w.flatten(), prior, RIDGES[best]), RIDGES[best])
+    return (*ridged(*flat, prior, ridge), ridge)
 
 
 def layers_of(block: nn.Module) -> tuple[nn.Module, nn.Module]:
