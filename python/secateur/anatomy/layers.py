@@ -86,7 +86,8 @@ class Layer:
     "ffn") to its group. ``taps`` says where its parts are observed: "query", "key", "value" and "output" (the input of
     the projection), or "hidden" (the input of the second linear layer). ``writer`` is its last linear layer, ``scale``
     the LayerScale after that, ``branch`` the module whose output is added to the residual ``stream`` (a norm if
-    ``post_norm``). ``input_norm`` is the norm before the layer, ``norms`` are those of queries and keys and
+    ``post_norm``). ``readers`` are the linear layers that read the layer's input, after ``input_norm`` if there is
+    one; empty where something else reads it too. ``norms`` are those of queries and keys and
     ``score_norm`` is their type, None unless both have the same type and a scale; ``inner`` is a norm directly before
     the writer. ``fixed`` maps parts whose basis must not be rotated to the reason. ``softmax_scale`` multiplies the
     scores. The ``layout`` of attention is "stock" if the module is the library's own class, cut or not, else "exact".
@@ -101,6 +102,7 @@ class Layer:
     stream: str = "width"
     scale: str | None = None
     input_norm: str | None = None
+    readers: tuple[str, ...] = ()
     norms: Mapping[Part, str] = field(default_factory=dict)
     score_norm: Literal["layer", "rms"] | None = None
     inner: NormSite | None = None

@@ -162,9 +162,7 @@ def _names(methods: Iterable[str] | None) -> list[str] | None:
     return None if methods is None else list(methods)
 
 
-def _further(
-    sensitivity: object, methods: list[str] | None, collect: str, head_gradients: bool
-) -> list[Measurement]:
+def _further(sensitivity: object, methods: list[str] | None, collect: str, head_gradients: bool) -> list[Measurement]:
     """Return the measurements that are asked for."""
     if sensitivity not in (True, False, "noise"):
         raise InvalidArgument(f"sensitivity: expected True, False or 'noise', got {sensitivity!r}")

@@ -1,22 +1,63 @@
 """`secateur prune`."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import secateur as sc
 
 from . import lazy
-from .options import Checkpoint, Classes, Json, Kwargs, Loose, Model, Out, Pretrained
+from .options import (
+    DATA,
+    Allocation,
+    BatchSize,
+    Checkpoint,
+    Classes,
+    Device,
+    Freeze,
+    Groups,
+    Json,
+    Kwargs,
+    Loose,
+    MaxImages,
+    MethodOptions,
+    MinKeep,
+    Model,
+    Out,
+    Pretrained,
+    Resume,
+    RoundTo,
+    Seed,
+    Split,
+    Threads,
+    Unreadable,
+    Workers,
+    json_object,
+    names,
+    number_or_object,
+)
 from .output import collected, named
+from .typed_options import parsed
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data.loader import ImageLoader
 
 __all__ = ["prune"]
 
+BUDGET = "Without a plan"
+
 
 def prune(
-    plan: Annotated[Path, typer.Option("--plan", help="The plan file that plan wrote.")],
     out: Out,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", help="The plan file that plan wrote; with --data, only its sizes and method are used."),
+    ] = None,
     model: Model = None,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
@@ -29,13 +70,139 @@ def prune(
         ),
     ] = "exact",
     strict: Loose = True,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="Images to fit the pruned model on, block by block: a folder, a .tar, hfds:NAME, or digits.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    split: Split = None,
+    batch_size: BatchSize = 64,
+    max_images: MaxImages = 1024,
+    workers: Workers = 0,
+    max_unreadable: Unreadable = 0,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="The pruning method: the plan's, or project.", rich_help_panel=BUDGET),
+    ] = None,
+    option: MethodOptions = None,
+    target_macs: Annotated[
+        float | None, typer.Option(help="Fraction of the MACs to keep.", rich_help_panel=BUDGET)
+    ] = None,
+    target_params: Annotated[
+        float | None, typer.Option(help="Fraction of the parameters to keep.", rich_help_panel=BUDGET)
+    ] = None,
+    ratios: Annotated[
+        str | None,
+        typer.Option(
+            help='Fractions to remove, as {"qk": 0.5}, the name of a shipped configuration, or a file.',
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    groups: Groups = None,
+    freeze: Freeze = "",
+    min_keep: MinKeep = None,
+    round_to: RoundTo = None,
+    allocation: Allocation = None,
+    one_shot: Annotated[
+        bool,
+        typer.Option("--one-shot", help="Plan and cut all blocks at once, from one calibration of the dense model."),
+    ] = False,
+    streams: Annotated[
+        str, typer.Option(help="memory: keep the streams of all images; recompute: slower, and keeps none.")
+    ] = "memory",
+    resume: Resume = None,
+    device: Device = None,
+    seed: Seed = 0,
+    _threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Cut a model as planned, and save the smaller one."""
-    with collected(as_json) as output:
+    """Cut a model as planned, or for a budget with --data, and save the smaller one.
+
+    With --data, each block of the pruned model is fitted to the dense model's residual stream on these images, which
+    needs no labels. Methods that only select, and --one-shot, plan and cut all blocks at once.
+    """
+    budget = {"--target-macs": target_macs, "--target-params": target_params, "--ratios": ratios}
+    given = [name for name, value in budget.items() if value is not None]
+    if plan is None and data is None:
+        raise typer.BadParameter("expected --plan FILE, or --data and a budget, got neither")
+    if plan is not None and given:
+        raise typer.BadParameter(f"expected --plan or a budget, got both --plan and {given[0]}")
+    if plan is None and (not given or (ratios is not None and len(given) > 1)):
+        raise typer.BadParameter("expected --data with --plan, --ratios, or --target-macs and/or --target-params")
+    if plan is not None and data is not None and one_shot:
+        raise typer.BadParameter("expected --plan without --data for --one-shot, got both")
+    with collected(as_json) as output, lazy.joined() as ranks:
         net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs)
-        with named("--plan"):
-            wanted = sc.Plan.load(plan)
-        report = sc.prune(net, wanted, layout=layout, strict=strict)
-        sc.save(net, out)
-        output.show(str(report), f"-> {out}", **report.to_dict(), file=str(out))
+        planned = None
+        if plan is not None:
+            with named("--plan"):
+                planned = sc.Plan.load(plan)
+        if data is None:
+            assert planned is not None
+            report = sc.prune(net, planned, layout=layout, strict=strict)
+        else:
+            chosen = method or ("project" if planned is None else planned.method)
+            options = parsed(lazy.method_named(chosen), option)
+            net.to(lazy.place_for(net, ranks.device(device)))
+            images = sc.data.loader(
+                data,
+                net,
+                split=split or sc.data.default_split(data, train=True),
+                batch_size=batch_size,
+                workers=workers,
+                max_images=max_images,
+                # Folders are sorted by class: the first images would be of a few classes only.
+                shuffle=not data.startswith("hfids:"),
+                seed=seed,
+                max_unreadable=max_unreadable,
+            )
+            wanted: dict[str, Any] = {
+                "target": sc.Target(target_macs, target_params) if planned is None and ratios is None else None,
+                "ratios": json_object(ratios) if ratios is not None and ratios.lstrip().startswith("{") else ratios,
+                "groups": None if groups is None else names(groups),
+                "freeze": names(freeze),
+                "min_keep": None if min_keep is None else json_object(min_keep),
+                "round_to": None if round_to is None else number_or_object(round_to),
+                "allocation": allocation,
+            }
+            if planned is None and (one_shot or not lazy.method_named(chosen).changes_weights):
+                report = _at_once(net, images, chosen, wanted, options, layout, max_images)
+            else:
+                kind: Any = streams  # the function checks it
+                report = sc.prune_sequential(
+                    net,
+                    images,
+                    chosen,
+                    sizes_of=planned,
+                    **wanted,
+                    streams=kind,
+                    resume=resume,
+                    max_images=max_images,
+                    layout=layout,
+                    **options,
+                )
+        with ranks.together():
+            if ranks.rank == 0:
+                sc.save(net, out)
+                output.show(str(report), f"-> {out}", **report.to_dict(), file=str(out))
+
+
+def _at_once(
+    net: nn.Module,
+    images: ImageLoader,
+    method: str,
+    wanted: dict[str, Any],
+    options: dict[str, Any],
+    layout: str,
+    max_images: int | None,
+) -> sc.Report:
+    """Calibrate the dense model, plan, and cut."""
+    stats = None
+    if lazy.method_named(method).needs or wanted["target"] is not None:
+        sensitivity = wanted["target"] is not None and wanted["allocation"] != "uniform"
+        stats = sc.calibrate(net, images, max_images=max_images, sensitivity=sensitivity)
+    found = sc.plan(net, stats, method=method, **wanted, **options)
+    return sc.prune(net, found, layout=layout)

@@ -114,6 +114,11 @@ class Family(ABC):
         """
         raise Unsupported(f"latency: expected a model that can be timed layer by layer, got {type(model).__name__}")
 
+    def prefix_tokens(self, model: nn.Module) -> int:
+        """Return the number of tokens before those of patches: class, distillation and register tokens."""
+        del model
+        return 0
+
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """Return the blocks, first to last, for passes that start at a block; none if passes run the whole model."""
         del model

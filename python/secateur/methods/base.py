@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from ..statistics.settings import Float
 from ..statistics.statistics import Statistics
 from .weights import Weights
 
-__all__ = ["Bound", "Decision", "Handler", "Method", "NoOptions", "Prepared"]
+__all__ = ["Bound", "Decision", "Handler", "Method", "NoOptions", "Prepared", "Remainder"]
 
 # Heads are decided before values, since values are refitted when a head is removed.
 _ORDER = ("heads", "qk", "v", "ffn")
@@ -38,13 +38,30 @@ class Decision:
 
 
 @dataclass(frozen=True, eq=False)
+class Remainder:
+    """What a writer is to add besides what it writes now: Cov(z, y − W z), (inputs, outputs) float64, over all rows.
+
+    z is the writer's input, W its weight, y what it should write. ``folds`` holds the same of each fold, none if a fold
+    is empty.
+    """
+
+    total: Tensor
+    folds: Sequence[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class Bound:
-    """One model with its statistics, and the options of the method that plans for it."""
+    """One model with its statistics, and the options of the method that plans for it.
+
+    ``remainders`` maps writers to what they are fitted to beyond their own output; without one, a refit preserves the
+    output as it is.
+    """
 
     model: nn.Module
     anatomy: Anatomy
     statistics: Statistics
     options: Any
+    remainders: Mapping[str, Remainder] = field(default_factory=dict)
 
 
 class Handler(ABC):

@@ -23,7 +23,7 @@ def divergence(model, dense, x):
 @pytest.mark.parametrize("kind", ["plain", "qk_norm", "inner_norms", "gate", "swiglu_packed", "registers_layer_scale"])
 @pytest.mark.parametrize("method", ["project", "refit", "snp"])
 def test_block_by_block_by_hand(kind, method):
-    """Calibrate, plan and prune one block after the other through the public functions: the same bits."""
+    """Against the pruned stream: calibrate, plan and prune one block after the other by the public functions."""
     model = make(kind)
     batches = [images(model, 5, seed) for seed in range(2)]
     by_hand = copy.deepcopy(model)
@@ -31,7 +31,7 @@ def test_block_by_block_by_hand(kind, method):
     for block in ("blocks.0", "blocks.1", "width"):
         ratios = {name: ALL.get(group.kind, 0) for name, group in sizes.items() if name.startswith(block)}
         sc.prune(by_hand, sc.plan(by_hand, sc.calibrate(by_hand, batches), method=method, ratios=ratios))
-    report = sc.prune_sequential(model, batches, method, ratios=ALL)
+    report = sc.prune_sequential(model, batches, method, ratios=ALL, target_stream="pruned")
     x = images(model, 3, 9)
     with torch.no_grad():
         assert torch.equal(model(x), by_hand(x))
@@ -60,8 +60,9 @@ def calibration(make_digits_model):
     return batches, sc.calibrate(model, batches, sensitivity="noise")
 
 
+@pytest.mark.parametrize("target_stream", ["pruned", "dense"])
 @pytest.mark.parametrize("macs", [0.5, 0.35])
-def test_it_loses_no_more_than_one_shot(digits_model, digits_loader, calibration, macs):
+def test_it_loses_no_more_than_one_shot(digits_model, digits_loader, calibration, macs, target_stream):
     """Calibrated on one half of the digits, compared on the other."""
     batches, stats = calibration
     held_out = torch.cat([images for images, _ in digits_loader])
@@ -69,7 +70,7 @@ def test_it_loses_no_more_than_one_shot(digits_model, digits_loader, calibration
     at_once = copy.deepcopy(digits_model)
     sc.prune(at_once, sc.plan(at_once, stats, method="project", **arguments))
     by_block = copy.deepcopy(digits_model)
-    report = sc.prune_sequential(by_block, batches, "project", **arguments)
+    report = sc.prune_sequential(by_block, batches, "project", **arguments, target_stream=target_stream)
     assert sc.inspect(by_block).sizes == sc.inspect(at_once).sizes
     assert macs - 0.03 < report.macs[1] / report.macs[0] <= macs
     # A few 1e-4 nats: which of the two is ahead is chance, a block fitted to the wrong inputs is not.
@@ -88,9 +89,11 @@ def test_nothing_changes_before_the_end(digits_model, digits_images):
         def __iter__(self):
             self.reads += 1
             yield digits_images[:8]
-            if self.reads == 3:
+            if self.reads == 2:
                 raise OSError("the disk is gone")
 
+    with pytest.raises(OSError, match="gone"):
+        sc.prune_sequential(digits_model, Failing(), ratios=ALL, target_stream="pruned")
     for batches, error, text in (
         (Failing(), OSError, "gone"),
         (iter([digits_images]), sc.InvalidArgument, "loader: expected batches that can be read several times"),
@@ -106,6 +109,12 @@ def test_nothing_changes_before_the_end(digits_model, digits_images):
         ({"ratios": ALL, "method": "none"}, "method"),
         ({"ratios": ALL, "max_images": 0}, "max_images"),
         ({"ratios": ALL, "token_fraction": 0}, "token_fraction"),
+        ({"ratios": ALL, "target_stream": "both"}, "target_stream: expected 'dense' or 'pruned', got 'both'"),
+        ({"ratios": ALL, "streams": "disk"}, "streams: expected 'memory' or 'recompute', got 'disk'"),
+        ({"ratios": ALL, "sizes_of": 3}, "sizes_of: expected a Plan, got int"),
+        ({"ratios": ALL, "resume": "/nowhere/file"}, "resume: expected a file in an existing folder"),
+        ({"ratios": ALL, "resume": "file", "method": "snp"}, "resume: expected none unless blocks are fitted"),
+        ({"ratios": ALL, "resume": "file", "target_stream": "pruned"}, "resume: expected none unless"),
         ({"ratios": {"head": 0.5}}, "ratios"),
         ({"ratios": {"layer": 0.5}}, "ratios"),
     ):

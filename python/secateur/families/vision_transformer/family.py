@@ -58,6 +58,10 @@ class PlainViT(Family):
         """Return attention and FFN layers by name, as timm's blocks run them, without dropping paths."""
         return run.layers(_vit(model))
 
+    def prefix_tokens(self, model: nn.Module) -> int:
+        """Return the number of class, distillation and register tokens."""
+        return int(_vit(model).num_prefix_tokens)
+
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """Return the blocks, first to last."""
         return run.blocks(_vit(model))

@@ -243,7 +243,8 @@ class Inspection(Walk):
         between = next((child for child in ("norm", "gate") if is_there(getattr(attn, child))), None)
         scale = self.layer_scale(f"{block}.ls1")
         self.writers[proj] = scale
-        self.readers[f"{block}.norm1"] = (qkv, *((f"{name}.gate",) if attn.gate is not None else ()))
+        readers = (qkv, *((f"{name}.gate",) if attn.gate is not None else ()))
+        self.readers[f"{block}.norm1"] = readers
         groups = {"qk": f"{block}.qk", "v": f"{block}.v", "heads": f"{block}.heads"}
         self.groups += [
             Group(groups["qk"], "qk", index, qk_dim, tuple(qk), heads, within=groups["heads"]),
@@ -263,7 +264,8 @@ class Inspection(Walk):
             writer=proj,
             branch=f"{block}.drop_path1",
             scale=scale,
-            input_norm=next((norm.name for norm in self.norms if norm.name == f"{block}.norm1"), None),
+            input_norm=self.input_norm(f"{block}.norm1"),
+            readers=readers,
             norms=norms,
             score_norm=score_norm(attn.q_norm, attn.k_norm),
             inner=None if attn.gate is not None else self.inner(f"{name}.norm", heads * v_dim),
@@ -317,9 +319,15 @@ class Inspection(Walk):
             writer=fc2,
             branch=f"{block}.drop_path2",
             scale=scale,
+            input_norm=self.input_norm(f"{block}.norm2"),
+            readers=self.readers[f"{block}.norm2"],
             inner=self.inner(f"{name}.norm", size),
             post_norm=self.post_norm(index),
         )
+
+    def input_norm(self, name: str) -> str | None:
+        """Return the norm before a layer, or None where it comes after or there is none."""
+        return next((norm.name for norm in self.norms if norm.name == name), None)
 
     def post_norm(self, index: int) -> bool:
         """Return whether the block normalises what it adds."""

@@ -81,6 +81,7 @@ class Fit:
             )
         self.bound = bound
         self.model, self.anatomy, self.statistics = bound.model, bound.anatomy, bound.statistics
+        self.remainders = bound.remainders
         # Where the search for the next ridge begins: at the same layer's last ridge, else at any layer's last one.
         self.last_ridge = RIDGES[6]
         self._ridges: dict[str, float] = {}
@@ -161,6 +162,10 @@ class Fit:
         few[cut] = sketch(weight[:, cut].mT)
         rows = (fold[kept] for fold in moments.folds)
         folds = [Moment(part[:, kept], part @ few) for part in rows]
+        if module in self.remainders:
+            # The same signs combine these outputs, since there are as many.
+            beyond = (sketch(each[kept]) for each in self.remainders[module].folds)
+            folds = [Moment(fold.xx, fold.xy + more) for fold, more in zip(folds, beyond, strict=True)]
         self.last_ridge = choose_ridge(folds, self._ridges.get(module, self.last_ridge))
         self._ridges[module] = self.last_ridge
         return self.last_ridge
@@ -175,6 +180,8 @@ class Fit:
         ridge = self._ridge(module, moments, weight, kept, cut)
         part, beside = (moments.covariance[kept[:, None], index] for index in (kept, cut))
         mean, lost = moments.mean[kept], beside @ weight[:, cut].mT
+        if module in self.remainders:
+            lost = lost + self.remainders[module].total[kept]
         bias = weights.bias(module) + weight[:, cut] @ moments.mean[cut]
         divisor = 1.0
         if layer.inner is not None:

@@ -91,12 +91,18 @@ class RotatedValues(SelectedValues):
         lost = (weight - plain @ basis).mT
         few = sketch(lost)
 
-        def moment(covariance: Tensor, wanted: Tensor) -> Moment:
+        def moment(covariance: Tensor, wanted: Tensor, beyond: Tensor | None = None) -> Moment:
             seen = basis @ covariance
-            return Moment(seen @ basis.mT, seen @ wanted)
+            return Moment(seen @ basis.mT, seen @ wanted if beyond is None else seen @ wanted + basis @ beyond)
 
-        ridge = choose_ridge([moment(fold, few) for fold in moments.folds])
-        refitted = plain + solve(moment(moments.covariance, lost), ridge).mT
+        further = self._fit.remainders.get(layer.writer)
+        if further is None:
+            folds, total = [moment(fold, few) for fold in moments.folds], moment(moments.covariance, lost)
+        else:
+            beyond = map(sketch, further.folds)
+            folds = [moment(fold, few, more) for fold, more in zip(moments.folds, beyond, strict=True)]
+            total = moment(moments.covariance, lost, further.total)
+        refitted = plain + solve(total, choose_ridge(folds)).mT
         bias_of_values = weights.row_bias(group, "value")
         # Rows of the attention map sum to one, so the values' bias passes through it.
         bias = weights.bias(layer.writer) + weight @ moments.mean - refitted @ basis @ (moments.mean - bias_of_values)

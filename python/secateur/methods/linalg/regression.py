@@ -21,13 +21,15 @@ __all__ = [
     "inverse",
     "ridged_cholesky",
     "ridged_inverse",
+    "shrunk",
     "sketch",
     "solve",
     "square_root",
 ]
 
-# Shares of the mean diagonal. Below the least, float64 solves of float32 activations' Grams gain no digits.
-RIDGES = tuple(10.0**exponent for exponent in range(-10, 1))
+# Shares of the mean diagonal. Below the least, float64 solves of float32 activations' Grams gain no digits; at the
+# largest, hardly anything is left of a solution, but for directions of a thousand times the mean variance.
+RIDGES = tuple(10.0**exponent for exponent in range(-10, 5))
 # Share of the largest eigenvalue; anything below is rounding.
 RANK_TOLERANCE = 1e-11
 # With more outputs than this, errors are estimated from this many random combinations of them.
@@ -96,6 +98,21 @@ def choose_ridge(folds: Sequence[Moment], near: float = RIDGES[6]) -> float:
     while best > 0 and at(best)[1] >= -_EQUAL * abs(error(best)) and error(best - 1) <= bound:
         best -= 1
     return RIDGES[best]
+
+
+def shrunk(moment: Moment, folds: Sequence[Moment]) -> Tensor:
+    """Return weights (n, outputs) to predict y from x, shrunk towards zero as far as the folds ask.
+
+    The ridge is chosen by `choose_ridge`; where no ridge predicts the other fold better than zeros do, or a fold is
+    empty, the weights are zero. For a prior other than zero, let y be what is left after it.
+    """
+    if len(folds) != 2 or any(not bool(fold.xx.diagonal().sum() > 0) for fold in folds):
+        return torch.zeros_like(moment.xy)
+    ridge = choose_ridge(folds)
+    first, second = (Moment(fold.xx, sketch(fold.xy)) for fold in folds)
+    if not sum(_error(*pair, ridge)[0] for pair in ((first, second), (second, first))) < 0:
+        return torch.zeros_like(moment.xy)
+    return solve(moment, ridge)
 
 
 def _error(fit: Moment, held_out: Moment, ridge: float, room: Tensor | None = None) -> tuple[float, float]:

@@ -1,0 +1,125 @@
+"""Measures how much the output depends on prefix tokens and on patches, and what norms divide tokens by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ... import core
+from ...anatomy import Anatomy
+from ...families.base import Family
+from ..rows import spread
+from ..settings import Float
+from .base import double, hooked, register
+
+__all__ = ["Rows"]
+
+# Small, because gradients need several times the memory of a forward pass.
+_CHUNK = 8
+# Softer than the model's own probabilities, which are nearly certain on images like those it was trained on.
+_TEMPERATURE = 2.0
+
+
+@register
+class Rows:
+    """For each layer, what ``statistics.rows.RowWeights`` makes of tokens; no labels.
+
+    The sums are "layer/rows": ‖g‖² over prefix tokens, ‖g‖² over patches, 1 / v over all tokens, the numbers of prefix
+    tokens and of patches, and the number of images. g is the gradient of log p(y) by the residual stream after the
+    layer; y is drawn from the model's own probabilities at temperature 2 or, without a classifier, from a normal
+    distribution around its features. v is the token's variance over channels there. The draws depend on an image's
+    number alone. Gradients of the model's parameters are neither needed nor changed.
+    """
+
+    name = "rows"
+
+    def take(
+        self,
+        model: nn.Module,
+        family: Family,
+        anatomy: Anatomy,
+        batches: Sequence[Tensor],
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> dict[str, Float]:
+        """Measure this rank's share of the images, in one forward and one backward pass."""
+        layers = list(family.layers(model))
+        sums = {name: np.zeros(6) for name in layers}
+        prefix = family.prefix_tokens(model)
+        start = 0
+        for number, images in enumerate(chunk for batch in batches for chunk in batch.split(_CHUNK)):
+            if number % ranks == rank:
+                for name, found in _of_images(model, anatomy, layers, images, start, prefix).items():
+                    sums[name] += found
+            start += len(images)
+        return {f"{name}/rows": found for name, found in sums.items()}
+
+
+def _of_images(
+    model: nn.Module, anatomy: Anatomy, layers: Sequence[str], images: Tensor, start: int, prefix: int
+) -> dict[str, Float]:
+    written: dict[str, Tensor] = {}
+    streams: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            # If all weights are frozen, the first output does not require a gradient by itself.
+            written[name] = output if output.requires_grad else output.requires_grad_()
+            return written[name]
+
+        return hook
+
+    def enters(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: streams.__setitem__(name, args[0].detach())
+
+    described = {name: anatomy.layers[name] for name in layers}
+    hooks = [model.get_submodule(each.branch).register_forward_hook(keep(name)) for name, each in described.items()]
+    # The stream before each layer; after the layer it is that plus what the layer writes.
+    hooks += [
+        model.get_submodule(each.input_norm or name).register_forward_pre_hook(enters(name))
+        for name, each in described.items()
+    ]
+    with torch.inference_mode(False), torch.enable_grad(), hooked(hooks):
+        output = double(model(images.clone()))
+        with core.subnormals_flushed(images.device):
+            gradients = torch.autograd.grad(_log_likelihood(model, output, start), list(written.values()))
+    found = {}
+    for (name, value), gradient in zip(written.items(), gradients, strict=True):
+        energy = gradient.double().square().sum(-1)
+        stream = streams[name] + value.detach()
+        tokens = energy.shape[1]
+        inverse = spread(model, described[name], stream).reciprocal()
+        found[name] = np.array(
+            [
+                float(energy[:, :prefix].sum()),
+                float(energy[:, prefix:].sum()),
+                float(inverse.sum()),
+                len(images) * prefix,
+                len(images) * (tokens - prefix),
+                len(images),
+            ]
+        )
+    return found
+
+
+def _log_likelihood(model: nn.Module, output: Tensor, start: int) -> Tensor:
+    """Return −log p(y) summed over images, for y drawn with each image's own generator."""
+    rows = output.reshape(len(output), -1, output.shape[-1])
+    classes = bool(getattr(model, "num_classes", 0))
+    drawn = []
+    for number, image in enumerate(rows.detach().cpu(), start):
+        generator = torch.Generator().manual_seed(number)
+        if classes:
+            chances = (image / _TEMPERATURE).softmax(-1)
+            drawn.append(torch.multinomial(chances, 1, generator=generator)[:, 0])
+        else:
+            drawn.append(torch.randn(image.shape, dtype=image.dtype, generator=generator))
+    wanted = torch.stack(drawn).to(output.device)
+    if classes:
+        return functional.cross_entropy(rows.flatten(0, 1) / _TEMPERATURE, wanted.flatten(), reduction="sum")
+    # The gradient of ‖f + ε − f‖² / 2 by the mean f is −ε.
+    return -(rows * wanted).sum()
