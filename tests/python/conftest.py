@@ -36,6 +36,19 @@ def make_normed_model() -> MakeModel:
 
 
 @pytest.fixture(scope="session")
+def digits_statistics(make_digits_model: MakeModel, digits_loader: ImageLoader) -> sc.Statistics:
+    """Return those of 512 held-out digits, with sensitivities; nobody may change them."""
+    return sc.calibrate(make_digits_model(), digits_loader, max_images=512, sensitivity=True)
+
+
+@pytest.fixture(scope="session")
+def trained_double(make_digits_model: MakeModel, digits_images: Tensor) -> tuple[nn.Module, sc.Statistics]:
+    """Return the trained model in float64 and all statistics of `digits_images`; nobody may change them."""
+    model = make_digits_model().double()
+    return model, sc.calibrate(model, digits_images.double().split(16), sensitivity=True, head_gradients=True)
+
+
+@pytest.fixture(scope="session")
 def trained_normed(make_normed_model: MakeModel, digits_images: Tensor) -> tuple[nn.Module, sc.Statistics, Tensor]:
     """Return it in float64, its statistics over 48 held-out digits, and 16 more; nobody may change them."""
     model = make_normed_model().double()

@@ -166,21 +166,24 @@ def test_every_method_has_a_place():
 # --- The reference ----------------------------------------------------------------------------------------------------
 
 
-def generate():
+@pytest.fixture(scope="module")
+def generated():
+    """The pages by their places, on a narrow terminal."""
     spec = importlib.util.spec_from_file_location("generate", GENERATOR)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.pages()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "40")
+        return module.pages()
 
 
-def test_the_reference_is_what_the_code_says(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    for path, text in generate().items():
+def test_the_reference_is_what_the_code_says(generated):
+    for path, text in generated.items():
         assert path.read_text() == text, f"{path.name} is out of date: run python docs/generate.py"
 
 
-def test_the_reference_has_every_name_and_option():
-    api, shown = (text for _, text in sorted(generate().items()))
+def test_the_reference_has_every_name_and_option(generated):
+    api, shown = (text for _, text in sorted(generated.items()))
     for name in sc.__all__:
         assert re.search(rf"^## (?:(?:class|exception|module) {name}|{name}\(\))$", api, re.MULTILINE), name
     for name in (*sc.core.__all__, *sc.data.__all__):

@@ -225,18 +225,11 @@ def test_a_head_that_repeats_another_costs_nothing(method, kind):
         assert float((plain(x) - expected).abs().max()) > 1e-2 * float(expected.abs().max())
 
 
-@pytest.fixture(scope="module")
-def everything(make_digits_model, digits_images):
-    """The trained model in float64, images, and all statistics of them."""
-    model, x = doubled(make_digits_model(), digits_images)
-    return model, x, sc.calibrate(model, [x], sensitivity=True, head_gradients=True)
-
-
 @pytest.mark.parametrize("head_score", ["error", "neurons", "michel"])
 @pytest.mark.parametrize("method", ["refit", "project"])
-def test_with_everything_else_cut_too_the_plan_means_what_it_says(everything, method, head_score):
+def test_with_everything_else_cut_too_the_plan_means_what_it_says(trained_double, digits_images, method, head_score):
     """The dense-shaped model with the plan's weights, written apart from the library, computes the same."""
-    model, x, stats = everything
+    (model, stats), x = trained_double, digits_images.double()
     ratios = {"heads": 0.34, "qk": 0.3, "v": 0.4, "ffn": 0.5, "width": 0.1, "blocks.1.attn": 1, "blocks.2.mlp": 1}
     plan = sc.plan(model, stats, method=method, ratios=ratios, head_score=head_score)
     assert not any(name.startswith(("blocks.1.attn", "blocks.1.norm1", "blocks.2.mlp")) for name in plan.weights)
@@ -248,13 +241,12 @@ def test_with_everything_else_cut_too_the_plan_means_what_it_says(everything, me
         assert float((pruned(x) - expected).abs().max()) <= 1e-9 * float(expected.abs().max())
 
 
-def test_fewer_heads_lose_less_refitted_than_cut(digits_model, digits_images, digits_loader):
-    stats = sc.calibrate(digits_model, digits_loader, max_images=256, sensitivity=True)
+def test_fewer_heads_lose_less_refitted_than_cut(digits_model, digits_images, digits_statistics):
     dense = digits_model(digits_images).log_softmax(1).detach()
     lost = {}
     for method in ("snp", "refit", "project"):
         pruned = copy.deepcopy(digits_model)
-        sc.prune(pruned, sc.plan(digits_model, stats, method=method, ratios={"heads": 0.34}))
+        sc.prune(pruned, sc.plan(digits_model, digits_statistics, method=method, ratios={"heads": 0.34}))
         with torch.no_grad():
             lost[method] = float((dense.exp() * (dense - pruned(digits_images).log_softmax(1))).sum(1).mean())
     assert max(lost["refit"], lost["project"]) < 0.5 * lost["snp"]
