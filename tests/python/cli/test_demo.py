@@ -3,7 +3,6 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ from secateur.cli.app import main
 from secateur.errors import Error, InvalidArgument
 from secateur.latency.bench import Benchmark
 from secateur.training.evaluate import Evaluation, evaluate
+from torch import nn
 
 
 def params(depth: int) -> int:
@@ -30,10 +30,11 @@ def test_quick_demo_does_the_whole_job(
 ) -> None:
     """On a third of its blocks: what the jobs do with each is tested elsewhere."""
     assert sum(parameter.numel() for parameter in module._vit().parameters()) == params(6)
-    shallow = partial(timm.create_model, depth=2)
-    monkeypatch.setattr(
-        module, "timm", SimpleNamespace(create_model=lambda name, *, depth, **more: shallow(name, **more))
-    )
+
+    def shallow(name: str, **arguments: object) -> nn.Module:
+        return timm.create_model(name, **{**arguments, "depth": 2})
+
+    monkeypatch.setattr(module, "timm", SimpleNamespace(create_model=shallow))
     # On one thread the processor's time is that of the work, whatever else the machine does.
     clock = SimpleNamespace(perf_counter=time.process_time)
     monkeypatch.setattr(importlib.import_module("secateur.latency.stopwatch"), "time", clock)

@@ -184,7 +184,7 @@ def _serve(questions: TextIO, answers: TextIO, ask: Callable[[str], str] | None 
 
 def _main() -> str | None:
     """Have a fork import secateur, and serve; the script to run in every process that is forked for one."""
-    import sklearn.datasets  # noqa: F401
+    import sklearn.datasets
     import sklearn.model_selection  # noqa: F401
     import timm  # noqa: F401
     import torch.distributed  # noqa: F401
