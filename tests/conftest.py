@@ -17,6 +17,8 @@ except ImportError:  # Windows: nobody waits, times are noisier
 # Before torch is loaded: threads that spin for work take the processor from the other worker, and from processes that
 # tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Inductor's pool of processes, each of which imports torch, takes longer to start than the few kernels to compile.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import secateur as sc
 import torch
 from digits import MakeModel, maker
 from secateur.data.loader import ImageLoader, loader
@@ -32,6 +33,26 @@ def make_normed_model() -> MakeModel:
     These are LayerNorms of queries and keys, of the values that the projection takes, and of the FFN's hidden units.
     """
     return maker("digits_normed")
+
+
+@pytest.fixture(scope="session")
+def digits_statistics(make_digits_model: MakeModel, digits_loader: ImageLoader) -> sc.Statistics:
+    """Return those of 512 held-out digits, with sensitivities; nobody may change them."""
+    return sc.calibrate(make_digits_model(), digits_loader, max_images=512, sensitivity="noise")
+
+
+@pytest.fixture(scope="session")
+def trained_double(make_digits_model: MakeModel, digits_images: Tensor) -> tuple[nn.Module, sc.Statistics]:
+    """Return the trained model in float64 and all statistics of `digits_images`; nobody may change them."""
+    model = make_digits_model().double()
+    return model, sc.calibrate(model, digits_images.double().split(16), sensitivity="noise", head_gradients=True)
+
+
+@pytest.fixture(scope="session")
+def trained_normed(make_normed_model: MakeModel, digits_images: Tensor) -> tuple[nn.Module, sc.Statistics, Tensor]:
+    """Return it in float64, its statistics over 48 held-out digits, and 16 more; nobody may change them."""
+    model = make_normed_model().double()
+    return model, sc.calibrate(model, [digits_images[:48].double()], sensitivity="noise"), digits_images[48:].double()
 
 
 @pytest.fixture

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import secateur as sc
+from launch import run_script
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/extending.md").read_text()
 EXAMPLES = re.findall(
@@ -27,7 +25,7 @@ def test_there_are_examples_of_a_readable_length():
 
 @pytest.mark.parametrize("by", ["import", "entry point"])
 @pytest.mark.parametrize(("code", "name", "use", "entry"), EXAMPLES, ids=[name for _, name, _, _ in EXAMPLES])
-def test_an_example_runs(code, name, use, entry, by, tmp_path):
+def test_an_example_runs(code, name, use, entry, by, tmp_path, monkeypatch):
     (tmp_path / f"{name}.py").write_text(code)
     if by == "import":
         use = f"import {name}\n{use}"
@@ -37,11 +35,9 @@ def test_an_example_runs(code, name, use, entry, by, tmp_path):
         metadata.mkdir()
         (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
         (metadata / "entry_points.txt").write_text(f"[{group}]\n{key} = {value}\n")
-    (tmp_path / "use.py").write_text(use)
+    monkeypatch.chdir(tmp_path)
     # What is run is this package, wherever it was imported from.
-    folders = [str(tmp_path), str(Path(sc.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders)), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "use.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    folders = [str(tmp_path), str(Path(sc.__file__).parents[1])]
+    start = f"import sys\nsys.path[:0] = {folders}\nassert 'secateur' not in sys.modules\n"
+    done, _, errors = run_script(f"{start}import torch\ntorch.set_num_threads(1)\n{use}", fresh=True)
+    assert done == 0, errors

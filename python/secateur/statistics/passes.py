@@ -24,7 +24,7 @@ from .measurements import MEASURED_IMAGES, Measurement, Work
 from .observer import EnoughError, Observer
 from .statistics import Statistics
 
-__all__ = ["batches_of", "measuring", "run"]
+__all__ = ["as_written", "batches_of", "evaluating", "measuring", "run", "warn_unless_normalised"]
 
 _ALONE = Ranks()
 # Marks the end; it differs from every batch, even None.
@@ -71,7 +71,7 @@ def run(
                 if index == 0:
                     with ranks.together():  # a warning may be an error
                         if ranks.rank == 0:
-                            _warn_unless_normalised(images, observer.settings.data)
+                            warn_unless_normalised(images, observer.settings.data)
                 if end <= seen:
                     continue
                 skip = min(len(images), max(0, seen - start))
@@ -201,7 +201,7 @@ def batches_of(
         yield own, images, start
 
 
-def _warn_unless_normalised(images: torch.Tensor, data: Any) -> None:
+def warn_unless_normalised(images: torch.Tensor, data: Any) -> None:
     """Warn if the range of images does not fit (x − mean) / std for pixels in [0, 1]; ignore NaN and Inf."""
     if not data or len(images) == 0 or not bool(images.isfinite().all()):
         return
@@ -221,12 +221,12 @@ def _warn_unless_normalised(images: torch.Tensor, data: Any) -> None:
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
     """Run the model in evaluation mode, as it is written and without gradients, while the block runs."""
-    with _as_written(model), core.host_by_default(), _evaluating(model), core.torch_threads(), torch.inference_mode():
+    with as_written(model), core.host_by_default(), evaluating(model), core.torch_threads(), torch.inference_mode():
         yield
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model in evaluation mode while the block runs, and restore its mode in any case."""
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -238,7 +238,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _as_written(model: nn.Module) -> Iterator[None]:
+def as_written(model: nn.Module) -> Iterator[None]:
     """Run modules uncompiled while the block runs, because modules compiled in place may skip hooks."""
     compiled: list[tuple[Any, Any]] = [
         (module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl is not None

@@ -18,9 +18,9 @@ from ..errors import InvalidArgument
 from ..families.base import Family
 from ..families.registry import family_of
 from ..runtime.ranks import Ranks
-from .measurements import MEASURED_IMAGES, measurements
+from .measurements import MEASURED_IMAGES, Work, measurements
 from .observer import EnoughError, Observer
-from .passes import _as_written, _batches, _evaluating, _warn_unless_normalised, run
+from .passes import as_written, batches_of, evaluating, run, warn_unless_normalised
 from .settings import Float, Settings
 from .statistics import Statistics
 
@@ -75,8 +75,8 @@ class Streams:
         """Put both models in evaluation mode, uncompiled, while the block runs."""
         with ExitStack() as stack:
             for model in (self._dense, self._pruned):
-                stack.enter_context(_as_written(model))
-                stack.enter_context(_evaluating(model))
+                stack.enter_context(as_written(model))
+                stack.enter_context(evaluating(model))
             stack.enter_context(core.host_by_default())
             yield
 
@@ -90,8 +90,9 @@ class Streams:
         place = next(self._dense.parameters()).device
         batches = [images.to(place) for _, images in sorted(item for part in parts for item in part.items())]
         with self._ranks.together(), core.torch_threads():
-            taken = measurements.named("rows")
-            found = taken.take(self._dense, self._family, anatomy, batches, self._ranks.rank, self._ranks.size)
+            nothing = Statistics.of_nothing(Fingerprint.without_weights(anatomy))
+            work = Work(self._dense, self._family, anatomy, batches, nothing, self._ranks.rank, self._ranks.size)
+            (found,) = measurements.named("rows").take(work)
         self._ranks.add(torch.from_numpy(sums) for sums in found.values())
         return found
 
@@ -158,13 +159,13 @@ class Streams:
         """Yield this rank's images, in parts of a bounded number, and the number of the first of each."""
         limits = [each for each in (limit, self._limit) if each is not None]
         config = data_config(self._dense) if getattr(self._dense, "pretrained_cfg", None) else None
-        batches = _batches(self._dense, self._loader, min(limits, default=None), 0, self._ranks)
+        batches = batches_of(self._dense, self._loader, min(limits, default=None), 0, self._ranks)
         for index, (start, images, _) in enumerate(batches):
             if index == 0 and not self._warned:
                 self._warned = True
                 with self._ranks.together():  # a warning may be an error
                     if self._ranks.rank == 0:
-                        _warn_unless_normalised(images, config)
+                        warn_unless_normalised(images, config)
             for part in range(0, len(images), _CHUNK):
                 yield start + part, images[part : part + _CHUNK]
 

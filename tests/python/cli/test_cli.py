@@ -14,6 +14,7 @@ import pytest
 import secateur
 import timm
 import torch
+from launch import run_script
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from secateur.cli.app import main
@@ -471,9 +472,10 @@ def test_as_a_module_in_its_own_process(dense: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["params"] > 0
-    done = subprocess.run([*command[:-2], "nowhere"], capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("secateur: --checkpoint: expected a secateur model file, got nowhere")
+    module = "import runpy; runpy.run_module('secateur', run_name='__main__', alter_sys=True)"
+    code, out, errors = run_script(module, *command[3:-2], "nowhere", fresh=True)
+    assert (code, out) == (1, "")
+    assert errors.startswith("secateur: --checkpoint: expected a secateur model file, got nowhere")
 
 
 def test_the_installed_command() -> None:

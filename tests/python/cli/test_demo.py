@@ -9,16 +9,32 @@ from types import SimpleNamespace
 import pytest
 import secateur
 import secateur.cli.digits as module
+import timm
+from launch import run_script
 from rich.console import Console
 from secateur.cli.app import main
 from secateur.errors import Error, InvalidArgument
 from secateur.latency.bench import Benchmark
 from secateur.training.evaluate import Evaluation, evaluate
+from torch import nn
+
+
+def params(depth: int) -> int:
+    """Of the demo's model with so many blocks."""
+    block = 2 * 384 + 192 * 576 + 576 + 192 * 192 + 192 + 2 * 192 * 768 + 768 + 192
+    return 48 * 192 + 192 + 64 * 192 + depth * block + 384 + 192 * 10 + 10
 
 
 def test_quick_demo_does_the_whole_job(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a third of its blocks: what the jobs do with each is tested elsewhere."""
+    assert sum(parameter.numel() for parameter in module._vit().parameters()) == params(6)
+
+    def shallow(name: str, **arguments: object) -> nn.Module:
+        return timm.create_model(name, **{**arguments, "depth": 2})
+
+    monkeypatch.setattr(module, "timm", SimpleNamespace(create_model=shallow))
     # On one thread the processor's time is that of the work, whatever else the machine does.
     clock = SimpleNamespace(perf_counter=time.process_time)
     monkeypatch.setattr(importlib.import_module("secateur.latency.stopwatch"), "time", clock)
@@ -28,8 +44,7 @@ def test_quick_demo_does_the_whole_job(
     anatomy = secateur.inspect(model)
     dense, pruned = found["params"]
     assert pruned == anatomy.params == sum(parameter.numel() for parameter in model.parameters())
-    block = 2 * 384 + 192 * 576 + 576 + 192 * 192 + 192 + 2 * 192 * 768 + 768 + 192
-    assert dense == 48 * 192 + 192 + 64 * 192 + 6 * block + 384 + 192 * 10 + 10
+    assert dense == params(2)
     assert found["macs"][1] == anatomy.macs
     assert 0.47 < found["macs"][1] / found["macs"][0] <= 0.5
     assert found["finetune_steps"] <= found["steps"] / 5
@@ -97,7 +112,20 @@ def test_table_has_every_figure_in_its_place() -> None:
         assert row in rows, rows
 
 
-def test_a_reload_with_other_bits_fails(digits_model: object, tmp_path: Path) -> None:
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the demo's new process forked from one that has torch: above, the whole job starts an interpreter."""
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        _, option, script, *arguments = command
+        assert option == "-c"
+        code, out, errors = run_script(script, *arguments, fresh=True)
+        return SimpleNamespace(returncode=code, stdout=out, stderr=errors)
+
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=run))
+
+
+def test_a_reload_with_other_bits_fails(digits_model: object, tmp_path: Path, forked: None) -> None:
     secateur.save(digits_model, tmp_path / "model.safetensors")
     with pytest.raises(
         Error, match=r"^demo: expected the reloaded model to give the same logits to the bit, got others$"
@@ -108,7 +136,7 @@ def test_a_reload_with_other_bits_fails(digits_model: object, tmp_path: Path) ->
     assert module._reload(tmp_path / "model.safetensors", expected, 40) == evaluate(digits_model, held_out)
 
 
-def test_a_file_that_does_not_load_fails(tmp_path: Path) -> None:
+def test_a_file_that_does_not_load_fails(tmp_path: Path, forked: None) -> None:
     with pytest.raises(Error, match=r"^demo: expected the saved file to load in a new process, got .*InvalidArgument"):
         module._reload(tmp_path / "none.safetensors", "", 1)
 

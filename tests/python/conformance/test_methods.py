@@ -17,12 +17,6 @@ from secateur.methods.registry import method_named, options_of
 RATIOS = {"qk": 0.37, "v": 0.41, "ffn": 0.53, "heads": 0.34}
 
 
-@pytest.fixture(scope="module")
-def calibrated(make_digits_model, digits_images):
-    model = make_digits_model().double()
-    return model, sc.calibrate(model, digits_images.double().split(16), sensitivity="noise", head_gradients=True)
-
-
 @pytest.mark.parametrize("name", sc.methods())
 def test_it_says_what_it_is(name):
     method = method_named(name)
@@ -39,8 +33,8 @@ def test_it_says_what_it_is(name):
 
 @pytest.mark.parametrize("name", sc.methods())
 @torch.no_grad()
-def test_the_pruned_model_is_the_one_planned(name, calibrated, digits_images, tmp_path):
-    dense, stats = calibrated
+def test_the_pruned_model_is_the_one_planned(name, trained_double, digits_images, tmp_path):
+    dense, stats = trained_double
     x = digits_images[:6].double()
     plan = sc.plan(dense, stats, method=name, ratios=RATIOS)
     again = sc.plan(copy.deepcopy(dense), stats, method=name, ratios=RATIOS)
@@ -66,8 +60,8 @@ def test_the_pruned_model_is_the_one_planned(name, calibrated, digits_images, tm
 
 
 @pytest.mark.parametrize("name", sc.methods())
-def test_a_target_is_met(name, calibrated):
-    dense, stats = calibrated
+def test_a_target_is_met(name, trained_double):
+    dense, stats = trained_double
     plan = sc.plan(dense, stats, method=name, target=sc.Target(macs=0.6))
     assert plan.macs[1] <= 0.6 * plan.macs[0]
     assert plan.options["target"]["macs"] == 0.6
@@ -75,8 +69,8 @@ def test_a_target_is_met(name, calibrated):
 
 
 @pytest.mark.parametrize("name", sc.methods())
-def test_errors_fall_from_all_to_nothing(name, calibrated):
-    dense, stats = calibrated
+def test_errors_fall_from_all_to_nothing(name, trained_double):
+    dense, stats = trained_double
     bound = prepared(dense, stats, name)
     for group in sc.inspect(dense).groups:
         errors = bound.errors(group)
@@ -87,8 +81,8 @@ def test_errors_fall_from_all_to_nothing(name, calibrated):
 
 
 @pytest.mark.parametrize("name", sc.methods())
-def test_every_value_of_every_option_works(name, calibrated):
-    dense, stats = calibrated
+def test_every_value_of_every_option_works(name, trained_double):
+    dense, stats = trained_double
     method = method_named(name)
     for option, hint in get_type_hints(method.Options).items():
         for value in get_args(hint) or (3,):
@@ -97,8 +91,8 @@ def test_every_value_of_every_option_works(name, calibrated):
 
 
 @pytest.mark.parametrize("name", sc.methods())
-def test_what_it_needs_is_asked_for(name, calibrated):
-    dense, _ = calibrated
+def test_what_it_needs_is_asked_for(name, trained_double):
+    dense, _ = trained_double
     if method_named(name).needs:
         with pytest.raises(sc.InvalidArgument, match="^stats: expected Statistics from calibrate, got NoneType$"):
             sc.plan(dense, method=name, ratios=RATIOS)

@@ -11,6 +11,7 @@ import pytest
 import secateur as sc
 import torch
 from finetuning import batches, quiet
+from launch import run_script
 
 runtime = sc.core.runtime
 
@@ -70,8 +71,9 @@ sc.core.runtime.set_team({team!r})
 sc.core.MomentAccumulator(300).update(np.ones((1000, 300)))
 print(len(set(os.listdir("/proc/self/task")) - before))
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
-    assert int(result.stdout) == more
+    code, out, errors = run_script(script, fresh=True)
+    assert code == 0, errors
+    assert int(out) == more
 
 
 def test_torch_threads_are_for_the_block(three_threads):
@@ -172,8 +174,9 @@ with sc.core.subnormals_flushed(gpu):  # is left alone
     found.append(share())
 print(*found)
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
-    assert result.stdout.split() == ["1.0", "0.0", "0.0", "0.0", "1.0", "1.0"]
+    code, out, errors = run_script(script, fresh=True)
+    assert code == 0, errors
+    assert out.split() == ["1.0", "0.0", "0.0", "0.0", "1.0", "1.0"]
 
 
 def test_subnormals_of_no_thread_are_refused():

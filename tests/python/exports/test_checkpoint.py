@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-import subprocess
 import sys
 import warnings
 from functools import partial
@@ -14,6 +13,7 @@ import pytest
 import secateur as sc
 import timm
 import torch
+from launch import run_script
 from models import BASE, KINDS, images, make
 from pruning import plan_of, random_keep
 from safetensors import safe_open
@@ -44,11 +44,11 @@ def test_the_same_bits_in_a_fresh_process(pruned, digits_images, tmp_path):
         "    y = secateur.load(sys.argv[1])(x)\n"
         "print(hashlib.sha256(y.numpy().tobytes()).hexdigest())\n"
     )
-    arguments = [sys.executable, "-W", "error", "-c", script, str(path), str(tmp_path / "images.safetensors")]
-    run = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    code, out, errors = run_script(script, path, tmp_path / "images.safetensors", fresh=True)
+    assert code == 0, errors
     with torch.no_grad():
         expected = hashlib.sha256(pruned(digits_images).numpy().tobytes()).hexdigest()
-    assert run.stdout.strip() == expected
+    assert out.strip() == expected
 
 
 def rebuilt(model, tmp_path, **arguments):

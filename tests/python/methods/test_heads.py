@@ -165,11 +165,18 @@ def test_elimination_takes_the_head_that_least_squares_misses_least(heads, size,
     assert not head_errors(weight * 0, x.mT @ x, torch.tensor(order)).any()
 
 
+@pytest.fixture(scope="module")
+def many_rows(make_digits_model, digits_loader):
+    """The trained model in float64, 320 images, and their statistics."""
+    images = torch.cat([batch for batch, _ in itertools.islice(digits_loader, 5)])
+    model, x = doubled(make_digits_model().requires_grad_(False), images)
+    return model, x, sc.calibrate(model, [x])
+
+
 @pytest.mark.parametrize("method", ["refit", "project"])
-def test_the_projection_is_refitted_to_the_rows(digits_model, digits_loader, method):
+def test_the_projection_is_refitted_to_the_rows(many_rows, method):
     """Of the trained model: the new projection is least squares of the whole output on the staying heads' values."""
-    model, x = doubled(digits_model.requires_grad_(False), torch.cat([batch[0] for batch in digits_loader])[:320])
-    stats = sc.calibrate(model, [x])
+    model, x, stats = many_rows
     plan = sc.plan(model, stats, method=method, ratios={"heads": 0.34})
     pruned = copy.deepcopy(model)
     sc.prune(pruned, plan)
@@ -220,10 +227,9 @@ def test_a_head_that_repeats_another_costs_nothing(method, kind):
 
 @pytest.mark.parametrize("head_score", ["error", "neurons", "michel"])
 @pytest.mark.parametrize("method", ["refit", "project"])
-def test_with_everything_else_cut_too_the_plan_means_what_it_says(digits_model, digits_images, method, head_score):
+def test_with_everything_else_cut_too_the_plan_means_what_it_says(trained_double, digits_images, method, head_score):
     """The dense-shaped model with the plan's weights, written apart from the library, computes the same."""
-    model, x = doubled(digits_model, digits_images)
-    stats = sc.calibrate(model, [x], sensitivity="noise", head_gradients=True)
+    (model, stats), x = trained_double, digits_images.double()
     ratios = {"heads": 0.34, "qk": 0.3, "v": 0.4, "ffn": 0.5, "width": 0.1, "blocks.1.attn": 1, "blocks.2.mlp": 1}
     plan = sc.plan(model, stats, method=method, ratios=ratios, head_score=head_score)
     assert not any(name.startswith(("blocks.1.attn", "blocks.1.norm1", "blocks.2.mlp")) for name in plan.weights)
@@ -235,13 +241,12 @@ def test_with_everything_else_cut_too_the_plan_means_what_it_says(digits_model, 
         assert float((pruned(x) - expected).abs().max()) <= 1e-9 * float(expected.abs().max())
 
 
-def test_fewer_heads_lose_less_refitted_than_cut(digits_model, digits_images, digits_loader):
-    stats = sc.calibrate(digits_model, digits_loader, sensitivity="noise")
+def test_fewer_heads_lose_less_refitted_than_cut(digits_model, digits_images, digits_statistics):
     dense = digits_model(digits_images).log_softmax(1).detach()
     lost = {}
     for method in ("snp", "refit", "project"):
         pruned = copy.deepcopy(digits_model)
-        sc.prune(pruned, sc.plan(digits_model, stats, method=method, ratios={"heads": 0.34}))
+        sc.prune(pruned, sc.plan(digits_model, digits_statistics, method=method, ratios={"heads": 0.34}))
         with torch.no_grad():
             lost[method] = float((dense.exp() * (dense - pruned(digits_images).log_softmax(1))).sum(1).mean())
     assert max(lost["refit"], lost["project"]) < 0.5 * lost["snp"]

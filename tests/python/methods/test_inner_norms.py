@@ -92,14 +92,8 @@ def test_no_other_refit_would_do_much_better(kind, layer, fraction, most):
 # On a trained model
 
 
-@pytest.fixture(scope="module")
-def trained(make_normed_model, digits_images):
-    model = make_normed_model().double()
-    return model, sc.calibrate(model, [digits_images[:48].double()], sensitivity="noise"), digits_images[48:].double()
-
-
-def lost(trained, layer, method, fraction, block, **options):
-    model, stats, x = trained
+def lost(trained_normed, layer, method, fraction, block, **options):
+    model, stats, x = trained_normed
     pruned = copy.deepcopy(model)
     sc.prune(pruned, sc.plan(model, stats, method=method, ratios={f"blocks.{block}.{layer}": fraction}, **options))
     expected, found = added(model, block, layer, x), added(pruned, block, layer, x)
@@ -108,28 +102,28 @@ def lost(trained, layer, method, fraction, block, **options):
 
 @pytest.mark.parametrize(("layer", "fraction", "most"), [("v", 0.25, 0.01), ("v", 0.5, 0.08), ("ffn", 0.5, 0.02)])
 @pytest.mark.parametrize("block", range(3))
-def test_trained_layers_keep_their_output(trained, layer, fraction, most, block):
-    found = lost(trained, layer, "refit", fraction, block)
+def test_trained_layers_keep_their_output(trained_normed, layer, fraction, most, block):
+    found = lost(trained_normed, layer, "refit", fraction, block)
     assert found <= most
-    assert found == lost(trained, layer, "project", fraction, block)
-    assert found < 0.1 * lost(trained, layer, "snp", fraction, block)
+    assert found == lost(trained_normed, layer, "project", fraction, block)
+    assert found < 0.1 * lost(trained_normed, layer, "snp", fraction, block)
 
 
 @pytest.mark.parametrize("block", range(3))
-def test_predicted_errors_are_of_the_size_of_those_found(trained, block):
-    model, stats, _ = trained
+def test_predicted_errors_are_of_the_size_of_those_found(trained_normed, block):
+    model, stats, _ = trained_normed
     anatomy = sc.inspect(model)
     method = prepared(model, stats, "refit")
     for layer, kept in (("v", 15), ("ffn", 186)):
         size = anatomy.sizes[f"blocks.{block}.{layer}"]
-        found = lost(trained, layer, "refit", 1 - kept / size, block)
+        found = lost(trained_normed, layer, "refit", 1 - kept / size, block)
         predicted = method.errors(anatomy.group(f"blocks.{block}.{layer}"))[kept]
         assert found / 20 < predicted < 5 * found
 
 
 @torch.no_grad()
-def test_the_norm_itself_is_timms(trained):
-    model, stats, _ = trained
+def test_the_norm_itself_is_timms(trained_normed):
+    model, stats, _ = trained_normed
     pruned = copy.deepcopy(model)
     sc.prune(pruned, sc.plan(model, stats, method="project", ratios={"v": 0.5, "ffn": 0.5}))
     for block in pruned.blocks:

@@ -306,11 +306,6 @@ def test_value_sweeps_are_regressions_on_the_other_heads():
         torch.testing.assert_close(basis.mT @ basis, kept[head].mT @ kept[head], rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def digits_statistics(make_digits_model, digits_loader):
-    return sc.calibrate(make_digits_model(), digits_loader, max_images=512, sensitivity="noise")
-
-
 def divergence(model, dense, x):
     with torch.no_grad():
         first, second = dense(x).log_softmax(1), model(x).log_softmax(1)

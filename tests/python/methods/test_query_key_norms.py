@@ -162,12 +162,6 @@ def test_a_cut_to_the_rank_of_the_heads_changes_nothing(kind):
 # On a trained model
 
 
-@pytest.fixture(scope="module")
-def trained(make_normed_model, digits_images):
-    model = make_normed_model().double()
-    return model, sc.calibrate(model, [digits_images[:48].double()], sensitivity="noise"), digits_images[48:].double()
-
-
 @torch.no_grad()
 def scores_of(model, x):
     """Every block's centred scores, from what leaves the norms."""
@@ -202,25 +196,25 @@ def shares_lost(model, stats, x, method, fraction):
 
 
 @pytest.mark.parametrize("fraction", [0.3, 0.5, 0.75])
-def test_trained_scores_stay_what_they_were(trained, fraction):
-    lost = {method: np.array(shares_lost(*trained, method, fraction)) for method in ("project", "refit", "snp")}
+def test_trained_scores_stay_what_they_were(trained_normed, fraction):
+    lost = {method: np.array(shares_lost(*trained_normed, method, fraction)) for method in ("project", "refit", "snp")}
     assert (lost["project"] <= {0.3: 0.01, 0.5: 0.03, 0.75: 0.2}[fraction]).all()
     assert (lost["project"] <= 0.5 * lost["refit"]).all()
     assert (lost["refit"] < lost["snp"]).all()
 
 
 @pytest.mark.parametrize("method", ["project", "refit"])
-def test_the_temperature_stays(trained, method):
+def test_the_temperature_stays(trained_normed, method):
     """The best multiple of the new scores is the new scores: norms over fewer channels divide by other lengths."""
-    model, stats, x = trained
+    model, stats, x = trained_normed
     for block, expected in enumerate(scores_of(model, x)):
         found = scores_of(cut(model, stats, method, 0.5, block)[0], x)[block]
         slope = (found * expected).sum((0, 2, 3)) / found.square().sum((0, 2, 3))
         assert float((slope - 1).abs().max()) < 0.15
 
 
-def test_predicted_errors_are_of_the_size_of_those_found(trained):
-    model, stats, x = trained
+def test_predicted_errors_are_of_the_size_of_those_found(trained_normed):
+    model, stats, x = trained_normed
     anatomy = sc.inspect(model)
     method = prepared(model, stats, "project")
     for fraction in (0.5, 0.75, 0.9):
@@ -240,16 +234,16 @@ def test_predicted_errors_are_of_the_size_of_those_found(trained):
 
 
 @torch.no_grad()
-def test_one_direction_less_than_a_layer_norm_has_channels_is_exact(trained):
-    model, stats, x = trained
+def test_one_direction_less_than_a_layer_norm_has_channels_is_exact(trained_normed):
+    model, stats, x = trained_normed
     pruned, plan = cut(model, stats, "project", 1 / 31)
     assert plan.keep["blocks.0.qk"].shape[1] == 30
     assert float((pruned(x) - model(x)).abs().max()) <= 1e-6 * float(model(x).abs().max())
 
 
 @torch.no_grad()
-def test_cut_again_saved_and_loaded(trained, tmp_path):
-    model, stats, x = trained
+def test_cut_again_saved_and_loaded(trained_normed, tmp_path):
+    model, stats, x = trained_normed
     once, plan = cut(model, stats, "project", 0.3)
     assert plan.uncentred == ("blocks.0.attn.q_norm", "blocks.0.attn.k_norm")
     assert not once.blocks[0].attn.q_norm.centred
@@ -290,8 +284,8 @@ def test_block_by_block(make_normed_model, digits_images):
     assert lost[1] <= 0.01 * float(expected.var())
 
 
-def test_whole_heads_leave_with_their_norms(trained):
-    model, _, x = trained
+def test_whole_heads_leave_with_their_norms(trained_normed):
+    model, _, x = trained_normed
     # The middle head, which nothing reads; one direction less than a LayerNorm has channels is all there is.
     model = copy.deepcopy(model)
     with torch.no_grad():
@@ -339,8 +333,8 @@ def test_neurons_are_selected_where_norms_cannot_be_turned(kind):
     assert float((model(x) - expected).abs().max()) <= 1e-10 * max(1.0, float(expected.abs().max()))
 
 
-def test_other_norms_are_refused(trained):
-    model, stats, _ = trained
+def test_other_norms_are_refused(trained_normed):
+    model, stats, _ = trained_normed
     _, plan = cut(model, stats, "project", 0.5)
     for field, value in (
         ("uncentred", ("blocks.1.attn.q_norm",)),  # of a layer that stays whole

@@ -19,7 +19,7 @@ from secateur.data.loader import loader
 from secateur.families.registry import family_of
 from secateur.runtime.ranks import Ranks
 from secateur.searches.sequential_file import SequentialFile
-from secateur.statistics.measurements import measurements
+from secateur.statistics.measurements import Work, measurements
 from secateur.statistics.paired import Sums
 from secateur.statistics.rows import RowWeights
 from torch.nn import functional as F  # noqa: N812
@@ -30,7 +30,8 @@ SPLITS = [2, 5, 1, 6]
 
 def measured(model, x):
     anatomy = sc.inspect(model)
-    sums = measurements.named("rows").take(model, family_of(model), anatomy, [x], 0, 1)
+    work = Work(model, family_of(model), anatomy, [x], sc.calibrate(model, [x], collect="scores"))
+    (sums,) = measurements.named("rows").take(work)
     return anatomy, sums
 
 

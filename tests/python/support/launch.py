@@ -1,7 +1,9 @@
 """Scripts in processes of their own, and on several ranks: torchrun's environment without its agent.
 
 Importing torch, timm and secateur takes longer than most scripts. One process, which does nothing else and computes
-nothing, imports them and forks for every script. A script that is about imports is to start an interpreter instead.
+nothing, imports them and forks for every script. Where it matters that secateur has not been imported, such as for
+code of its users, a script is `fresh`: forked from a process that has torch and timm alone. A script that is about
+their imports is to start an interpreter instead.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 __all__ = ["SUPPORT", "Script", "on_ranks", "run_script", "start_ranks"]
 
@@ -31,12 +34,14 @@ SUPPORT = Path(__file__).parent
 class Script:
     """A script that runs, with as much of the interface of `subprocess.Popen` as tests need."""
 
-    def __init__(self, script: str, *arguments: object, **environment: str) -> None:
+    def __init__(self, script: str, *arguments: object, fresh: bool = False, **environment: str) -> None:
         # Files, not pipes: nobody has to read while a script writes much.
         self._files = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
         names = [file.name for file in self._files]
         words = ["-c", *map(str, arguments)]
-        self.pid: int = _ask("start", script, words, {**os.environ, **environment}, str(Path.cwd()), *names)
+        self.pid: int = _ask(
+            "fresh" if fresh else "start", script, words, {**os.environ, **environment}, str(Path.cwd()), *names
+        )
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -65,9 +70,11 @@ class Script:
                 os.kill(self.pid, signal.SIGKILL)
 
 
-def run_script(script: str, *arguments: object, timeout: float = 300, **environment: str) -> tuple[int, str, str]:
+def run_script(
+    script: str, *arguments: object, timeout: float = 300, fresh: bool = False, **environment: str
+) -> tuple[int, str, str]:
     """Run to the end; return the exit code, and what was written on stdout and stderr."""
-    running = Script(script, *arguments, **environment)
+    running = Script(script, *arguments, fresh=fresh, **environment)
     try:
         out, errors = running.communicate(timeout)
     finally:
@@ -118,34 +125,90 @@ def _ask(*question: object) -> Any:
     return json.loads(server.stdout.readline())
 
 
-def _serve() -> str | None:
-    """Answer until the input ends: None; in a forked process: the script that it is to run."""
-    done: dict[int, int] = {}
-    while question := sys.stdin.readline():
+class _Forks:
+    """Forks of this process, and the exit codes of those that ended."""
+
+    def __init__(self) -> None:
+        self._ended: dict[int, int | None] = {}
+
+    def start(self, words: list[str], environment: dict[str, str], folder: str, out: str, errors: str) -> int:
+        """Return the process id; 0 in the fork, whose streams, folder and arguments are the script's."""
+        pid = os.fork()
+        if pid:
+            self._ended[pid] = None
+            return pid
+        for number, (name, flags) in enumerate([(os.devnull, os.O_RDONLY), (out, os.O_WRONLY), (errors, os.O_WRONLY)]):
+            os.dup2(os.open(name, flags), number)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv = words
+        return 0
+
+    def __contains__(self, pid: int) -> bool:
+        return pid in self._ended
+
+    def poll(self, pid: int) -> int | None:
+        if self._ended[pid] is None:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                self._ended[pid] = os.waitstatus_to_exitcode(status)
+        return self._ended[pid]
+
+
+def _serve(questions: TextIO, answers: TextIO, ask: Callable[[str], str] | None = None) -> str | None:
+    """Answer until the input ends: None; in a forked process: the script that it is to run.
+
+    What ``ask`` is given goes to the process that has imported secateur; without it, this is that process.
+    """
+    forks = _Forks()
+    while question := questions.readline():
         task, *details = json.loads(question)
-        if task == "start":
-            script, words, environment, folder, out, errors = details
-            answer = os.fork()
-            if answer == 0:
-                for number, (name, flags) in enumerate(
-                    [(os.devnull, os.O_RDONLY), (out, os.O_WRONLY), (errors, os.O_WRONLY)]
-                ):
-                    os.dup2(os.open(name, flags), number)
-                os.chdir(folder)
-                os.environ.clear()
-                os.environ.update(environment)
-                sys.argv = words
-                return script
+        if task in ("start", "fresh"):
+            if ask is None or task == "fresh":
+                script, *rest = details
+                pid = forks.start(*rest)
+                if pid == 0:
+                    return script
+                answer = json.dumps(pid) + "\n"
+            else:
+                answer = ask(question)
+        elif details[0] in forks or ask is None:
+            answer = json.dumps(forks.poll(*details)) + "\n"
         else:
-            (pid,) = details
-            if pid not in done:
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                if ended:
-                    done[pid] = os.waitstatus_to_exitcode(status)
-            answer = done.get(pid)
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+            answer = ask(question)
+        answers.write(answer)
+        answers.flush()
     return None
+
+
+def _main() -> str | None:
+    """Have a fork import secateur, and serve; the script to run in every process that is forked for one."""
+    import sklearn.datasets
+    import sklearn.model_selection  # noqa: F401
+    import timm  # noqa: F401
+    import torch.distributed  # noqa: F401
+
+    there, back = os.pipe(), os.pipe()
+    if os.fork():
+        os.close(there[0])
+        os.close(back[1])
+        questions, answers = os.fdopen(there[1], "w"), os.fdopen(back[0])
+
+        def ask(question: str) -> str:
+            questions.write(question)
+            questions.flush()
+            return answers.readline()
+
+        return _serve(sys.stdin, sys.stdout, ask)
+    os.close(there[1])
+    os.close(back[0])
+    import finetuning  # noqa: F401
+    import secateur
+
+    for name in secateur.__all__:
+        getattr(secateur, name)  # imported when asked for
+    return _serve(os.fdopen(there[0]), os.fdopen(back[1], "w"))
 
 
 def _run(script: str) -> NoReturn:
@@ -169,13 +232,5 @@ def _run(script: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    import finetuning  # noqa: F401
-    import secateur
-    import sklearn.datasets  # noqa: F401
-    import timm  # noqa: F401
-    import torch.distributed  # noqa: F401
-
-    for _name in secateur.__all__:
-        getattr(secateur, _name)  # imported when asked for
-    if (_script := _serve()) is not None:
+    if (_script := _main()) is not None:
         _run(_script)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+
+from launch import run_script
 
 DOCS = next(parent for parent in Path(__file__).parents if parent.name == "tests").parent / "docs" / "extending"
 
@@ -41,4 +41,5 @@ def documented(page: str) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
 def run(folder: Path, script: str) -> None:
     """Run a script in a process of its own, with the folder on its path."""
     text = f"import sys\nsys.path.insert(0, sys.argv[1])\n{textwrap.dedent(script)}"
-    subprocess.run([sys.executable, "-c", text, str(folder)], check=True)
+    code, _, errors = run_script(text, folder, fresh=True)
+    assert code == 0, errors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,10 +11,9 @@ from torch.nn import functional
 
 from ... import core
 from ...anatomy import Anatomy
-from ...families.base import Family
 from ..rows import spread
 from ..settings import Float
-from .base import double, hooked, register
+from .base import Work, double, hooked, register
 
 __all__ = ["Rows"]
 
@@ -37,26 +36,18 @@ class Rows:
 
     name = "rows"
 
-    def take(
-        self,
-        model: nn.Module,
-        family: Family,
-        anatomy: Anatomy,
-        batches: Sequence[Tensor],
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> dict[str, Float]:
-        """Measure this rank's share of the images, in one forward and one backward pass."""
-        layers = list(family.layers(model))
+    def take(self, work: Work) -> Iterator[Mapping[str, Float]]:
+        """Measure this rank's share of the images in one round, with one forward and one backward pass."""
+        layers = list(work.family.layers(work.model))
         sums = {name: np.zeros(6) for name in layers}
-        prefix = family.prefix_tokens(model)
+        prefix = work.family.prefix_tokens(work.model)
         start = 0
-        for number, images in enumerate(chunk for batch in batches for chunk in batch.split(_CHUNK)):
-            if number % ranks == rank:
-                for name, found in _of_images(model, anatomy, layers, images, start, prefix).items():
+        for number, images in enumerate(chunk for batch in work.batches for chunk in batch.split(_CHUNK)):
+            if number % work.ranks == work.rank:
+                for name, found in _of_images(work.model, work.anatomy, layers, images, start, prefix).items():
                     sums[name] += found
             start += len(images)
-        return {f"{name}/rows": found for name, found in sums.items()}
+        yield {f"{name}/rows": found for name, found in sums.items()}
 
 
 def _of_images(
