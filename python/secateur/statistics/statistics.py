@@ -217,7 +217,7 @@ class Statistics:
         for name, sums in self.tensors.items():
             if name.startswith(start):
                 found.append((tuple(map(int, name.removeprefix(start).split("-"))), float(sums[0] / sums[1])))
-        return sorted(found, key=lambda each: sum(each[0]))
+        return sorted(found, key=lambda each: (sum(each[0]), each[0]))
 
     @property
     def cuts(self) -> list[str]:

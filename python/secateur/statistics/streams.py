@@ -94,7 +94,7 @@ class Streams:
             work = Work(self._dense, self._family, anatomy, batches, nothing, self._ranks.rank, self._ranks.size)
             (found,) = measurements.named("rows").take(work)
         self._ranks.add(torch.from_numpy(sums) for sums in found.values())
-        return found
+        return dict(found)
 
     def start(self, dense_at: int = 0, pruned_at: int = 0, *, diverged: bool = False) -> None:
         """Read the images, and run both models up to these layers, as a run that came so far has done."""
