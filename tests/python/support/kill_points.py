@@ -1,4 +1,4 @@
-"""Kill calibrate, finetune, gates, search, prune_sequential and save at random points, start them again, compare with runs left alone.
+"""Kill calibrate, finetune, gates, search, prune_sequential and save at random points, and start them again.
 
     python kill_points.py FOLDER POINTS SEED
 
