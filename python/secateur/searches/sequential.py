@@ -21,6 +21,7 @@ from ..calibration.calibrate import calibrate, calibrate_block
 from ..data.loader import ImageLoader
 from ..errors import InvalidArgument, Unsupported
 from ..families.registry import family_of
+from ..files import container
 from ..latency.table import LatencyTable
 from ..methods.registry import method_named, options_of
 from ..plans.make import check_budget, plan, sizes_for
@@ -208,8 +209,13 @@ def prune_sequential(
                     "token_fraction": token_fraction,
                 }
                 file = SequentialFile(path, asked)
+        before = None
         with ranks.together():
-            before = None if file is None or ranks.rank > 0 else file.read()
+            if file is not None and ranks.rank == 0:
+                before = file.read()
+                if before is not None:
+                    with container.understood(f"{file.path.name}: expected the file of this run"):
+                        _check_progress(before, anatomy, _whole(model, anatomy, method, how, before))
         before = ranks.gather(before)[0]
         progress = before or Progress(ranks.gather(possible(sizes()))[0])
         course = Course(
@@ -245,6 +251,21 @@ def _check(target: Any, ratios: Any, sizes_of: Any, allocation: Any, *others: An
     if target is not None or ratios is not None:
         raise InvalidArgument("target, ratios: expected neither with sizes_of, got one")
     check_budget(None, {}, allocation, *others)
+
+
+def _check_progress(progress: Progress, anatomy: Anatomy, plan: Plan) -> None:
+    """Refuse a file that says what no run can have written; the plan is what it has decided so far."""
+    if progress.sizes.keys() != anatomy.sizes.keys() or not 0 < progress.done <= len(anatomy.layers):
+        raise ValueError("sizes and layers of another model")
+    so_far = plan.check(anatomy)
+    for name, size in progress.sizes.items():
+        if not anatomy.group(name).least <= size <= so_far[name]:
+            raise ValueError(f"size {size} of {name}")
+    for name in anatomy.layers:
+        sums = progress.rows[f"{name}/rows"]
+        counts = sums.shape == (6,) and bool(np.isfinite(sums).all()) and bool((sums >= 0).all())
+        if not counts or not sums[2] > 0 or not sums[3] + sums[4] > 0:
+            raise ValueError(f"weights of tokens of {name} that are no sums")
 
 
 def _runs_by_layer(model: nn.Module) -> bool:

@@ -131,6 +131,38 @@ def test_the_whole_way(
     assert (found["batch_size"], found["input_size"]) == (2, [3, 32, 32])
 
 
+@pytest.mark.parametrize("way", ["by block", "one shot", "only selects", "sizes of a plan"])
+def test_prune_for_a_budget(
+    run_json: Callable[..., dict[str, object]], dense: Path, tmp_path: Path, digits_model: nn.Module, way: str
+) -> None:
+    """One command, and the same by the functions."""
+    ratios = {"qk": 0.5, "v": 0.25, "ffn": 0.5}
+    budget: list[object] = ["--ratios", json.dumps(ratios)]
+    images = loader("digits", digits_model, split="train", batch_size=32, max_images=80, shuffle=True)
+    if way == "by block":
+        budget += ["--resume", tmp_path / "run", "--streams", "recompute"]
+        report = secateur.prune_sequential(digits_model, images, ratios=ratios)
+    elif way == "one shot":
+        budget += ["--one-shot", "--method", "refit", "--option", "selection=energy"]
+        stats = secateur.calibrate(digits_model, images)
+        plan = secateur.plan(digits_model, stats, method="refit", ratios=ratios, selection="energy")
+        report = secateur.prune(digits_model, plan)
+    elif way == "only selects":
+        budget += ["--method", "magnitude"]
+        report = secateur.prune(digits_model, secateur.plan(digits_model, method="magnitude", ratios=ratios))
+    else:
+        plan = secateur.plan(digits_model, method="magnitude", ratios=ratios)
+        plan.save(tmp_path / "plan.json")
+        budget = ["--plan", tmp_path / "plan.json", "--method", "refit"]
+        report = secateur.prune_sequential(digits_model, images, "refit", sizes_of=plan)
+    reading = ["--data", "digits", "--batch-size", 32, "--max-images", 80]
+    found = run_json("prune", "--checkpoint", dense, *reading, *budget, "--out", tmp_path / "out.st")
+    assert found == {**report.to_dict(), "file": str(tmp_path / "out.st")}
+    pruned = secateur.load(tmp_path / "out.st").state_dict()
+    assert all(torch.equal(value, pruned[name]) for name, value in digits_model.state_dict().items())
+    assert (tmp_path / "run").exists() == (way == "by block")
+
+
 def test_prune_in_the_stock_layout(
     run: Run, run_json: Callable[..., dict[str, object]], dense: Path, tmp_path: Path, digits_model: nn.Module
 ) -> None:
@@ -431,6 +463,16 @@ def test_a_mistake_of_ours_is_one_line_too_and_a_traceback_on_request(
         ),
         (["finetune", "--data", "digits", "--out", "o", "--epochs", "1", "--steps", "1"], "got both"),
         (["evaluate", "--data", "digits", "--batch-size", "0"], "--batch-size"),
+        (["prune", "--checkpoint", "x", "--out", "o"], "expected --plan FILE, or --data and a budget, got neither"),
+        (["prune", "--checkpoint", "x", "--out", "o", "--data", "digits"], "expected --data with --plan, --ratios, or"),
+        (
+            ["prune", "--checkpoint", "x", "--out", "o", "--plan", "p", "--target-macs", "0.5"],
+            "expected --plan or a budget, got both --plan and --target-macs",
+        ),
+        (
+            ["prune", "--checkpoint", "x", "--out", "o", "--plan", "p", "--data", "digits", "--one-shot"],
+            "expected --plan without --data for --one-shot, got both",
+        ),
         (["shear"], "No such command 'shear'"),
         (["inspect", "--no-such-option"], "No such option"),
     ],

@@ -55,6 +55,10 @@ def _search(path: Path, rounds: int = 1) -> None:
     )
 
 
+def _sequential(path: Path) -> None:
+    sc.prune_sequential(quiet(), _IMAGES, ratios={"qk": 0.5, "ffn": 0.5}, resume=path)
+
+
 KINDS: dict[str, Callable[[Path], None]] = {
     "header": _model,
     "statistics": _statistics,
@@ -63,8 +67,15 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "table": _table,
     "checkpoint": _checkpoint,
     "search": _search,
+    "sequential": _sequential,
 }
-_NAMES = {"header": "model", "statistics": "statistics", "checkpoint": "fine-tuning", "search": "search"}
+_NAMES = {
+    "header": "model",
+    "statistics": "statistics",
+    "checkpoint": "fine-tuning",
+    "search": "search",
+    "sequential": "sequential",
+}
 
 
 def seeds(folder: Path) -> dict[str, bytes]:
@@ -80,7 +91,7 @@ def seeds(folder: Path) -> dict[str, bytes]:
     found["ratios"] = json.dumps({"source": "a test", **names}).encode()
     sc.measure_latency(_MODEL, groups=("ffn",), repeats=1).save(path)
     found["table"] = path.read_bytes()
-    for kind in ("checkpoint", "search"):
+    for kind in ("checkpoint", "search", "sequential"):
         path.unlink()
         KINDS[kind](path)
         found[kind] = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Kill calibrate, finetune, gates, search and save at random points, start them again, compare with runs left alone.
+"""Kill calibrate, finetune, gates, search, prune_sequential and save at random points, and start them again.
 
     python kill_points.py FOLDER POINTS SEED
 
@@ -70,6 +70,14 @@ def search(folder: Path) -> None:
     save_file({**weights(found.model), "history": digest}, folder / "result")
 
 
+def sequential(folder: Path) -> None:
+    model = quiet(num_classes=10)
+    images = loader("digits", model, batch_size=4, max_images=93)
+    ratios = {"qk": 0.5, "v": 0.25, "ffn": 0.5}
+    sc.prune_sequential(model, images, ratios=ratios, resume=folder / "file")
+    save_file(weights(model), folder / "result")
+
+
 def same_tensors(found: Path, expected: Path) -> None:
     mine, theirs = load_file(found), load_file(expected)
     assert mine.keys() == theirs.keys()
@@ -94,6 +102,7 @@ JOBS: dict[str, tuple[Callable[[Path], None], Callable[[Path, Path], None], str]
     "finetune": (finetune, same_tensors, "fine-tuning"),
     "gates": (gates, same_tensors, "fine-tuning"),
     "search": (search, same_tensors, "search"),
+    "sequential": (sequential, same_tensors, "sequential"),
     "save": (save, same_bytes, "model"),
 }
 

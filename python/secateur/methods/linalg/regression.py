@@ -36,8 +36,8 @@ RANK_TOLERANCE = 1e-11
 SKETCH = 64
 # Errors whose relative difference is less count as equal: for singular Grams and least ridges, rounding exceeds 1e-6.
 _EQUAL = 1e-5
-# Up to this many regressors, every ridge is tried.
-_SMALL = 256
+# Up to this many regressors, every ridge is tried; for whole layers, of which there are few, up to more.
+_SMALL, _WHOLE = 256, 1024
 # Columns of a Cholesky factor that are computed at a time.
 _PANEL = 128
 
@@ -49,7 +49,7 @@ class Moment(NamedTuple):
     xy: Tensor
 
 
-def choose_ridge(folds: Sequence[Moment], near: float = RIDGES[6]) -> float:
+def choose_ridge(folds: Sequence[Moment], near: float = RIDGES[6], *, small: int = _SMALL) -> float:
     """Return the ridge whose solution from one fold best predicts the other, summed over both directions.
 
     If a fold is empty or all regressors are zero, there is nothing to compare and the least ridge is returned. From
@@ -59,6 +59,7 @@ def choose_ridge(folds: Sequence[Moment], near: float = RIDGES[6]) -> float:
     Args:
         folds: two, each of moments per row.
         near: where to begin: one of ``RIDGES``.
+        small: up to this many regressors, every ridge is tried instead.
 
     Returns:
         A share of the mean diagonal of ``xx``.
@@ -78,7 +79,7 @@ def choose_ridge(folds: Sequence[Moment], near: float = RIDGES[6]) -> float:
         return at(index)[0]
 
     everything = range(len(RIDGES))
-    if len(first.xx) <= _SMALL:
+    if len(first.xx) <= small:
         best = min(everything, key=error)
     else:
         tried = {RIDGES.index(near)}
@@ -108,7 +109,7 @@ def shrunk(moment: Moment, folds: Sequence[Moment]) -> Tensor:
     """
     if len(folds) != 2 or any(not bool(fold.xx.diagonal().sum() > 0) for fold in folds):
         return torch.zeros_like(moment.xy)
-    ridge = choose_ridge(folds)
+    ridge = choose_ridge(folds, small=_WHOLE)
     first, second = (Moment(fold.xx, sketch(fold.xy)) for fold in folds)
     if not sum(_error(*pair, ridge)[0] for pair in ((first, second), (second, first))) < 0:
         return torch.zeros_like(moment.xy)
