@@ -51,7 +51,7 @@ def calibration(make_digits_model):
     """Batches of one half of the digits, and their statistics."""
     model = make_digits_model()
     batches = [images for images, _ in loader("digits", model, split="train", batch_size=64, max_images=512)]
-    return batches, sc.calibrate(model, batches, sensitivity="noise")
+    return batches, sc.calibrate(model, batches)
 
 
 @pytest.mark.parametrize("target_stream", ["pruned", "dense"])
@@ -62,7 +62,7 @@ def test_it_loses_no_more_than_one_shot(digits_model, digits_loader, calibration
     held_out, targets = (torch.cat(parts) for parts in zip(*digits_loader, strict=True))
     arguments = {"target": sc.Target(macs=macs), "round_to": 3}
     at_once = copy.deepcopy(digits_model)
-    sc.prune(at_once, sc.plan(at_once, stats, method="project", **arguments))
+    sc.prune(at_once, sc.plan(at_once, stats, loader=batches, **arguments))
     by_block = copy.deepcopy(digits_model)
     report = sc.prune_sequential(by_block, batches, "project", **arguments, target_stream=target_stream)
     assert sc.inspect(by_block).sizes == sc.inspect(at_once).sizes
