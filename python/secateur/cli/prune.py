@@ -201,8 +201,9 @@ def _at_once(
 ) -> sc.Report:
     """Calibrate the dense model, plan, and cut."""
     stats = None
-    if lazy.method_named(method).needs or wanted["target"] is not None:
-        sensitivity = wanted["target"] is not None and wanted["allocation"] != "uniform"
-        stats = sc.calibrate(net, images, max_images=max_images, sensitivity=sensitivity)
-    found = sc.plan(net, stats, method=method, **wanted, **options)
+    by_noise = wanted["allocation"] == "error"
+    if lazy.method_named(method).needs or by_noise:
+        stats = sc.calibrate(net, images, max_images=max_images, sensitivity="noise" if by_noise else False)
+    measured = wanted["target"] is not None and wanted["allocation"] in (None, "measured")
+    found = sc.plan(net, stats, method=method, loader=images if measured else None, **wanted, **options)
     return sc.prune(net, found, layout=layout)
