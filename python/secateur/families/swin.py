@@ -144,20 +144,19 @@ class Swin(Family):
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """The blocks of all stages, first to last."""
-        return [block for stage in getattr(model, "layers") for block in stage.blocks]  # noqa: B009
+        stages: Any = model.layers
+        return [block for stage in stages for block in stage.blocks]
 
-    def from_block(
-        self, model: nn.Module, index: int, x: torch.Tensor, sizes: Mapping[str, int] | None = None
-    ) -> torch.Tensor:
+    def from_block(self, model: nn.Module, index: int, x: torch.Tensor, sizes: Any = None) -> torch.Tensor:  # noqa: ARG002
         """The output of the model, given what enters a block: (B, H, W, width)."""
-        del sizes  # windows merge no tokens
         swin: Any = model
         for stage in swin.layers:
             x = stage.downsample(x) if index < 0 else x
             for block in stage.blocks[max(0, index) :]:
                 x = block(x)
             index -= len(stage.blocks)
-        return swin.forward_head(swin.norm(x))  # type: ignore[no-any-return]
+        output: torch.Tensor = swin.forward_head(swin.norm(x))
+        return output
 
 
 def _drop_layer(model: nn.Module, name: str) -> None:
@@ -235,8 +234,7 @@ class _Inspection(Walk):
             raise Unsupported("patch_embed: expected a size of images, which MACs are counted for, got none (img_size)")
         self.groups, self.blocks, self.norms, self.products = list[Group](), 0, list[NormSite](), list[Product]()
         self.layers, self.streams, self.absent = dict[str, Layer](), dict[str, Stream | str](), list[str]()
-        # Of the stage that the walk is in: its feature map (height, width), and its residual stream with what writes to
-        # it, what reads it, and the reason why its basis must stay.
+        # Of the walk's stage: map (height, width), residual stream, its writers and readers, why its basis must stay.
         self.map: tuple[int, int] = (int(embed.grid_size[0]), int(embed.grid_size[1]))
         self.stream, self.fixed, self.channels, self.members = "", "", unit_entries(0), list[Member]()
         self.writers, self.readers = dict[str, str | None](), dict[str, tuple[str, ...]]()
@@ -263,6 +261,7 @@ class _Inspection(Walk):
             norms=tuple(self.norms),
             products=tuple(self.products),
             shapes={name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()},
+            refused={"tokens": "SwinTransformer attends within windows, whose tokens have places"},
             handmade=handmade,
             streams=self.streams,
             absent=tuple(self.absent),

@@ -63,9 +63,9 @@ KINDS = {
 POST_NORM = {"block_fn": ResPostBlock}
 
 
-def make(kind, seed=0):
+def make(kind, seed=0, **more):
     """A model of this kind with weights that leave no term at zero, in evaluation mode."""
-    kwargs = {**BASE, **(POST_NORM if kind == "post_norm" else KINDS[kind])}
+    kwargs = {**BASE, **(POST_NORM if kind == "post_norm" else KINDS[kind]), **more}
     gated, distilled = kwargs.pop("gated", False), kwargs.pop("distilled", False)
     if kwargs.pop("hybrid", False):
         model = timm.create_model("vit_tiny_r_s16_p8_224", img_size=64, embed_dim=39, num_heads=3, depth=2)

@@ -155,7 +155,7 @@ def _other_heads(monkeypatch):
 
 
 def _branch_left(monkeypatch):
-    monkeypatch.setattr(PrunedBlock, "forward", lambda self, x: x + self.ls2(self.mlp(self.norm2(x))) / 2)
+    monkeypatch.setattr(PrunedBlock, "forward", lambda self, x, *rest: x + self.ls2(self.mlp(self.norm2(x))) / 2)
 
 
 @pytest.mark.parametrize(

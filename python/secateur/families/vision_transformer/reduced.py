@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models._manipulate import checkpoint
@@ -66,7 +66,7 @@ class MergingBlock(PrunedBlock):
 
     merge: int
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
@@ -90,7 +90,7 @@ class MergingResPostBlock(PrunedResPostBlock):
 
     merge: int
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
@@ -109,7 +109,13 @@ class MergingResPostBlock(PrunedResPostBlock):
         return f"merge={self.merge}"
 
 
-class _Reduced(nn.Module):
+if TYPE_CHECKING:
+    _Model = VisionTransformer
+else:
+    _Model = nn.Module
+
+
+class _Reduced(_Model):
     """Runs fewer tokens in ``forward`` alone.
 
     ``forward_features``, ``forward_intermediates`` and ``get_intermediate_layers`` run all tokens through all blocks,
@@ -117,9 +123,12 @@ class _Reduced(nn.Module):
     """
 
     merging: bool
-    blocks: Any
 
-    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> Any:
+    if TYPE_CHECKING:
+        attn_pool: Any
+        global_pool: Any
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """Return the model's output for images, (B, 3, H, W).
 
         If a module of the last block, or the norm after it, has hooks, they see all tokens: that block runs whole.
@@ -129,7 +138,7 @@ class _Reduced(nn.Module):
         """
         # As pools_tokens; torch.jit.script takes no function of a module.
         queries = self.num_prefix_tokens if self.attn_pool is None and self.global_pool == "token" else 0
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             if queries and not torch.compiler.is_compiling() and _hooked(self):
                 queries = 0
             if self.merging:
@@ -140,11 +149,11 @@ class _Reduced(nn.Module):
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         for block in self.blocks:
             if hasattr(block, "pooled"):
-                if checkpointing and not torch.jit.is_scripting():
+                if checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
                     x = checkpoint(block, x, attn_mask, is_causal, queries)
                 else:
                     x = block(x, attn_mask, is_causal, queries)
-            elif checkpointing and not torch.jit.is_scripting():
+            elif checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
                 x = checkpoint(block, x)
             else:
                 x = block(x, attn_mask, is_causal)
@@ -169,7 +178,8 @@ class _Reduced(nn.Module):
                 x = run(block, x, None, False, some)
             else:
                 x = run(block, x)
-        return pooled_output(self, self.norm(x), size)
+        output: torch.Tensor = pooled_output(self, self.norm(x), size)
+        return output
 
 
 class ReducedVisionTransformer(_Reduced, VisionTransformer):

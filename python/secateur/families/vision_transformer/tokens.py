@@ -132,6 +132,14 @@ class Attends(nn.Module):
         return attn.proj_drop(attn.proj(y)), k
 
 
+def _rows_at(place: torch.Tensor, stays: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the rows that stay, (count,), from where they go, by operations that ONNX has."""
+    # Rows that do not stay write after the end.
+    place = torch.where(stays, place, count)
+    rows = torch.arange(place.size(0), device=place.device)
+    return torch.zeros(count + 1, dtype=rows.dtype, device=rows.device).scatter(0, place, rows)[:count]
+
+
 def merge_tokens(
     x: torch.Tensor, size: torch.Tensor | None, keys: torch.Tensor, merged: int, prefix: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -158,31 +166,27 @@ def merge_tokens(
     precise = torch.promote_types(x.dtype, torch.float32)
     left = N - merged
     with torch.no_grad():
-        metric = F.normalize(keys[:, :, prefix:].detach().mean(1, dtype=precise), dim=-1)
-        best, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(-1)
-        chosen = best.topk(merged, dim=1, sorted=False).indices
-        partner = partner.gather(1, chosen)
-        # Where each token goes: to its number less the merged tokens before it.
-        gone = torch.zeros_like(best, dtype=torch.int64).scatter_(1, chosen, 1).cumsum(1)
-        even = torch.arange(prefix, N, 2, device=x.device)
-        odd = even[:half] + 1
-        place = odd - gone[:, :half]
-        source = torch.arange(left, device=x.device).repeat(B, 1)
-        # A merged token writes where the odd one before it goes (or the first), which is written next.
-        source.scatter_(1, (even - gone).clamp_min(prefix), even.expand(B, -1))
-        source.scatter_(1, place, odd.expand(B, -1))
-        image = torch.arange(B, device=x.device)[:, None]
-        old, new = image * N, image * left
-        stays = (source + old).flatten()
-        moves = (chosen * 2 + (old + prefix)).flatten()
-        meets = (partner * 2 + (old + (prefix + 1))).flatten()
-        target = (place.gather(1, partner) + new).flatten()
+        # Few operations: with one image, each costs as much as what it computes. A sum has the cosines of a mean.
+        metric = F.normalize(keys[:, :, prefix:].sum(1, dtype=precise), dim=-1)
+        best, partner = torch.bmm(metric[:, ::2], metric[:, 1::2].transpose(1, 2)).max(-1)
+        chosen = best.topk(merged, dim=1, sorted=False)[1]
+        # Rows of all images one after the other.
+        even = torch.arange(prefix, B * N, N, device=x.device)[:, None]
+        moves = torch.add(even, chosen, alpha=2).flatten()
+        meets = torch.add(even + 1, partner.gather(1, chosen), alpha=2).flatten()
+        stays = torch.ones(B * N, dtype=torch.bool, device=x.device).index_fill_(0, moves, False)
+        place = stays.cumsum(0) - 1
+        target = place.index_select(0, meets)
+        if torch.compiler.is_exporting():
+            rows_left = _rows_at(place, stays, B * left)
+        else:
+            rows_left = stays.nonzero_static(size=B * left).flatten()
         sizes = x.new_ones(B * N, dtype=precise) if size is None else size.flatten()
         weight = sizes.index_select(0, moves)
-        sizes = sizes.index_select(0, stays).index_add_(0, target, weight)
+        sizes = sizes.index_select(0, rows_left).index_add_(0, target, weight)
         share = (weight / sizes.index_select(0, target)).to(x.dtype)
     rows = x.reshape(B * N, C)
     # The mean is the odd token plus each one's share of the difference, so that only merged tokens are computed.
     change = (rows.index_select(0, moves) - rows.index_select(0, meets)) * share[:, None]
-    rows = rows.index_select(0, stays).index_add(0, target, change)
+    rows = rows.index_select(0, rows_left).index_add_(0, target, change)
     return rows.view(B, left, C), sizes.view(B, left)
