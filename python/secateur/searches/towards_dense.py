@@ -131,7 +131,7 @@ class Course:
 
     def _pass_by(self, streams: Streams, name: str) -> None:
         """Run a layer that comes before the first cut."""
-        with self._ranks.together():
+        with streams.passing():
             for batch in streams:
                 batch.dense = batch.pruned = streams.through(name, batch.dense)
         streams.dense_at += 1
@@ -166,8 +166,7 @@ class Course:
             # The mean that it added is now in a layer before, so the stream is another one from there on.
             streams.start(streams.dense_at, streams.pruned_at + 1, diverged=True)
         else:
-            with self._ranks.together():
-                streams.advance_pruned()
+            streams.advance_pruned()
 
     def _smaller(self, anatomy: Anatomy, *groups: str) -> dict[str, int]:
         """Return the sizes of those groups that are still to be cut."""
@@ -183,7 +182,7 @@ class Course:
             for model in (self.pruned, self._model)
         ]
         sums = Sums(width, width, name=layer.input_norm or layer.name, stride=self._stride)
-        with self._ranks.together():
+        with streams.passing():
             for batch in streams:
                 following = streams.through(layer.name, batch.dense)
                 if fit:
@@ -215,7 +214,7 @@ class Course:
         taps = [tap for part in parts for tap in part.values()]
         position = Position()
         module = self._family.layers(self.pruned)[layer.name]
-        with self._ranks.together():
+        with streams.passing():
             for batch in streams:
                 position.images = batch.start
                 found = dict(zip(map(id, taps), seen(self.pruned, taps, module, batch.pruned), strict=True))
@@ -257,7 +256,7 @@ class Course:
         module = self._family.layers(self.pruned)[layer.name]
         size = self.pruned.get_parameter(f"{layer.writer}.weight").shape[1]
         sums = Sums(size, wanted, name=tap.label, stride=self._stride)
-        with self._ranks.together():
+        with streams.passing():
             for batch in streams:
                 (z,) = seen(self.pruned, [tap], module, batch.pruned)
                 weights = rows.of(layer.name, batch.dense)

@@ -13,7 +13,7 @@ from .. import core
 from ..anatomy import Anatomy, Tap
 from ..anatomy.fingerprint import Fingerprint
 from ..data.loader import ImageLoader
-from ..data.model_input import data_config
+from ..data.model_input import data_config, model_input, split_batch
 from ..errors import InvalidArgument
 from ..families.base import Family
 from ..families.registry import family_of
@@ -68,6 +68,7 @@ class Streams:
         self.diverged = False
         self.images = 0
         self._kept: list[Batch] = []
+        self._places: list[tuple[int, int]] = []
         self._warned = False
 
     @contextmanager
@@ -80,12 +81,15 @@ class Streams:
             stack.enter_context(core.host_by_default())
             yield
 
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Let all ranks iterate over their batches, and fail together."""
+        with self._ranks.together(), _without_gradients():
+            yield
+
     def measure(self, anatomy: Anatomy) -> dict[str, Float]:
         """Take the measurement "rows" of the dense model on the first images; every rank returns the sums of all."""
-        first: dict[int, Tensor] = {}
-        with torch.inference_mode():
-            for start, images in self._images(MEASURED_IMAGES):
-                first[start] = images.detach().clone()
+        first = {start: images.detach().clone() for start, images in self._rounds(MEASURED_IMAGES) if len(images) > 0}
         parts = self._ranks.gather({start: images.cpu() for start, images in first.items()})
         place = next(self._dense.parameters()).device
         batches = [images.to(place) for _, images in sorted(item for part in parts for item in part.items())]
@@ -99,25 +103,21 @@ class Streams:
     def start(self, dense_at: int = 0, pruned_at: int = 0, *, diverged: bool = False) -> None:
         """Read the images, and run both models up to these layers, as a run that came so far has done."""
         self.dense_at, self.pruned_at, self.diverged = dense_at, pruned_at, diverged
-        images = 0
-        self._kept = []
-        for batch in self._computed():
-            images += len(batch.dense)
-            if self._keep == "memory":
-                self._kept.append(batch)
+        self._kept, self._places = [], []
+        for start, images in self._rounds(None):
+            with self._ranks.together(), _without_gradients():
+                self._places.append((start, len(images)))
+                if self._keep == "memory":
+                    self._kept += self._computed(start, images)
         with self._ranks.together(1) as told:
-            told[0] = images
+            told[0] = sum(count for _, count in self._places)
         self.images = int(told[0])
         if self.images == 0:
             raise InvalidArgument("loader: expected at least one image, got none")
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches of this rank with both streams where they are now."""
-        with torch.inference_mode(), core.torch_threads():
-            if self._keep == "memory":
-                yield from self._kept
-            else:
-                yield from self._computed()
+        """Yield the batches of this rank with both streams where they are now; only within `passing`."""
+        yield from self._kept if self._keep == "memory" else self._again()
 
     def through(self, name: str, x: Tensor, *, pruned: bool = False) -> Tensor:
         """Return the stream after one layer of a model, which keeps it as it is where the layer has been removed."""
@@ -125,49 +125,51 @@ class Streams:
         found: Tensor = x if layer is None else layer(x)
         return found
 
-    def advance_dense(self) -> None:
-        """Count the layer whose outputs were put into every batch's ``dense``."""
-        self.dense_at += 1
-
     def advance_pruned(self) -> None:
-        """Run the pruned copy's next layer."""
+        """Run the next layer of the pruned copy, which has diverged."""
         name = self._names[self.pruned_at]
         if self._keep == "memory":
-            for batch in self:
-                batch.pruned = self.through(name, batch.pruned, pruned=True) if self.diverged else batch.dense
+            with self.passing():
+                for batch in self:
+                    batch.pruned = self.through(name, batch.pruned, pruned=True)
         self.pruned_at += 1
 
-    def _computed(self) -> Iterator[Batch]:
-        """Run both models from the images on."""
-        with torch.inference_mode(), core.torch_threads():
-            for start, images in self._images(self._limit):
-                x = pruned = _entry(self._dense, self._family, images)
-                for name in self._names[: self.dense_at]:
-                    x = self.through(name, x)
+    def _computed(self, first: int, images: Tensor) -> Iterator[Batch]:
+        """Run both models from the images on, in parts of a bounded number."""
+        for part in range(0, len(images), _CHUNK):
+            chunk = images[part : part + _CHUNK]
+            x = pruned = _entry(self._dense, self._family, chunk)
+            for name in self._names[: self.dense_at]:
+                x = self.through(name, x)
+            # While they are the same, they are computed and kept once.
+            if self.diverged or self.pruned_at != self.dense_at:
                 if self.diverged:
-                    pruned = _entry(self._pruned, self._family, images)
-                    for name in self._names[: self.pruned_at]:
-                        pruned = self.through(name, pruned, pruned=True)
-                elif self.pruned_at == self.dense_at:
-                    pruned = x
-                else:
-                    for name in self._names[: self.pruned_at]:
-                        pruned = self.through(name, pruned)
-                yield Batch(start, x, pruned)
+                    pruned = _entry(self._pruned, self._family, chunk)
+                for name in self._names[: self.pruned_at]:
+                    pruned = self.through(name, pruned, pruned=self.diverged)
+            else:
+                pruned = x
+            yield Batch(first + part, x, pruned)
 
-    def _images(self, limit: int | None) -> Iterator[tuple[int, Tensor]]:
-        """Yield this rank's images, in parts of a bounded number, and the number of the first of each."""
+    def _again(self) -> Iterator[Batch]:
+        """Read the images once more; as their numbers are known, ranks need not wait for each other."""
+        for (start, count), batch in zip(self._places, self._loader, strict=False):
+            images = split_batch(batch, empty=True, labels=False)[0]
+            if count > 0:
+                yield from self._computed(start, model_input(self._dense, images)[:count])
+
+    def _rounds(self, limit: int | None) -> Iterator[tuple[int, Tensor]]:
+        """Yield this rank's images, none in some rounds, and the number of the first; all ranks have as many rounds."""
         limits = [each for each in (limit, self._limit) if each is not None]
         config = data_config(self._dense) if getattr(self._dense, "pretrained_cfg", None) else None
         batches = batches_of(self._dense, self._loader, min(limits, default=None), 0, self._ranks)
-        for index, (start, images, _) in enumerate(batches):
-            if index == 0 and not self._warned:
+        for start, images, _ in batches:
+            if not self._warned:
                 self._warned = True
                 with self._ranks.together():  # a warning may be an error
                     if self._ranks.rank == 0:
                         warn_unless_normalised(images, config)
-            for part in range(0, len(images), _CHUNK):
-                yield start + part, images[part : part + _CHUNK]
+            yield start, images
 
 
 def calibrate_norms(
@@ -211,6 +213,12 @@ def seen(model: nn.Module, taps: Sequence[Tap], layer: nn.Module, x: Tensor) -> 
             stack.callback(handle.remove)
         layer(x)
     return [found[number] for number in range(len(taps))]
+
+
+@contextmanager
+def _without_gradients() -> Iterator[None]:
+    with torch.inference_mode(), core.torch_threads():
+        yield
 
 
 def _entry(model: nn.Module, family: Family, images: Tensor) -> Tensor:
