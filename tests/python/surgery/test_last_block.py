@@ -25,7 +25,9 @@ def pooled(model, keep=None, **how):
 
 
 def test_the_kinds_are_those_with_token_pooling():
-    assert {"plain", "registers_layer_scale", "distilled", "qk_norm", "gate", "post_norm", "identity_head"} <= set(TOKEN)
+    assert {"plain", "registers_layer_scale", "distilled", "qk_norm", "gate", "post_norm", "identity_head"} <= set(
+        TOKEN
+    )
     assert {"no_class_token", "fc_norm", "max_pool", "no_pool", "map_pool", "map_pool_prefix"} == set(OTHERS)
 
 

@@ -74,7 +74,9 @@ def by_hand(dense, image, counts):
     if dense.global_pool != "avg":
         return dense.forward_head(x)
     first = 0 if dense.pool_include_prefix else dense.num_prefix_tokens
-    mean = sum(float(s) * token for s, token in zip(sizes[first:], x[0, first:], strict=True)) / float(sizes[first:].sum())
+    mean = sum(float(s) * token for s, token in zip(sizes[first:], x[0, first:], strict=True)) / float(
+        sizes[first:].sum()
+    )
     return dense.head(dense.fc_norm(mean[None]))
 
 
@@ -225,7 +227,9 @@ def test_what_cannot_merge_is_refused_by_name(kind):
     assert not anatomy.tokens
     reason = "attn_pool" if kind == "map_pool" else "global_pool"
     assert anatomy.refused["tokens"].startswith(reason)
-    with pytest.raises(sc.Unsupported, match=rf"^ratios: expected kinds that this model can lose, got 'tokens' \({reason}"):
+    with pytest.raises(
+        sc.Unsupported, match=rf"^ratios: expected kinds that this model can lose, got 'tokens' \({reason}"
+    ):
         sc.plan(model, method="magnitude", ratios={"tokens": 0.2})
 
 
@@ -347,7 +351,9 @@ def test_calibration_and_tables_of_a_merged_model(digits_model, digits_images):
     assert plan.macs[1] <= 0.7 * plan.macs[0]
     sc.prune(pruned, plan)
     assert sc.inspect(pruned).merged["blocks.0.tokens"] == 2
-    with pytest.raises(sc.Unsupported, match="^latency: expected blocks that merge no tokens, got 2 merged in block 0$"):
+    with pytest.raises(
+        sc.Unsupported, match="^latency: expected blocks that merge no tokens, got 2 merged in block 0$"
+    ):
         sc.measure_latency(pruned)
     with pytest.raises(sc.InvalidArgument, match="^groups: expected kinds of .*, got 'tokens'$"):
         sc.measure_latency(digits_model, groups=["tokens"])
