@@ -28,6 +28,13 @@ def prune(
             "--layout", help="exact: attention of the kept sizes; stock: timm's own modules, padded with zeros."
         ),
     ] = "exact",
+    last_block: Annotated[
+        str | None,
+        typer.Option(
+            "--last-block",
+            help="pooled: only the tokens that the output uses (default of class-token classifiers); whole: all.",
+        ),
+    ] = None,
     strict: Loose = True,
     as_json: Json = False,
 ) -> None:
@@ -36,6 +43,6 @@ def prune(
         net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs)
         with named("--plan"):
             wanted = sc.Plan.load(plan)
-        report = sc.prune(net, wanted, layout=layout, strict=strict)
+        report = sc.prune(net, wanted, layout=layout, last_block=last_block, strict=strict)
         sc.save(net, out)
         output.show(str(report), f"-> {out}", **report.to_dict(), file=str(out))

@@ -1,4 +1,4 @@
-"""The last block for prefix tokens alone: the same output, fewer operations, and all tokens where they are asked for."""
+"""The last block for prefix tokens alone: the same output, fewer operations, all tokens where they are asked for."""
 
 from __future__ import annotations
 
