@@ -69,6 +69,13 @@ def prune(
             "--layout", help="exact: attention of the kept sizes; stock: timm's own modules, padded with zeros."
         ),
     ] = "exact",
+    last_block: Annotated[
+        str | None,
+        typer.Option(
+            "--last-block",
+            help="pooled: only the tokens that the output uses (default of class-token classifiers); whole: all.",
+        ),
+    ] = None,
     strict: Loose = True,
     data: Annotated[
         str | None,
@@ -142,7 +149,7 @@ def prune(
                 planned = sc.Plan.load(plan)
         if data is None:
             assert planned is not None
-            report = sc.prune(net, planned, layout=layout, strict=strict)
+            report = sc.prune(net, planned, layout=layout, last_block=last_block, strict=strict)
         else:
             chosen = method or ("project" if planned is None else planned.method)
             options = parsed(lazy.method_named(chosen), option)
@@ -169,7 +176,9 @@ def prune(
                 "allocation": allocation,
             }
             if planned is None and (one_shot or not lazy.method_named(chosen).changes_weights):
-                report = _at_once(net, images, chosen, wanted, options, layout, max_images)
+                report = _at_once(
+                    net, images, chosen, wanted, options, max_images, layout=layout, last_block=last_block
+                )
             else:
                 kind: Any = streams  # the function checks it
                 report = sc.prune_sequential(
@@ -182,6 +191,7 @@ def prune(
                     resume=resume,
                     max_images=max_images,
                     layout=layout,
+                    last_block=last_block,
                     **options,
                 )
         with ranks.together():
@@ -196,8 +206,8 @@ def _at_once(
     method: str,
     wanted: dict[str, Any],
     options: dict[str, Any],
-    layout: str,
     max_images: int | None,
+    **how: Any,
 ) -> sc.Report:
     """Calibrate the dense model, plan, and cut."""
     stats = None
@@ -206,4 +216,4 @@ def _at_once(
         stats = sc.calibrate(net, images, max_images=max_images, sensitivity="noise" if by_noise else False)
     measured = wanted["target"] is not None and wanted["allocation"] in (None, "measured")
     found = sc.plan(net, stats, method=method, loader=images if measured else None, **wanted, **options)
-    return sc.prune(net, found, layout=layout)
+    return sc.prune(net, found, **how)

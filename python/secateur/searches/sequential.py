@@ -32,6 +32,7 @@ from ..plans.report import Report
 from ..runtime.ranks import joined
 from ..statistics.streams import Keep, calibrate_norms
 from ..surgery.stock_layout import check_layout
+from ..surgery.structure import check_last_block
 from .sequential_file import Progress, SequentialFile
 from .towards_dense import Course
 
@@ -64,6 +65,7 @@ def prune_sequential(
     max_images: int | None = 1024,
     token_fraction: float = 1.0,
     layout: str = "exact",
+    last_block: str | None = None,
     **options: Any,
 ) -> Report:
     """Prune a model in place, block by block, fitting each block on the outputs of the pruned ones before it.
@@ -117,6 +119,7 @@ def prune_sequential(
         max_images: the largest number of images; None for all.
         token_fraction: as for ``calibrate``.
         layout: as for ``prune``.
+        last_block: as for ``prune``.
         **options: options of the method.
 
     Raises:
@@ -127,6 +130,8 @@ def prune_sequential(
         NumericalError: NaN or Inf in an image or a layer.
     """
     check_layout(layout)
+    if last_block is not None:
+        check_last_block(last_block)
     if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
         raise InvalidArgument(
             f"loader: expected batches that can be read several times, got {type(loader).__name__}"
@@ -187,7 +192,7 @@ def prune_sequential(
         for block, removed in _stages(anatomy, progress.sizes):
             part = calibrate_block(cut, loader, block, max_images=max_images, token_fraction=token_fraction)
             _add(progress, cut, plan(cut, part, method=method, ratios=removed, **chosen))
-        return prune(model, _whole(model, anatomy, method, how, progress), layout=layout)
+        return prune(model, _whole(model, anatomy, method, how, progress), layout=layout, last_block=last_block)
     with joined() as ranks:
         file = None
         if path is not None:
@@ -237,7 +242,7 @@ def prune_sequential(
             _add(progress, course.pruned, ranks.gather(step)[0])
         whole = _whole(model, anatomy, method, {**how, "target_stream": "dense"}, progress)
         with ranks.together():
-            report = prune(model, whole, layout=layout)
+            report = prune(model, whole, layout=layout, last_block=last_block)
     return report
 
 
