@@ -207,7 +207,7 @@ def _at_once(
     wanted: dict[str, Any],
     options: dict[str, Any],
     max_images: int | None,
-    **how: Any,
+    how: dict[str, Any],
 ) -> sc.Report:
     """Calibrate the dense model, plan, and cut."""
     stats = None

@@ -7,10 +7,11 @@ from typing import Any, Literal
 from timm.layers import LayerNormFp32, RmsNormFp32
 from torch import nn
 
+from ...anatomy import Tap
 from ..base import NORMS
 from .modules import HeadNorm
 
-__all__ = ["FP32_NORMS", "is_there", "score_norm"]
+__all__ = ["FP32_NORMS", "head_tap", "is_there", "score_norm"]
 
 FP32_NORMS = (LayerNormFp32, RmsNormFp32)
 
@@ -30,3 +31,11 @@ def score_norm(*norms: Any) -> Literal["layer", "rms"] | None:
     if len(kinds) > 1:
         return None
     return "layer" if kinds.pop() else "rms"
+
+
+def head_tap(group: str, layer: str, qkv: str, norm: str | None, rows: slice, heads: int) -> Tap:
+    """Return the tap for queries or keys as the scores see them, (B, N, heads, head_dim): after any norm."""
+    if norm is not None:
+        return Tap(group, layer, norm, "output", rows.stop - rows.start, view=lambda x: x.transpose(1, 2))
+    size = rows.stop - rows.start
+    return Tap(group, layer, qkv, "output", size, rows, view=lambda x: x.unflatten(-1, (heads, -1)))
