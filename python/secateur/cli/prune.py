@@ -176,9 +176,8 @@ def prune(
                 "allocation": allocation,
             }
             if planned is None and (one_shot or not lazy.method_named(chosen).changes_weights):
-                report = _at_once(
-                    net, images, chosen, wanted, options, max_images, layout=layout, last_block=last_block
-                )
+                how = {"layout": layout, "last_block": last_block}
+                report = _at_once(net, images, chosen, wanted, options, max_images, how)
             else:
                 kind: Any = streams  # the function checks it
                 report = sc.prune_sequential(
