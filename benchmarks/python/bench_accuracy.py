@@ -577,7 +577,9 @@ def sequential_table(run: Run) -> None:
 
         def by_block(draw: Draw = draw, arguments: dict[str, Any] = arguments) -> nn.Module:
             model = copy.deepcopy(run.dense)
-            sc.prune_sequential(model, list(draw.images.split(64)), "project", **arguments, max_images=None)
+            sc.prune_sequential(
+                model, list(draw.images.split(64)), "project", **arguments, max_images=None, target_stream="pruned"
+            )
             return model
 
         for name, make in (("at once", at_once), ("block by block", by_block)):
