@@ -223,7 +223,7 @@ def test_ratios_by_kind_and_name():
         ({"qk": 1.0}, r"ratios\['qk'\]: expected a fraction in \[0, 1\), got 1.0"),
         ({"qk": -0.1}, r"ratios\['qk'\]: expected a fraction in"),
         ({"qk": float("nan")}, r"ratios\['qk'\]: expected a fraction in"),
-        ({"heads_": 0.1}, "ratios: expected qk, v, heads, layer, ffn, width or a group's name, got 'heads_'"),
+        ({"heads_": 0.1}, "ratios: expected qk, v, heads, layer, ffn, width, tokens or a group's name, got 'heads_'"),
         ("no_such_file", "ratios: expected a dict, one of snp_deit_s_1.3g, snp_deit_t, or a file, got 'no_such_file'"),
     ],
 )
@@ -296,7 +296,7 @@ def test_wrong_targets(value):
 @pytest.mark.parametrize(
     ("limits", "text"),
     [
-        ({"groups": ("head",)}, "groups: expected qk, v, heads, layer, ffn, width or a group's name, got 'head'"),
+        ({"groups": ("head",)}, "groups: expected qk, v, heads, layer, ffn, width, tokens or a group's name, got 'head'"),
         ({"groups": "qk"}, "groups: expected a sequence of names, got 'qk'"),
         ({"groups": 5}, "groups: expected a sequence of names, got 5"),
         ({"groups": ()}, "groups: expected at least one kind or group, got none"),
