@@ -193,14 +193,15 @@ def _main() -> str | None:
     if os.fork():
         os.close(there[0])
         os.close(back[1])
-        questions, answers = os.fdopen(there[1], "w"), os.fdopen(back[0])
+        # Closed in what is forked for a script, too.
+        with os.fdopen(there[1], "w") as questions, os.fdopen(back[0]) as answers:
 
-        def ask(question: str) -> str:
-            questions.write(question)
-            questions.flush()
-            return answers.readline()
+            def ask(question: str) -> str:
+                questions.write(question)
+                questions.flush()
+                return answers.readline()
 
-        return _serve(sys.stdin, sys.stdout, ask)
+            return _serve(sys.stdin, sys.stdout, ask)
     os.close(there[1])
     os.close(back[0])
     import finetuning  # noqa: F401
@@ -208,7 +209,8 @@ def _main() -> str | None:
 
     for name in secateur.__all__:
         getattr(secateur, name)  # imported when asked for
-    return _serve(os.fdopen(there[0]), os.fdopen(back[1], "w"))
+    with os.fdopen(there[0]) as questions, os.fdopen(back[1], "w") as answers:
+        return _serve(questions, answers)
 
 
 def _run(script: str) -> NoReturn:
