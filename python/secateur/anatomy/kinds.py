@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
+
+from ..errors import InvalidArgument
 
 Kind = Literal["qk", "v", "ffn", "conv", "heads", "width", "layer", "tokens"]
 # Names that files and callers used before 0.2.
@@ -47,6 +49,18 @@ KINDS: Mapping[str, Traits] = MappingProxyType(
         "tokens": Traits(counted=True, shared=True, in_table=False),
     }
 )
+
+
+def renamed(argument: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by the present names of kinds.
+
+    Raises:
+        InvalidArgument: a kind is named twice, by its present and its former name.
+    """
+    for name in values:
+        if current(name) != name and current(name) in values:
+            raise InvalidArgument(f"{argument}: expected {name!r} or {current(name)!r}, which are one kind, got both")
+    return {current(name): value for name, value in values.items()}
 
 
 def current(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import check
 from ..anatomy import KINDS, Anatomy, Group
-from ..anatomy.kinds import current
+from ..anatomy.kinds import current, renamed
 from ..errors import InvalidArgument, Unsupported
 
 # Hardware-friendly sizes, used by plans for a target.
@@ -165,7 +165,7 @@ def _per_group(anatomy: Anatomy, argument: str, values: Mapping[str, int]) -> di
     """Expand positive integers by kind or group name to every group; a group's own name takes precedence."""
     if not isinstance(values, Mapping):
         raise InvalidArgument(f"{argument}: expected a dict by kind or group, got {values!r}")
-    values = {current(name): value for name, value in values.items()}
+    values = renamed(argument, values)
     check_kinds(anatomy, argument, values)
     return {
         group.name: check.integer(f"{argument}[{key!r}]", values[key])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from ..anatomy import Anatomy, Group
-from ..anatomy.kinds import current
+from ..anatomy.kinds import renamed
 from ..errors import InvalidArgument
 from .limits import FreeGroups, check_kinds, removed_fraction
 from .snp_names import fractions_from_file
@@ -34,7 +34,7 @@ def counts_from_ratios(
         Unsupported: a kind that this model cannot lose.
     """
     if isinstance(ratios, Mapping):
-        ratios = {current(name): value for name, value in ratios.items()}
+        ratios = renamed("ratios", ratios)
         fractions = _fractions(anatomy, ratios)
     else:
         fractions = fractions_from_file(anatomy, ratios)

@@ -84,6 +84,8 @@ def parse(text: str) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("JSON that is nested too deeply") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"text that is not JSON (line {error.lineno}, column {error.colno})") from error
 
 
 def digest(tensor: torch.Tensor) -> str:

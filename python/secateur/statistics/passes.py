@@ -165,7 +165,7 @@ def _refuse_non_finite(images: torch.Tensor, start: int) -> None:
     if not bool(finite.all()):
         first = int((~finite).nonzero()[0, 0])
         value = images[first][~images[first].isfinite()][0].item()
-        raise NumericalError(f"patch_embed: expected finite values, got {value} in image {start + first}")
+        raise NumericalError(f"loader: expected finite values, got {value} in image {start + first}")
 
 
 def batches_of(

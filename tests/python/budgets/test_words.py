@@ -60,3 +60,11 @@ def test_what_is_shown_and_written_says_layer(measured):
     assert {group["kind"] for group in sc.inspect(model).to_dict()["groups"]} >= {"layer"}
     with pytest.raises(sc.InvalidArgument, match=r"ratios\['layer'\]: expected layers by name"):
         sc.plan(model, sc.calibrate(model, small_batches()), ratios={"block": 0.5})
+
+
+@pytest.mark.parametrize("argument", ["ratios", "min_keep", "round_to"])
+def test_one_kind_by_two_names_is_refused(measured, argument):
+    model, stats = measured
+    other = {} if argument == "ratios" else {"target": sc.Target(macs=0.5)}
+    with pytest.raises(sc.InvalidArgument, match=f"^{argument}: expected 'block' or 'layer', which are one kind, got b"):
+        sc.plan(model, stats, **other, **{argument: {"block": 1, "layer": 1}})

@@ -215,7 +215,7 @@ def test_a_bad_image_is_refused_and_what_was_collected_stays(digits_model, digit
     bad = digits_images[:4].clone()
     bad[2, 1, 5, 5] = value
     path = tmp_path / "stats.safetensors"
-    with pytest.raises(sc.NumericalError, match=f"patch_embed: expected finite values, got {value} in image 10"):
+    with pytest.raises(sc.NumericalError, match=f"loader: expected finite values, got {value} in image 10"):
         sc.calibrate(digits_model, [digits_images[:8], bad], resume=path)
     kept, clean = sc.Statistics.load(path), sc.calibrate(digits_model, [digits_images[:8]])
     assert kept.settings == clean.settings
