@@ -44,8 +44,8 @@ def same(first, second):
     "arguments",
     [
         lambda word: {"target": sc.Target(macs=0.5), "groups": ("qk", "ffn", word)},
-        lambda word: {"target": sc.Target(macs=0.6), "groups": ("qk", "v", "ffn"), "freeze": [word, "blocks.0.ffn"]},
-        lambda word: {"target": sc.Target(macs=0.6), "groups": ("ffn", word), "min_keep": {word: 1}},
+        lambda word: {"target": sc.Target(macs=0.7), "groups": ("qk", "v", "ffn"), "freeze": [word, "blocks.0.ffn"]},
+        lambda word: {"target": sc.Target(macs=0.7), "groups": ("ffn", word), "min_keep": {word: 1}},
         lambda word: {"target": sc.Target(macs=0.5), "groups": ("ffn", word), "round_to": {word: 1, "ffn": 3}},
         lambda word: {"ratios": {word: 0.3, "v": 0.2}},
     ],
