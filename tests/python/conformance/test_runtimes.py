@@ -9,7 +9,6 @@ from models import images, make
 from secateur.families.registry import family_of
 from secateur.latency.agreement import difference, largest
 from secateur.latency.runtimes.registry import RUNTIMES
-from small_vits import small_vit
 from torch import nn
 
 NAMES = RUNTIMES.names()
@@ -83,7 +82,7 @@ def test_it_has_a_name_and_a_version(runtime):
 
 @pytest.mark.parametrize("runtime", NAMES)
 def test_it_is_timed_and_a_table_measured(runtime):
-    model = small_vit(depth=1)
+    model = pruned()
     found = sc.bench(model, batch_size=2, repeats=2, warmup=1, runtime=runtime, threads=1)
     assert found.runtime == runtime
     assert found.milliseconds > 0
