@@ -32,7 +32,7 @@ import torch
 from conftest import processor
 from counts import Budget
 from pictures import Batches, Pictures, read
-from real_rows import SPEED_BATCH, SPEED_THREADS, WAYS, Draw, made
+from real_rows import SPEED_BATCH, SPEED_THREADS, WAYS, Draw, Seconds, made
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from tome import counted_macs
@@ -89,7 +89,7 @@ def checked(name: str, model: nn.Module, budget: Budget, dense_macs: int, images
         answers = model(images)
     assert bool(answers.isfinite().all()), f"{name}: outputs that are not finite"
     counted = counted_macs(model, images[:1])
-    if WAYS[name].ours:
+    if WAYS[name].known:
         anatomy = sc.inspect(model)
         assert math.isclose(counted, anatomy.macs, rel_tol=1e-6), f"{name}: {counted:,} MACs, anatomy {anatomy.macs:,}"
         with tempfile.TemporaryDirectory() as folder:
@@ -124,6 +124,7 @@ class File:
         self.path, self.settings = path, settings
         self.again = set(again)
         self.fresh: list[Row] = []
+        self.commit = commit()
 
     def rows(self) -> list[Row]:
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
@@ -146,7 +147,7 @@ class File:
             return
         machine = {"processor": processor(), "torch": torch.__version__, "timm": timm.__version__}
         when = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M")
-        row = {**self.settings, **key, **found, **machine, "commit": commit(), "when": when}
+        row = {**self.settings, **key, **found, **machine, "commit": self.commit, "when": when}
         self.fresh.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
@@ -163,19 +164,21 @@ def commit() -> str:
 
 
 def draws(options: argparse.Namespace, dense: nn.Module, pictures: Pictures) -> Iterator[Draw]:
-    yield Draw("all", dense, pictures)
+    yield Draw("all", dense, pictures, options.cache)
     for seed in range(1, options.draws + 1):
         order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))
-        yield Draw(str(seed), dense, pictures.only(order[: options.draw_images].sort().values))
+        chosen = order[: options.draw_images].sort().values
+        yield Draw(str(seed), dense, pictures.only(chosen), options.cache)
 
 
 def budgets(options: argparse.Namespace) -> list[Budget]:
     return [Budget("macs", kept) for kept in options.kept] + [Budget("latency", kept) for kept in options.latency]
 
 
-def took(draw: Draw, spent: Any) -> Row:
-    """Minutes, and the time against that of the dense model's pass over the calibration images."""
-    return {"minutes": spent.wall / 60, "forwards": spent.cpu / draw.spent(["forward"]).cpu}
+def took(name: str, draw: Draw, spent: Seconds) -> Row:
+    """Minutes, and for a row that is calibrated the time against the dense model's pass over the images."""
+    found = {"minutes": spent.wall / 60}
+    return found | {"forwards": spent.cpu / draw.spent(["forward"]).cpu} if WAYS[name].calibrated else found
 
 
 def classifier(options: argparse.Namespace) -> File:
@@ -228,7 +231,6 @@ def classifier(options: argparse.Namespace) -> File:
                     continue
 
                 def measure(name: str = name, budget: Budget = budget, draw: Draw = draw) -> Row:
-                    draw.spent(["forward"])
                     outcome, spent = made(WAYS[name], draw, budget)
                     found = measured(name, outcome.model, budget)
                     if outcome.as_is is not None:
@@ -237,7 +239,7 @@ def classifier(options: argparse.Namespace) -> File:
                         found["as_is"] = 100 * float(theirs.float().mean())
                         if found["as_is"] > found["top1"]:
                             found["top1"], found["right"] = found["as_is"], np.packbits(theirs.numpy()).tobytes().hex()
-                    return {**found, **outcome.detail, **took(draw, spent)}
+                    return {**found, **outcome.detail, **took(name, draw, spent)}
 
                 if draw.name == "all" and "dense" in options.rows:
                     whole = Budget("macs", 1.0)
@@ -272,13 +274,12 @@ def focus(options: argparse.Namespace) -> File:
     assert apart < 1e-4, f"heat maps that differ from onnxruntime's by {apart}"
     dense = saliency.backbone
     macs, wanted = sc.inspect(dense).macs, saliency.maps(Batches(validation))
-    draw = Draw("all", dense, calibration)
+    draw = Draw("all", dense, calibration, options.cache)
     for kept in options.focus_kept:
         for name in options.focus_rows:
             budget = Budget("macs", 1.0 if name == "dense" else kept)
 
             def measure(name: str = name, budget: Budget = budget) -> Row:
-                draw.spent(["forward"])
                 outcome, spent = made(WAYS[name], draw, budget)
                 found = checked(name, outcome.model, budget, macs, calibration[:8])
                 maps = dinov2.Saliency(outcome.model, saliency.decoder).maps(Batches(validation))
@@ -286,7 +287,7 @@ def focus(options: argparse.Namespace) -> File:
                 found |= {"correlation": float(each.mean()), "error": float(each.std() / math.sqrt(len(each)))}
                 found["lowest"] = float(each.quantile(0.01))
                 found |= speeds(outcome.model, dense, dinov2.DATA["input_size"], options.repeats)
-                return {**found, **outcome.detail, **took(draw, spent)}
+                return {**found, **outcome.detail, **took(name, draw, spent)}
 
             file.row({"row": name, "budget": str(budget), "draw": "all"}, measure)
     return file

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peers
@@ -49,8 +52,8 @@ class Seconds:
 class Draw:
     """One draw of calibration images, and what is measured on it once for all rows and budgets."""
 
-    def __init__(self, name: str, dense: nn.Module, pictures: Pictures) -> None:
-        self.name, self.dense, self.pictures = name, dense, pictures
+    def __init__(self, name: str, dense: nn.Module, pictures: Pictures, cache: Path) -> None:
+        self.name, self.dense, self.pictures, self.cache = name, dense, pictures, cache
         self.batches = Batches(pictures)
         self._spent: dict[str, Seconds] = {}
 
@@ -60,7 +63,23 @@ class Draw:
 
     @cached_property
     def statistics(self) -> sc.Statistics:
-        return sc.calibrate(self.dense, self.batches, max_images=None, sensitivity=True)
+        """Those of the cache, where this code has calibrated this model on these images before."""
+        if self._file.is_file():
+            return sc.Statistics.load(self._file)
+        found = sc.calibrate(self.dense, self.batches, max_images=None, sensitivity=True)
+        self.cache.mkdir(parents=True, exist_ok=True)
+        found.save(self._file)
+        return found
+
+    @cached_property
+    def _file(self) -> Path:
+        found = hashlib.sha256(self.pictures.digest.encode())
+        for tensor in self.dense.state_dict().values():
+            found.update(tensor.numpy())
+        package = Path(sc.__file__).parent
+        for path in sorted([*package.rglob("*.py"), *package.glob("_core.*")]):
+            found.update(path.read_bytes())
+        return self.cache / f"statistics-{found.hexdigest()[:24]}.safetensors"
 
     @cached_property
     def peers(self) -> peers.Calibration:
@@ -80,13 +99,22 @@ class Draw:
         total = Seconds()
         for name in names:
             if name not in self._spent:
-                self._spent[name] = Seconds()
-                with self._spent[name].measured():
-                    found: Any = self
-                    for part in name.split("."):
-                        found = getattr(found, part)
+                self._spent[name] = self._measured(name)
             total += self._spent[name]
         return total
+
+    def _measured(self, name: str) -> Seconds:
+        found, part = Seconds(), self
+        with found.measured():
+            for each in name.split("."):
+                part = getattr(part, each)
+        if name == "statistics":
+            # What they took when they were not yet in the cache.
+            beside = self._file.with_suffix(".json")
+            if beside.is_file():
+                return Seconds(*json.loads(beside.read_text()))
+            beside.write_text(json.dumps([found.wall, found.cpu]))
+        return found
 
 
 @dataclass(frozen=True)
@@ -98,8 +126,10 @@ class Way:
     needs: tuple[str, ...] = ()
     # Whether it knows other budgets than MACs.
     latency: bool = False
-    # What it makes can be saved by secateur, and its anatomy counted.
-    ours: bool = True
+    # Whether secateur knows what it makes: it can be saved, and has an anatomy.
+    known: bool = True
+    # Whether it looks at calibration images.
+    calibrated: bool = True
 
 
 def planned(draw: Draw, budget: Budget, *, method: str, **arguments: Any) -> peers.Outcome:
@@ -172,7 +202,7 @@ _NEEDS = {
 }
 _STATISTICS = ("statistics",)
 WAYS: dict[str, Way] = {
-    "dense": Way("as it came", unchanged),
+    "dense": Way("as it came", unchanged, calibrated=False),
     "project": Way("one plan, default allocation", partial(planned, method="project"), _STATISTICS, latency=True),
     "project-uniform": Way(
         "one removed fraction for all groups", partial(planned, method="project", allocation="uniform"), _STATISTICS
@@ -188,7 +218,7 @@ WAYS: dict[str, Way] = {
         f"{name}-grid": Way(f"{name}, best of a grid of ratios", partial(peer, name=name, grid=True), _NEEDS[name])
         for name in ("taylor", "vbp", "tp-taylor", "tp-magnitude")
     },
-    "tome": Way("token merging alone, merges spread evenly over the blocks", merged, ours=False),
+    "tome": Way("token merging alone, merges spread evenly over the blocks", merged, known=False, calibrated=False),
     "ours": Way("prune_sequential, channels only", sequential, latency=True),
     "ours-tokens": Way("prune_sequential, channels and tokens", partial(sequential, tokens=True), latency=True),
 }
