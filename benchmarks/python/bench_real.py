@@ -33,7 +33,7 @@ from conftest import processor
 from counts import Budget
 from pictures import Batches, Pictures, read
 from real_rows import SPEED_BATCH, SPEED_THREADS, WAYS, Draw, Seconds, made
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 from tome import counted_macs
 from torch import Tensor, nn
@@ -181,6 +181,13 @@ def took(name: str, draw: Draw, spent: Seconds) -> Row:
     return found | {"forwards": spent.cpu / draw.spent(["forward"]).cpu} if WAYS[name].calibrated else found
 
 
+def answers(dense: nn.Module, pictures: Pictures, path: Path) -> Tensor:
+    """The dense model's logits, from the file where they are there."""
+    if not path.is_file():
+        save_file({"logits": peers.logits(dense, pictures, batch_size=50)}, path)
+    return load_file(path)["logits"]
+
+
 def classifier(options: argparse.Namespace) -> File:
     """Every row on the classifier."""
     dense = timm.create_model(options.model).eval()
@@ -204,7 +211,9 @@ def classifier(options: argparse.Namespace) -> File:
     if options.show:
         return file
     macs = sc.inspect(dense).macs
-    wanted = peers.logits(dense, validation, batch_size=50)
+    wanted = answers(
+        dense, validation, options.cache / f"answers-{settings['weights']}-{validation.digest}.safetensors"
+    )
 
     def measured(name: str, model: nn.Module, budget: Budget) -> Row:
         found = checked(name, model, budget, macs, calibration[:8])

@@ -75,10 +75,12 @@ def show(rows: list[Row], plot_to: Path | None = None) -> None:
     _table([*columns, *_COST], [_cells(row, dense) for row in whole])
     for budget in dict.fromkeys(row["budget"] for row in whole):
         found = {row["row"]: row for row in whole if row["budget"] == budget}
+        rivals = [found[name] for name in ("tome", "tome-falling") if name in found]
         for name in ("ours", "ours-tokens"):
-            if name in found and "tome" in found:
-                points, error = difference(found[name], found["tome"])
-                print(f"{budget}: {name} above tome by {points:+.2f} ± {error:.2f} points, paired")
+            if name in found and rivals:
+                rival = max(rivals, key=lambda row: row["top1"])
+                points, error = difference(found[name], rival)
+                print(f"{budget}: {name} above {rival['row']} by {points:+.2f} ± {error:.2f} points, paired")
     _spread(rows)
     if plot_to is not None:
         plot(whole, dense, plot_to)

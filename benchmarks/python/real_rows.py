@@ -181,9 +181,10 @@ def peer(draw: Draw, budget: Budget, *, name: str, grid: bool = False) -> peers.
     return best[1]
 
 
-def merged(draw: Draw, budget: Budget) -> peers.Outcome:
+def merged(draw: Draw, budget: Budget, *, decreasing: bool = False) -> peers.Outcome:
     """Token merging alone."""
-    model, schedule = tome(draw.dense, budget.kept * draw.anatomy.macs, draw.pictures[:2])
+    macs = budget.kept * draw.anatomy.macs
+    model, schedule = tome(draw.dense, macs, draw.pictures[:2], decreasing=decreasing)
     return peers.Outcome(model, detail={"merged": schedule})
 
 
@@ -218,7 +219,13 @@ WAYS: dict[str, Way] = {
         f"{name}-grid": Way(f"{name}, best of a grid of ratios", partial(peer, name=name, grid=True), _NEEDS[name])
         for name in ("taylor", "vbp", "tp-taylor", "tp-magnitude")
     },
-    "tome": Way("token merging alone, merges spread evenly over the blocks", merged, known=False, calibrated=False),
+    "tome": Way("token merging alone, as many in each block", merged, known=False, calibrated=False),
+    "tome-falling": Way(
+        "token merging alone, fewer from block to block",
+        partial(merged, decreasing=True),
+        known=False,
+        calibrated=False,
+    ),
     "ours": Way("prune_sequential, channels only", sequential, latency=True),
     "ours-tokens": Way("prune_sequential, channels and tokens", partial(sequential, tokens=True), latency=True),
 }

@@ -9,6 +9,7 @@ stands for s patches has log s added to its scores. No weight changes, and the c
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import secateur as sc
@@ -90,16 +91,21 @@ def counted_macs(model: nn.Module, images: Tensor) -> float:
     return counter.get_total_flops() / 2 / len(images)
 
 
-def spread(total: int, blocks: int, patches: int) -> list[int]:
-    """``total`` merges spread evenly over the blocks, of which each can merge half of the patch tokens it has left."""
+def spread(total: int, blocks: int, patches: int, *, decreasing: bool) -> list[int]:
+    """``total`` merges, as many in each block, or fewer from block to block down to none: the paper's two schedules.
+
+    A block merges at most half of the patch tokens it has left.
+    """
+    shares = [blocks - 1 - i if decreasing else 1 for i in range(blocks)]
+    until = [sum(shares[:i]) * total // sum(shares) for i in range(blocks + 1)]
     schedule = []
-    for i in range(blocks):
-        schedule.append(min((i + 1) * total // blocks - i * total // blocks, patches // 2))
+    for before, after in pairwise(until):
+        schedule.append(min(after - before, patches // 2))
         patches -= schedule[-1]
     return schedule
 
 
-def tome(dense: nn.Module, macs: float, images: Tensor) -> tuple[nn.Module, list[int]]:
+def tome(dense: nn.Module, macs: float, images: Tensor, *, decreasing: bool = False) -> tuple[nn.Module, list[int]]:
     """A copy of ``dense`` with the fewest merges whose counted MACs are at most ``macs``; and the merges by block.
 
     ``images`` (B, 3, H, W) are those that pass while MACs are counted, and on which no merge must change nothing.
@@ -121,7 +127,7 @@ def tome(dense: nn.Module, macs: float, images: Tensor) -> tuple[nn.Module, list
     assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max(), "ToMe without merges: another model"
 
     def cost(total: int) -> float:
-        merging.schedule = spread(total, depth, patches)
+        merging.schedule = spread(total, depth, patches, decreasing=decreasing)
         return counted_macs(model, images[:1])
 
     low, high = 0, depth * patches // 2
@@ -132,5 +138,5 @@ def tome(dense: nn.Module, macs: float, images: Tensor) -> tuple[nn.Module, list
         low, high = (low, middle) if cost(middle) <= macs else (middle, high)
     if cost(low) > macs:
         low = high
-    merging.schedule = spread(low, depth, patches)
+    merging.schedule = spread(low, depth, patches, decreasing=decreasing)
     return model, merging.schedule
