@@ -31,7 +31,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,24 +40,17 @@ import secateur as sc
 import timm
 import torch
 from conftest import processor
+from counts import INNER, OURS, Budget, allocations, kinds_of, sizes_at, uniform
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import load_file
-from secateur.anatomy import Anatomy
-from secateur.budgets.limits import kept_count
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tuning import Answers, Passes, attention, captured
 
-OURS = ("project", "refit", "snp")
-INNER = ("qk", "v", "ffn")
 TABLES = ("main", "best", "allocation", "sequential", "images", "tuned")
 HELD_OUT = 256
-# The largest share that a grid takes of any kind.
-MOST = 0.95
-# Emphasis on query/key, value and width where the FFN's is 1.
-GRID = tuple(itertools.product((0.6, 1.0, 1.5), (0.3, 0.6, 1.0, 1.5), (0.0, 0.15, 0.3)))
 # Decoded test images are kept in memory up to so many bytes, else read again for every model.
 MEMORY = 2**30
 # What tells the rows of fine-tuned models apart.
@@ -112,71 +104,6 @@ def arguments() -> argparse.Namespace:
     add("--again", nargs="+", default=[], metavar="METHOD", help="measure the rows of these methods again")
     add("--out", type=Path, default=Path(__file__).parents[1] / "plots", help="folder of accuracy.json and the plots")
     return parser.parse_args()
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A share of the dense model's MACs or parameters."""
-
-    quantity: str
-    kept: float
-
-    def cost(self, anatomy: Anatomy, sizes: Mapping[str, int]) -> float:
-        """Share that a model of these sizes costs."""
-        if self.quantity == "macs":
-            return anatomy.macs_at(sizes) / anatomy.macs
-        return anatomy.params_at(sizes) / anatomy.params
-
-    @property
-    def target(self) -> sc.Target:
-        return sc.Target(**{self.quantity: self.kept})
-
-    def __str__(self) -> str:
-        return f"{self.quantity} {self.kept:g}"
-
-
-def sizes_at(anatomy: Anatomy, ratios: Mapping[str, float]) -> dict[str, int]:
-    return {g.name: kept_count(g.size, ratios.get(g.kind, 0.0), g.multiple) for g in anatomy.groups}
-
-
-def ratios_at(anatomy: Anatomy, budget: Budget, emphasis: Mapping[str, float]) -> dict[str, float] | None:
-    """The removed fractions in proportion to ``emphasis``, the least that meet the budget; None where none do."""
-    if not any(share > 0 for share in emphasis.values()):
-        return None
-
-    def ratios(scale: float) -> dict[str, float]:
-        return {kind: min(MOST, scale * share) for kind, share in emphasis.items() if share > 0}
-
-    def holds(scale: float) -> bool:
-        return budget.cost(anatomy, sizes_at(anatomy, ratios(scale))) <= budget.kept
-
-    low, high = 0.0, MOST / min(share for share in emphasis.values() if share > 0)
-    if not holds(high):
-        return None
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return ratios(high)
-
-
-def kinds_of(anatomy: Anatomy, method: str) -> tuple[str, ...]:
-    """The kinds that a method can cut in this model."""
-    if method in peers.PEERS:
-        kinds = peers.PEERS[method].kinds_of(anatomy)
-    elif method == "project" and any(isinstance(stream, str) for stream in anatomy.streams.values()):
-        kinds = INNER
-    else:
-        kinds = (*INNER, "width")
-    return tuple(kind for kind in kinds if kind not in anatomy.refused)
-
-
-def uniform(anatomy: Anatomy, budget: Budget, method: str = "") -> dict[str, float]:
-    """One ratio for query/key, value and FFN, or for those of them that the method can cut."""
-    kinds = [kind for kind in kinds_of(anatomy, method) if kind in INNER]
-    ratios = ratios_at(anatomy, budget, dict.fromkeys(kinds, 1.0))
-    if ratios is None:
-        raise sc.Unsupported(f"{budget} cannot be reached with {', '.join(kinds) or 'nothing'} alone")
-    return ratios
 
 
 class Batches(Iterable[Any]):
@@ -442,22 +369,6 @@ def main_table(run: Run) -> None:
         run.row({"table": "main", "budget": str(budget), "draw": index, "method": method}, measure)
 
 
-def allocations(run: Run, method: str, budget: Budget) -> Iterator[dict[str, float]]:
-    """The grid's ratios that meet the budget, of the kinds that the method can cut."""
-    tied = method in peers.PEERS and peers.PEERS[method].tied
-    seen = set()
-    allowed = kinds_of(run.anatomy, method)
-    for qk, v, width in GRID:
-        if (width and "width" not in allowed) or (tied and qk != v):
-            continue
-        emphasis = {"qk": qk, "v": v, "ffn": 1.0, "width": width}
-        ratios = ratios_at(run.anatomy, budget, {kind: share for kind, share in emphasis.items() if kind in allowed})
-        sizes = None if ratios is None else tuple(sizes_at(run.anatomy, ratios).values())
-        if ratios is not None and sizes not in seen:
-            seen.add(sizes)
-            yield ratios
-
-
 def best(run: Run, method: str, draw: Draw, budget: Budget) -> tuple[nn.Module, Row]:
     """The allocation whose outputs are nearest to the dense model's, on images held out of everything else."""
     chosen: tuple[float, nn.Module, Row] | None = None
@@ -487,7 +398,7 @@ def best(run: Run, method: str, draw: Draw, budget: Budget) -> tuple[nn.Module, 
                 {"allocation": "own", "groups": groups},
             )
     else:
-        for ratios in allocations(run, method, budget):
+        for ratios in allocations(run.anatomy, budget, method):
             consider(lambda ratios=ratios: run.prune(method, draw, ratios), {"allocation": "grid", "ratios": ratios})
     if chosen is None:
         raise sc.Unsupported(
