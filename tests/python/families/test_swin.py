@@ -405,7 +405,7 @@ def trained(pytestconfig):
 def calibrated(trained):
     """Its statistics over 96 training images."""
     return sc.calibrate(
-        trained, loader("digits", trained, split="train", batch_size=32), max_images=96, sensitivity=True
+        trained, loader("digits", trained, split="train", batch_size=32), max_images=96, sensitivity="noise"
     )
 
 
@@ -426,7 +426,7 @@ def test_pruned_is_the_dense_model_with_the_plans_weights(method, kind):
     model = swin.make(kind).double()
     x = swin.images(model, 10).double()
     width = [] if kind == "padded" and method == "project" else [WIDTHS.get(method, "width")]
-    stats = sc.calibrate(model, [x], sensitivity=True)
+    stats = sc.calibrate(model, [x], sensitivity="noise")
     for groups in (("qk", "v", "ffn", "heads", *width), ("qk", "v", "ffn", "layer")):
         plan = sc.plan(model, stats, method=method, target=sc.Target(macs=0.6), groups=groups, round_to=1)
         assert 0.55 <= plan.macs[1] / plan.macs[0] <= 0.6
