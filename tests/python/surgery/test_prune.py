@@ -35,7 +35,7 @@ def test_report(digits_model):
     keep = random_keep(digits_model, 1, fraction=0.5)
     report = sc.prune(digits_model, plan_of(digits_model, keep))
     cut = {"qk": (31, 16), "v": (31, 16), "heads": (3, 2), "ffn": (372, 186)}
-    assert report.blocks[0] == {**cut, "attn": (1, 1), "mlp": (1, 1)}
+    assert report.blocks[0] == {**cut, "attn": (1, 1), "mlp": (1, 1), "tokens": (32, 32)}
     assert report.groups["width"] == (93, 46)
     assert report.params[1] == sum(p.numel() for p in digits_model.parameters())
     assert report.macs[1] < 0.4 * report.macs[0]
