@@ -118,7 +118,7 @@ def prune(
         typer.Option("--one-shot", help="Plan and cut all blocks at once, from one calibration of the dense model."),
     ] = False,
     streams: Annotated[
-        str, typer.Option(help="memory: keep the streams of all images; recompute: slower, and keeps none.")
+        str, typer.Option(help="Keep both streams of all images (memory), or compute them anew (recompute).")
     ] = "memory",
     resume: Resume = None,
     device: Device = None,
