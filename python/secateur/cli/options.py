@@ -126,7 +126,7 @@ MethodOptions = Annotated[
 ]
 Groups = Annotated[
     str | None,
-    typer.Option("--groups", help="Kinds or groups that may be cut: qk, v, ffn, conv, heads, width, layer."),
+    typer.Option("--groups", help="Kinds or groups that may be cut: qk, v, ffn, conv, heads, width, layer, tokens."),
 ]
 Freeze = Annotated[str, typer.Option("--freeze", help="Kinds, groups or patterns that are not cut.")]
 MinKeep = Annotated[

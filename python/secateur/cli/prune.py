@@ -73,7 +73,7 @@ def prune(
         str | None,
         typer.Option(
             "--last-block",
-            help="pooled: only the tokens that the output uses (default of class-token classifiers); whole: all.",
+            help="Tokens of the last block: pooled (that the output uses; default of class-token classifiers), whole.",
         ),
     ] = None,
     strict: Loose = True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import signal
-from functools import partial
 
 import numpy as np
 import pytest
@@ -97,8 +96,9 @@ def test_row_weights_do_not_depend_on_how_images_come():
     x = images(model, 14, 3)
     _, whole = measured(model, x)
     anatomy = sc.inspect(model)
-    take = partial(measurements.named("rows").take, model, family_of(model), anatomy)
-    parts = [take(list(x.split(SPLITS)), rank, 3) for rank in range(3)]
+    stats = sc.calibrate(model, [x], collect="scores")
+    works = [Work(model, family_of(model), anatomy, list(x.split(SPLITS)), stats, rank, 3) for rank in range(3)]
+    parts = [sums for work in works for sums in measurements.named("rows").take(work)]
     for name, sums in whole.items():
         np.testing.assert_allclose(sum(part[name] for part in parts), sums, rtol=1e-4)
 
