@@ -88,12 +88,20 @@ class Family(ABC):
         if head_dims:
             raise Unsupported(f"layout: expected 'exact' for {type(model).__name__}, got 'stock'")
 
-    def set_last_block(self, model: nn.Module, last_block: LastBlock) -> None:
+    def last_block(self, model: nn.Module) -> LastBlock:
+        """Return whether the last block was made to compute only what is pooled, whatever the model pools now."""
+        del model
+        return "whole"
+
+    def set_last_block(self, model: nn.Module, last_block: LastBlock, *, strict: bool = True) -> None:
         """Make the last block compute only the tokens that the output depends on ("pooled"), or all ("whole").
+
+        With ``strict`` false, "pooled" may wait for another pooling.
 
         Raises:
             Unsupported: the output depends on all tokens; the text names the reason.
         """
+        del strict
         if last_block != "whole":
             raise Unsupported(f"last_block: expected 'whole' for {type(model).__name__}, got {last_block!r}")
 

@@ -64,7 +64,7 @@ class Structure:
                 for name, module in model.named_modules()
                 if isinstance(module, _LINEAR) and module.bias is not None and f"{name}.bias" not in dense
             ),
-            last_block=anatomy.last_block,
+            last_block=family_of(model).last_block(model),
         )
 
     def apply(self, model: nn.Module) -> None:
@@ -86,7 +86,7 @@ class Structure:
         cut(model, family, anatomy, keep, {})
         family.make_stock(model, stock)
         if last_block != "whole":
-            family.set_last_block(model, last_block)
+            family.set_last_block(model, last_block, strict=False)
         if self.scales:
             self._set_scales(model, family.inspect(model))
         set_norms(model, self.eps, self.uncentred)

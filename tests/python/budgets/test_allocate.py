@@ -159,9 +159,8 @@ def test_a_target_is_met_and_missed_by_less_than_a_step(fraction, measure, group
     budget = fraction * getattr(anatomy, measure)
     assert count(kept) <= budget
     # Where the last block alone saves enough, nothing is cut.
-    assert kept == anatomy.sizes or budget - count(kept) < smallest_step(
-        anatomy, kept, count, multiples, groups or ("qk", "v", "ffn")
-    )
+    if kept != anatomy.sizes:
+        assert budget - count(kept) < smallest_step(anatomy, kept, count, multiples, groups or ("qk", "v", "ffn"))
     for group in anatomy.groups:
         assert kept[group.name] == group.size or kept[group.name] % multiples[group.kind] == 0
         if group.kind == "qk":

@@ -46,9 +46,14 @@ class PlainViT(Family):
         """Make the attention modules timm's own, as the same objects."""
         fit.make_stock(_vit(model), head_dims)
 
-    def set_last_block(self, model: nn.Module, last_block: LastBlock) -> None:
+    def last_block(self, model: nn.Module) -> LastBlock:
+        """Return whether the last block was made to compute prefix tokens only, whatever the model pools now."""
+        blocks = _vit(model).blocks
+        return "pooled" if len(blocks) > 0 and hasattr(blocks[-1], "pooled") else "whole"
+
+    def set_last_block(self, model: nn.Module, last_block: LastBlock, *, strict: bool = True) -> None:
         """Make the last block compute prefix tokens only, or all."""
-        fit.set_last_block(_vit(model), last_block)
+        fit.set_last_block(_vit(model), last_block, strict)
 
     def alone(self, model: nn.Module, block: int | None) -> nn.Module:
         """Return a copy of the model with only that block, or with no block."""

@@ -51,13 +51,13 @@ def merges_at(anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[int, int]:
     return merged
 
 
-def set_last_block(model: VisionTransformer, last_block: LastBlock) -> None:
+def set_last_block(model: VisionTransformer, last_block: LastBlock, strict: bool) -> None:
     """Make the last block compute prefix tokens only, or all.
 
     Raises:
-        Unsupported: the output depends on all tokens.
+        Unsupported: the output depends on all tokens; or, if not strict, the model has no blocks.
     """
-    reason = why_not_pooled(model)
+    reason = why_not_pooled(model) if strict or len(model.blocks) == 0 else None
     if last_block == "pooled" and reason is not None:
         raise Unsupported(f"last_block: expected 'whole' for this model ({reason}), got 'pooled'")
     _fit_classes(model, last_block == "pooled", dict(enumerate(merges(model))))
