@@ -39,11 +39,13 @@ def prune(
             attention modules are timm's own afterwards, also those cut in an earlier round. Queries, keys and values
             have the same size per head, the larger of the two, padded with zeros, which the report counts. The query
             weights are multiplied by √(size / dense size), so that timm's 1/√size amounts to the dense model's scale.
-            The ``params`` and ``macs`` of plans do not count the zeros.
+            The ``params`` and ``macs`` of plans do not count the zeros, and merging tokens makes blocks secateur's.
         last_block: "pooled": the last block computes queries, projection and FFN for the prefix tokens only, and keys
             and values for all, which changes the model's output by rounding alone. ``forward_features`` and
             ``forward_intermediates`` still return all tokens. "whole": it computes all tokens. The default is "pooled"
-            for classifiers with token pooling, which use no other tokens, and "whole" for other models.
+            for classifiers with token pooling, which use no other tokens, and "whole" for other models and in the stock
+            layout, since the last block and the model are then of secateur's classes. Plans count the default of the
+            exact layout.
         strict: refuse weights other than those the plan was made for. Their checksums are compared, for which weights
             on a GPU are copied to the host; if false, the same dimensions are enough for a plan that only selects, and
             no weight leaves its device.
@@ -61,7 +63,9 @@ def prune(
         raise InvalidArgument(f"plan: expected a Plan, got {type(plan).__name__}")
     family = family_of(model)
     anatomy = family.inspect(model)
-    wanted = anatomy.default_last_block if last_block is None else check_last_block(last_block)
+    # timm's own block has no pooled form.
+    usual = "whole" if layout == "stock" else anatomy.default_last_block
+    wanted = usual if last_block is None else check_last_block(last_block)
     if wanted == "pooled" and anatomy.pooled_products is None:
         # Refused by name, and nothing is changed.
         family.set_last_block(model, wanted)
