@@ -300,7 +300,10 @@ def test_wrong_targets(value):
 @pytest.mark.parametrize(
     ("limits", "text"),
     [
-        ({"groups": ("head",)}, "groups: expected qk, v, heads, layer, ffn, width, tokens or a group's name, got 'head'"),
+        (
+            {"groups": ("head",)},
+            "groups: expected qk, v, heads, layer, ffn, width, tokens or a group's name, got 'head'",
+        ),
         ({"groups": "qk"}, "groups: expected a sequence of names, got 'qk'"),
         ({"groups": 5}, "groups: expected a sequence of names, got 5"),
         ({"groups": ()}, "groups: expected at least one kind or group, got none"),

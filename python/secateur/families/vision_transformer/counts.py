@@ -6,11 +6,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
 from ...anatomy import Group
 from ...anatomy import costs as cost
 from .reduced import merges, pools_tokens
 
-__all__ = ["Merging", "classifies", "is_pooled", "pooled_products", "why_not_pooled"]
+__all__ = ["Merging", "backbone_macs", "classifies", "is_pooled", "pooled_products", "why_not_pooled"]
 
 
 class Merging:
@@ -107,3 +111,12 @@ def pooled_products(
             found.append(replace(product, positions=prefix))
         # Tokens that are not computed are not compared.
     return tuple(found)
+
+
+def backbone_macs(backbone: nn.Module, input_size: tuple[int, ...]) -> int:
+    """Count a convolutional stem's MACs by tracing only shapes; its weights are neither read nor copied."""
+    state = {k: torch.empty_like(v, device="meta", dtype=torch.float32) for k, v in backbone.state_dict().items()}
+    images = torch.empty(1, *input_size, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(backbone, state, (images,))
+    return int(counter.get_total_flops()) // 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from timm.layers import (
     Attention,
     AttentionPoolLatent,
@@ -19,7 +18,6 @@ from timm.layers import (
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...anatomy import (
     Anatomy,
@@ -39,7 +37,7 @@ from ...anatomy import costs as cost
 from ...errors import Unsupported
 from ..base import NORMS, refuse_tied, unsupported
 from ..walk import Walk, identity
-from .counts import Merging, classifies, is_pooled, pooled_products, why_not_pooled
+from .counts import Merging, backbone_macs, classifies, is_pooled, pooled_products, why_not_pooled
 from .modules import HeadNorm, PrunedAttention, PrunedAttentionPoolLatent, PrunedBlock, PrunedResPostBlock
 from .norms import is_there, score_norm
 from .reduced import MergingBlock, MergingResPostBlock
@@ -167,7 +165,7 @@ class Inspection(Walk):
         """Add the convolution that embeds patches, or a hybrid's backbone."""
         embed: Any = self.vit.patch_embed
         if type(embed) is HybridEmbed:
-            macs = _backbone_macs(embed.backbone, (int(self.vit.in_chans), *embed.img_size))
+            macs = backbone_macs(embed.backbone, (int(self.vit.in_chans), *embed.img_size))
             self.products.append(cost.FixedProduct("patch_embed.backbone", macs))
             if isinstance(embed.proj, nn.Identity):
                 self.refused["width"] = "patch_embed.proj: Identity, so the backbone's features are the residual stream"
@@ -398,12 +396,3 @@ def _head_tap(group: str, layer: str, qkv: str, norm: str | None, rows: slice, h
 
 def _has(model: nn.Module, name: str) -> bool:
     return getattr(model, name, None) is not None
-
-
-def _backbone_macs(backbone: nn.Module, input_size: tuple[int, ...]) -> int:
-    """Count a convolutional stem's MACs by tracing only shapes; its weights are neither read nor copied."""
-    state = {k: torch.empty_like(v, device="meta", dtype=torch.float32) for k, v in backbone.state_dict().items()}
-    images = torch.empty(1, *input_size, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(backbone, state, (images,))
-    return int(counter.get_total_flops()) // 2
