@@ -79,7 +79,9 @@ class Structure:
         # Inspection stores the position of every unit, so limit them first: a hostile file could ask for too many.
         _refuse_large(sum(parameter.shape[0] for parameter in model.parameters() if parameter.ndim > 1) // 2)
         anatomy = family.inspect(model)
-        _refuse_large(sum(group.heads * group.size for group in anatomy.groups))
+        # Tokens have no positions, but those that stay are listed where some are merged.
+        listed = [group for group in anatomy.groups if not group.of_tokens or group.name in self.sizes]
+        _refuse_large(sum(group.heads * group.size for group in listed))
         keep = self._keep(anatomy)
         stock = self._stock_head_dims(anatomy)
         last_block = check_last_block(self.last_block)
