@@ -138,7 +138,7 @@ def meet(
         return max(kept, key=lambda each: each[0])[1:]
     measured, sizes, report = min(tried, key=lambda each: each[0])
     warnings.warn(
-        f"target: expected latency = {target:g}, got {measured:.3f} measured after {len(tried)} rounds", stacklevel=6
+        f"target: expected latency = {target:g}, got {measured:.3f} measured after {len(tried)} rounds", stacklevel=8
     )
     return sizes, report
 
@@ -221,7 +221,7 @@ def sizes_on_the_clock(
         warnings.warn(
             f"latency_table: expected one of this machine, got one of {table.machine}; this has {difference}. "
             "The plan is made for that machine by its table, without measuring.",
-            stacklevel=5,
+            stacklevel=7,
         )
 
     def choose(cost: Cost, fraction: float) -> dict[str, int]:

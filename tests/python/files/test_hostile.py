@@ -24,7 +24,7 @@ from secateur.files import container
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 
 MORE = 64 << 20
-BINARY = ("header", "statistics", "checkpoint", "search")
+BINARY = ("header", "statistics", "checkpoint", "search", "sequential")
 QUICK = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -75,7 +75,7 @@ def _of_images(
         for name, each in described.items()
     ]
     with torch.inference_mode(False), torch.enable_grad(), hooked(hooks):
-        output = double(model(images.clone()))
+        output = double(_with_gradients(model)(images.clone()))
         with core.subnormals_flushed(images.device):
             gradients = torch.autograd.grad(_log_likelihood(model, output, start), list(written.values()))
     found = {}
@@ -95,6 +95,15 @@ def _of_images(
             ]
         )
     return found
+
+
+def _with_gradients(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the model's forward pass, with copies of what was made in inference mode and cannot take part."""
+    state = [*model.named_parameters(), *model.named_buffers()]
+    copies = {name: value.clone() for name, value in state if value.is_inference()}
+    if not copies:
+        return model
+    return lambda images: torch.func.functional_call(model, copies, (images,))
 
 
 def _log_likelihood(model: nn.Module, output: Tensor, start: int) -> Tensor:
