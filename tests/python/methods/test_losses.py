@@ -163,5 +163,5 @@ def test_what_is_predicted_is_the_least(digits_model, halves, method, macs):
         kept = {group: keep[group.name].shape[1] if group.name in keep else group.size for group in groups}
         return sum(stats.sensitivity(group.name) * bound.errors(group)[size] for group, size in kept.items())
 
-    # The last of three blocks computes one token of 65: what it loses saves next to nothing, and is little to choose from.
+    # The last of three blocks computes one token of 65, so there is little to choose from in it.
     assert 0 < predicted("error") <= 0.95 * predicted("uniform")
