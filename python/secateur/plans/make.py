@@ -220,8 +220,7 @@ def check_budget(
         raise InvalidArgument(f"target: expected a Target, such as Target(macs=0.5), got {target!r}")
     if ratios is not None and not isinstance(ratios, (Mapping, str, Path)):
         raise InvalidArgument(f"ratios: expected a dict, a name or a path, got {ratios!r}")
-    if allocation not in (None, "measured", "error", "uniform"):
-        raise InvalidArgument(f"allocation: expected 'measured', 'error' or 'uniform', got {allocation!r}")
+    check_allocation(allocation)
     if allocation is not None and ratios is not None:
         raise InvalidArgument(f"allocation: expected none with ratios, got {allocation!r}")
     if target is None or target.latency is None:
@@ -233,6 +232,17 @@ def check_budget(
     check.integer("batch_size", batch_size, optional=True)
     if runtime is not None:
         RUNTIMES.named(runtime)
+
+
+def check_allocation(allocation: object, known: tuple[str, ...] = ("measured", "error", "uniform")) -> None:
+    """Refuse anything but these names and None.
+
+    Raises:
+        InvalidArgument: another name.
+    """
+    if allocation is not None and allocation not in known:
+        names = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+        raise InvalidArgument(f"allocation: expected {names}, got {allocation!r}")
 
 
 def sizes_for(

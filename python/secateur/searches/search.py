@@ -23,6 +23,7 @@ from ..errors import InvalidArgument
 from ..families.registry import family_of
 from ..files import container
 from ..methods.registry import method_named, options_of
+from ..plans.make import check_allocation
 from ..runtime.progress import progress
 from ..statistics.statistics import Statistics
 from ..training import checkpoint as resumption
@@ -135,8 +136,7 @@ def search(
     if isinstance(finetune, Mapping) and finetune.get("checkpoint_every") is not None and resume is None:
         raise InvalidArgument("finetune['checkpoint_every']: expected resume=, beside which it is written, got none")
     path = None if resume is None else check.writable("resume", resume)
-    if allocation not in (None, "uniform", "error"):
-        raise InvalidArgument(f"allocation: expected 'uniform' or 'error', got {allocation!r}")
+    check_allocation(allocation)
     limits: dict[str, Any] = {"groups": _listed(groups), "freeze": _listed(freeze)}
     limits |= {"min_keep": min_keep, "round_to": round_to}
     method_options = asdict(options_of(method_named(method), options))

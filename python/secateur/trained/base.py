@@ -23,7 +23,7 @@ from ..errors import InvalidArgument
 from ..families.registry import inspect
 from ..latency.table import LatencyTable
 from ..methods.base import Decision, NoOptions
-from ..plans.make import check_budget, sizes_for
+from ..plans.make import check_allocation, check_budget, sizes_for
 from ..plans.on_the_clock import LatencyReport, table_for
 from ..plans.plan import Plan
 from ..statistics.settings import Float
@@ -52,6 +52,7 @@ class Wanted:
     runtime: str | None = None
 
     def __post_init__(self) -> None:
+        check_allocation(self.allocation, ("error", "uniform"))
         check_budget(self.target, self.ratios, self.allocation, self.latency_table, self.batch_size, self.runtime)
         for name, value in self.limits().items():
             object.__setattr__(self, name, value)

@@ -621,7 +621,7 @@ LOADERS = {"calibration_loader": [], "train_loader": []}
         ({"freeze": ["blocks.9.*"]}, "freeze: expected"),
         ({"min_keep": 3}, "min_keep: expected a dict"),
         ({"round_to": 0}, "round_to: expected an integer"),
-        ({"allocation": "fair"}, "allocation: expected 'uniform' or 'error', got 'fair'"),
+        ({"allocation": "fair"}, "allocation: expected 'measured', 'error' or 'uniform', got 'fair'"),
         ({"allocation": "error"}, "stats: expected sensitivities"),
         ({"resume": "/no/such/folder/file"}, "resume: expected a file in an existing folder"),
         ({"objective": sc.MemoryConstrained(0.01)}, "target: expected params >="),

@@ -142,7 +142,7 @@ def test_a_target_for_latency() -> None:
         ({"target": 0.5}, r"target: expected a Target, such as Target\(macs=0.5\), got 0.5"),
         (
             {"target": sc.Target(macs=0.5), "allocation": "even"},
-            r"allocation: expected 'uniform' or 'error', got 'even'",
+            r"allocation: expected 'error' or 'uniform', got 'even'",
         ),
         ({"ratios": {"v": 0.5}, "groups": "v"}, r"groups: expected a sequence of names, got 'v'"),
         ({"ratios": {"v": 0.5}, "batch_size": 1}, r"batch_size: expected none without Target\(latency=\), got 1"),
@@ -222,11 +222,11 @@ def test_the_example_of_the_documents() -> None:
     model = quiet()
     for allocation in ("uniform", "error"):
         taylor = sc.trained_method(
-            "taylor", target=sc.Target(macs=0.8), groups=["ffn"], round_to=1, allocation=allocation
+            "taylor", target=sc.Target(macs=0.6), groups=["ffn"], round_to=1, allocation=allocation
         )
         sc.finetune(model, batches(3), hooks=[taylor])
         plan = taylor.plan()
-        assert 0.78 * plan.macs[0] < plan.macs[1] <= 0.8 * plan.macs[0]
+        assert 0.58 * plan.macs[0] < plan.macs[1] <= 0.6 * plan.macs[0]
     scores = {name: score.clone() for name, score in taylor.state().items()}
     for name, keep in plan.keep.items():
         kept = scores[name][keep[0]]
