@@ -133,10 +133,15 @@ class Anatomy:
 
     def layer_holding(self, name: str) -> str | None:
         """Return the name of the layer that a module or parameter is removed with, or None."""
-        for group in self.groups:
-            if any(name == module or name.startswith(f"{module}.") for module in group.modules):
-                return group.name
+        while name:
+            if name in self._removed_with:
+                return self._removed_with[name]
+            name = name.rpartition(".")[0]
         return None
+
+    @cached_property
+    def _removed_with(self) -> dict[str, str]:
+        return {module: group.name for group in self.groups for module in group.modules}
 
     def require_layers(self, sizes: Mapping[str, int], argument: str) -> None:
         """Refuse sizes that would remove every attention layer or every FFN.
