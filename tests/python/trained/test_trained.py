@@ -124,7 +124,7 @@ def test_a_target_for_latency() -> None:
     first = sc.trained_method("first", target=sc.Target(latency=0.999), groups=["ffn"], round_to=1, batch_size=2)
     sc.finetune(model, batches(1), hooks=[first])
     with pytest.MonkeyPatch.context() as patch:
-        table = sc.measure_latency(model, batch_size=2, groups=["ffn"], repeats=1)
+        table = sc.measure_latency(model, batch_size=2, groups=["ffn"])
         patch.setattr("secateur.trained.base.table_for", lambda *_: table)
         patch.setattr("secateur.plans.on_the_clock.measured_ratio", lambda *_, **__: (0.99, (0.98, 1.0)))
         plan = first.plan()
