@@ -61,8 +61,8 @@ def run_merging(
     return x, size
 
 
-class MergingBlock(PrunedBlock):
-    """``PrunedBlock`` that merges ``merge`` tokens between attention and FFN, if its tokens may have sizes."""
+class _Merges(nn.Module):
+    """Merges ``merge`` tokens between attention and FFN, if its tokens may have sizes; comes before a block's class."""
 
     merge: int
 
@@ -85,28 +85,12 @@ class MergingBlock(PrunedBlock):
         return f"merge={self.merge}"
 
 
-class MergingResPostBlock(PrunedResPostBlock):
-    """As ``MergingBlock``, for timm's ``ResPostBlock``."""
+class MergingBlock(_Merges, PrunedBlock):
+    """``PrunedBlock`` that merges tokens."""
 
-    merge: int
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
-        queries: int = 0,
-        prefix: int = -1,
-        size: torch.Tensor | None = None,
-    ) -> Any:
-        """Merge if ``prefix`` is not negative, and return tokens and sizes as ``run_merging``; else keep all tokens."""
-        if prefix < 0:
-            return super().forward(x, attn_mask, is_causal, queries)
-        return run_merging(self, x, size, self.merge, prefix, queries)
-
-    def extra_repr(self) -> str:
-        """Return the number of tokens that are merged, for print(model)."""
-        return f"merge={self.merge}"
+class MergingResPostBlock(_Merges, PrunedResPostBlock):
+    """``PrunedResPostBlock`` that merges tokens."""
 
 
 if TYPE_CHECKING:
