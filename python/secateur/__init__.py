@@ -1,8 +1,11 @@
 """Structured pruning of vision transformers that people can rely on.
 
-anatomy = secateur.inspect(model)                  what can be removed stats   = secateur.calibrate(model, loader) what
-matters to the output plan    = secateur.plan(model, stats, target=secateur.Target(macs=0.5)) report  =
-secateur.prune(model, plan)              in place secateur.save(model, path); secateur.load(path)
+anatomy = secateur.inspect(model)                                   # what can be removed
+stats = secateur.calibrate(model, loader)                           # what matters to the output
+plan = secateur.plan(model, stats, target=secateur.Target(macs=0.5))
+report = secateur.prune(model, plan)                                # in place
+secateur.save(model, path)
+model = secateur.load(path)
 """
 
 from importlib import import_module
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from .plans.plan import Plan
     from .plans.prune import prune
     from .plans.report import Report
+    from .reconstruction.reconstruct import Reconstruction, reconstruct
     from .searches.objectives import AccuracyCritical, LatencySensitive, MemoryConstrained
     from .searches.result import SearchResult
     from .searches.search import search
@@ -52,6 +56,7 @@ _MODULES = {
     "MemoryConstrained": "searches.objectives",
     "NumericalError": "errors",
     "Plan": "plans.plan",
+    "Reconstruction": "reconstruction.reconstruct",
     "Report": "plans.report",
     "SearchResult": "searches.result",
     "Statistics": "statistics.statistics",
@@ -69,6 +74,7 @@ _MODULES = {
     "plan": "plans.make",
     "prune": "plans.prune",
     "prune_sequential": "searches.sequential",
+    "reconstruct": "reconstruction.reconstruct",
     "save": "exports.native",
     "search": "searches.search",
     "trained_method": "trained.registry",
@@ -89,6 +95,7 @@ __all__ = [
     "MemoryConstrained",
     "NumericalError",
     "Plan",
+    "Reconstruction",
     "Report",
     "SearchResult",
     "Statistics",
@@ -108,6 +115,7 @@ __all__ = [
     "plan",
     "prune",
     "prune_sequential",
+    "reconstruct",
     "save",
     "search",
     "trained_method",

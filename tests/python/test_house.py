@@ -54,3 +54,16 @@ def _only_for_types(line):
     before = MODULES[name].splitlines()[: int(number) - 1]
     block = next(each for each in reversed(before) if each and not each.startswith(" "))
     return block.startswith("if TYPE_CHECKING")
+
+
+def test_no_package_offers_something_else_by_the_name_of_its_module():
+    """Once the module is imported, as the registries do late, its name means the module."""
+    clashes = []
+    for name, text in MODULES.items():
+        if name.endswith("/__init__.py"):
+            folder = Path(name).parent
+            offered = re.findall(r'"(\w+)"', text.partition("__all__")[2])
+            late = [each for each in offered if f"{folder}/{each}.py" in MODULES and f"from .{each} " not in text]
+            clashes += [f"{folder}: {each}" for each in late]
+    assert not clashes
+    assert any(name.endswith("measurements/divergence.py") for name in MODULES)

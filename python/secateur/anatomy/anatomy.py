@@ -85,6 +85,13 @@ class Anatomy:
         return int(found.at(self._size_in({}))) if isinstance(found, cost.Tokens) else found
 
     @cached_property
+    def tokens_of(self) -> dict[str, cost.Count]:
+        """Layer name to the number of tokens that it maps, unless it is the last block's and that is pooled."""
+        names = {layer.writer: layer.name for layer in self.layers.values()}
+        weighed = [each for each in self.products if isinstance(each, cost.WeightProduct)]
+        return {names[each.module]: each.positions for each in weighed if each.module in names}
+
+    @cached_property
     def members_of(self) -> dict[str, tuple[tuple[Group, Member], ...]]:
         """Name of a parameter or buffer to its group members."""
         found: dict[str, list[tuple[Group, Member]]] = {}
@@ -109,8 +116,8 @@ class Anatomy:
 
     @cached_property
     def widths(self) -> tuple[Group, ...]:
-        """The groups that many layers share: channels of residual streams."""
-        return tuple(group for group in self.groups if group.traits.shared)
+        """The channels of residual streams, which many layers share."""
+        return tuple(group for group in self.groups if group.traits.shared and not group.of_tokens)
 
     @cached_property
     def head_norms(self) -> tuple[str, ...]:

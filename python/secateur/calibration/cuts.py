@@ -14,8 +14,8 @@ from ..anatomy import Group, Kind
 from ..errors import Unsupported
 from ..families.base import Family
 from ..methods.base import Bound, Method, Prepared
-from ..statistics.measurements import Work, divergence
-from ..statistics.measurements.base import double, hooked
+from ..statistics.measurements import Work
+from ..statistics.measurements.base import divergence, double, hooked
 from ..statistics.settings import Float
 from ..surgery.trial import cut_copy
 

@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from ..anatomy import Anatomy, Group
-from ..statistics.measurements import Work, divergence
-from ..statistics.measurements.base import double
+from ..statistics.measurements import Work
+from ..statistics.measurements.base import divergence, double
 from ..statistics.settings import Float
 from ..statistics.statistics import MERGED, merged_name
 from ..surgery.trial import cut_copy

@@ -114,13 +114,26 @@ class Family(ABC):
         del block
         raise Unsupported(f"latency: expected a model that can be timed layer by layer, got {type(model).__name__}")
 
-    def layers(self, model: nn.Module) -> Mapping[str, nn.Module]:
+    def layers(self, model: nn.Module, last_block: LastBlock = "whole") -> Mapping[str, nn.Module]:
         """Return attention and FFN layers by name, with norm and residual sum: (B, N, width) to the same. Not copied.
+
+        With ``last_block`` "pooled", the last block's attention returns the tokens that the output depends on alone,
+        whatever the model's last block is.
 
         Raises:
             Unsupported: models of this family cannot be timed layer by layer.
         """
+        del last_block
         raise Unsupported(f"latency: expected a model that can be timed layer by layer, got {type(model).__name__}")
+
+    def merging(self, model: nn.Module, block: int) -> nn.Module:
+        """Return what merges tokens in a block: (B, N, width) to fewer tokens, about a tenth. Not copied.
+
+        Raises:
+            Unsupported: models of this family do not merge tokens.
+        """
+        del block
+        raise Unsupported(f"tokens: expected a model that can merge some, got {type(model).__name__}")
 
     def prefix_tokens(self, model: nn.Module) -> int:
         """Return the number of tokens before those of patches: class, distillation and register tokens."""

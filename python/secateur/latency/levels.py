@@ -8,14 +8,17 @@ from dataclasses import dataclass
 
 from .. import check
 from ..anatomy import Anatomy, Group
+from ..anatomy.costs import Tokens
 from ..anatomy.kinds import current
 from ..errors import InvalidArgument
-from .table import ALIGNED
+from .table import ALIGNED, TOKENS
 
 # Fractions of the dense size, rounded as in plans. All combinations are measured, so there are fewer levels if more
 # sizes of a layer can change. Time is linear in the number of heads, except for the part that does not depend on them.
 _FRACTIONS = {2: (0.125, 0.25, 0.5, 0.75, 1.0), 3: (0.25, 0.5, 0.75, 1.0), 4: (0.25, 0.5, 1.0)}
 _UNEVEN = {2: (0.25, 0.625, 1.0), 3: (0.375, 1.0), 4: (0.375, 1.0)}
+# Shares of the patches.
+_TOKENS = (0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,18 @@ class Levels:
     given: Mapping[str, Sequence[int]]
 
     def of(
-        self, axes: Mapping[str, str], whole: Mapping[str, int]
+        self, axes: Mapping[str, str], whole: Mapping[str, int], tokens: Tokens | None = None
     ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
         """Return the levels of a layer's axes, the present size last, and those of uneven sizes.
 
         Args:
             axes: maps an axis to the name of a group; a model whose width cannot be cut has no group for it.
             whole: maps an axis to its size if there is no group.
+            tokens: the tokens, if there can be fewer.
         """
         groups = {axis: self.anatomy.group(name) if name in self.anatomy.sizes else None for axis, name in axes.items()}
         free = {axis: group for axis, group in groups.items() if group is not None and group.kind in self.named}
-        number = min(max(len(free), 2), 4)
+        number = min(max(len(free) + (tokens is not None), 2), 4)
         even: dict[str, tuple[int, ...]] = {
             axis: (whole[axis] if group is None else group.size,) for axis, group in groups.items()
         }
@@ -50,12 +54,23 @@ class Levels:
             # Heads are not channels, and multiples of four are never uneven.
             never = group.traits.counted or group.multiple % ALIGNED == 0
             uneven[axis] = even[axis] if never else _uneven(group, _UNEVEN[number])
+        if tokens is not None:
+            even[TOKENS] = uneven[TOKENS] = self.tokens(tokens)
         own = any(group.kind in self.given for group in free.values())
         return even, {} if own or uneven == even else uneven
 
+    @property
+    def merging(self) -> bool:
+        """Whether tokens may be merged."""
+        return "tokens" in self.named and bool(self.anatomy.tokens)
+
+    def tokens(self, tokens: Tokens) -> tuple[int, ...]:
+        """Return the numbers of tokens to measure, all of them last."""
+        return tuple(sorted({tokens.prefix + max(2, round(part * tokens.patches)) for part in _TOKENS}))
+
     def steps(self, group: Group) -> list[int]:
         """Return the sizes that a plan may choose for a group, between the least and the greatest that are measured."""
-        if group.kind not in self.named or group.traits.whole:
+        if group.kind not in self.named or group.traits.whole or group.of_tokens:
             return [group.size]
         multiple = math.lcm(group.multiple, group.traits.multiple)
         least = min(self._even(group, _FRACTIONS[4]))
@@ -80,17 +95,18 @@ def levels_for(anatomy: Anatomy, groups: Iterable[str] | None, grid: Mapping[str
     Raises:
         InvalidArgument: a kind that the model does not have, or an invalid size.
     """
-    kinds = list(dict.fromkeys(group.kind for group in anatomy.groups if group.traits.in_table))
+    kinds = list(dict.fromkeys(group.kind for group in anatomy.groups))
     if isinstance(groups, str) or not isinstance(groups, (Iterable, type(None))):
         raise InvalidArgument(f"groups: expected a sequence of kinds, got {groups!r}")
-    named = kinds if groups is None else [current(name) for name in groups]
+    usual = dict.fromkeys(group.kind for group in anatomy.groups if group.traits.in_table)
+    named = list(usual) if groups is None else [current(name) for name in groups]
     grid = {} if grid is None else grid
     if not isinstance(grid, Mapping):
         raise InvalidArgument(f"grid: expected a dict of sizes by kind, got {grid!r}")
-    for argument, names in (("groups", named), ("grid", grid)):
+    for argument, names, known in (("groups", named, kinds), ("grid", grid, list(usual))):
         for name in names:
-            if name not in kinds:
-                raise InvalidArgument(f"{argument}: expected kinds of {', '.join(kinds)}, got {name!r}")
+            if name not in known:
+                raise InvalidArgument(f"{argument}: expected kinds of {', '.join(known)}, got {name!r}")
     given = {
         kind: sorted({check.integer(f"grid[{kind!r}]", size) for size in _sizes(kind, sizes)})
         for kind, sizes in grid.items()

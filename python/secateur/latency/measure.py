@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import check, core
-from ..anatomy import Anatomy
+from ..anatomy import Anatomy, LastBlock
 from ..anatomy import Layer as AnatomyLayer
-from ..anatomy.costs import WeightProduct
+from ..anatomy.costs import Tokens
 from ..anatomy.fingerprint import Fingerprint
 from ..data.model_input import input_dtype
 from ..errors import InvalidArgument
@@ -31,7 +31,7 @@ from .machine import Machine
 from .runtimes.base import Runtime
 from .runtimes.registry import chosen
 from .stopwatch import Times, in_turn, prepared, warm
-from .table import PRESENT, Grid, LatencyTable, Layer
+from .table import LAST_BLOCK, MERGES, PRESENT, TOKENS, Grid, LatencyTable, Layer
 
 __all__ = ["measure_latency", "measured_ratio"]
 
@@ -76,8 +76,9 @@ def measure_latency(
         compile: measure the layers compiled by ``torch.compile``, as with ``runtime="torch.compile"``.
         runtime: the engine that runs the layers: "torch" (the default), "torch.compile", or another registered one. All
             except the first prepare every layer at every size, which takes about a second each.
-        groups: kinds that plans will cut ("qk", "v", "ffn", "width", "heads", "layer"); by default all that can be cut.
-            The others are measured only at their present size, which takes less time.
+        groups: kinds that plans will cut ("qk", "v", "ffn", "width", "heads", "layer", "tokens"); by default all that
+            can be cut, except tokens, which make three times as many entries. The others are measured only at their
+            present size, which takes less time.
         grid: sizes to measure by kind, per head for "qk" and "v"; by default three to five sizes from an eighth or a
             quarter to all of the units, in multiples of 8 per head and 32 elsewhere. The present size of a layer is
             added. Layers with given sizes are not measured at uneven sizes in addition.
@@ -149,7 +150,7 @@ def measured_ratio(
 
 def _shaped(dense: nn.Module, sizes: Mapping[str, int]) -> nn.Module:
     cut = copy.deepcopy(dense)
-    Structure(sizes).apply(cut)
+    Structure(sizes, last_block=family_of(dense).inspect(dense).default_last_block).apply(cut)
     return cut
 
 
@@ -212,6 +213,8 @@ class _Source:
 
     ``axes`` are the sizes to measure by kind of group or name of the residual stream; ``uneven`` are the sizes that are
     not multiples of 4, or empty; ``input_size`` is the input's shape for one image without the channels of a stream.
+    ``last_block`` is the form of the last block that the layer is part of. If it ``merges``, what is measured is the
+    merging of tokens after the layer.
     """
 
     family: Family
@@ -222,6 +225,8 @@ class _Source:
     axes: Mapping[str, tuple[int, ...]]
     uneven: Mapping[str, tuple[int, ...]]
     input_size: tuple[int, ...]
+    last_block: LastBlock = "whole"
+    merges: bool = False
 
     @property
     def count(self) -> int:
@@ -235,16 +240,22 @@ class _Source:
         lone = self.family.alone(self.model, self.block)
         layer = None if self.layer is None else _counterpart(self.family.inspect(lone), self.layer)
         names = {} if layer is None else layer.groups
-        smaller = {axis: size for axis, size in sizes.items() if size < self.axes[axis][-1]}
+        smaller = {axis: size for axis, size in sizes.items() if axis != TOKENS and size < self.axes[axis][-1]}
         Structure({names.get(axis, axis): size for axis, size in smaller.items()}).apply(lone)
-        module = lone if layer is None else self.family.layers(lone)[layer.name]
-        size = self.input_size if layer is None else (*self.input_size, sizes[layer.stream])
+        module = lone
+        if self.merges:
+            module = self.family.merging(lone, 0)
+        elif layer is not None:
+            module = self.family.layers(lone, self.last_block)[layer.name]
+        size = self.input_size
+        if layer is not None:
+            size = (sizes.get(TOKENS, self.input_size[0]), sizes[layer.stream])
         like = next(lone.parameters())
         return module, torch.randn(batch_size, *size, generator=_generator(), device="cpu").to(like)
 
     def measure(self, clock: _Clock, batch_size: int) -> Layer:
         """Return times in units of the clock's reference."""
-        copies = clock.copies(*self.dense(batch_size), most=len(self.places) or 1)
+        copies = clock.copies(*self.dense(batch_size), most=1 if self.merges else len(self.places) or 1)
 
         def grid(axes: Mapping[str, tuple[int, ...]]) -> Grid:
             ratios = np.empty([len(levels) for levels in axes.values()])
@@ -260,23 +271,53 @@ class _Source:
 
 def _distinct(family: Family, dense: nn.Module, anatomy: Anatomy, levels: Levels) -> list[_Source]:
     """Return every kind of layer once: the first block's attention first, the parts around the blocks last."""
-    modules = family.layers(dense)
-    tokens = {each.module: anatomy.positions(each) for each in anatomy.products if isinstance(each, WeightProduct)}
+    forms = list(dict.fromkeys((anatomy.last_block, anatomy.default_last_block)))
+    modules = {form: family.layers(dense, form) for form in forms}
     # A stream whose channels cannot be cut has no group.
     widths = {layer.stream: anatomy.shapes[f"{layer.writer}.weight"][0] for layer in anatomy.layers.values()}
     found: dict[tuple[object, ...], _Source] = {}
+    last = len(family.blocks(dense)) - 1
     for layer in (*anatomy.attention, *anatomy.ffn):
-        place = {**layer.groups, PRESENT: layer.name}
-        sizes = {axis: anatomy.sizes[group] for axis, group in layer.groups.items()}
-        key = (repr(modules[layer.name]), layer.stream, tokens[layer.writer], *sizes.items())
-        if key in found:
-            found[key] = replace(found[key], places=(*found[key].places, place))
-            continue
-        axes, uneven = levels.of({layer.stream: layer.stream, **layer.groups}, widths)
         block = anatomy.group(layer.name).block
-        found[key] = _Source(family, dense, block, layer, (place,), axes, uneven, (tokens[layer.writer],))
+        sizes = {axis: anatomy.sizes[group] for axis, group in layer.groups.items()}
+        for form in forms if block == last else forms[:1]:
+            pooled = form == "pooled" and block == last
+            place = {**layer.groups, PRESENT: layer.name}
+            if len(forms) > 1 and block == last:
+                place[LAST_BLOCK] = form
+            # A pooled block's FFN gets prefix tokens alone.
+            alone = pooled and layer in anatomy.ffn
+            there = family.prefix_tokens(dense) if alone else anatomy.tokens_of[layer.name]
+            fewer = there if levels.merging and isinstance(there, Tokens) else None
+            number = int(there.at(lambda name: anatomy.sizes[name])) if isinstance(there, Tokens) else there
+            if fewer is not None:
+                place[TOKENS] = layer.name
+            key = (repr(modules[form][layer.name]), layer.stream, number, fewer is None, *sizes.items())
+            if key in found:
+                found[key] = replace(found[key], places=(*found[key].places, place))
+                continue
+            axes, uneven = levels.of({layer.stream: layer.stream, **layer.groups}, widths, fewer)
+            found[key] = _Source(
+                family, dense, block, layer, (place,), axes, uneven, (number,), "pooled" if pooled else "whole"
+            )
+    sources = list(found.values())
+    if levels.merging:
+        sources.append(_merging(family, dense, anatomy, levels, widths))
     axes, uneven = levels.of(dict(zip(widths, widths, strict=True)), widths)
-    return [*found.values(), _Source(family, dense, None, None, (), axes, uneven, anatomy.input_size)]
+    return [*sources, _Source(family, dense, None, None, (), axes, uneven, anatomy.input_size)]
+
+
+def _merging(family: Family, dense: nn.Module, anatomy: Anatomy, levels: Levels, widths: Mapping[str, int]) -> _Source:
+    """Return the merging of tokens in any block, at different numbers of tokens before it."""
+    places = []
+    for name, tokens in anatomy.tokens.items():
+        layer = anatomy.layers[tokens.merges[-1].layer]
+        places.append({PRESENT: layer.name, TOKENS: layer.name, MERGES: name})
+    (first,) = (each for each in anatomy.attention if each.name == places[0][PRESENT])
+    before = next(iter(anatomy.tokens.values()))
+    axes = {first.stream: (widths[first.stream],), TOKENS: levels.tokens(before)}
+    block = anatomy.group(first.name).block
+    return _Source(family, dense, block, first, tuple(places), axes, {}, (axes[TOKENS][-1],), merges=True)
 
 
 def _counterpart(alone: Anatomy, layer: AnatomyLayer) -> AnatomyLayer:
@@ -293,6 +334,10 @@ def _random_cuts(anatomy: Anatomy, levels: Levels) -> list[dict[str, int]]:
         sizes: dict[str, int] = {}
         for group in anatomy.groups:
             options = levels.steps(group)
+            if group.of_tokens and levels.merging and number % 2:
+                # As in plans, about the same number in each block.
+                sizes[group.name] = max(1, group.size - round(random.uniform(0.03, 0.09) * 2 * group.size))
+                continue
             end = max(1, math.ceil(high * len(options)))
             options = options[min(end - 1, int(low * len(options))) : end]
             layer = anatomy.layers.get(anatomy.layer_of.get(group.name, ""))

@@ -28,7 +28,7 @@ class Latency:
     @cached_property
     def dense(self) -> float:
         """Predicted seconds of the model to be pruned; not corrected, since corrections apply to ratios to it."""
-        return float(self.table.seconds(self.anatomy, {}, {})[0])
+        return float(self.table.seconds(self.anatomy, {}, {}, self.anatomy.last_block)[0])
 
     def ratio(self, sizes: Mapping[str, int]) -> float:
         """Return the predicted fraction of the dense model's time, corrected."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import check
-from ..anatomy import Anatomy
+from ..anatomy import Anatomy, LastBlock
 from ..anatomy.costs import Sizes
 from ..anatomy.fingerprint import Fingerprint
 from ..errors import InvalidArgument
@@ -23,10 +23,12 @@ from .machine import Machine
 
 __all__ = ["LatencyTable"]
 
-# Format 2 added uneven sizes and places that may be empty; format 3 added engines, of which older formats had two.
-_FORMAT = 3
-# The key, in a place of a layer, of the group that says whether the layer is present.
-PRESENT = "present"
+# Format 2 added uneven sizes and places that may be empty; format 3 added engines, of which older formats had two;
+# format 4 added tokens and the two forms of the last block.
+_FORMAT = 4
+# Keys in a place of a layer: the group that says whether the layer is present; the layer of the model whose number of
+# tokens it gets; the form of the last block that it is part of; and the group of tokens of which it merges some.
+PRESENT, TOKENS, LAST_BLOCK, MERGES = "present", "tokens", "last_block", "merges"
 # Rows that start at multiples of this many numbers are read fastest.
 ALIGNED = 4
 
@@ -103,8 +105,10 @@ class Grid:
 class Layer:
     """One kind of layer: its times, and for every place in the model the groups of its axes except the width.
 
-    A place may also name, as "present", the group that is 0 if the layer has been removed. ``places`` is empty for the
-    model without its blocks. ``uneven`` has the same axes with levels that are not multiples of 4, if these were
+    A place may also name, as "present", the group that is 0 if the layer has been removed; as "tokens", the layer that
+    says how many tokens there are; as "last_block", the form of the last block in which the layer is run; and as
+    "merges", the group of tokens, for a step that is run where some are merged. ``places`` is empty for the model
+    without its blocks. ``uneven`` has the same axes with levels that are not multiples of 4, if these were
     measured: such a layer takes longer than interpolation between even sizes tells.
     """
 
@@ -155,7 +159,9 @@ class LatencyTable:
     """Times of a model's layers at many sizes, measured on one machine; ``predict`` adds them up.
 
     ``layers`` holds attention by (width, qk, v), and heads if they were asked for, and FFN by (width, ffn), with their
-    norms and residual sums and once for equal blocks; and the parts before and after the blocks by (width). The model
+    norms and residual sums and once for equal blocks; the last block's attention once more where ``prune`` makes it
+    compute prefix tokens only; and the parts before and after the blocks by (width). If tokens were asked for, they are
+    one more axis, and the merging of tokens is a layer. The model
     takes ``scale`` times their sum plus ``overhead`` seconds, as fitted on the dense model and some randomly cut ones.
     All times are for one batch of ``batch_size`` images of ``input_size`` (channels, height, width) in ``dtype``, run
     by the engine ``runtime`` of version ``runtime_version``.
@@ -177,36 +183,79 @@ class LatencyTable:
         """Whether the engine was torch.compile."""
         return self.runtime == "torch.compile"
 
-    def predict(self, anatomy: Anatomy, sizes: Mapping[str, int] | None = None) -> float:
-        """Predict the seconds of one batch with the given sizes of named groups; by default, at present sizes.
+    @property
+    def knows_tokens(self) -> bool:
+        """Whether times depend on how many tokens are merged."""
+        return any(TOKENS in place for layer in self.layers for place in layer.places)
+
+    def predict(
+        self, anatomy: Anatomy, sizes: Mapping[str, int] | None = None, last_block: LastBlock | None = None
+    ) -> float:
+        """Predict the seconds of one batch with the given sizes of named groups; by default, of the model as it is.
+
+        With sizes, the last block is as asked for, or else as ``prune`` makes it unless told otherwise.
 
         Raises:
             InvalidArgument: the table belongs to another model, there is no such group, or the table does not cover a
                 size.
         """
         self.require(anatomy)
-        sizes = sizes or {}
-        for name in sizes:
+        for name in sizes or {}:
             anatomy.group(name)
-        return float(self.seconds(anatomy, sizes, {})[0])
+        if sizes is None:
+            last_block = last_block or anatomy.last_block
+        return float(self.seconds(anatomy, sizes or {}, {}, last_block)[0])
 
-    def seconds(self, anatomy: Anatomy, base: Mapping[str, int], sizes: Mapping[str, Sizes]) -> Float:
-        """Return seconds of one batch, (n,): ``base``, with the groups of ``sizes`` at each of n sizes in turn."""
+    def seconds(
+        self,
+        anatomy: Anatomy,
+        base: Mapping[str, int],
+        sizes: Mapping[str, Sizes],
+        last_block: LastBlock | None = None,
+    ) -> Float:
+        """Return seconds of one batch, (n,): ``base``, with the groups of ``sizes`` at each of n sizes in turn.
+
+        The last block is as asked for, or else as ``prune`` makes it unless told otherwise.
+
+        Raises:
+            InvalidArgument: the table does not cover a size.
+        """
         wanted: dict[str, int | Sizes] = {**anatomy.sizes, **base, **sizes}
+        form = last_block or anatomy.default_last_block
+        self._require_tokens(anatomy, wanted)
         found = np.zeros(len(next(iter(sizes.values()), (0,))))
         for layer in self.layers:
             # Most blocks have the same sizes, so look up each combination only once.
             times: dict[tuple[Any, ...], Float] = {}
             for place in layer.places or ({},):
-                at = {axis: self._size(axis, place, wanted, layer.grid) for axis in layer.grid.axes}
-                key = tuple(at[axis] if isinstance(at[axis], int) else axis for axis in at)
+                if place.get(LAST_BLOCK, form) != form:
+                    continue
+                at = {axis: self._size(axis, place, wanted, layer.grid, anatomy) for axis in layer.grid.axes}
+                key = tuple(at[axis] if isinstance(at[axis], int) else (axis, place.get(axis)) for axis in at)
                 if key not in times:
                     times[key] = layer.at(at)
-                found = found + times[key] * (np.asarray(wanted.get(place.get(PRESENT, ""), 1)) > 0)
+                runs = np.asarray(wanted.get(place.get(PRESENT, ""), 1)) > 0
+                if MERGES in place:
+                    runs = runs & (np.asarray(wanted[place[MERGES]]) < anatomy.tokens[place[MERGES]].merges[-1].units)
+                found = found + times[key] * runs
         return self.scale * found + self.overhead
 
+    def _require_tokens(self, anatomy: Anatomy, wanted: Mapping[str, int | Sizes]) -> None:
+        merged = [name for name in anatomy.tokens if np.any(np.asarray(wanted[name]) < anatomy.sizes[name])]
+        if merged and not self.knows_tokens:
+            raise InvalidArgument(
+                f"latency_table: expected one that knows tokens, measured with groups of which one is 'tokens', "
+                f"to merge some in {merged[0]}"
+            )
+
     @staticmethod
-    def _size(axis: str, place: Mapping[str, str], wanted: Mapping[str, int | Sizes], grid: Grid) -> int | Sizes:
+    def _size(
+        axis: str, place: Mapping[str, str], wanted: Mapping[str, int | Sizes], grid: Grid, anatomy: Anatomy
+    ) -> int | Sizes:
+        if axis == TOKENS:
+            count = anatomy.tokens_of[place[TOKENS]]
+            found: Any = count if isinstance(count, int) else count.at(lambda name: np.asarray(wanted[name]))
+            return found if np.ndim(found) else int(found)
         # A model whose width cannot be cut has no group for it, and one level in the table.
         return wanted.get(place.get(axis, axis), grid.axes[axis][-1])
 

@@ -14,6 +14,7 @@ from ..budgets.measured import losses_between
 from ..budgets.target import Target
 from ..calibration.merging import token_groups
 from ..errors import InvalidArgument
+from ..latency.table import LatencyTable
 from ..methods.base import Prepared
 from ..statistics.settings import Float
 from ..statistics.statistics import Statistics
@@ -91,17 +92,21 @@ def merging_of(anatomy: Anatomy, stats: Statistics, groups: Sequence[Group]) -> 
     return found
 
 
-def with_tokens(model: nn.Module, anatomy: Anatomy, target: Target, limits: dict[str, Any]) -> dict[str, Any]:
+def with_tokens(
+    model: nn.Module, anatomy: Anatomy, target: Target, limits: dict[str, Any], table: LatencyTable | None
+) -> dict[str, Any]:
     """Return limits that also allow tokens to be merged, where no groups are named and it serves the target.
 
     Args:
         model: the model; without a classifier, all its tokens may be wanted.
         anatomy: its description.
-        target: the budget; parameters are not saved by fewer tokens, and latency tables do not know them.
+        target: the budget; fewer tokens save no parameters.
         limits: limits on the groups, as from `limits_of`.
+        table: the latency table that is given, which may not know tokens.
     """
-    classifies = bool(getattr(model, "num_classes", 0))
-    if limits["groups"] is not None or target.macs is None or target.latency is not None or not classifies:
+    saves = target.macs is not None or target.latency is not None
+    known = target.latency is None or table is None or table.knows_tokens
+    if limits["groups"] is not None or not saves or not known or not getattr(model, "num_classes", 0):
         return limits
     return {**limits, "groups": [*default_groups(anatomy), *{group.kind for group in token_groups(anatomy)}]}
 

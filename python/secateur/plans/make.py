@@ -28,7 +28,7 @@ from ..methods.registry import method_named, options_of
 from ..statistics.statistics import Statistics
 from .losses import Losses, Merging, losses_of, merging_of, removal_of, with_tokens
 from .measured import Choice, Measured
-from .on_the_clock import LatencyReport, sizes_on_the_clock, table_for
+from .on_the_clock import LatencyReport, loaded, sizes_on_the_clock, table_for
 from .plan import Plan
 
 
@@ -71,9 +71,10 @@ def plan(
             name of a shipped one ("snp_deit_t", "snp_deit_s_1.3g") or a path. {"blocks.3.attn": 1} removes a layer,
             {"layer": .25} a quarter of all layers, those whose removal changes the output least.
         groups: kinds or names of groups that may be cut; with a target, the default is ("qk", "v", "ffn"), and "tokens"
-            as well for MACs of a classifier where losses were measured. "heads" removes whole heads, whose number may
-            then differ between layers; "layer" removes whole attention and FFN layers, but the last of each stays; with
-            a target, it requires another allocation than "uniform". "tokens" merges patch tokens block by block.
+            as well for MACs or latency of a classifier where losses were measured. "heads" removes whole heads, whose
+            number may then differ between layers; "layer" removes whole attention and FFN layers, but the last of each
+            stays; with a target, it requires another allocation than "uniform". "tokens" merges patch tokens block by
+            block.
         freeze: kinds, names or patterns ("blocks.0.*") of groups that stay whole.
         min_keep: fewest units to keep, by kind or group.
         round_to: kept counts are multiples of this (per head for query/key and value), an int or a dict by kind or
@@ -119,15 +120,15 @@ def plan(
     if not strict and criterion.changes_weights:
         raise InvalidArgument(f"strict: expected True for {method!r}, which changes weights, got False")
     limits = limits_of(groups, freeze, min_keep, round_to)
-    table = None
-    if target is not None and target.latency is not None:
-        table = table_for(model, anatomy, target, limits, latency_table, batch_size, runtime)
-    with core.torch_threads():
-        prepared = criterion.prepare(Bound(model, anatomy, stats, chosen))
     cut = measured_name(criterion, chosen)
     measures = target is not None and allocation in (None, "measured")
+    table = loaded(latency_table)
     if target is not None and measures and (loader is not None or (cut in stats.cuts and stats.merged)):
-        limits = with_tokens(model, anatomy, target, limits)
+        limits = with_tokens(model, anatomy, target, limits, table)
+    if target is not None and target.latency is not None:
+        table = table_for(model, anatomy, target, limits, table, batch_size, runtime)
+    with core.torch_threads():
+        prepared = criterion.prepare(Bound(model, anatomy, stats, chosen))
     free = anatomy.groups if target is None else free_groups(anatomy, limits)
     measure = None
     if loader is not None:
@@ -267,7 +268,7 @@ def sizes_for(
         return Allocation(counts_from_ratios(anatomy, ratios, **limits, removal=removal)), None
     if target.latency is not None:
         assert table is not None
-        return sizes_on_the_clock(model, anatomy, target, limits, losses, table)
+        return sizes_on_the_clock(model, anatomy, target, limits, losses, merging, table)
     with core.torch_threads():
         return allocate(anatomy, target, **limits, losses=losses, merging=merging), None
 

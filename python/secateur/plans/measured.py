@@ -18,7 +18,8 @@ from ..calibration.merging import MergingSchedules
 from ..errors import InvalidArgument
 from ..families.registry import family_of
 from ..methods.base import Decision, Method, Prepared
-from ..statistics.measurements import Measurement, Work, divergence
+from ..statistics.measurements import Measurement, Work
+from ..statistics.measurements.base import divergence
 from ..statistics.passes import batches_of, measuring
 from ..statistics.settings import Float
 from ..statistics.statistics import Statistics

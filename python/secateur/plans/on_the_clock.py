@@ -171,7 +171,7 @@ def table_for(
     anatomy: Anatomy,
     target: Target,
     limits: Mapping[str, Any],
-    given: LatencyTable | str | Path | None,
+    given: LatencyTable | None,
     batch_size: int | None,
     runtime: str | None,
 ) -> LatencyTable:
@@ -181,16 +181,23 @@ def table_for(
         kinds = dict.fromkeys(group.kind for group in free)
         table = measure_latency(model, batch_size=batch_size or 1, runtime=runtime, groups=kinds)
     else:
-        table = given if isinstance(given, LatencyTable) else _loaded(given)
+        table = given
         table.require(anatomy, batch_size, runtime)
     # Before hours of work, check with the smallest sizes that the table has every size and the target is within reach.
     allocate(anatomy, target, **limits, latency=Latency(table, anatomy), losses=lambda g: np.linspace(1, 0, g.size + 1))
     return table
 
 
-def _loaded(path: str | Path) -> LatencyTable:
+def loaded(table: LatencyTable | str | Path | None) -> LatencyTable | None:
+    """Return a table from its file, if it is one.
+
+    Raises:
+        InvalidArgument: it is no such file.
+    """
+    if table is None or isinstance(table, LatencyTable):
+        return table
     try:
-        return LatencyTable.load(path)
+        return LatencyTable.load(table)
     except InvalidArgument as error:
         raise InvalidArgument(f"latency_table: {str(error).removeprefix('path: ')}") from error
 
@@ -212,6 +219,7 @@ def sizes_on_the_clock(
     target: Target,
     limits: Mapping[str, Any],
     losses: Callable[[Group], Float] | None,
+    merging: Sequence[tuple[Mapping[str, int], float]],
     table: LatencyTable,
 ) -> tuple[Allocation, LatencyReport]:
     """Choose sizes that meet a target for latency; measure them if the table is of this machine and engine."""
@@ -224,12 +232,16 @@ def sizes_on_the_clock(
             stacklevel=7,
         )
 
+    chosen: list[Allocation] = []
+
     def choose(cost: Cost, fraction: float) -> dict[str, int]:
+        wanted = replace(target, latency=fraction)
         with core.torch_threads():
-            return allocate(anatomy, replace(target, latency=fraction), **limits, losses=losses, latency=cost).sizes
+            chosen.append(allocate(anatomy, wanted, **limits, losses=losses, merging=merging, latency=cost))
+        return chosen[-1].sizes
 
     def measure(sizes: Mapping[str, int]) -> tuple[float, tuple[float, float]]:
         return measured_ratio(model, table, sizes)
 
     sizes, report = meet(target.latency, table, anatomy, choose, measure if difference is None else None)
-    return Allocation(sizes), report
+    return next(each for each in chosen if each.sizes == sizes), report

@@ -15,6 +15,7 @@ from torch import nn
 from .. import check, core
 from ..anatomy import Anatomy
 from ..anatomy.fingerprint import Fingerprint
+from ..budgets.allocate import free_groups
 from ..budgets.limits import limits_of
 from ..budgets.target import Target
 from ..calibration.calibrate import calibrate, calibrate_block
@@ -24,8 +25,10 @@ from ..families.registry import family_of
 from ..files import container
 from ..latency.table import LatencyTable
 from ..methods.registry import method_named, options_of
+from ..plans.losses import with_tokens
 from ..plans.make import check_budget, plan, sizes_for
-from ..plans.on_the_clock import table_for
+from ..plans.measured import Measured
+from ..plans.on_the_clock import loaded, table_for
 from ..plans.plan import Plan
 from ..plans.prune import prune
 from ..plans.report import Report
@@ -37,6 +40,9 @@ from .sequential_file import Progress, SequentialFile
 from .towards_dense import Course
 
 __all__ = ["prune_sequential"]
+
+# Images that the sizes are chosen by: more change them little, and fitting to the dense stream takes all.
+_SIZED = 256
 
 TargetStream = Literal["dense", "pruned"]
 
@@ -71,8 +77,9 @@ def prune_sequential(
     """Prune a model in place, block by block, fitting each block on the outputs of the pruned ones before it.
 
     The sizes of all groups are fixed first, on the dense model; with a target, this needs a calibration of the whole
-    model (unless ``allocation="uniform"``). Then the layers are fitted and cut from the first to the last; the residual
-    width comes last. Everything is done on a copy; the model is changed at the end, or not at all.
+    model on the first 256 images (unless ``allocation="uniform"``). Then the layers are fitted and cut from the first
+    to the last; the residual width comes last. Everything is done on a copy; the model is changed at the end, or not at
+    all.
 
     With ``target_stream="dense"`` the dense model and the pruned copy run side by side over the same images, layer by
     layer, and every layer from the first cut on makes up for the errors of those before it (after GPTAQ,
@@ -160,21 +167,32 @@ def prune_sequential(
         if sizes_of is not None:
             sizes_of.fingerprint.require(Fingerprint.of(model, anatomy), "sizes_of", strict=False)
             return sizes_of.check(anatomy)
-        table = None
+        table, wanted = loaded(latency_table), limits
+        if target is not None and allocation in (None, "measured"):
+            wanted = with_tokens(model, anatomy, target, limits, table)
         if target is not None and target.latency is not None:
-            table = table_for(model, anatomy, target, limits, latency_table, batch_size, runtime)
+            # Before hours of work, since it says what can be reached.
+            table = table_for(model, anatomy, target, wanted, table, batch_size, runtime)
         if target is None or allocation == "uniform":
             return sizes_for(model, anatomy, target, ratios, limits, table=table)[0].sizes
-        shared: dict[str, Any] = {"max_images": max_images, "token_fraction": token_fraction}
-        stats = calibrate(model, loader, **shared, sensitivity="noise" if allocation == "error" else False)
+        stats = calibrate(
+            model,
+            loader,
+            max_images=_SIZED if max_images is None else min(max_images, _SIZED),
+            token_fraction=token_fraction,
+            sensitivity="noise" if allocation == "error" else False,
+        )
+        if allocation != "error":
+            # What cuts cost together is not measured, since the fit to come makes up for much of it.
+            measured = Measured(model, anatomy, free_groups(anatomy, wanted), loader)
+            stats = measured.completed(stats, criterion, settings)
         planned = plan(
             model,
             stats,
             method=method,
             target=target,
-            **limits,
+            **wanted,
             allocation=allocation,
-            loader=None if allocation == "error" else loader,
             latency_table=table,
             **chosen,
         )

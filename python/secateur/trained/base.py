@@ -24,7 +24,7 @@ from ..families.registry import inspect
 from ..latency.table import LatencyTable
 from ..methods.base import Decision, NoOptions
 from ..plans.make import check_allocation, check_budget, sizes_for
-from ..plans.on_the_clock import LatencyReport, table_for
+from ..plans.on_the_clock import LatencyReport, loaded, table_for
 from ..plans.plan import Plan
 from ..statistics.settings import Float
 from ..training.hooks import LoopHook
@@ -80,7 +80,7 @@ class Wanted:
         """The units of each group that stay, and what became of a target for latency, which is measured."""
         table = None
         if self.target is not None and self.target.latency is not None:
-            where = self.latency_table, self.batch_size, self.runtime
+            where = loaded(self.latency_table), self.batch_size, self.runtime
             table = table_for(model, anatomy, self.target, self.limits(), *where)
         losses = method.losses if self.allocation == "error" else None
         return sizes_for(model, anatomy, self.target, self.ratios, self.limits(), losses=losses, table=table)

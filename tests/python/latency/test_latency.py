@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import secateur as sc
+import timm
 import torch
 from models import make
 from secateur.anatomy.fingerprint import Fingerprint
@@ -262,16 +264,20 @@ def test_heads_are_an_axis_of_one_level_unless_they_are_asked_for():
     model = small(48, 2, 6)
     anatomy = sc.inspect(model)
     family = family_of(model)
-    attention, ffn, rest = timing._distinct(family, model, anatomy, levels_for(anatomy, ("qk", "v"), None))
+    found = timing._distinct(family, model, anatomy, levels_for(anatomy, ("qk", "v"), None))
+    attention, pooled, ffn, alone, _ = found
     assert attention.axes["heads"] == (6,)
     assert attention.places[1]["present"] == "blocks.1.attn"
     assert attention.places[1]["heads"] == "blocks.1.heads"
+    assert attention.places[1]["last_block"] == "whole"
+    assert pooled.places == ({**attention.places[1], "last_block": "pooled"},)
     assert ffn.places[0] == {"ffn": "blocks.0.ffn", "present": "blocks.0.mlp"}
+    assert alone.places == ({**ffn.places[1], "last_block": "pooled"},)
     attention, *_ = timing._distinct(family, model, anatomy, levels_for(anatomy, ("qk", "heads", "block"), None))
     assert attention.axes["heads"] == (1, 2, 3, 4, 6)
     assert attention.uneven["heads"] == attention.axes["heads"]
     assert attention.axes["v"] == attention.uneven["v"] == (8,)
-    attention, _, rest = timing._distinct(family, model, anatomy, levels_for(anatomy, None, None))
+    attention, *_, rest = timing._distinct(family, model, anatomy, levels_for(anatomy, None, None))
     assert {axis: len(levels) for axis, levels in attention.axes.items()}["heads"] == 3
     assert "present" not in attention.axes
     assert set(rest.axes) == {"width"}
@@ -485,7 +491,7 @@ def test_where_the_table_is_near_its_least_the_whole_target_is_used():
     anatomy = sc.inspect(small(24, 2, 2))
     table = table_of(anatomy, staircase, steps, rest=5)
     cost = Latency(table, anatomy)
-    least = cost.total({g.name: 1 for g in anatomy.groups if g.kind != "width"}) / cost.dense
+    least = cost.total({g.name: 1 for g in anatomy.groups if g.kind not in ("width", "tokens")}) / cost.dense
     choose = lambda c, fraction: allocated(  # noqa: E731
         anatomy, sc.Target(latency=fraction), **{**NONE, "round_to": 1}, latency=c
     )
@@ -728,7 +734,7 @@ def test_uneven_sizes_come_back_from_a_file_and_older_files_have_none(tmp_path):
     ("change", "text"),
     [
         (lambda outer: outer.update(secateur="plan"), "got another kind of file"),
-        (lambda outer: outer.update(format=99), "got format 99, newer than 3: update secateur"),
+        (lambda outer: outer.update(format=99), "got format 99, newer than 4: update secateur"),
         (lambda outer: outer["table"].update(scale=3.0), "got one that does not match its checksum"),
         (lambda outer: outer.pop("table"), "expected a secateur latency table"),
         (lambda outer: outer.update(format="x"), "expected a secateur latency table"),
@@ -786,15 +792,17 @@ def test_a_measured_table_predicts_its_clock(by_weights, kind):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     table = sc.measure_latency(model, batch_size=2, grid=grid, repeats=2)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert len(table.layers) == 3
+    # The last block of a classifier by its class token is measured in both forms.
+    assert len(table.layers) == (3 if kind == "map_pool" else 5)
     channels = (1, 5, 9, 13)
     assert table.layers[0].grid.axes == {"width": (1, 20, 39), "qk": channels, "v": channels, "heads": (1, 2, 3)}
     assert table.predict(anatomy) == pytest.approx(anatomy.params, rel=1e-6)
     # At every size, since a weight's count is linear in each; a shared norm is given to each head once it is cut.
     sizes = {"blocks.0.qk": 5, "blocks.0.v": 9, "blocks.1.heads": 2, "blocks.1.ffn": 20, "width": 25}
-    assert table.predict(anatomy, sizes) == pytest.approx(
-        anatomy.params_at(sizes), rel=0.02 if kind == "qk_norm" else 1e-6
-    )
+    for last_block in (None, "whole", "pooled"):
+        assert table.predict(anatomy, sizes, last_block) == pytest.approx(
+            anatomy.params_at(sizes), rel=0.02 if kind == "qk_norm" else 1e-6
+        )
 
 
 @pytest.mark.parametrize(("dtype", "compiled"), [("bfloat16", True), ("float64", False)])
@@ -819,12 +827,86 @@ def test_what_is_measured_is_of_the_type_and_backend_that_were_asked_for(by_weig
     assert next(model.parameters()).dtype == torch.float32
 
 
+def test_tokens_by_hand(by_weights, monkeypatch):
+    """A clock that counts weights times tokens: the table predicts that of any schedule, and what merging takes."""
+
+    def in_turn(models, inputs, loops, repeats, advance):
+        times = []
+        for model, x in zip(models, inputs, strict=True):
+            out = model(x)
+            count = 1000.0 * sum(p.numel() for p in model.parameters())
+            if x.ndim == 4:
+                times.append(total(model) if len(model.blocks) else 7e5)
+            elif type(model).__name__ == "_Merging":
+                assert out.shape[1] == x.shape[1] - x.shape[1] // 10
+                times.append(3000.0 * x.shape[1])
+            else:
+                assert out.shape[1] in (x.shape[1], 1)
+                times.append(count * x.shape[1])
+        return np.tile(times, (repeats, 1))
+
+    def total(model):
+        """The same for a whole model, from what its blocks see."""
+        seconds, tokens = 7e5, 1 + 100
+        for number, block in enumerate(model.blocks):
+            attention, ffn = (
+                sum(p.numel() for part in parts for p in part.parameters())
+                for parts in ((block.attn, block.norm1), (block.mlp, block.norm2))
+            )
+            merged = getattr(block, "merge", 0)
+            seconds += 1000.0 * tokens * attention + (3000.0 * tokens if merged else 0)
+            pooled = hasattr(block, "pooled") and number == len(model.blocks) - 1
+            tokens = 1 if pooled else tokens - merged
+            seconds += 1000.0 * tokens * ffn
+        return seconds
+
+    monkeypatch.setattr(timing, "in_turn", in_turn)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=80, patch_size=8, embed_dim=24, depth=4, num_heads=2, num_classes=5
+    )
+    anatomy = sc.inspect(model)
+    assert anatomy.default_last_block == "pooled"
+    table = sc.measure_latency(model, groups=("ffn", "tokens"), grid={"ffn": [20]}, repeats=1)
+    assert table.knows_tokens
+    assert table.predict(anatomy) == pytest.approx(total(model))
+    for merges, ffn in (((0, 0, 0), 96), ((10, 10, 10), 96), ((5, 0, 20), 20), ((40, 20, 5), 50)):
+        sizes = {f"blocks.{n}.tokens": anatomy.sizes[f"blocks.{n}.tokens"] - merge for n, merge in enumerate(merges)}
+        sizes["blocks.1.ffn"] = ffn
+        cut = copy.deepcopy(model)
+        keep = {name: size for name, size in sizes.items() if size < anatomy.sizes[name]}
+        Structure(keep, last_block="pooled").apply(cut)
+        assert [getattr(block, "merge", 0) for block in cut.blocks] == [*merges, 0]
+        assert table.predict(anatomy, sizes) == pytest.approx(total(cut), rel=1e-6), merges
+        arrays = {"blocks.1.ffn": np.array([20, ffn])}
+        assert table.seconds(anatomy, sizes, arrays)[1] == pytest.approx(total(cut), rel=1e-6)
+    # A removed layer compares no keys, so the blocks after it have more tokens.
+    gone = table.seconds(anatomy, {"blocks.1.tokens": 40}, {"blocks.1.attn": np.array([0, 1])})
+    one_by_one = [table.predict(anatomy, {"blocks.1.tokens": 40, "blocks.1.attn": size}) for size in (0, 1)]
+    np.testing.assert_allclose(gone, one_by_one)
+
+
+def test_a_table_without_tokens_does_not_predict_merged_ones(monkeypatch, tmp_path):
+    monkeypatch.setattr(timing, "in_turn", lambda models, _x, _loops, repeats, _: np.ones((repeats, len(models))))
+    model = small()
+    anatomy = sc.inspect(model)
+    table = sc.measure_latency(model, groups=("ffn",), repeats=1)
+    table.save(tmp_path / "table.json")
+    for each in (table, LatencyTable.load(tmp_path / "table.json")):
+        assert not each.knows_tokens
+        with pytest.raises(sc.InvalidArgument, match=r"^latency_table: expected one that knows tokens"):
+            each.predict(anatomy, {"blocks.0.tokens": 3})
+    known = sc.measure_latency(model, groups=("ffn", "tokens"), repeats=1)
+    known.save(tmp_path / "known.json")
+    sizes = {"blocks.0.tokens": 3}
+    assert LatencyTable.load(tmp_path / "known.json").predict(anatomy, sizes) == known.predict(anatomy, sizes)
+
+
 def test_unlike_blocks_are_measured_apart(by_weights):
     model = small(24, 3, 2)
     sc.prune(model, some_plan(model, {"blocks.1.ffn": 0.5, "blocks.2.qk": 0.25}))
     anatomy = sc.inspect(model)
     table = sc.measure_latency(model, repeats=1, grid={"qk": [1, 4], "v": [1, 4], "ffn": [1, 7], "width": [9]})
-    assert [len(layer.places) for layer in table.layers] == [2, 1, 2, 1, 0]
+    assert [len(layer.places) for layer in table.layers] == [2, 1, 1, 1, 1, 0]
     assert table.layers[3].grid.axes["ffn"] == (1, 7, 30)
     assert table.predict(anatomy) == pytest.approx(anatomy.params, rel=1e-6)
     sizes = {"blocks.1.ffn": 11, "blocks.2.qk": 6, "blocks.0.ffn": 50, "width": 20}
@@ -840,7 +922,7 @@ def test_groups_that_stay_whole_are_measured_at_their_size_alone(by_weights):
     model = small(48, 2, 3)
     table = sc.measure_latency(model, groups=("ffn",), repeats=1)
     assert table.layers[0].grid.axes == {"width": (48,), "qk": (16,), "v": (16,), "heads": (3,)}
-    assert table.layers[1].grid.axes == {"width": (48,), "ffn": (32, 64, 96, 120)}
+    assert table.layers[2].grid.axes == {"width": (48,), "ffn": (32, 64, 96, 120)}
     with pytest.raises(sc.InvalidArgument, match=r"latency_table: .* qk of 16 alone, got 8"):
         table.predict(sc.inspect(model), {"blocks.0.qk": 8})
 
@@ -876,7 +958,8 @@ def test_uneven_layers_take_longer_than_their_neighbours(by_weights, monkeypatch
     model = small(48, 2, 3, 4.0, classes=4)
     anatomy = sc.inspect(model)
     table = sc.measure_latency(model, repeats=1, groups=("qk", "v", "ffn"))
-    attention, ffn, rest = table.layers
+    attention, pooled, ffn, alone, rest = table.layers
+    assert (pooled.grid.axes, alone.grid.axes) == (attention.grid.axes, ffn.grid.axes)
     assert attention.grid.axes == {"width": (48,), "qk": (8, 16), "v": (8, 16), "heads": (3,)}
     assert attention.uneven.axes == {"width": (48,), "qk": (3, 7, 15), "v": (3, 7, 15), "heads": (3,)}
     assert ffn.uneven.axes == {"width": (48,), "ffn": (47, 119, 191)}
@@ -1012,7 +1095,7 @@ def test_sequential_pruning_takes_a_latency(digits_model, digits_images, digits_
         ({"dtype": "int8"}, "dtype: expected one of float32, float64, float16, bfloat16, got 'int8'"),
         ({"device": "gpu"}, "device: expected one that is there, got 'gpu'"),
         ({"groups": "qk"}, "groups: expected a sequence of kinds, got 'qk'"),
-        ({"groups": ("head",)}, "groups: expected kinds of qk, v, heads, layer, ffn, width, got 'head'"),
+        ({"groups": ("head",)}, "groups: expected kinds of qk, v, heads, layer, ffn, width, tokens, got 'head'"),
         ({"grid": 5}, "grid: expected a dict of sizes by kind, got 5"),
         ({"grid": {"ffn": 5}}, r"grid\['ffn'\]: expected a sequence of sizes, got 5"),
         ({"grid": {"ffn": [0]}}, r"grid\['ffn'\]: expected an integer of at least 1, got 0"),

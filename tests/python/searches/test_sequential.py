@@ -46,6 +46,16 @@ def test_a_block_is_calibrated_alone(digits_model, digits_images):
     assert all((part.tensors[name] == whole.tensors[name]).all() for name in part.tensors)
 
 
+def test_merged_tokens_are_no_residual_width(monkeypatch):
+    """They need no statistics of norms: their cut changes no weights."""
+    model = make("plain")
+    assert [group.name for group in sc.inspect(model).widths] == ["width"]
+    assert str(sc.inspect(model)).count("residual width") == 1
+    monkeypatch.setattr("secateur.searches.sequential.calibrate_norms", None)
+    sc.prune_sequential(model, [images(model, 5)], ratios={"qk": 0.5, "tokens": 0.3})
+    assert any(sc.inspect(model).merged.values())
+
+
 @pytest.fixture(scope="module")
 def calibration(make_digits_model):
     """Batches of one half of the digits, and their statistics."""

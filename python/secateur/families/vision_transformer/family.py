@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
@@ -29,6 +30,16 @@ class PlainViT(Family):
     def accepts(self, model: nn.Module) -> bool:
         """Return whether the model's class is one of these, or secateur's with fewer tokens."""
         return super().accepts(model) or type(model) in REDUCED
+
+    def build(self, architecture: str, arguments: Mapping[str, Any], device: torch.device) -> nn.Module:
+        """Build the dense model, on the meta device without timm's initial values, which take half of the time."""
+        if device.type != "meta" or "weight_init" in arguments:
+            return super().build(architecture, arguments, device)
+        model: Any = super().build(architecture, {**arguments, "weight_init": "skip"}, device)
+        # As if nothing had been skipped: timm's record of the arguments, and what init_weights does if it is called.
+        getattr(model, "_model_args", {}).pop("weight_init", None)
+        model.weight_init_mode = ""
+        return _vit(model)
 
     def inspect(self, model: nn.Module) -> Anatomy:
         """Describe the model, or raise Unsupported naming the module and the reason."""
@@ -59,9 +70,13 @@ class PlainViT(Family):
         """Return a copy of the model with only that block, or with no block."""
         return run.alone(_vit(model), block)
 
-    def layers(self, model: nn.Module) -> Mapping[str, nn.Module]:
+    def layers(self, model: nn.Module, last_block: LastBlock = "whole") -> Mapping[str, nn.Module]:
         """Return attention and FFN layers by name, as timm's blocks run them, without dropping paths."""
-        return run.layers(_vit(model))
+        return run.layers(_vit(model), last_block)
+
+    def merging(self, model: nn.Module, block: int) -> nn.Module:
+        """Return what merges a tenth of the tokens in a block."""
+        return run.merging(_vit(model), block)
 
     def prefix_tokens(self, model: nn.Module) -> int:
         """Return the number of class, distillation and register tokens."""

@@ -10,10 +10,12 @@ import torch
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 
+from ...anatomy import LastBlock
 from ...errors import Unsupported
 from .reduced import merges, pooled_output, run_merging
+from .tokens import Attends, merge_tokens
 
-__all__ = ["alone", "blocks", "from_block", "layers"]
+__all__ = ["alone", "blocks", "from_block", "layers", "merging"]
 
 
 def alone(model: VisionTransformer, block: int | None) -> nn.Module:
@@ -28,8 +30,10 @@ def alone(model: VisionTransformer, block: int | None) -> nn.Module:
     return copy.deepcopy(model, {id(model.blocks): blocks})
 
 
-def layers(model: VisionTransformer) -> dict[str, nn.Module]:
+def layers(model: VisionTransformer, last_block: LastBlock = "whole") -> dict[str, nn.Module]:
     """Return attention and FFN layers by name, as timm's blocks run them, without dropping paths.
+
+    If ``last_block`` is "pooled", the last block's attention returns prefix tokens alone.
 
     Raises:
         Unsupported: the model merges tokens.
@@ -41,11 +45,20 @@ def layers(model: VisionTransformer) -> dict[str, nn.Module]:
         post_norm = isinstance(block, ResPostBlock)
         if block.attn is not None:
             attention = (block.attn, block.norm1) if post_norm else (block.norm1, block.attn, block.ls1)
-            found[f"blocks.{index}.attn"] = _Residual(*attention)
+            pooled = last_block == "pooled" and index == len(model.blocks) - 1
+            found[f"blocks.{index}.attn"] = (
+                _ForPrefix(block, model.num_prefix_tokens) if pooled else _Residual(*attention)
+            )
         if block.mlp is not None:
             ffn = (block.mlp, block.norm2) if post_norm else (block.norm2, block.mlp, block.ls2)
             found[f"blocks.{index}.mlp"] = _Residual(*ffn)
     return found
+
+
+def merging(model: VisionTransformer, block: int) -> nn.Module:
+    """Return what merges a tenth of the tokens in a block, by the first channels of the stream instead of keys."""
+    attn: Any = model.blocks[block].attn
+    return _Merging(int(attn.head_dim), model.num_prefix_tokens)
 
 
 def blocks(model: VisionTransformer) -> list[nn.Module]:
@@ -73,6 +86,40 @@ def _refuse_merging(model: VisionTransformer) -> None:
     for index, merge in enumerate(merges(model)):
         if merge:
             raise Unsupported(f"latency: expected blocks that merge no tokens, got {merge} merged in block {index}")
+
+
+class _Merging(nn.Module):
+    """Merges tokens that are alike."""
+
+    def __init__(self, channels: int, prefix: int) -> None:
+        super().__init__()
+        self.channels, self.prefix = channels, prefix
+
+    def extra_repr(self) -> str:
+        """Return what differs between modules, for print(model)."""
+        return f"channels={self.channels}, prefix={self.prefix}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, N, width) to (B, N - N // 10, width)."""
+        found, _ = merge_tokens(x, None, x[:, None, :, : self.channels], x.size(1) // 10, self.prefix)
+        return found
+
+
+class _ForPrefix(Attends):
+    """Applies a block's attention for prefix tokens alone, and adds the result to these."""
+
+    def __init__(self, block: Any, prefix: int) -> None:
+        super().__init__()
+        post_norm = isinstance(block, ResPostBlock)
+        self.attn, self.prefix = block.attn, prefix
+        self.before: nn.Module = nn.Identity() if post_norm else block.norm1
+        self.after: nn.Module = block.norm1 if post_norm else block.ls1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, N, width) to (B, prefix, width)."""
+        y, _ = self.attend(self.before(x), self.prefix)
+        out: torch.Tensor = x[:, : self.prefix] + self.after(y)
+        return out
 
 
 class _Residual(nn.Module):
