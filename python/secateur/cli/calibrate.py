@@ -112,4 +112,7 @@ def calibrate(
             if ranks.rank == 0:
                 stats.save(out)
                 text = f"{stats.images:,} images of {images.description} -> {out}"
-                output.show(text, images=stats.images, file=str(out))
+                needed = stats.images_needed()
+                if needed > 0:
+                    text += f"; about {needed:,} suffice"
+                output.show(text, images=stats.images, images_needed=needed, file=str(out))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,10 +27,14 @@ from ..latency.table import LatencyTable
 from ..methods.base import Bound, Prepared
 from ..methods.registry import method_named, options_of
 from ..statistics.statistics import Statistics
+from ..statistics.sufficiency import GOOD, images_for
 from .losses import Losses, Merging, losses_of, merging_of, removal_of, with_tokens
 from .measured import Choice, Measured
 from .on_the_clock import LatencyReport, loaded, sizes_on_the_clock, table_for
 from .plan import Plan
+
+# A warning says that images are few when fits err this many times what is good enough.
+_FEW = 2.5
 
 
 @core.host_by_default()
@@ -103,6 +108,9 @@ def plan(
             neuron scores) or "michel" (Michel et al., 2019); "refit" and "project" also take "error", their default:
             the error of the refitted projection without the head.
 
+    With a method that changes weights, there is a warning if the statistics are of much fewer images than their two
+    folds ask for; see ``Statistics.images_needed``.
+
     Raises:
         InvalidArgument: an argument that does not fit, an infeasible target, or statistics of another model.
         Unsupported: a kind of cut that this model does not allow.
@@ -119,6 +127,8 @@ def plan(
     stats.settings.fingerprint.require(fingerprint, "model", strict=strict)
     if not strict and criterion.changes_weights:
         raise InvalidArgument(f"strict: expected True for {method!r}, which changes weights, got False")
+    if criterion.changes_weights:
+        warn_of_few(stats, method)
     limits = limits_of(groups, freeze, min_keep, round_to)
     cut = measured_name(criterion, chosen)
     measures = target is not None and allocation in (None, "measured")
@@ -200,6 +210,17 @@ def _choose(
         if left <= 0:
             raise _no_room(target, added)
         wanted = replace(target, params=left)
+
+
+def warn_of_few(stats: Statistics, method: str) -> None:
+    """Warn if the folds of the statistics say that a method's fits need many more images."""
+    excess = stats.excess()
+    if excess > _FEW * GOOD:
+        warnings.warn(
+            f"stats: {stats.images:,} images are few for {method!r}, whose fits err about {100 * excess:.0f} % more on "
+            f"other images than they could; about {images_for(stats.images, excess):,} suffice",
+            stacklevel=5,
+        )
 
 
 def check_budget(

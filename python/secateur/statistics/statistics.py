@@ -17,9 +17,12 @@ from ..errors import InvalidArgument
 from ..files import container
 from .collectors import collectors
 from .settings import FOLDS, Float, Settings
+from .sufficiency import excess, images_for
 
 # The name of losses of whole schedules of merged tokens.
 MERGED = "merged"
+# With fewer channels, the excess of a group is mostly noise.
+_LEAST_CHANNELS = 16
 # The observation that counts images unless every attention layer has one map per image.
 IMAGES = "calibration"
 
@@ -249,6 +252,31 @@ class Statistics:
                     pair = (self.importance(group), other.importance(group))
                 found[group] = _agreement(*pair)
         return found
+
+    def excess(self) -> float:
+        """Return how much more fits err on other images than the best ones would, as a share of what those leave.
+
+        It is the median over up to four groups with second moments; 0 if there are none. Each is
+        estimated from the two folds, see ``statistics.sufficiency``.
+        """
+        # In one order, whether measured or read from a file.
+        observed = [group for group in sorted(self.groups) if f"even/{group}/second_moment" in self.tensors]
+        large = [group for group in observed if self.tensors[f"even/{group}/sum"].size >= _LEAST_CHANNELS]
+        chosen = [large[round(part * (len(large) - 1))] for part in (0.1, 0.4, 0.7, 1)] if large else []
+        found = [
+            excess([self.moments(group, fold).covariance for fold in FOLDS])
+            for group in dict.fromkeys(chosen)
+            if all(self.tensors[f"{fold}/{group}/rows"][0] > 0 for fold in FOLDS)
+        ]
+        return float(np.median(found)) if found else 0.0
+
+    def images_needed(self) -> int:
+        """Return about how many images suffice: with that many, fits err 2 % more than the best ones.
+
+        Below the number of ``images``, more will hardly help. The two folds must have seen different photographs, and
+        a hundred images or more, to tell.
+        """
+        return images_for(self.images, self.excess())
 
     @staticmethod
     def merge(parts: Sequence[Statistics]) -> Statistics:
