@@ -214,7 +214,7 @@ def _choose(
 
 def warn_of_few(stats: Statistics, method: str) -> None:
     """Warn if the folds of the statistics say that a method's fits need many more images."""
-    excess = stats.excess()
+    excess = stats.excess
     if excess > _FEW * GOOD:
         warnings.warn(
             f"stats: {stats.images:,} images are few for {method!r}, whose fits err about {100 * excess:.0f} % more on "

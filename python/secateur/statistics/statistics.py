@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ from ..errors import InvalidArgument
 from ..files import container
 from .collectors import collectors
 from .settings import FOLDS, Float, Settings
-from .sufficiency import excess, images_for
+from .sufficiency import excess as excess_of
+from .sufficiency import images_for
 
 # The name of losses of whole schedules of merged tokens.
 MERGED = "merged"
@@ -253,8 +255,9 @@ class Statistics:
                 found[group] = _agreement(*pair)
         return found
 
+    @cached_property
     def excess(self) -> float:
-        """Return how much more fits err on other images than the best ones would, as a share of what those leave.
+        """How much more fits err on other images than the best ones would, as a share of what those leave.
 
         It is the median over up to four groups with second moments; 0 if there are none. Each is
         estimated from the two folds, see ``statistics.sufficiency``.
@@ -264,7 +267,7 @@ class Statistics:
         large = [group for group in observed if self.tensors[f"even/{group}/sum"].size >= _LEAST_CHANNELS]
         chosen = [large[round(part * (len(large) - 1))] for part in (0.1, 0.4, 0.7, 1)] if large else []
         found = [
-            excess([self.moments(group, fold).covariance for fold in FOLDS])
+            excess_of([self.moments(group, fold).covariance for fold in FOLDS])
             for group in dict.fromkeys(chosen)
             if all(self.tensors[f"{fold}/{group}/rows"][0] > 0 for fold in FOLDS)
         ]
@@ -276,7 +279,7 @@ class Statistics:
         Below the number of ``images``, more will hardly help. The two folds must have seen different photographs, and
         a hundred images or more, to tell.
         """
-        return images_for(self.images, self.excess())
+        return images_for(self.images, self.excess)
 
     @staticmethod
     def merge(parts: Sequence[Statistics]) -> Statistics:

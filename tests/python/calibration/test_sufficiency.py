@@ -47,7 +47,7 @@ def test_the_excess_is_what_a_fit_errs_more_on_many_others(channels, per_channel
 def test_more_images_err_less_and_need_no_more(digits_model, digits_loader):
     x = torch.cat([each for each, _ in digits_loader])
     found = {count: sc.calibrate(digits_model, [x[:count]]) for count in (24, 96, 384)}
-    errors = [stats.excess() for stats in found.values()]
+    errors = [stats.excess for stats in found.values()]
     assert errors[0] > 1.5 * errors[1] > 2 * errors[2] > 0
     assert found[24].images_needed() > 24
     assert found[384].images_needed() < 384
@@ -72,7 +72,7 @@ def test_few_images_are_warned_of(digits_model, digits_images, recwarn):
             sc.plan(digits_model, few, method=method, **half)
     recwarn.clear()
     sc.plan(digits_model, few, method="snp", **half)
-    if many.excess() < 0.05:
+    if many.excess < 0.05:
         sc.plan(digits_model, many, **half)
     assert not recwarn
 

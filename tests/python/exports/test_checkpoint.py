@@ -51,6 +51,24 @@ def test_the_same_bits_in_a_fresh_process(pruned, digits_images, tmp_path):
     assert out.strip() == expected
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize("more", [{}, {"weight_init": "jax"}])
+def test_a_loaded_model_is_initialised_as_timm_would(name, more, tmp_path):
+    """If somebody asks it to: it does not show that it was built without initial values."""
+    if "distilled" in name and more:
+        pytest.skip("timm's distilled models take no other initial values")
+    model = timm.create_model(name, img_size=32, depth=1, num_classes=3, **more)
+    sc.save(model, tmp_path / "model.safetensors")
+    loaded = sc.load(tmp_path / "model.safetensors")
+    assert loaded.weight_init_mode == model.weight_init_mode
+    assert loaded._model_args.get("weight_init") == model._model_args.get("weight_init")
+    torch.manual_seed(3)
+    model.init_weights()
+    torch.manual_seed(3)
+    loaded.init_weights()
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
 def rebuilt(model, tmp_path, **arguments):
     sc.save(model, tmp_path / "model.safetensors", **arguments)
     loaded = sc.load(tmp_path / "model.safetensors")

@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -216,6 +217,8 @@ def _main() -> str | None:
 def _run(script: str) -> NoReturn:
     """Run and exit, without taking down what was imported, object by object: that would take a second."""
     code = 1
+    # As in pyproject.toml: small models are calibrated on a few images.
+    warnings.filterwarnings("ignore", "stats: [0-9,]+ images are few", UserWarning)
     try:
         exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
         code = 0
