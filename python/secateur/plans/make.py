@@ -33,6 +33,8 @@ from .measured import Choice, Measured
 from .on_the_clock import LatencyReport, loaded, sizes_on_the_clock, table_for
 from .plan import Plan
 
+# What the warning begins with, as a regular expression.
+FEW = "stats: [0-9,]+ images are few"
 # A warning says that images are few when fits err this many times what is good enough.
 _FEW = 2.5
 

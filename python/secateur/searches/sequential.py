@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..files import container
 from ..latency.table import LatencyTable
 from ..methods.registry import method_named, options_of
 from ..plans.losses import with_tokens
-from ..plans.make import check_budget, plan, sizes_for
+from ..plans.make import FEW, check_budget, plan, sizes_for
 from ..plans.measured import Measured
 from ..plans.on_the_clock import loaded, table_for
 from ..plans.plan import Plan
@@ -186,16 +187,20 @@ def prune_sequential(
             # What cuts cost together is not measured, since the fit to come makes up for much of it.
             measured = Measured(model, anatomy, free_groups(anatomy, wanted), loader)
             stats = measured.completed(stats, criterion, settings)
-        planned = plan(
-            model,
-            stats,
-            method=method,
-            target=target,
-            **wanted,
-            allocation=allocation,
-            latency_table=table,
-            **chosen,
-        )
+        with warnings.catch_warnings():
+            if stats.images == _SIZED:
+                # The fit takes more images than these.
+                warnings.filterwarnings("ignore", FEW)
+            planned = plan(
+                model,
+                stats,
+                method=method,
+                target=target,
+                **wanted,
+                allocation=allocation,
+                latency_table=table,
+                **chosen,
+            )
         return {**anatomy.sizes, **{name: kept.shape[1] for name, kept in planned.keep.items()}}
 
     def possible(found: dict[str, int]) -> dict[str, int]:

@@ -18,8 +18,8 @@ from ..errors import InvalidArgument
 from ..files import container
 from .collectors import collectors
 from .settings import FOLDS, Float, Settings
+from .sufficiency import drawn, images_for
 from .sufficiency import excess as excess_of
-from .sufficiency import images_for
 
 # The name of losses of whole schedules of merged tokens.
 MERGED = "merged"
@@ -267,11 +267,21 @@ class Statistics:
         large = [group for group in observed if self.tensors[f"even/{group}/sum"].size >= _LEAST_CHANNELS]
         chosen = [large[round(part * (len(large) - 1))] for part in (0.1, 0.4, 0.7, 1)] if large else []
         found = [
-            excess_of([self.moments(group, fold).covariance for fold in FOLDS])
+            excess_of([self._covariance(group, fold) for fold in FOLDS], self.tensors[f"even/{group}/sum"].size)
             for group in dict.fromkeys(chosen)
             if all(self.tensors[f"{fold}/{group}/rows"][0] > 0 for fold in FOLDS)
         ]
         return float(np.median(found)) if found else 0.0
+
+    def _covariance(self, group: str, fold: str) -> Float:
+        """Return the covariance of the channels that `drawn` names, without that of all others."""
+        rows, mean = self._rows(group, fold), self.mean(group, fold)
+        channels = np.array(drawn(mean.size))
+        first, second = np.minimum.outer(channels, channels), np.maximum.outer(channels, channels)
+        packed = self.tensors[f"{fold}/{group}/second_moment"]
+        second_moment = packed[first * mean.size - first * (first - 1) // 2 + second - first] / rows
+        found: Float = second_moment - np.outer(mean[channels], mean[channels])
+        return found
 
     def images_needed(self) -> int:
         """Return about how many images suffice: with that many, fits err 2 % more than the best ones.

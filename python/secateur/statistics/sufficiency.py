@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .settings import Float
 
-__all__ = ["GOOD", "excess", "images_for"]
+__all__ = ["GOOD", "drawn", "excess", "images_for"]
 
 # A fit is good enough when it errs this much more on other images than the best one does.
 GOOD = 0.02
@@ -22,43 +22,51 @@ _REGRESSED, _REGRESSORS = 64, 192
 _RIDGES = tuple(10.0**exponent for exponent in range(-8, 4))
 
 
-def excess(folds: Sequence[Float], seed: int = 0) -> float:
+def drawn(channels: int, seed: int = 0) -> list[int]:
+    """Return the channels that `excess` looks at: first those to predict from, then those to predict."""
+    order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order[: _regressors(channels) + _REGRESSED]
+
+
+def excess(folds: Sequence[Float], channels: int) -> float:
     """Return how much more a fit errs on other images than the best one, as a share of what that one leaves.
 
-    Some channels, drawn by ``seed``, are predicted from half of the others by ridge regression on each fold, with the
-    ridge that errs least on the other fold. What it errs more there than on its own fold is twice the excess of a fold,
-    and a fit on both folds has half of that.
+    Some channels are predicted from half of all, or from 192, by ridge regression on each fold, with the ridge that
+    errs least on the other fold. What it errs more there than on its own fold is twice the excess of a fold, and a fit
+    on both folds has half of that.
 
     Args:
-        folds: two covariances of channels, (d, d).
-        seed: draws the channels.
+        folds: two covariances, each of the channels that are `drawn`.
+        channels: number of all channels.
     """
     first, second = (torch.from_numpy(fold) for fold in folds)
-    order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))
-    count = min(_REGRESSORS, len(order) // 2)
-    known, wanted = order[:count], order[count : count + _REGRESSED]
-    errors = np.array([_errors(*pair, known, wanted) for pair in ((first, second), (second, first))]).mean(0)
+    count = _regressors(channels)
+    errors = np.array([_errors(*pair, count) for pair in ((first, second), (second, first))]).mean(0)
     own, other = errors[errors[:, 1].argmin()]
     if not other > 0:
         return 0.0
-    found: float = (other - own) / 4 * (len(order) / 2 / count) / other
+    found: float = (other - own) / 4 * (channels / 2 / count) / other
     return max(0.0, found)
 
 
-def _errors(fit: Tensor, held_out: Tensor, known: Tensor, wanted: Tensor) -> list[tuple[float, float]]:
-    """Return the error on the fold itself and on the other one, for each ridge."""
-    values, basis = torch.linalg.eigh(fit[known][:, known])
+def _regressors(channels: int) -> int:
+    return min(_REGRESSORS, channels // 2)
+
+
+def _errors(fit: Tensor, held_out: Tensor, count: int) -> list[tuple[float, float]]:
+    """Return the error on the fold itself and on the other one, for each ridge; the first channels are known."""
+    known, wanted = slice(count), slice(count, None)
+    values, basis = torch.linalg.eigh(fit[known, known])
     values = values.clamp_min(0)
     mean = float(values.mean())
     if not mean > 0:
         return [(0.0, 0.0)] * len(_RIDGES)
-    along = basis.mT @ fit[known][:, wanted]
+    along = basis.mT @ fit[known, wanted]
     found = []
     for ridge in _RIDGES:
         weights = basis @ (along / (values + ridge * mean)[:, None])
         own, other = (
-            (weights * (part[known][:, known] @ weights - 2 * part[known][:, wanted])).sum()
-            + part[wanted, wanted].sum()
+            (weights * (part[known, known] @ weights - 2 * part[known, wanted])).sum() + part.diagonal()[wanted].sum()
             for part in (fit, held_out)
         )
         found.append((float(own), float(other)))

@@ -10,7 +10,7 @@ import secateur as sc
 import torch
 from models import images, make
 from secateur.cli.app import app
-from secateur.statistics.sufficiency import excess, images_for
+from secateur.statistics.sufficiency import drawn, excess, images_for
 from typer.testing import CliRunner
 
 
@@ -32,9 +32,10 @@ def test_the_excess_is_what_a_fit_errs_more_on_many_others(channels, per_channel
     estimates, truths = [], []
     for seed in range(8):
         found = rows(count, mix, generator)
-        estimates.append(excess([np.cov(found[fold::2].T, bias=True) for fold in (0, 1)], seed))
-        order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed))
-        known, wanted = order[:half], order[half : half + 64]
+        chosen = drawn(channels, seed)
+        assert len(set(chosen)) == len(chosen) == min(channels, half + 64)
+        estimates.append(excess([np.cov(found[fold::2, chosen].T, bias=True) for fold in (0, 1)], channels))
+        known, wanted = chosen[:half], chosen[half:]
         gram, cross = found[:, known].T @ found[:, known], found[:, known].T @ found[:, wanted]
         ridges = [gram.diagonal().mean() * 10.0**exponent for exponent in range(-8, 4)]
         fits = [torch.linalg.solve(gram + ridge * torch.eye(half), cross) for ridge in ridges]
@@ -42,6 +43,15 @@ def test_the_excess_is_what_a_fit_errs_more_on_many_others(channels, per_channel
         *left, least = ((others[:, wanted] - others[:, known] @ each).square().sum() for each in (*fits, best))
         truths.append(float(min(left) / least) - 1)
     assert 0.5 * np.mean(truths) < np.mean(estimates) < 2 * np.mean(truths)
+
+
+def test_statistics_give_the_covariance_of_drawn_channels(digits_model, digits_images):
+    stats = sc.calibrate(digits_model, [digits_images])
+    for group in ("blocks.1.ffn", "blocks.0.v", "blocks.2.norm1"):
+        for fold in ("even", "odd"):
+            whole = stats.moments(group, fold).covariance
+            chosen = drawn(len(whole))
+            np.testing.assert_allclose(stats._covariance(group, fold), whole[chosen][:, chosen], rtol=1e-9, atol=1e-12)
 
 
 def test_more_images_err_less_and_need_no_more(digits_model, digits_loader):
@@ -77,6 +87,16 @@ def test_few_images_are_warned_of(digits_model, digits_images, recwarn):
     assert not recwarn
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_sequential_run_takes_more_images_than_its_sizes_are_chosen_by(digits_model, digits_loader, monkeypatch):
+    batches = [each for each, _ in digits_loader]
+    monkeypatch.setattr("secateur.searches.sequential._SIZED", 16)
+    arguments = {"target": sc.Target(macs=0.7), "groups": ("ffn",)}
+    sc.prune_sequential(digits_model, batches, max_images=64, **arguments)
+    with pytest.raises(UserWarning, match=r"^stats: 15 images are few for 'project'"):
+        sc.prune_sequential(digits_model, batches, max_images=15, **arguments)
+
+
 def test_without_moments_or_with_an_empty_fold_nothing_is_said():
     model = make("plain")
     x = images(model, 4)
@@ -86,10 +106,10 @@ def test_without_moments_or_with_an_empty_fold_nothing_is_said():
 
 def test_dead_channels_need_no_images():
     zeros = np.zeros((40, 40))
-    assert excess([zeros, zeros]) == 0
+    assert excess([zeros, zeros], 40) == 0
     # What is known exactly is fitted exactly.
     ones = np.ones((40, 40))
-    assert excess([ones, ones]) == pytest.approx(0, abs=1e-6)
+    assert excess([ones, ones], 40) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_command_tells(tmp_path):
