@@ -827,40 +827,76 @@ def test_what_is_measured_is_of_the_type_and_backend_that_were_asked_for(by_weig
     assert next(model.parameters()).dtype == torch.float32
 
 
-def test_tokens_by_hand(by_weights, monkeypatch):
-    """A clock that counts weights times tokens: the table predicts that of any schedule, and what merging takes."""
+def by_tokens(model):
+    """Seconds of a whole model by a clock that counts weights times tokens, and something for each merging."""
+    seconds, tokens = 7e5, model.num_prefix_tokens + model.patch_embed.num_patches
+    for number, block in enumerate(model.blocks):
+        attention, ffn = (
+            sum(p.numel() for part in parts for p in part.parameters())
+            for parts in ((block.attn, block.norm1), (block.mlp, block.norm2))
+        )
+        merged = getattr(block, "merge", 0)
+        seconds += 1000.0 * tokens * attention + (3000.0 * tokens if merged else 0)
+        pooled = hasattr(block, "pooled") and number == len(model.blocks) - 1
+        tokens = 1 if pooled else tokens - merged
+        seconds += 1000.0 * tokens * ffn
+    return seconds
+
+
+@pytest.fixture
+def clock_of_tokens(monkeypatch):
+    """The same clock for layers and models."""
 
     def in_turn(models, inputs, loops, repeats, advance):
         times = []
         for model, x in zip(models, inputs, strict=True):
             out = model(x)
-            count = 1000.0 * sum(p.numel() for p in model.parameters())
             if x.ndim == 4:
-                times.append(total(model) if len(model.blocks) else 7e5)
+                times.append(by_tokens(model) if len(model.blocks) else 7e5)
             elif type(model).__name__ == "_Merging":
                 assert out.shape[1] == x.shape[1] - x.shape[1] // 10
                 times.append(3000.0 * x.shape[1])
             else:
                 assert out.shape[1] in (x.shape[1], 1)
-                times.append(count * x.shape[1])
+                times.append(1000.0 * sum(p.numel() for p in model.parameters()) * x.shape[1])
         return np.tile(times, (repeats, 1))
 
-    def total(model):
-        """The same for a whole model, from what its blocks see."""
-        seconds, tokens = 7e5, 1 + 100
-        for number, block in enumerate(model.blocks):
-            attention, ffn = (
-                sum(p.numel() for part in parts for p in part.parameters())
-                for parts in ((block.attn, block.norm1), (block.mlp, block.norm2))
-            )
-            merged = getattr(block, "merge", 0)
-            seconds += 1000.0 * tokens * attention + (3000.0 * tokens if merged else 0)
-            pooled = hasattr(block, "pooled") and number == len(model.blocks) - 1
-            tokens = 1 if pooled else tokens - merged
-            seconds += 1000.0 * tokens * ffn
-        return seconds
+    def ratio(model, _table, sizes):
+        cut = copy.deepcopy(model)
+        Structure(sizes, last_block="pooled").apply(cut)
+        found = by_tokens(cut) / by_tokens(model)
+        return found, (found, found)
 
     monkeypatch.setattr(timing, "in_turn", in_turn)
+    monkeypatch.setattr(on_the_clock, "measured_ratio", ratio)
+
+
+def test_a_target_for_latency_merges_tokens(clock_of_tokens, digits_model, digits_images):
+    """By the measured losses, together with channels; not where they stay, nor with a table that does not know them."""
+    stats = sc.calibrate(digits_model, [digits_images], sensitivity=True)
+    dense = by_tokens(digits_model)
+    target = {"target": sc.Target(latency=0.6), "round_to": 3}
+    found = sc.plan(digits_model, stats, **target)
+    merged = [name for name in found.keep if name.endswith(".tokens")]
+    assert merged
+    assert found.latency.measured <= 0.6
+    cut = copy.deepcopy(digits_model)
+    sc.prune(cut, found)
+    assert by_tokens(cut) / dense == pytest.approx(found.latency.measured, rel=1e-9)
+    assert 0.55 < by_tokens(cut) / dense <= 0.6
+    assert 0 < found.loss[1] <= found.loss[0]
+    table = sc.measure_latency(digits_model, groups=("qk", "v", "ffn"), repeats=1)
+    for more in ({"freeze": ("tokens",)}, {"groups": ("qk", "v", "ffn")}, {"latency_table": table}):
+        whole = sc.plan(digits_model, stats, **target, **more)
+        assert not any(name.endswith(".tokens") for name in whole.keep)
+        assert whole.loss[0] > found.loss[0]
+    with pytest.raises(sc.InvalidArgument, match=r"^latency_table: expected one that knows tokens"):
+        sc.plan(digits_model, stats, **target, groups=("ffn", "tokens"), latency_table=table)
+
+
+def test_tokens_by_hand(clock_of_tokens):
+    """The table predicts the clock for any schedule, and what merging takes."""
+    total = by_tokens
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=80, patch_size=8, embed_dim=24, depth=4, num_heads=2, num_classes=5
     )
