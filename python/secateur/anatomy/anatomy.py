@@ -119,6 +119,11 @@ class Anatomy:
         """The channels of residual streams, which many layers share."""
         return tuple(group for group in self.groups if group.traits.shared and not group.of_tokens)
 
+    @property
+    def stream_widths(self) -> dict[str, int]:
+        """The sizes of residual streams by the names of their groups."""
+        return {width.name: width.size for width in self.widths}
+
     @cached_property
     def head_norms(self) -> tuple[str, ...]:
         """The norms of queries and keys."""

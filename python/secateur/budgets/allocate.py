@@ -60,13 +60,14 @@ def allocate(
     def counts(fraction: float) -> dict[str, int]:
         return {group.name: free.count(group, fraction) for group in free.groups}
 
-    smallest = counts(1.0)
+    possible = [counts(1.0)]
     allowed = _allowed(merging, free)
     if losses is not None:
-        # Only the schedules that were measured are considered.
+        # Only the schedules that were measured are considered. Merging takes time itself, so none may be the fastest.
         tokens = {group.name: group.size for group in free.groups if group.of_tokens}
-        smallest |= {name: allowed[-1][0].get(name, size) if allowed else size for name, size in tokens.items()}
-    if not budget.holds(smallest):
+        possible = [{**possible[0], **tokens, **sizes} for sizes in ({}, *(sizes for sizes, _ in allowed))]
+    if not any(map(budget.holds, possible)):
+        smallest = max(possible, key=lambda sizes: float(budget.room(sizes).min()))
         raise InvalidArgument(f"target: expected {budget.reach(smallest)} (the least these groups reach), got {target}")
     if losses is not None:
         return of_least_loss(anatomy, free, budget, losses, allowed)

@@ -60,7 +60,9 @@ def bench(
         ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Type with --table: float32, float16, bfloat16 or float64.")] = None,
-    groups: Annotated[str | None, typer.Option(help="Kinds that plans will cut, with --table; all but tokens by default.")] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="Kinds that plans will cut, with --table; all but tokens by default.")
+    ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Time the models as compiled by torch.compile.")] = False,
     runtime: Runtime = None,
     threads: Threads = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,6 +95,19 @@ def model_input(model: nn.Module, images: Tensor, device: torch.device | str | N
     if parameter is None:
         return images if device is None else images.to(device)
     return images.to(parameter.device if device is None else device, parameter.dtype)
+
+
+def refuse_iterator(loader: object) -> None:
+    """Refuse batches that can be read only once.
+
+    Raises:
+        InvalidArgument: the loader is an iterator, or nothing that can be read.
+    """
+    if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
+        raise InvalidArgument(
+            f"loader: expected batches that can be read several times, got {type(loader).__name__}"
+            f"{', an iterator' if isinstance(loader, Iterator) else ''}"
+        )
 
 
 def images_in(loader: Iterable[Any], max_images: int | None = None) -> int | None:

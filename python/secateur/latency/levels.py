@@ -33,7 +33,7 @@ class Levels:
     given: Mapping[str, Sequence[int]]
 
     def of(
-        self, axes: Mapping[str, str], whole: Mapping[str, int], tokens: Tokens | None = None
+        self, axes: Mapping[str, str], whole: Mapping[str, int], tokens: Tokens | None = None, *, few: bool = False
     ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
         """Return the levels of a layer's axes, the present size last, and those of uneven sizes.
 
@@ -41,10 +41,11 @@ class Levels:
             axes: maps an axis to the name of a group; a model whose width cannot be cut has no group for it.
             whole: maps an axis to its size if there is no group.
             tokens: the tokens, if there can be fewer.
+            few: take few levels, for a layer that is in the model once and takes little of its time.
         """
         groups = {axis: self.anatomy.group(name) if name in self.anatomy.sizes else None for axis, name in axes.items()}
         free = {axis: group for axis, group in groups.items() if group is not None and group.kind in self.named}
-        number = min(max(len(free) + (tokens is not None), 2), 4)
+        number = 4 if few else min(max(len(free) + (tokens is not None), 2), 4)
         even: dict[str, tuple[int, ...]] = {
             axis: (whole[axis] if group is None else group.size,) for axis, group in groups.items()
         }
@@ -57,7 +58,7 @@ class Levels:
         if tokens is not None:
             even[TOKENS] = uneven[TOKENS] = self.tokens(tokens)
         own = any(group.kind in self.given for group in free.values())
-        return even, {} if own or uneven == even else uneven
+        return even, {} if own or few or uneven == even else uneven
 
     @property
     def merging(self) -> bool:

@@ -77,8 +77,8 @@ def measure_latency(
         runtime: the engine that runs the layers: "torch" (the default), "torch.compile", or another registered one. All
             except the first prepare every layer at every size, which takes about a second each.
         groups: kinds that plans will cut ("qk", "v", "ffn", "width", "heads", "layer", "tokens"); by default all that
-            can be cut, except tokens, which make three times as many entries. The others are measured only at their
-            present size, which takes less time.
+            can be cut, except tokens, which make two to three times as many entries. The others are measured only at
+            their present size, which takes less time.
         grid: sizes to measure by kind, per head for "qk" and "v"; by default three to five sizes from an eighth or a
             quarter to all of the units, in multiples of 8 per head and 32 elsewhere. The present size of a layer is
             added. Layers with given sizes are not measured at uneven sizes in addition.
@@ -283,7 +283,7 @@ def _distinct(family: Family, dense: nn.Module, anatomy: Anatomy, levels: Levels
         for form in forms if block == last else forms[:1]:
             pooled = form == "pooled" and block == last
             place = {**layer.groups, PRESENT: layer.name}
-            if len(forms) > 1 and block == last:
+            if anatomy.pooled_products is not None and block == last:
                 place[LAST_BLOCK] = form
             # A pooled block's FFN gets prefix tokens alone.
             alone = pooled and layer in anatomy.ffn
@@ -296,26 +296,32 @@ def _distinct(family: Family, dense: nn.Module, anatomy: Anatomy, levels: Levels
             if key in found:
                 found[key] = replace(found[key], places=(*found[key].places, place))
                 continue
-            axes, uneven = levels.of({layer.stream: layer.stream, **layer.groups}, widths, fewer)
+            axes, uneven = levels.of({layer.stream: layer.stream, **layer.groups}, widths, fewer, few=pooled)
             found[key] = _Source(
                 family, dense, block, layer, (place,), axes, uneven, (number,), "pooled" if pooled else "whole"
             )
     sources = list(found.values())
-    if levels.merging:
+    if levels.merging and _merged_in(anatomy):
         sources.append(_merging(family, dense, anatomy, levels, widths))
     axes, uneven = levels.of(dict(zip(widths, widths, strict=True)), widths)
     return [*sources, _Source(family, dense, None, None, (), axes, uneven, anatomy.input_size)]
 
 
+def _merged_in(anatomy: Anatomy) -> list[str]:
+    """Return the groups of tokens that a block would merge: a pooled last block does not."""
+    names = list(anatomy.tokens)
+    return names[:-1] if anatomy.default_last_block == "pooled" else names
+
+
 def _merging(family: Family, dense: nn.Module, anatomy: Anatomy, levels: Levels, widths: Mapping[str, int]) -> _Source:
     """Return the merging of tokens in any block, at different numbers of tokens before it."""
     places = []
-    for name, tokens in anatomy.tokens.items():
-        layer = anatomy.layers[tokens.merges[-1].layer]
+    for name in _merged_in(anatomy):
+        layer = anatomy.layers[anatomy.tokens[name].merges[-1].layer]
         places.append({PRESENT: layer.name, TOKENS: layer.name, MERGES: name})
     (first,) = (each for each in anatomy.attention if each.name == places[0][PRESENT])
     before = next(iter(anatomy.tokens.values()))
-    axes = {first.stream: (widths[first.stream],), TOKENS: levels.tokens(before)}
+    axes, _ = levels.of({first.stream: first.stream}, widths, before)
     block = anatomy.group(first.name).block
     return _Source(family, dense, block, first, tuple(places), axes, {}, (axes[TOKENS][-1],), merges=True)
 
@@ -329,12 +335,13 @@ def _counterpart(alone: Anatomy, layer: AnatomyLayer) -> AnatomyLayer:
 def _random_cuts(anatomy: Anatomy, levels: Levels) -> list[dict[str, int]]:
     """Draw sizes as in plans, separately for each block, with equal query/key and value sizes within a layer."""
     random = np.random.default_rng(0)
+    merged = _merged_in(anatomy) if levels.merging else []
     cuts: list[dict[str, int]] = []
     for number, (low, high) in enumerate(_SHARES):
         sizes: dict[str, int] = {}
         for group in anatomy.groups:
             options = levels.steps(group)
-            if group.of_tokens and levels.merging and number % 2:
+            if group.name in merged and number % 2:
                 # As in plans, about the same number in each block.
                 sizes[group.name] = max(1, group.size - round(random.uniform(0.03, 0.09) * 2 * group.size))
                 continue

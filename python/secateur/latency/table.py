@@ -19,6 +19,7 @@ from ..anatomy.fingerprint import Fingerprint
 from ..errors import InvalidArgument
 from ..files import container, documents
 from ..statistics.settings import Float
+from ..surgery.structure import check_last_block
 from .machine import Machine
 
 __all__ = ["LatencyTable"]
@@ -159,7 +160,7 @@ class LatencyTable:
     """Times of a model's layers at many sizes, measured on one machine; ``predict`` adds them up.
 
     ``layers`` holds attention by (width, qk, v), and heads if they were asked for, and FFN by (width, ffn), with their
-    norms and residual sums and once for equal blocks; the last block's attention once more where ``prune`` makes it
+    norms and residual sums and once for equal blocks; the last block's layers once more where ``prune`` makes it
     compute prefix tokens only; and the parts before and after the blocks by (width). If tokens were asked for, they are
     one more axis, and the merging of tokens is a layer. The model
     takes ``scale`` times their sum plus ``overhead`` seconds, as fitted on the dense model and some randomly cut ones.
@@ -193,13 +194,15 @@ class LatencyTable:
     ) -> float:
         """Predict the seconds of one batch with the given sizes of named groups; by default, of the model as it is.
 
-        With sizes, the last block is as asked for, or else as ``prune`` makes it unless told otherwise.
+        The last block is as asked for; or else, with sizes, as ``prune`` makes it unless told otherwise.
 
         Raises:
             InvalidArgument: the table belongs to another model, there is no such group, or the table does not cover a
                 size.
         """
         self.require(anatomy)
+        if last_block is not None:
+            check_last_block(last_block)
         for name in sizes or {}:
             anatomy.group(name)
         if sizes is None:
@@ -215,13 +218,19 @@ class LatencyTable:
     ) -> Float:
         """Return seconds of one batch, (n,): ``base``, with the groups of ``sizes`` at each of n sizes in turn.
 
-        The last block is as asked for, or else as ``prune`` makes it unless told otherwise.
+        The last block is as asked for, or else as ``prune`` makes it unless told otherwise. Tables of before format 4
+        know it whole alone.
 
         Raises:
-            InvalidArgument: the table does not cover a size.
+            InvalidArgument: the table does not cover a size or a form of the last block.
         """
         wanted: dict[str, int | Sizes] = {**anatomy.sizes, **base, **sizes}
         form = last_block or anatomy.default_last_block
+        known = {place[LAST_BLOCK] for layer in self.layers for place in layer.places if LAST_BLOCK in place}
+        if known and form not in known:
+            raise InvalidArgument(
+                f"latency_table: expected one that knows a last block that is {form}, got one of {', '.join(known)}"
+            )
         self._require_tokens(anatomy, wanted)
         found = np.zeros(len(next(iter(sizes.values()), (0,))))
         for layer in self.layers:

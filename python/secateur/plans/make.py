@@ -67,6 +67,9 @@ def plan(
     reports the predicted and the measured fraction. With a table of another machine, there is a warning and the plan is
     made by the table alone.
 
+    With a method that changes weights, there is a warning if the statistics are of far fewer images than their two
+    folds ask for; see ``Statistics.images_needed``.
+
     Args:
         model: the model that was calibrated; it is not changed.
         stats: what ``calibrate`` measured on it.
@@ -109,9 +112,6 @@ def plan(
             selection="greedy", "snp" or "energy". These and "project" take head_score="neurons" (the mean of a head's
             neuron scores) or "michel" (Michel et al., 2019); "refit" and "project" also take "error", their default:
             the error of the refitted projection without the head.
-
-    With a method that changes weights, there is a warning if the statistics are of much fewer images than their two
-    folds ask for; see ``Statistics.images_needed``.
 
     Raises:
         InvalidArgument: an argument that does not fit, an infeasible target, or statistics of another model.
@@ -220,8 +220,8 @@ def warn_of_few(stats: Statistics, method: str) -> None:
     if excess > _FEW * GOOD:
         warnings.warn(
             f"stats: {stats.images:,} images are few for {method!r}, whose fits err about {100 * excess:.0f} % more on "
-            f"other images than they could; about {images_for(stats.images, excess):,} suffice",
-            stacklevel=5,
+            f"other images than the best would; about {images_for(stats.images, excess):,} suffice",
+            stacklevel=4,
         )
 
 

@@ -17,6 +17,7 @@ from ..anatomy.costs import Cost
 from ..budgets.allocate import allocate, check_target
 from ..budgets.budget import Allocation
 from ..budgets.target import Target
+from ..calibration.merging import schedules, token_groups
 from ..errors import InvalidArgument
 from ..latency.machine import Machine
 from ..latency.measure import measure_latency, measured_ratio
@@ -127,8 +128,9 @@ def meet(
             return sizes, report
         if any(sizes == before for _, before, _ in tried):
             break
-        # Nothing is cut, so the ratio is known without measuring.
-        measured, quartiles = (1.0, (1.0, 1.0)) if sizes == anatomy.sizes else measure(sizes)
+        # Where nothing changes, the ratio is known without measuring.
+        same = sizes == anatomy.sizes and anatomy.last_block == anatomy.default_last_block
+        measured, quartiles = (1.0, (1.0, 1.0)) if same else measure(sizes)
         tried.append((measured, sizes, replace(report, measured=measured, quartiles=quartiles)))
         if _LOW * target <= measured <= target:
             break
@@ -184,7 +186,21 @@ def table_for(
         table = given
         table.require(anatomy, batch_size, runtime)
     # Before hours of work, check with the smallest sizes that the table has every size and the target is within reach.
-    allocate(anatomy, target, **limits, latency=Latency(table, anatomy), losses=lambda g: np.linspace(1, 0, g.size + 1))
+    merging: list[tuple[Mapping[str, int], float]] = []
+    names = [group.name for group in free if group.of_tokens]
+    if names:
+        every = [group.name for group in token_groups(anatomy)]
+        for merged in schedules(anatomy):
+            kept = {name: anatomy.sizes[name] - count for name, count in zip(every, merged, strict=True)}
+            merging.append(({name: kept[name] for name in names}, 0.0))
+    allocate(
+        anatomy,
+        target,
+        **limits,
+        latency=Latency(table, anatomy),
+        losses=lambda g: np.linspace(1, 0, g.size + 1),
+        merging=merging,
+    )
     return table
 
 
@@ -232,16 +248,14 @@ def sizes_on_the_clock(
             stacklevel=7,
         )
 
-    chosen: list[Allocation] = []
-
     def choose(cost: Cost, fraction: float) -> dict[str, int]:
         wanted = replace(target, latency=fraction)
         with core.torch_threads():
-            chosen.append(allocate(anatomy, wanted, **limits, losses=losses, merging=merging, latency=cost))
-        return chosen[-1].sizes
+            return allocate(anatomy, wanted, **limits, losses=losses, merging=merging, latency=cost).sizes
 
     def measure(sizes: Mapping[str, int]) -> tuple[float, tuple[float, float]]:
         return measured_ratio(model, table, sizes)
 
     sizes, report = meet(target.latency, table, anatomy, choose, measure if difference is None else None)
-    return next(each for each in chosen if each.sizes == sizes), report
+    # Without the loss and its bound, which is that of another fraction and of a corrected table.
+    return Allocation(sizes), report

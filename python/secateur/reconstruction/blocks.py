@@ -94,15 +94,9 @@ class Blocks:
             (self._family.layers(self._dense)[name], self._family.layers(self._pruned).get(name)) for name in names
         ]
         same = not streams.diverged and all(mine is not None and _same(theirs, mine) for theirs, mine in layers)
-        for name in names:
-            with streams.passing():
-                for batch in streams:
-                    batch.dense = streams.through(name, batch.dense)
-                    if same:
-                        batch.pruned = batch.dense
-            streams.dense_at += 1
+        for _ in names:
+            streams.advance_dense(both=same)
         if same:
-            streams.pruned_at += len(names)
             return None
         window = nn.Sequential(*(mine for _, mine in layers if mine is not None))
         shares = {}

@@ -22,10 +22,13 @@ from ..statistics.rows import RowWeights
 from .best import Course, train
 from .images import HeldBack, batched, shuffled
 
-__all__ = ["Outputs", "widths"]
+__all__ = ["Outputs"]
 
 # Images among which the next is drawn.
 _SHUFFLED = 256
+# Errors below this share of a stream, or this many nats, are rounding.
+_LEAST = 1e-9
+_OUTPUT = "output"
 
 
 class Outputs:
@@ -66,6 +69,7 @@ class Outputs:
         self._prefix = family.prefix_tokens(dense)
         self._norms = _norms_between(anatomy, family.inspect(model))
         self._wanted: Tensor | None = None
+        self._sums: list[float] = []
         self.images = 0
 
     def loss(self) -> float:
@@ -76,9 +80,10 @@ class Outputs:
         Raises:
             InvalidArgument: too few images, or other outputs than the dense model's.
         """
-        found, wanted = [], []
+        found, wanted, sums = [], [], []
         with torch.inference_mode():
             for images in self._images(True):
+                sums.append(float(images.double().sum()))
                 found.append(self._model(images))
                 if self._wanted is None:
                     wanted.append(self._dense(images))
@@ -93,7 +98,12 @@ class Outputs:
                         f"dense: expected outputs of shape {tuple(found[0].shape)} as the model's, "
                         f"got {tuple(wanted[0].shape)}"
                     )
-                self._wanted = torch.cat(wanted)
+                self._wanted, self._sums = torch.cat(wanted), sums
+            if sums != self._sums:
+                raise InvalidArgument(
+                    "loader: expected the same images in the same order in each pass, neither shuffled nor augmented, "
+                    "got others"
+                )
             # All at once, since the variance is that of all images.
             return float(divergence(self._model, self._wanted.double(), torch.cat(found).double()).mean())
 
@@ -110,13 +120,14 @@ class Outputs:
                 target = self._dense(batch)
             with _streams(self._model, self._norms) as found:
                 output = self._model(batch)
-            parts = {"output": self._of_outputs(target, output)}
-            for name, stream in found.items():
-                parts[name] = self._of_streams(wanted[name], stream, self._norms[name], rows)
+            parts = {name: self._of_streams(wanted[name], found[name], self._norms[name], rows) for name in found}
             if not scales:
-                scales.update({name: max(float(part.detach()), 1e-12) for name, part in parts.items()})
-            streams = [part / scales[name] for name, part in parts.items() if name != "output"]
-            return parts["output"] / scales["output"] + sum(streams) / max(1, len(streams))
+                scales[_OUTPUT] = max(float(self._of_outputs(target, output).detach()), _LEAST)
+                # Before the first layer that differs there is nothing to make up for.
+                scales.update({name: value for name, part in parts.items() if (value := float(part.detach())) > _LEAST})
+            streams = [part / scales[name] for name, part in parts.items() if name in scales]
+            mean = sum(streams) / max(1, len(streams))
+            return self._of_outputs(target, output) / scales[_OUTPUT] + mean
 
         with progress(epochs * steps, "reconstruct", unit="steps") as advance:
 
@@ -142,10 +153,13 @@ class Outputs:
         return (found - wanted).square().mean()
 
     def _of_streams(self, wanted: Tensor, found: Tensor, layer: str, rows: RowWeights) -> Tensor:
-        weights = rows.of(layer, wanted).to(found.dtype)
+        """Return the squared error as a share of the stream, tokens weighted; zero where all tokens may be merged."""
         count = found.shape[1] if found.shape == wanted.shape else self._prefix
-        off = (found[:, :count] - wanted[:, :count]).square().sum(-1)
-        return (weights[:, :count] * off).mean()
+        if count == 0:
+            return found.new_zeros(())
+        found, wanted, weights = found[:, :count], wanted[:, :count], rows.of(layer, wanted)[:, :count].to(found.dtype)
+        share: Tensor = (weights * (found - wanted).square().sum(-1)).sum() / (weights * wanted.square().sum(-1)).sum()
+        return share
 
 
 def _norms_between(dense: Anatomy, model: Anatomy) -> Mapping[str, str]:
@@ -156,12 +170,8 @@ def _norms_between(dense: Anatomy, model: Anatomy) -> Mapping[str, str]:
         layer, mine = dense.layers[name], model.layers.get(name)
         if mine is not None and layer.input_norm is not None and not layer.post_norm:
             found[layer.input_norm] = before
-    return found if widths(dense) == widths(model) else {}
-
-
-def widths(anatomy: Anatomy) -> dict[str, int]:
-    """Return the sizes of residual streams; cut ones have another basis."""
-    return {width.name: width.size for width in anatomy.widths}
+    # A stream of another width has another basis.
+    return found if dense.stream_widths == model.stream_widths else {}
 
 
 @contextmanager

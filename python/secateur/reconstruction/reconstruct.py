@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import check, core
+from ..data.model_input import input_dtype, refuse_iterator
 from ..errors import InvalidArgument, Unsupported
 from ..families.base import Family
 from ..families.registry import family_of
@@ -22,7 +23,7 @@ from ..statistics.streams import Keep, Streams
 from .best import Course
 from .blocks import Blocks
 from .images import HeldBack
-from .outputs import Outputs, widths
+from .outputs import Outputs
 
 __all__ = ["Reconstruction", "reconstruct"]
 
@@ -33,7 +34,8 @@ class Reconstruction:
 
     ``loss_before`` and ``loss`` are KL(dense || pruned) in nats; without classes, the squared error of features as a
     share of their variance. ``blocks`` maps the last layer of the blocks that were trained together to the share of
-    their error that is left; ``passes`` holds the model's loss before the passes with output targets and after each.
+    their error that is left; it is empty if they are as they were. ``passes`` holds the model's loss before the passes
+    with output targets and after each.
     """
 
     loss_before: float
@@ -71,19 +73,21 @@ def reconstruct(
     First block by block: each block gets what the trained blocks before it give, and learns to leave the dense model's
     residual stream (after BRECQ, arXiv:2102.05426). Tokens count by ``statistics.rows.RowWeights``; the squared error
     is minimised by AdamW with a cosine. Tokens are not merged meanwhile. Then the whole model is trained, as it is,
-    towards the dense model's output and the stream before each of its layers.
+    towards the dense model's output and its residual stream, where norms read it.
 
-    One image in 1 / ``held_back`` is never trained on. Each block keeps its best values on these images, and so does
-    the whole model, whose loss is KL(dense || pruned) or, without classes, the squared error of the features. The model
-    is therefore never worse on them afterwards; if nothing helps, it is not changed. Everything is done on a copy.
+    Every n-th image, n = round(1 / ``held_back``), is never trained on. Each block keeps its best values on these
+    images, and so does the whole model, whose loss is KL(dense || pruned) or, without classes, the squared error of the
+    features. The model is therefore never worse on them afterwards; if nothing helps, it is not changed. Everything is
+    done on a copy.
 
     Blocks are left as they are if the residual width was cut, since their streams have other bases then.
 
     Args:
         model: the pruned model, in evaluation mode meanwhile. Parameters that do not require a gradient stay.
         dense: the model that it was cut from, on the same device; it is not changed.
-        loader: batches of images, or of images and anything, as for ``calibrate``. It is read once for each pass over
-            the whole model, and must yield the same images in the same order each time: not shuffled or augmented.
+        loader: batches of images, or of images and anything, as for ``calibrate``. It is read several times, twice for
+            each pass of the whole model, and must yield the same images in the same order each time: not shuffled or
+            augmented.
         blocks: how many blocks are trained together.
         epochs: the largest number of passes over the images for each block; 0 trains none. Training ends sooner if
             three passes have not helped.
@@ -97,15 +101,12 @@ def reconstruct(
         seed: the seed of the order.
 
     Raises:
-        InvalidArgument: an argument that does not fit, an iterator, or too few images to hold one back.
+        InvalidArgument: an argument that does not fit, an iterator, images that change from pass to pass, or too few to
+            hold one back.
         Unsupported: the model is not of a supported family, or its layers do not run one at a time; or several ranks.
         NumericalError: NaN or Inf in an image.
     """
-    if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
-        raise InvalidArgument(
-            f"loader: expected batches that can be read several times, got {type(loader).__name__}"
-            f"{', an iterator' if isinstance(loader, Iterator) else ''}"
-        )
+    refuse_iterator(loader)
     together = check.integer("blocks", blocks)
     epochs = check.integer("epochs", epochs, 0)
     output_epochs = check.integer("output_epochs", output_epochs, 0)
@@ -131,8 +132,8 @@ def reconstruct(
         with both.running(), evaluating(trained), as_written(trained):
             before = outputs.loss()
             rows = RowWeights(dense, anatomy, prefix, both.measure(anatomy))
-            if epochs > 0 and widths(family.inspect(every)) == widths(anatomy):
-                both.start()
+            if epochs > 0 and family.inspect(every).stream_widths == anatomy.stream_widths:
+                both.start(diverged=not both.enter_alike())
                 courses = Blocks(
                     dense,
                     every,
@@ -151,6 +152,7 @@ def reconstruct(
                 # Blocks that are closer to the dense ones do not always make a better model.
                 if not outputs.loss() <= before:
                     _put(model, trained)
+                    courses = {}
             course = outputs.train(output_epochs, output_lr, rows)
             loss = outputs.loss()
     if loss < before:
@@ -174,13 +176,19 @@ def _family_of_both(model: nn.Module, dense: nn.Module) -> Family:
         raise InvalidArgument(f"dense: expected a model on {places[0]}, got one on {places[1]}")
     family = family_of(dense)
     mine, theirs = family_of(model).inspect(model), family.inspect(dense)
-    classes, wanted = (getattr(each, "num_classes", None) for each in (model, dense))
-    if classes != wanted:
-        raise InvalidArgument(f"dense: expected the model's {classes} classes, got {wanted}")
-    if type(family_of(model)) is not type(family) or not mine.layers.keys() <= theirs.layers.keys():
+    for what, found, wanted in (
+        ("type", *(str(input_dtype(each)).removeprefix("torch.") for each in (dense, model))),
+        ("input size", theirs.input_size, mine.input_size),
+        ("number of classes", *(getattr(each, "num_classes", None) for each in (dense, model))),
+    ):
+        if found != wanted:
+            raise InvalidArgument(f"dense: expected the model's {what}, {wanted}, got {found}")
+    larger = [name for name, size in mine.fixed_sizes.items() if size > theirs.sizes.get(name, 0)]
+    if type(family_of(model)) is not type(family) or larger:
+        where = f", which is smaller in {larger[0]}" if larger else ""
         raise InvalidArgument(
-            f"dense: expected the model that was pruned, got a {type(dense).__name__} of {len(theirs.layers)} layers "
-            f"for a {type(model).__name__} of {len(mine.layers)}"
+            f"dense: expected the model that was pruned, got a {type(dense).__name__} for a {type(model).__name__}"
+            f"{where}"
         )
     try:
         family.layers(dense)

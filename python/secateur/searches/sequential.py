@@ -21,6 +21,7 @@ from ..budgets.limits import limits_of
 from ..budgets.target import Target
 from ..calibration.calibrate import calibrate, calibrate_block
 from ..data.loader import ImageLoader
+from ..data.model_input import images_in, refuse_iterator
 from ..errors import InvalidArgument, Unsupported
 from ..families.registry import family_of
 from ..files import container
@@ -140,11 +141,7 @@ def prune_sequential(
     check_layout(layout)
     if last_block is not None:
         check_last_block(last_block)
-    if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
-        raise InvalidArgument(
-            f"loader: expected batches that can be read several times, got {type(loader).__name__}"
-            f"{', an iterator' if isinstance(loader, Iterator) else ''}"
-        )
+    refuse_iterator(loader)
     max_images = check.integer("max_images", max_images, optional=True)
     token_fraction = check.fraction("token_fraction", token_fraction, open_low=True)
     _check(target, ratios, sizes_of, allocation, latency_table, batch_size, runtime)
@@ -188,7 +185,8 @@ def prune_sequential(
             measured = Measured(model, anatomy, free_groups(anatomy, wanted), loader)
             stats = measured.completed(stats, criterion, settings)
         with warnings.catch_warnings():
-            if stats.images == _SIZED:
+            total = images_in(loader, max_images)
+            if stats.images == _SIZED and (total is None or total > _SIZED):
                 # The fit takes more images than these.
                 warnings.filterwarnings("ignore", FEW)
             planned = plan(

@@ -85,7 +85,7 @@ class Course:
             rows = RowWeights(self._model, self._dense, prefix, self.progress.rows)
             for number in range(self.progress.done, len(names)):
                 if number < first:
-                    self._pass_by(streams, names[number])
+                    streams.advance_dense(both=True)
                 else:
                     self._layer(streams, names[number], rows)
                 self.progress.done = number + 1
@@ -128,14 +128,6 @@ class Course:
                 found = make()
         result: T = self._ranks.gather(found)[0]
         return result
-
-    def _pass_by(self, streams: Streams, name: str) -> None:
-        """Run a layer that comes before the first cut."""
-        with streams.passing():
-            for batch in streams:
-                batch.dense = batch.pruned = streams.through(name, batch.dense)
-        streams.dense_at += 1
-        streams.pruned_at += 1
 
     def _layer(self, streams: Streams, name: str, rows: RowWeights) -> None:
         """Fit and cut one layer, and run it."""

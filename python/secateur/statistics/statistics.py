@@ -18,13 +18,10 @@ from ..errors import InvalidArgument
 from ..files import container
 from .collectors import collectors
 from .settings import FOLDS, Float, Settings
-from .sufficiency import drawn, images_for
-from .sufficiency import excess as excess_of
+from .sufficiency import images_for, median_excess
 
 # The name of losses of whole schedules of merged tokens.
 MERGED = "merged"
-# With fewer channels, the excess of a group is mostly noise.
-_LEAST_CHANNELS = 16
 # The observation that counts images unless every attention layer has one map per image.
 IMAGES = "calibration"
 
@@ -257,37 +254,18 @@ class Statistics:
 
     @cached_property
     def excess(self) -> float:
-        """How much more fits err on other images than the best ones would, as a share of what those leave.
+        """How much more fits err on other images than the best fits, as a share of what those leave.
 
         It is the median over up to four groups with second moments; 0 if there are none. Each is
         estimated from the two folds, see ``statistics.sufficiency``.
         """
-        # In one order, whether measured or read from a file.
-        observed = [group for group in sorted(self.groups) if f"even/{group}/second_moment" in self.tensors]
-        large = [group for group in observed if self.tensors[f"even/{group}/sum"].size >= _LEAST_CHANNELS]
-        chosen = [large[round(part * (len(large) - 1))] for part in (0.1, 0.4, 0.7, 1)] if large else []
-        found = [
-            excess_of([self._covariance(group, fold) for fold in FOLDS], self.tensors[f"even/{group}/sum"].size)
-            for group in dict.fromkeys(chosen)
-            if all(self.tensors[f"{fold}/{group}/rows"][0] > 0 for fold in FOLDS)
-        ]
-        return float(np.median(found)) if found else 0.0
-
-    def _covariance(self, group: str, fold: str) -> Float:
-        """Return the covariance of the channels that `drawn` names, without that of all others."""
-        rows, mean = self._rows(group, fold), self.mean(group, fold)
-        channels = np.array(drawn(mean.size))
-        first, second = np.minimum.outer(channels, channels), np.maximum.outer(channels, channels)
-        packed = self.tensors[f"{fold}/{group}/second_moment"]
-        second_moment = packed[first * mean.size - first * (first - 1) // 2 + second - first] / rows
-        found: Float = second_moment - np.outer(mean[channels], mean[channels])
-        return found
+        return median_excess(self.tensors, FOLDS)
 
     def images_needed(self) -> int:
-        """Return about how many images suffice: with that many, fits err 2 % more than the best ones.
+        """Return about how many images suffice: with that many, fits err 2 % more on others than the best ones.
 
-        Below the number of ``images``, more will hardly help. The two folds must have seen different photographs, and
-        a hundred images or more, to tell.
+        If it is below ``images``, more will hardly help. It is 0 without second moments in both folds, from which
+        nothing can be told, and a rough guess from a few dozen images.
         """
         return images_for(self.images, self.excess)
 

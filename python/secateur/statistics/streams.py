@@ -125,6 +125,27 @@ class Streams:
         found: Tensor = x if layer is None else layer(x)
         return found
 
+    def enter_alike(self) -> bool:
+        """Return whether both models make the same of the first image before their first layers."""
+        for _, images in self._rounds(1):
+            if len(images) > 0:
+                with _without_gradients():
+                    first, second = (_entry(model, self._family, images) for model in (self._dense, self._pruned))
+                    return first.shape == second.shape and bool(torch.equal(first, second))
+        return True
+
+    def advance_dense(self, *, both: bool = False) -> None:
+        """Run the next layer of the dense model; with ``both``, of the copy as well, which is the same so far."""
+        name = self._names[self.dense_at]
+        if self._keep == "memory":
+            with self.passing():
+                for batch in self:
+                    batch.dense = self.through(name, batch.dense)
+                    if both:
+                        batch.pruned = batch.dense
+        self.dense_at += 1
+        self.pruned_at += both
+
     def advance_pruned(self) -> None:
         """Run the next layer of the pruned copy, which has diverged."""
         name = self._names[self.pruned_at]

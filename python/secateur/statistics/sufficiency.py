@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .settings import Float
 
-__all__ = ["GOOD", "drawn", "excess", "images_for"]
+__all__ = ["GOOD", "covariance", "drawn", "excess", "images_for", "median_excess"]
 
 # A fit is good enough when it errs this much more on other images than the best one does.
 GOOD = 0.02
@@ -19,12 +21,39 @@ GOOD = 0.02
 _POWER = 0.7
 # Channels that are predicted from others, and those, at most; the excess grows with the number of the latter.
 _REGRESSED, _REGRESSORS = 64, 192
+# With fewer channels, the excess of a group is mostly noise.
+_LEAST_CHANNELS = 16
 _RIDGES = tuple(10.0**exponent for exponent in range(-8, 4))
+
+
+def median_excess(tensors: Mapping[str, npt.NDArray[Any]], folds: Sequence[str]) -> float:
+    """Return the median excess of up to four groups with second moments, by the names of their sums; 0 without any."""
+    # In one order, whether measured or read from a file.
+    observed = sorted({name.split("/")[1] for name in tensors if name.endswith("/second_moment")})
+    large = [group for group in observed if tensors[f"{folds[0]}/{group}/sum"].size >= _LEAST_CHANNELS]
+    chosen = dict.fromkeys(large[round(part * (len(large) - 1))] for part in (0.1, 0.4, 0.7, 1)) if large else {}
+    found = [
+        excess([covariance(tensors, group, fold) for fold in folds], tensors[f"{folds[0]}/{group}/sum"].size)
+        for group in chosen
+        if all(tensors[f"{fold}/{group}/rows"][0] > 0 for fold in folds)
+    ]
+    return float(np.median(found)) if found else 0.0
+
+
+def covariance(tensors: Mapping[str, npt.NDArray[Any]], group: str, fold: str) -> Float:
+    """Return the covariance of the channels of a group that are `drawn`."""
+    sums, packed, rows = (tensors[f"{fold}/{group}/{what}"] for what in ("sum", "second_moment", "rows"))
+    size = sums.size
+    channels = np.array(drawn(size))
+    first, second = np.minimum.outer(channels, channels), np.maximum.outer(channels, channels)
+    mean = sums[channels] / rows[0]
+    found: Float = packed[first * size - first * (first - 1) // 2 + second - first] / rows[0] - np.outer(mean, mean)
+    return found
 
 
 def drawn(channels: int, seed: int = 0) -> list[int]:
     """Return the channels that `excess` looks at: first those to predict from, then those to predict."""
-    order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
     return order[: _regressors(channels) + _REGRESSED]
 
 

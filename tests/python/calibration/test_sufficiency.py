@@ -10,7 +10,7 @@ import secateur as sc
 import torch
 from models import images, make
 from secateur.cli.app import app
-from secateur.statistics.sufficiency import drawn, excess, images_for
+from secateur.statistics.sufficiency import covariance, drawn, excess, images_for
 from typer.testing import CliRunner
 
 
@@ -51,7 +51,9 @@ def test_statistics_give_the_covariance_of_drawn_channels(digits_model, digits_i
         for fold in ("even", "odd"):
             whole = stats.moments(group, fold).covariance
             chosen = drawn(len(whole))
-            np.testing.assert_allclose(stats._covariance(group, fold), whole[chosen][:, chosen], rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(
+                covariance(stats.tensors, group, fold), whole[chosen][:, chosen], rtol=1e-9, atol=1e-12
+            )
 
 
 def test_more_images_err_less_and_need_no_more(digits_model, digits_loader):

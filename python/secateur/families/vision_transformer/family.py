@@ -35,11 +35,17 @@ class PlainViT(Family):
         """Build the dense model, on the meta device without timm's initial values, which take half of the time."""
         if device.type != "meta" or "weight_init" in arguments:
             return super().build(architecture, arguments, device)
-        model: Any = super().build(architecture, {**arguments, "weight_init": "skip"}, device)
+        model: Any
+        try:
+            model = super().build(architecture, {**arguments, "weight_init": "skip"}, device)
+        except TypeError:
+            # Another architecture, which will be refused for what it is.
+            return super().build(architecture, arguments, device)
         # As if nothing had been skipped: timm's record of the arguments, and what init_weights does if it is called.
         getattr(model, "_model_args", {}).pop("weight_init", None)
         model.weight_init_mode = ""
-        return _vit(model)
+        built: nn.Module = model
+        return built
 
     def inspect(self, model: nn.Module) -> Anatomy:
         """Describe the model, or raise Unsupported naming the module and the reason."""
