@@ -141,17 +141,21 @@ def planned(draw: Draw, budget: Budget, *, method: str, **arguments: Any) -> pee
     return peers.Outcome(model)
 
 
-def sequential(draw: Draw, budget: Budget, *, tokens: bool = False) -> peers.Outcome:
+def sequential(draw: Draw, budget: Budget, *, tokens: bool = False, reconstruct: bool = False) -> peers.Outcome:
     """What `prune_sequential` does by default, with the kinds named; this is the only place that calls it.
 
     With ``tokens`` the kind of that name is in the budget together with the channels, by the same argument ``groups``.
+    With ``reconstruct`` the model is then trained on the same images, without labels.
     """
     kinds = (*INNER, "tokens") if tokens else INNER
     if tokens and "tokens" not in KINDS:
         raise sc.Unsupported('this version of secateur has no kind "tokens"')
     model = copy.deepcopy(draw.dense)
     sc.prune_sequential(model, draw.batches, groups=kinds, max_images=None, **_target(budget))
-    return peers.Outcome(model)
+    if not reconstruct:
+        return peers.Outcome(model)
+    found = sc.reconstruct(model, draw.dense, draw.batches)
+    return peers.Outcome(model, detail={"held_back": [found.loss_before, found.loss], "passes": found.passes})
 
 
 def _target(budget: Budget) -> dict[str, Any]:
@@ -228,6 +232,9 @@ WAYS: dict[str, Way] = {
     ),
     "ours": Way("prune_sequential, channels only", sequential, latency=True),
     "ours-tokens": Way("prune_sequential, channels and tokens", partial(sequential, tokens=True), latency=True),
+    "ours-reconstructed": Way(
+        "the same, then reconstruct on the calibration images", partial(sequential, tokens=True, reconstruct=True)
+    ),
 }
 
 

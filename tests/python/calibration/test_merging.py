@@ -55,7 +55,7 @@ def test_no_schedules_where_tokens_cannot_merge(kind):
 def test_losses_are_those_of_models_that_merge(digits_model, digits_images, calibrated):
     assert {counts for counts, _ in calibrated.merged} == set(schedules(sc.inspect(digits_model)))
     for counts, loss in calibrated.merged[::7]:
-        expected = divergence(digits_model, merged(digits_model, counts), digits_images[:48])
+        expected = divergence(digits_model, merged(digits_model, counts), digits_images[:40])
         assert loss == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
 

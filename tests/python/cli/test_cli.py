@@ -77,8 +77,9 @@ def test_the_whole_way(
     stats, plan, pruned, tuned = (tmp_path / name for name in ("s.st", "p.json", "pruned.st", "tuned.st"))
 
     found = run_json("calibrate", *model, "--data", "digits", "--max-images", 96, "--gamma", 4, "--out", stats)
-    assert found == {"images": 96, "file": str(stats)}
-    assert secateur.Statistics.load(stats).images == 96
+    saved = secateur.Statistics.load(stats)
+    assert saved.images == 96
+    assert found == {"images": 96, "images_needed": saved.images_needed(), "file": str(stats)}
 
     found = run_json("plan", *model, "--stats", stats, "--target-macs", 0.7, "--round-to", 1, "--out", plan)
     assert found["method"] == "project"

@@ -144,11 +144,12 @@ def test_every_layer_and_whole_model_is_measured_on_the_engine(spy):
     table = sc.measure_latency(model, groups=("ffn",), grid={"ffn": [20]}, repeats=1, batch_size=2, runtime="spy")
     assert (table.runtime, table.runtime_version, table.compiled) == ("spy", "7.1", False)
     assert "float32, by spy 7.1, on" in str(table)
-    # The reference, attention, FFN of two sizes, what stands around, the model and four cuts of it. Copies of layers
-    # would be prepared as well: none are made.
+    # The reference, attention in both forms of the last block, FFN of two sizes, also for the class token alone, what
+    # stands around, the model and four cuts of it. Copies of layers would be prepared as well: none are made.
     shapes = [shape for _, shape, *_ in spy.prepared]
     assert shapes.count((2, 3, 16, 16)) == 1 + 1 + 4
-    assert shapes.count((2, 17, 24)) == 1 + 1 + 2
+    assert shapes.count((2, 17, 24)) == 1 + 2 + 2
+    assert shapes.count((2, 1, 24)) == 2
     assert not any(isinstance(module, nn.Sequential) for module, *_ in spy.prepared)
     assert table.predict(sc.inspect(model), {"blocks.0.ffn": 20}) > 0
 
@@ -157,8 +158,9 @@ def test_the_reference_is_prepared_once(spy):
     few = sc.measure_latency(small(), groups=("ffn",), grid={"ffn": [20]}, repeats=1, runtime="spy")
     first = len(spy.prepared)
     many = sc.measure_latency(small(), groups=("ffn",), grid={"ffn": [10, 20, 30]}, repeats=1, runtime="spy")
-    assert many.layers[1].grid.seconds.size - few.layers[1].grid.seconds.size == 2
-    assert len(spy.prepared) - first == first + 2
+    for ffn in (2, 3):
+        assert many.layers[ffn].grid.seconds.size - few.layers[ffn].grid.seconds.size == 2
+    assert len(spy.prepared) - first == first + 4
 
 
 def table_of(model, **changes):
@@ -324,7 +326,7 @@ def test_tables_of_the_first_release_say_torch_or_torch_compile(tmp_path):
         newer = LatencyTable.load(tmp_path / "newer.json")
         assert (newer.runtime, newer.runtime_version) == (older.runtime, older.machine.pytorch)
         assert newer.runtime == ("torch.compile" if compiled else "torch")
-        assert json.loads((tmp_path / "newer.json").read_text())["format"] == 3
+        assert json.loads((tmp_path / "newer.json").read_text())["format"] == 4
 
 
 def test_the_engine_comes_back_from_a_file(tmp_path, spy):
@@ -402,7 +404,8 @@ def test_an_engine_of_another_package(tmp_path):
         import timm, torch
         import secateur as sc
         torch.set_num_threads(1)
-        model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, num_heads=2, depth=2).eval()
+        small = {"img_size": 32, "embed_dim": 24, "num_heads": 2, "depth": 2, "global_pool": "avg"}
+        model = timm.create_model("vit_tiny_patch16_224", **small).eval()
         sc.bench(model, batch_size=1, repeats=1)
         assert "outside_engine" not in sys.modules
         assert sc.bench(model, batch_size=1, repeats=1, runtime="torch.export").runtime == "torch.export"

@@ -303,6 +303,8 @@ def test_the_command_on_two_ranks(tmp_path: Path) -> None:
     running = start_ranks(f"from secateur.cli import main\nraise SystemExit(main({arguments}))", tmp_path)
     (first, _), (second, _) = (each.communicate() for each in running)
     assert [each.returncode for each in running] == [0, 0]
-    assert (json.loads(first), second) == ({"images": 30, "file": str(out)}, "")  # one object: the second says nothing
+    needed = sc.Statistics.load(out).images_needed()
+    # One object: the second says nothing.
+    assert (json.loads(first), second) == ({"images": 30, "images_needed": needed, "file": str(out)}, "")
     assert [item.name for item in tmp_path.iterdir()] == ["stats.safetensors"]
     assert np.array_equal(sc.Statistics.load(out).images_by_fold, (15, 15))

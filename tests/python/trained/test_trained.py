@@ -120,7 +120,7 @@ def test_other_budgets_of_one_run() -> None:
 
 
 def test_a_target_for_latency() -> None:
-    model = quiet(depth=1)
+    model = quiet(depth=1, global_pool="avg")
     first = sc.trained_method("first", target=sc.Target(latency=0.999), groups=["ffn"], round_to=1, batch_size=2)
     sc.finetune(model, batches(1), hooks=[first])
     with pytest.MonkeyPatch.context() as patch:
