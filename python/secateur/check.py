@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, 
 
 from .errors import InvalidArgument
 
-__all__ = ["fraction", "integer", "number", "options", "writable"]
+__all__ = ["choice", "fraction", "integer", "number", "options", "writable"]
 
 
 T = TypeVar("T")
@@ -68,6 +68,17 @@ def number(argument: str, value: object, *, low: float = 0.0, high: float = math
         limits += "" if high == math.inf else f" and at most {high:g}"
         raise InvalidArgument(f"{argument}: expected a number of {limits}, got {value!r}")
     return found
+
+
+def choice(argument: str, value: object, known: Sequence[str]) -> None:
+    """Refuse anything but these names.
+
+    Raises:
+        InvalidArgument: another value; the text names the argument and what it can be.
+    """
+    if value not in known:
+        names = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+        raise InvalidArgument(f"{argument}: expected {names}, got {value!r}")
 
 
 def writable(argument: str, path: object) -> Path:

@@ -69,6 +69,14 @@ def test_numbers_and_their_limits() -> None:
         check.number("lr", 2.5, low=1, high=2)
 
 
+def test_choices_are_named() -> None:
+    check.choice("streams", "memory", ("memory", "recompute"))
+    with pytest.raises(InvalidArgument, match=r"^streams: expected 'memory' or 'recompute', got 'disk'$"):
+        check.choice("streams", "disk", ("memory", "recompute"))
+    with pytest.raises(InvalidArgument, match=r"^allocation: expected 'a', 'b' or 'c', got \['a'\]$"):
+        check.choice("allocation", ["a"], ("a", "b", "c"))
+
+
 def test_files_that_can_be_written(tmp_path: Path) -> None:
     assert check.writable("out", str(tmp_path / "new")) == tmp_path / "new"
     (tmp_path / "old").write_text("")

@@ -79,10 +79,9 @@ class Anatomy:
         """Map each group of kind "tokens" to the number of tokens after its block, prefix tokens included."""
         return {name: tokens.at(self._size_in(sizes)) for name, tokens in self.tokens.items()}
 
-    def positions(self, product: cost.WeightProduct) -> int:
-        """Return at how many places of one image a weight is applied now."""
-        found = product.positions
-        return int(found.at(self._size_in({}))) if isinstance(found, cost.Tokens) else found
+    def counted(self, tokens: cost.Count) -> int:
+        """Return a number of tokens as it is now."""
+        return int(tokens.at(self._size_in({}))) if isinstance(tokens, cost.Tokens) else tokens
 
     @cached_property
     def tokens_of(self) -> dict[str, cost.Count]:

@@ -23,8 +23,8 @@ class Traits:
     ``counted`` (heads, layers) are not channels: a single number for ``round_to`` does not apply to them. A kind that
     ``steps_with`` another changes along with it, so that both keep the same size in a layer. A ``shared`` kind (the
     residual width, tokens) belongs to many layers and multiplies their costs, so it is chosen first; a ``whole`` kind
-    is a layer, which can be removed entirely. Latency tables measure the kinds that are ``in_table``
-    unless told otherwise.
+    is a layer, which can be removed entirely. Latency tables measure the kinds that are ``in_table``, unless
+    told otherwise.
     """
 
     multiple: int = 1

@@ -57,20 +57,14 @@ def allocate(
     assert (target.latency is None) == (latency is None), "what a target limits comes with a prediction"
     budget = Budget(anatomy, target, latency)
 
+    allowed = None if losses is None else _allowed(merging, free)
+    _require_reach(free, target, budget, None if allowed is None else [sizes for sizes, _ in allowed])
+    if losses is not None and allowed is not None:
+        return of_least_loss(anatomy, free, budget, losses, allowed)
+
     def counts(fraction: float) -> dict[str, int]:
         return {group.name: free.count(group, fraction) for group in free.groups}
 
-    possible = [counts(1.0)]
-    allowed = _allowed(merging, free)
-    if losses is not None:
-        # Only the schedules that were measured are considered. Merging takes time itself, so none may be the fastest.
-        tokens = {group.name: group.size for group in free.groups if group.of_tokens}
-        possible = [{**possible[0], **tokens, **sizes} for sizes in ({}, *(sizes for sizes, _ in allowed))]
-    if not any(map(budget.holds, possible)):
-        smallest = max(possible, key=lambda sizes: float(budget.room(sizes).min()))
-        raise InvalidArgument(f"target: expected {budget.reach(smallest)} (the least these groups reach), got {target}")
-    if losses is not None:
-        return of_least_loss(anatomy, free, budget, losses, allowed)
     # Sizes change at a few fractions only: bisect to the last fraction whose sizes exceed the budget.
     low, high = 0.0, 1.0
     if budget.holds(counts(0.0)):
@@ -107,6 +101,20 @@ def _allowed(
     return found
 
 
+def _require_reach(
+    free: FreeGroups, target: Target, budget: Budget, merging: Sequence[Mapping[str, int]] | None
+) -> None:
+    """Refuse a target that the smallest sizes do not meet; ``merging`` holds the schedules, None for any numbers."""
+    possible = [{group.name: free.count(group, 1.0) for group in free.groups}]
+    if merging is not None:
+        # Merging takes time itself, so none may be the fastest.
+        tokens = {group.name: group.size for group in free.groups if group.of_tokens}
+        possible = [{**possible[0], **tokens, **sizes} for sizes in ({}, *merging)]
+    if not any(map(budget.holds, possible)):
+        smallest = max(possible, key=lambda sizes: float(budget.room(sizes).min()))
+        raise InvalidArgument(f"target: expected {budget.reach(smallest)} (the least these groups reach), got {target}")
+
+
 def free_groups(anatomy: Anatomy, limits: Mapping[str, Any]) -> list[Group]:
     """Return the groups that a target may cut; errors are those of ``allocate``."""
     groups = default_groups(anatomy) if limits["groups"] is None else limits["groups"]
@@ -121,11 +129,16 @@ def check_target(
     freeze: Iterable[str],
     min_keep: Mapping[str, int],
     round_to: int | Mapping[str, int] | None,
+    merging: Sequence[Mapping[str, int]] = (),
+    latency: Cost | None = None,
 ) -> list[Group]:
-    """Return the groups that may be cut; refuse what can be refused without measurements.
+    """Return the groups that may be cut; refuse what can be refused without losses.
+
+    With ``latency``, what it predicts must be within reach too, and tokens are merged as one of the schedules in
+    ``merging`` says, or not at all.
 
     Raises:
-        InvalidArgument: a name that does not fit, or MACs or parameters that cannot be met; the text says what can be.
+        InvalidArgument: a name that does not fit, or a target that cannot be met; the text says what can be.
         Unsupported: a kind that this model cannot lose.
     """
     free = FreeGroups(
@@ -133,10 +146,6 @@ def check_target(
     )
     # It is not known yet which layer of each kind must stay; their costs are alike, so any will do.
     free.hold_one_of_each(lambda _group: 0.0)
-    counted = Budget(anatomy, target, None)
-    smallest = {group.name: free.count(group, 1.0) for group in free.groups}
-    if not counted.holds(smallest):
-        raise InvalidArgument(
-            f"target: expected {counted.reach(smallest)} (the least these groups reach), got {target}"
-        )
+    allowed = None if latency is None else [sizes for sizes, _ in _allowed([(each, 0.0) for each in merging], free)]
+    _require_reach(free, target, Budget(anatomy, target, latency), allowed)
     return free.groups

@@ -15,7 +15,7 @@ from ..statistics.statistics import MERGED, merged_name
 from ..surgery.trial import cut_copy
 from .cuts import Passed, first_images
 
-__all__ = ["MergingSchedules", "schedules", "token_groups"]
+__all__ = ["MergingSchedules", "kept_tokens", "schedules", "token_groups"]
 
 # Where merging begins, as shares of the depth, and which share of the tokens a block merges.
 _STARTS = (0, 1 / 12, 1 / 6, 1 / 4, 1 / 3, 1 / 2)
@@ -43,7 +43,7 @@ class MergingSchedules:
         images = float(sum(len(each.images) for each in dense))
         found: dict[str, Float] = {}
         for name in list(wanted)[work.rank :: work.ranks]:
-            kept = {group.name: group.size - count for group, count in zip(groups, wanted[name], strict=True)}
+            kept = kept_tokens(work.anatomy, wanted[name])
             losses = [divergence(work.model, each.output, _output(work, groups, each, kept)).sum() for each in dense]
             found[name] = np.array([float(sum(losses)), images])
         yield found
@@ -52,6 +52,11 @@ class MergingSchedules:
 def token_groups(anatomy: Anatomy) -> list[Group]:
     """Return the groups of tokens, first block to last."""
     return [group for group in anatomy.groups if group.of_tokens]
+
+
+def kept_tokens(anatomy: Anatomy, merged: Sequence[int]) -> dict[str, int]:
+    """Return the sizes of all groups of tokens, given how many tokens each block merges."""
+    return {group.name: group.size - count for group, count in zip(token_groups(anatomy), merged, strict=True)}
 
 
 def schedules(anatomy: Anatomy) -> list[tuple[int, ...]]:

@@ -289,7 +289,7 @@ def _distinct(family: Family, dense: nn.Module, anatomy: Anatomy, levels: Levels
             alone = pooled and layer in anatomy.ffn
             there = family.prefix_tokens(dense) if alone else anatomy.tokens_of[layer.name]
             fewer = there if levels.merging and isinstance(there, Tokens) else None
-            number = int(there.at(lambda name: anatomy.sizes[name])) if isinstance(there, Tokens) else there
+            number = anatomy.counted(there)
             if fewer is not None:
                 place[TOKENS] = layer.name
             key = (repr(modules[form][layer.name]), layer.stream, number, fewer is None, *sizes.items())

@@ -109,8 +109,8 @@ class Layer:
     A place may also name, as "present", the group that is 0 if the layer has been removed; as "tokens", the layer that
     says how many tokens there are; as "last_block", the form of the last block in which the layer is run; and as
     "merges", the group of tokens, for a step that is run where some are merged. ``places`` is empty for the model
-    without its blocks. ``uneven`` has the same axes with levels that are not multiples of 4, if these were
-    measured: such a layer takes longer than interpolation between even sizes tells.
+    without its blocks. ``uneven`` has the same axes with levels that are not multiples of 4, if these were measured:
+    such a layer takes longer than interpolation between even sizes tells.
     """
 
     places: tuple[Mapping[str, str], ...]
@@ -162,10 +162,10 @@ class LatencyTable:
     ``layers`` holds attention by (width, qk, v), and heads if they were asked for, and FFN by (width, ffn), with their
     norms and residual sums and once for equal blocks; the last block's layers once more where ``prune`` makes it
     compute prefix tokens only; and the parts before and after the blocks by (width). If tokens were asked for, they are
-    one more axis, and the merging of tokens is a layer. The model
-    takes ``scale`` times their sum plus ``overhead`` seconds, as fitted on the dense model and some randomly cut ones.
-    All times are for one batch of ``batch_size`` images of ``input_size`` (channels, height, width) in ``dtype``, run
-    by the engine ``runtime`` of version ``runtime_version``.
+    one more axis, and the merging of tokens is a layer. The model takes ``scale`` times their sum plus ``overhead``
+    seconds, as fitted on the dense model and some randomly cut ones. All times are for one batch of ``batch_size``
+    images of ``input_size`` (channels, height, width) in ``dtype``, run by the engine ``runtime`` of version
+    ``runtime_version``.
     """
 
     model: Fingerprint
@@ -184,10 +184,15 @@ class LatencyTable:
         """Whether the engine was torch.compile."""
         return self.runtime == "torch.compile"
 
-    @property
+    @cached_property
     def knows_tokens(self) -> bool:
         """Whether times depend on how many tokens are merged."""
         return any(TOKENS in place for layer in self.layers for place in layer.places)
+
+    @cached_property
+    def _forms(self) -> frozenset[str]:
+        """The forms of the last block that were measured; none if it has one alone, or in an old file."""
+        return frozenset(place[LAST_BLOCK] for layer in self.layers for place in layer.places if LAST_BLOCK in place)
 
     def predict(
         self, anatomy: Anatomy, sizes: Mapping[str, int] | None = None, last_block: LastBlock | None = None
@@ -226,10 +231,10 @@ class LatencyTable:
         """
         wanted: dict[str, int | Sizes] = {**anatomy.sizes, **base, **sizes}
         form = last_block or anatomy.default_last_block
-        known = {place[LAST_BLOCK] for layer in self.layers for place in layer.places if LAST_BLOCK in place}
-        if known and form not in known:
+        if self._forms and form not in self._forms:
             raise InvalidArgument(
-                f"latency_table: expected one that knows a last block that is {form}, got one of {', '.join(known)}"
+                f"latency_table: expected one that knows a last block that is {form}, "
+                f"got one of {', '.join(self._forms)}"
             )
         self._require_tokens(anatomy, wanted)
         found = np.zeros(len(next(iter(sizes.values()), (0,))))

@@ -12,7 +12,7 @@ from ..anatomy import Anatomy, Group
 from ..budgets.limits import default_groups
 from ..budgets.measured import losses_between
 from ..budgets.target import Target
-from ..calibration.merging import token_groups
+from ..calibration.merging import kept_tokens, token_groups
 from ..errors import InvalidArgument
 from ..latency.table import LatencyTable
 from ..methods.base import Prepared
@@ -76,12 +76,7 @@ def merging_of(anatomy: Anatomy, stats: Statistics, groups: Sequence[Group]) -> 
     """
     if not any(group.of_tokens for group in groups):
         return []
-    names = [group.name for group in token_groups(anatomy)]
-    sizes = anatomy.sizes
-    measured = [
-        ({name: sizes[name] - count for name, count in zip(names, merged, strict=True)}, loss)
-        for merged, loss in stats.merged
-    ]
+    measured = [(kept_tokens(anatomy, merged), loss) for merged, loss in stats.merged]
     found: list[tuple[Mapping[str, int], float]] = []
     least = float(anatomy.macs_at({}))
     for kept, loss in sorted(measured, key=lambda each: each[1]):

@@ -264,9 +264,8 @@ def check_allocation(allocation: object, known: tuple[str, ...] = ("measured", "
     Raises:
         InvalidArgument: another name.
     """
-    if allocation is not None and allocation not in known:
-        names = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
-        raise InvalidArgument(f"allocation: expected {names}, got {allocation!r}")
+    if allocation is not None:
+        check.choice("allocation", allocation, known)
 
 
 def sizes_for(

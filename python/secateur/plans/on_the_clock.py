@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from .. import core
@@ -17,7 +16,7 @@ from ..anatomy.costs import Cost
 from ..budgets.allocate import allocate, check_target
 from ..budgets.budget import Allocation
 from ..budgets.target import Target
-from ..calibration.merging import schedules, token_groups
+from ..calibration.merging import kept_tokens, schedules
 from ..errors import InvalidArgument
 from ..latency.machine import Machine
 from ..latency.measure import measure_latency, measured_ratio
@@ -186,21 +185,8 @@ def table_for(
         table = given
         table.require(anatomy, batch_size, runtime)
     # Before hours of work, check with the smallest sizes that the table has every size and the target is within reach.
-    merging: list[tuple[Mapping[str, int], float]] = []
-    names = [group.name for group in free if group.of_tokens]
-    if names:
-        every = [group.name for group in token_groups(anatomy)]
-        for merged in schedules(anatomy):
-            kept = {name: anatomy.sizes[name] - count for name, count in zip(every, merged, strict=True)}
-            merging.append(({name: kept[name] for name in names}, 0.0))
-    allocate(
-        anatomy,
-        target,
-        **limits,
-        latency=Latency(table, anatomy),
-        losses=lambda g: np.linspace(1, 0, g.size + 1),
-        merging=merging,
-    )
+    merging = [kept_tokens(anatomy, merged) for merged in schedules(anatomy)] if any(g.of_tokens for g in free) else []
+    check_target(anatomy, target, **limits, merging=merging, latency=Latency(table, anatomy))
     return table
 
 

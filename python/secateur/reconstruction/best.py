@@ -42,6 +42,7 @@ def train(
     steps: int,
     batches: Callable[[], Iterable[Callable[[], Tensor]]],
     held_back: Callable[[], float],
+    before: float,
 ) -> Course:
     """Train with AdamW and a cosine of the learning rate; parameters end with the best values.
 
@@ -52,8 +53,9 @@ def train(
         steps: steps in each pass.
         batches: begins a pass; for each step, a function that returns its loss.
         held_back: returns the loss on the images held back.
+        before: what it returns now.
     """
-    losses = [held_back()]
+    losses = [before]
     best = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     warmup = epochs * steps // 20

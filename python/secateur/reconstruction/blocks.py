@@ -90,9 +90,8 @@ class Blocks:
     def _window(self, names: Sequence[str], rows: RowWeights) -> Course | None:
         """Train some layers, and run them in both models."""
         streams = self._streams
-        layers = [
-            (self._family.layers(self._dense)[name], self._family.layers(self._pruned).get(name)) for name in names
-        ]
+        dense, pruned = (self._family.layers(model) for model in (self._dense, self._pruned))
+        layers = [(dense[name], pruned.get(name)) for name in names]
         same = not streams.diverged and all(mine is not None and _same(theirs, mine) for theirs, mine in layers)
         for _ in names:
             streams.advance_dense(both=same)
@@ -128,7 +127,8 @@ class Blocks:
                 images += len(batch)
             return total / images
 
-        scale = max(held_back(), torch.finfo(torch.float32).tiny)
+        before = held_back()
+        scale = max(before, torch.finfo(torch.float32).tiny)
 
         def share(batch: Sequence[_Row]) -> Tensor:
             return error(batch).mean() / scale
@@ -139,7 +139,7 @@ class Blocks:
 
         images = self._streams.images
         steps = -(-(images - self._held.count(images)) // self._batch_size)
-        return train(parameters, self._epochs, self._lr, steps, batches, lambda: held_back() / scale)
+        return train(parameters, self._epochs, self._lr, steps, batches, lambda: held_back() / scale, before / scale)
 
     def _rows(self, shares: Mapping[int, Tensor], held: bool) -> Iterator[_Row]:
         """Yield the images that are held back, or the others."""

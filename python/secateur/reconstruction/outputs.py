@@ -107,8 +107,8 @@ class Outputs:
             # All at once, since the variance is that of all images.
             return float(divergence(self._model, self._wanted.double(), torch.cat(found).double()).mean())
 
-    def train(self, epochs: int, lr: float, rows: RowWeights) -> Course | None:
-        """Train all parameters that require a gradient for up to ``epochs`` passes."""
+    def train(self, epochs: int, lr: float, rows: RowWeights, before: float) -> Course | None:
+        """Train all parameters that require a gradient for up to ``epochs`` passes; ``before`` is the loss now."""
         parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         if not parameters or epochs == 0:
             return None
@@ -137,7 +137,7 @@ class Outputs:
                     yield partial(loss, torch.stack(batch))
                     advance(1)
 
-            return train(parameters, epochs, lr, steps, batches, self.loss)
+            return train(parameters, epochs, lr, steps, batches, self.loss, before)
 
     def _images(self, held: bool) -> Iterator[Tensor]:
         """Yield the images of each batch that are held back, or the others; never none."""

@@ -20,6 +20,7 @@ from ..runtime.ranks import Ranks, joined
 from ..statistics.passes import as_written, evaluating
 from ..statistics.rows import RowWeights
 from ..statistics.streams import Keep, Streams
+from ..training.average import overwrite
 from .best import Course
 from .blocks import Blocks
 from .images import HeldBack
@@ -116,8 +117,7 @@ def reconstruct(
     lr = check.number("lr", lr, open_low=True)
     output_lr = check.number("output_lr", output_lr, open_low=True)
     held = HeldBack(check.number("held_back", held_back, open_low=True, high=0.5))
-    if streams not in get_args(Keep):
-        raise InvalidArgument(f"streams: expected {' or '.join(map(repr, get_args(Keep)))}, got {streams!r}")
+    check.choice("streams", streams, get_args(Keep))
     family = _family_of_both(model, dense)
     with joined() as ranks:
         if ranks.size > 1:
@@ -130,7 +130,7 @@ def reconstruct(
         both = Streams(dense, every, family, list(family.layers(dense)), loader, max_images, streams, Ranks())
         courses: dict[str, Course] = {}
         with both.running(), evaluating(trained), as_written(trained):
-            before = outputs.loss()
+            loss = before = outputs.loss()
             rows = RowWeights(dense, anatomy, prefix, both.measure(anatomy))
             if epochs > 0 and family.inspect(every).stream_widths == anatomy.stream_widths:
                 both.start(diverged=not both.enter_alike())
@@ -150,16 +150,18 @@ def reconstruct(
             if courses:
                 _put(every, trained)
                 # Blocks that are closer to the dense ones do not always make a better model.
-                if not outputs.loss() <= before:
+                loss = outputs.loss()
+                if not loss <= before:
                     _put(model, trained)
-                    courses = {}
-            course = outputs.train(output_epochs, output_lr, rows)
-            loss = outputs.loss()
+                    courses, loss = {}, before
+            course = outputs.train(output_epochs, output_lr, rows, loss)
+            if course is not None:
+                loss = course.best
     if loss < before:
         _put(trained, model)
     return Reconstruction(
         before,
-        min(loss, before),
+        loss,
         outputs.images,
         held.count(outputs.images),
         {name: each.best for name, each in courses.items()},
@@ -216,8 +218,6 @@ def _every_token(model: nn.Module, family: Family) -> nn.Module:
     return found
 
 
-@torch.no_grad()
 def _put(source: nn.Module, target: nn.Module) -> None:
     """Copy the values of all parameters."""
-    for mine, theirs in zip(target.parameters(), source.parameters(), strict=True):
-        mine.copy_(theirs)
+    overwrite(dict(target.named_parameters()), dict(source.named_parameters()))

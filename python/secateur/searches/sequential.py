@@ -145,9 +145,8 @@ def prune_sequential(
     max_images = check.integer("max_images", max_images, optional=True)
     token_fraction = check.fraction("token_fraction", token_fraction, open_low=True)
     _check(target, ratios, sizes_of, allocation, latency_table, batch_size, runtime)
-    for name, value, kind in (("target_stream", target_stream, TargetStream), ("streams", streams, Keep)):
-        if value not in get_args(kind):
-            raise InvalidArgument(f"{name}: expected {' or '.join(map(repr, get_args(kind)))}, got {value!r}")
+    check.choice("target_stream", target_stream, get_args(TargetStream))
+    check.choice("streams", streams, get_args(Keep))
     criterion = method_named(method)
     settings = options_of(criterion, options)
     chosen = asdict(settings)

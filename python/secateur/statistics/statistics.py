@@ -256,8 +256,8 @@ class Statistics:
     def excess(self) -> float:
         """How much more fits err on other images than the best fits, as a share of what those leave.
 
-        It is the median over up to four groups with second moments; 0 if there are none. Each is
-        estimated from the two folds, see ``statistics.sufficiency``.
+        It is the median over up to four groups with second moments; 0 if there are none. Each is estimated from the two
+        folds, see ``statistics.sufficiency``.
         """
         return median_excess(self.tensors, FOLDS)
 
