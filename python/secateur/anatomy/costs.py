@@ -113,7 +113,7 @@ class MatchingProduct:
     module: str
     tokens: Tokens
     merge: Merge
-    channels: str
+    channels: str | int
 
 
 @dataclass(frozen=True)

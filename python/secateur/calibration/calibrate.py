@@ -67,9 +67,10 @@ def calibrate(
         token_fraction: fraction of the tokens used for the moments: every k-th token, with k = round(1 /
             token_fraction), starting at another one in each image. Importance uses all tokens.
         sensitivity: if true, also measure what the cuts of ``methods`` really cost: each group alone is cut to a few
-            sizes, and the outputs for at most the first 40 images are compared; see ``Statistics.losses``. Plans divide
-            a target by it. "noise" measures, on at most the first 128 images, how much the output changes when a
-            group's part of the model is disturbed, or a layer is removed; see ``Statistics.sensitivity``.
+            sizes, and the outputs for 40 of the first 128 images are compared, weighted to stand for all of these; see
+            ``Statistics.losses``. Plans divide a target by it. "noise" measures, on at most the first 128 images, how
+            much the output changes when a group's part of the model is disturbed, or a layer is removed; see
+            ``Statistics.sensitivity``.
         methods: the methods whose cuts are measured, with their default options; by default "project", or "snp" with
             collect="scores".
         head_gradients: also score heads by gradients, on the same images; see ``Statistics.head_importance``.

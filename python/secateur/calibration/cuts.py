@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,21 +18,16 @@ from ..statistics.measurements import Work
 from ..statistics.measurements.base import divergence, double, hooked
 from ..statistics.settings import Float
 from ..surgery.trial import cut_copy
+from .sample import Sample, sample
 
 __all__ = [
-    "MEASURED_IMAGES",
     "Cuts",
     "Passed",
-    "first_images",
     "measured_name",
     "measured_sizes",
     "pruned_copy",
 ]
 
-# More images change the counts little: a group's loss at one size varies less between images than between sizes.
-MEASURED_IMAGES = 40
-# The inputs of all blocks are held for this many images at once.
-_CHUNK = 20
 # Fractions of the units that stay. The loss of hidden units bends more, and they hold most of the cost.
 _FRACTIONS: Mapping[Kind, tuple[float, ...]] = {"ffn": (1 / 8, 1 / 3, 7 / 12, 19 / 24), "width": (1 / 2, 3 / 4, 7 / 8)}
 _USUAL = (1 / 4, 1 / 2, 3 / 4)
@@ -69,16 +64,17 @@ class Cuts:
             return
         prepared = self._method.prepare(Bound(work.model, anatomy, work.statistics, self._options))
         trials = [trial for trial in trials if trial[0].kind in prepared.kinds]
-        dense = [Passed.through(work.model, work.family, chunk) for chunk in first_images(work.batches)]
-        images = float(sum(len(each.images) for each in dense))
+        chosen = sample(work)
+        dense = [Passed.through(work.model, work.family, each.images) for each in chosen]
+        images = float(sum(each.weights.sum() for each in chosen))
         for block in sorted({group.block for group, _, _ in trials}, key=lambda block: (block is None, block or 0)):
             found: dict[str, Float] = {}
             for group, size, name in [trial for trial in trials if trial[0].block == block][work.rank :: work.ranks]:
                 # A residual stream that cannot be rotated is refused.
                 with suppress(Unsupported):
                     cut = pruned_copy(work, prepared, {group.name: size})
-                    losses = (each.loss(cut, work.family, group, each.output).sum() for each in dense)
-                    found[name] = np.array([float(sum(losses)), images])
+                    losses = (each.loss(cut, work.family, group, each.output) for each in dense)
+                    found[name] = np.array([sum(map(Sample.total, chosen, losses)), images])
             yield found
 
 
@@ -126,15 +122,6 @@ def measured_sizes(group: Group) -> list[int]:
     fractions = _FRACTIONS.get(group.kind, _USUAL)
     sizes = {round(fraction * group.size / group.multiple) * group.multiple for fraction in fractions}
     return sorted(size for size in sizes if max(1, group.least) <= size < group.size)
-
-
-def first_images(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield the images that are measured on, a few at a time."""
-    left = MEASURED_IMAGES
-    for batch in batches:
-        if left > 0:
-            yield from batch[:left].split(_CHUNK)
-            left -= len(batch)
 
 
 def pruned_copy(work: Work, prepared: Prepared, sizes: Mapping[str, int]) -> nn.Module:

@@ -12,7 +12,7 @@ from ..anatomy import Anatomy, Group
 from ..budgets.limits import default_groups
 from ..budgets.measured import losses_between
 from ..budgets.target import Target
-from ..calibration.merging import kept_tokens, token_groups
+from ..calibration.schedules import kept_tokens, token_groups
 from ..errors import InvalidArgument
 from ..latency.table import LatencyTable
 from ..methods.base import Prepared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 from ..anatomy import Anatomy, Group
 from ..anatomy.fingerprint import Fingerprint
 from ..budgets.budget import Allocation
-from ..calibration.cuts import MEASURED_IMAGES, Cuts, Passed, first_images, measured_sizes, pruned_copy
+from ..calibration.cuts import Cuts, Passed, measured_sizes, pruned_copy
 from ..calibration.merging import MergingSchedules
+from ..calibration.sample import Sample, sample
 from ..errors import InvalidArgument
 from ..families.registry import family_of
 from ..methods.base import Decision, Method, Prepared
-from ..statistics.measurements import Measurement, Work
+from ..statistics.measurements import MEASURED_IMAGES, Measurement, Work
 from ..statistics.measurements.base import divergence
 from ..statistics.passes import batches_of, measuring
 from ..statistics.settings import Float
@@ -44,7 +46,7 @@ class Choice(NamedTuple):
 
 
 class Measured:
-    """Runs the first images of a loader through cut copies of a model.
+    """Runs some of the first images of a loader through cut copies of a model.
 
     Args:
         model: the model.
@@ -97,13 +99,29 @@ class Measured:
                 if again.allocation.sizes == best.allocation.sizes:
                     break
                 tried = self._run(prepared, again.allocation.sizes, dense)
-                if tried[1].mean() >= cut[1].mean():
+                if self._mean(tried[1]) >= self._mean(cut[1]):
                     break
                 best, cut = again, tried
-        return best, float(cut[1].mean())
+        return best, self._mean(cut[1])
+
+    @cached_property
+    def _sample(self) -> list[Sample]:
+        return sample(self._work)
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        return torch.cat([each.weights for each in self._sample])
+
+    def _mean(self, losses: Tensor) -> float:
+        return float(self._weights @ losses.cpu() / self._weights.sum())
+
+    def _doubt(self, losses: Tensor) -> float:
+        """Return the standard error of the mean."""
+        apart = losses.cpu() - self._mean(losses)
+        return float((self._weights * apart).square().sum().sqrt() / self._weights.sum())
 
     def _passed(self, model: nn.Module) -> list[Passed]:
-        return [Passed.through(model, self._work.family, chunk) for chunk in first_images(self._work.batches)]
+        return [Passed.through(model, self._work.family, each.images) for each in self._sample]
 
     def _run(
         self, prepared: Prepared, sizes: Mapping[str, int], dense: Sequence[Tensor]
@@ -135,8 +153,8 @@ class Measured:
             pairs = zip(passed, dense, strict=True)
             loss = torch.cat([each.loss(changed, self._work.family, group, out) for each, out in pairs])
             gained = base - loss if other == group.size else loss - base
-            doubt = float(gained.std()) / len(gained) ** 0.5 if len(gained) > 1 else alone
-            rows[group.name] = alone, float(gained.mean()), doubt
+            doubt = self._doubt(gained) if len(gained) > 1 else alone
+            rows[group.name] = alone, self._mean(gained), doubt
         return dict(zip(rows, _shrunk(*np.array(list(rows.values())).T).tolist(), strict=True)) if rows else {}
 
     def _factor_of_merging(
@@ -158,7 +176,7 @@ class Measured:
         else:
             other, less, sign = dict(merging[len(merging) // 2][0]), merging[len(merging) // 2][1], -1
         _, loss = self._run(prepared, {**sizes, **other}, dense)
-        beside = sign * float((cut[1] - loss).mean())
+        beside = sign * self._mean(cut[1] - loss)
         return min(_MOST, max(1 / _MOST, beside / less)) if less > 0 else 1.0
 
 

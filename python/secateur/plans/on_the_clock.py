@@ -16,7 +16,7 @@ from ..anatomy.costs import Cost
 from ..budgets.allocate import allocate, check_target
 from ..budgets.budget import Allocation
 from ..budgets.target import Target
-from ..calibration.merging import kept_tokens, schedules
+from ..calibration.schedules import kept_tokens, schedules
 from ..errors import InvalidArgument
 from ..latency.machine import Machine
 from ..latency.measure import measure_latency, measured_ratio

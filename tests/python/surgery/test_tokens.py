@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
 import numpy as np
@@ -30,16 +31,19 @@ def merging(model, *counts, last_block="whole", **keep):
     return pruned
 
 
-def merged_by_hand(x, sizes, keys, count, prefix):
+def merged_by_hand(x, sizes, features, count, prefix):
     """One image's tokens, (N, C), after merging: the definition, token by token."""
-    metric = [key.mean(0) for key in keys.transpose(0, 1)]
     numbers = list(range(prefix, len(x)))
     even, odd = numbers[::2], numbers[1::2]
     best = []
     for i in even:
-        cosines = [float(torch.cosine_similarity(metric[i], metric[j], dim=0)) for j in odd]
-        best.append((max(cosines, default=-2.0), i, odd[int(np.argmax(cosines))] if odd else -1))
-    best.sort(key=lambda found: -found[0])
+        distances = []
+        for j in odd:
+            s, t = float(sizes[i]), float(sizes[j])
+            far = 1 - float(torch.cosine_similarity(features[i], features[j], dim=0))
+            distances.append(far * math.sqrt(s * t / (s + t)))
+        best.append((min(distances, default=math.inf), i, odd[int(np.argmin(distances))] if odd else -1))
+    best.sort(key=lambda found: found[0])
     gone = {i: j for _, i, j in best[: min(count, len(numbers) // 2)]}
     tokens, weights = [], []
     for j in range(len(x)):
@@ -67,7 +71,8 @@ def by_hand(dense, image, counts):
         y = attn.norm(y)[None]
         y = attn.proj(y if attn.gate is None else y * attn.gate(h).sigmoid())
         x = x + (block.norm1(y) if post else block.ls1(y))
-        tokens, sizes = merged_by_hand(x[0], sizes, k, count, dense.num_prefix_tokens)
+        read = x if post else block.norm2(x)
+        tokens, sizes = merged_by_hand(x[0], sizes, read[0], count, dense.num_prefix_tokens)
         x = tokens[None]
         x = x + (block.norm2(block.mlp(x)) if post else block.ls2(block.mlp(block.norm2(x))))
     x = dense.norm(x)
@@ -108,13 +113,13 @@ def test_every_kind_is_token_merging(kind, counts):
 def test_merging_over_odd_counts_and_sizes(patches, prefix, batch, count):
     generator = torch.Generator().manual_seed(patches)
     x = torch.randn(batch, prefix + patches, 6, dtype=torch.float64, generator=generator)
-    keys = torch.randn(batch, 2, prefix + patches, 3, dtype=torch.float64, generator=generator)
+    features = torch.randn(batch, prefix + patches, 3, dtype=torch.float64, generator=generator)
     sizes = torch.randint(1, 9, x.shape[:2], generator=generator).double()
     for given, known in ((None, torch.ones_like(sizes)), (sizes, sizes)):
-        tokens, found = merge_tokens(x, given, keys, count, prefix)
+        tokens, found = merge_tokens(x, given, features, count, prefix)
         assert tokens.shape[1] == prefix + patches - min(count, patches // 2)
         for one in range(batch):
-            expected, weights = merged_by_hand(x[one], known[one], keys[one], count, prefix)
+            expected, weights = merged_by_hand(x[one], known[one], features[one], count, prefix)
             assert torch.allclose(tokens[one], expected, rtol=0, atol=1e-12)
             assert torch.equal(found[one], weights)
             # What is merged is neither lost nor counted twice.
@@ -125,9 +130,9 @@ def test_merging_over_odd_counts_and_sizes(patches, prefix, batch, count):
 
 def test_ties_and_zeros_merge_as_many_tokens():
     """Equal tokens, such as those of a white image: any of the best pairs will do, and nothing becomes NaN."""
-    for keys in (torch.ones(2, 2, 9, 3), torch.zeros(2, 2, 9, 3)):
+    for features in (torch.ones(2, 9, 3), torch.zeros(2, 9, 3)):
         x = torch.arange(9.0)[None, :, None].expand(2, 9, 4)
-        tokens, sizes = merge_tokens(x, None, keys, 3, 1)
+        tokens, sizes = merge_tokens(x, None, features, 3, 1)
         assert tokens.shape == (2, 6, 4)
         assert sizes.sum(1).tolist() == [9, 9]
         assert torch.allclose((tokens[..., 0] * sizes).sum(1), x[..., 0].sum(1))
@@ -178,7 +183,7 @@ def test_merging_further_adds_up():
 @pytest.mark.parametrize("gone", ["blocks.0.attn", "blocks.1.mlp", "blocks.1.attn"])
 @torch.no_grad()
 def test_without_a_layer(gone):
-    """A block without attention has no keys to compare, and merges nothing."""
+    """A block without attention merges nothing."""
     dense = make("plain", depth=3).double()
     x = images(dense, 2).double()
     pruned = merging(dense, 3, 2, 1, **{gone: np.empty((1, 0), np.int64)})

@@ -39,8 +39,11 @@ class Merging:
         """Number of tokens here."""
         return self._tokens if self._tokens.merges else self.all
 
-    def attention(self, index: int, layer: str, keys: str) -> list[cost.Product]:
-        """Go past the attention of block ``index``, whose query/key group is ``keys``; return what merging costs."""
+    def attention(self, index: int, layer: str, width: str | int) -> list[cost.Product]:
+        """Go past the attention of block ``index``; return what merging costs.
+
+        ``width`` is the group of the residual width, or a number if it cannot be cut.
+        """
         if self.refused is not None:
             return []
         before = self._tokens
@@ -50,7 +53,7 @@ class Merging:
         self.after[name] = self._tokens
         # With images smaller than before, all that a block gets may be merged.
         self.groups.append(Group(name, "tokens", index, max(1, units - self._merged[index]), ()))
-        return [cost.MatchingProduct(layer, before, merge, keys)]
+        return [cost.MatchingProduct(layer, before, merge, width)]
 
 
 def _why_not_merged(model: Any, patches: int) -> str | None:

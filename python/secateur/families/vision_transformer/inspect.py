@@ -277,7 +277,7 @@ class Inspection(Walk):
             cost.WeightProduct(qkv, tokens),
             cost.AttentionProduct(name, tokens, tokens, groups["heads"], groups["qk"], groups["v"], layer=name),
             cost.WeightProduct(proj, tokens),
-            *self.tokens.attention(index, name, groups["qk"]),
+            *self.tokens.attention(index, name, self.width if "width" in self.refused else "width"),
         ]
 
     def mlp(self, index: int, name: str) -> None:

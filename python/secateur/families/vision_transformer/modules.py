@@ -157,7 +157,7 @@ class PrunedBlock(Attends, Block):
             queries = 0
         if self.attn is not None:
             if queries > 0:
-                y = self.attend(self.norm1(x), queries, attn_mask)[0]
+                y = self.attend(self.norm1(x), queries, attn_mask)
                 x = x[:, :queries]
             else:
                 y = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
@@ -182,7 +182,7 @@ class PrunedResPostBlock(Attends, ResPostBlock):
             queries = 0
         if self.attn is not None:
             if queries > 0:
-                y = self.attend(x, queries, attn_mask)[0]
+                y = self.attend(x, queries, attn_mask)
                 x = x[:, :queries]
             else:
                 y = self.attn(x, attn_mask=attn_mask, is_causal=is_causal)

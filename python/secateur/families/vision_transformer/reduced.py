@@ -37,7 +37,7 @@ def run_merging(
         block: of timm's classes or secateur's.
         x: (B, N, C).
         size: (B, N), how many tokens each has become; None for 1 each.
-        merge: how many tokens to merge; none in a block without attention, whose keys compare them.
+        merge: how many tokens to merge, compared by what the FFN would read; none in a block without attention.
         prefix: number of tokens before the patches, which are not merged.
         queries: run for the first tokens alone, without merging; 0 is all.
 
@@ -47,12 +47,17 @@ def run_merging(
     post_norm = isinstance(block, ResPostBlock)
     if block.attn is not None:
         log_size = None if size is None else size.log()
-        y, keys = Attends.attend(block, x if post_norm else block.norm1(x), queries, None, log_size)
+        y = Attends.attend(block, x if post_norm else block.norm1(x), queries, None, log_size)
         if queries:
             x = x[:, :queries]
         x = x + block.drop_path1(block.norm1(y) if post_norm else block.ls1(y))
         if merge and not queries:
-            x, size = merge_tokens(x, size, keys, merge, prefix)
+            read = x
+            if block.mlp is not None and not post_norm:
+                with torch.no_grad():
+                    # Not as a module: hooks of the norm expect what the FFN reads.
+                    read = block.norm2.forward(x)
+            x, size = merge_tokens(x, size, read, merge, prefix)
     elif queries:
         x = x[:, :queries]
     if block.mlp is not None:

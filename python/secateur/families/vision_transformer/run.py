@@ -56,9 +56,10 @@ def layers(model: VisionTransformer, last_block: LastBlock = "whole") -> dict[st
 
 
 def merging(model: VisionTransformer, block: int) -> nn.Module:
-    """Return what merges a tenth of the tokens in a block, by the first channels of the stream instead of keys."""
-    attn: Any = model.blocks[block].attn
-    return _Merging(int(attn.head_dim), model.num_prefix_tokens)
+    """Return what merges a tenth of the tokens in a block."""
+    compared: Any = model.blocks[block]
+    norm = nn.Identity() if isinstance(compared, ResPostBlock) or compared.mlp is None else compared.norm2
+    return _Merging(norm, model.num_prefix_tokens)
 
 
 def blocks(model: VisionTransformer) -> list[nn.Module]:
@@ -91,17 +92,17 @@ def _refuse_merging(model: VisionTransformer) -> None:
 class _Merging(nn.Module):
     """Merges tokens that are alike."""
 
-    def __init__(self, channels: int, prefix: int) -> None:
+    def __init__(self, norm: nn.Module, prefix: int) -> None:
         super().__init__()
-        self.channels, self.prefix = channels, prefix
+        self.norm, self.prefix = norm, prefix
 
     def extra_repr(self) -> str:
         """Return what differs between modules, for print(model)."""
-        return f"channels={self.channels}, prefix={self.prefix}"
+        return f"prefix={self.prefix}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, N, width) to (B, N - N // 10, width)."""
-        found, _ = merge_tokens(x, None, x[:, None, :, : self.channels], x.size(1) // 10, self.prefix)
+        found, _ = merge_tokens(x, None, self.norm(x), x.size(1) // 10, self.prefix)
         return found
 
 
@@ -117,7 +118,7 @@ class _ForPrefix(Attends):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, N, width) to (B, prefix, width)."""
-        y, _ = self.attend(self.before(x), self.prefix)
+        y = self.attend(self.before(x), self.prefix)
         out: torch.Tensor = x[:, : self.prefix] + self.after(y)
         return out
 

@@ -83,8 +83,8 @@ class Attends(nn.Module):
         queries: int,
         attn_mask: torch.Tensor | None = None,
         log_size: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the attention's output for the first tokens, and all keys.
+    ) -> torch.Tensor:
+        """Return the attention's output for the first tokens.
 
         Args:
             x: the attention's input, (B, N, C).
@@ -93,7 +93,7 @@ class Attends(nn.Module):
             log_size: (B, N), the logarithm of how many tokens each has become; None if no token was merged.
 
         Returns:
-            (B, queries, C) and (B, heads, N, qk_dim).
+            (B, queries, C).
         """
         attn = self.attn
         B, N, _ = x.shape  # noqa: N806
@@ -129,7 +129,8 @@ class Attends(nn.Module):
         y = attn.norm(y.reshape(B, L, v_all))
         if attn.gate is not None:
             y = y * attn.gate(first).sigmoid()
-        return attn.proj_drop(attn.proj(y)), k
+        out: torch.Tensor = attn.proj_drop(attn.proj(y))
+        return out
 
 
 def _rows_at(place: torch.Tensor, stays: torch.Tensor, count: int) -> torch.Tensor:
@@ -141,17 +142,19 @@ def _rows_at(place: torch.Tensor, stays: torch.Tensor, count: int) -> torch.Tens
 
 
 def merge_tokens(
-    x: torch.Tensor, size: torch.Tensor | None, keys: torch.Tensor, merged: int, prefix: int
+    x: torch.Tensor, size: torch.Tensor | None, features: torch.Tensor, merged: int, prefix: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Add the even patch tokens that are most like an odd one to it (Bolya et al., ToMe, ICLR 2023).
+    """Merge the even patch tokens that are most like an odd one into it (Bolya et al., ToMe, ICLR 2023).
 
-    The similarity is the cosine of the keys, averaged over heads. Tokens that stay keep their order, so that
-    neighbours in the image are compared again.
+    ToMe compares keys by their cosine. Here tokens are compared by ``features``, and large ones merge later: the
+    distance of two tokens of s and t patches, 1 - cosine, counts √(s t / (s + t)) times. (Ward's criterion, J. Am.
+    Stat. Assoc. 1963, has no root.) Tokens that stay keep their order, so that neighbours in the image are compared
+    again.
 
     Args:
         x: (B, N, C), of which the first ``prefix`` tokens stay as they are.
         size: (B, N), how many tokens each has become; None for 1 each.
-        keys: (B, heads, N, d).
+        features: (B, N, d).
         merged: how many tokens to merge; at most half of the patch tokens are.
         prefix: number of tokens before the patches.
 
@@ -166,9 +169,13 @@ def merge_tokens(
     precise = torch.promote_types(x.dtype, torch.float32)
     left = N - merged
     with torch.no_grad():
-        # Few operations: with one image, each costs as much as what it computes. A sum has the cosines of a mean.
-        metric = F.normalize(keys[:, :, prefix:].sum(1, dtype=precise), dim=-1)
-        best, partner = torch.bmm(metric[:, ::2], metric[:, 1::2].transpose(1, 2)).max(-1)
+        # Few operations: with one image, each costs as much as what it computes.
+        metric = F.normalize(features[:, prefix:].to(precise), dim=-1)
+        likeness = torch.bmm(metric[:, ::2], metric[:, 1::2].transpose(1, 2))
+        if size is not None:
+            inverse = size[:, prefix:].reciprocal()
+            likeness = (likeness - 1) * (inverse[:, ::2, None] + inverse[:, None, 1::2]).rsqrt()
+        best, partner = likeness.max(-1)
         chosen = best.topk(merged, dim=1, sorted=False)[1]
         # Rows of all images one after the other.
         even = torch.arange(prefix, B * N, N, device=x.device)[:, None]
