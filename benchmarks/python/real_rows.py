@@ -19,7 +19,7 @@ import torch
 from counts import INNER, Budget, allocations, sizes_at, uniform
 from pictures import Batches, Pictures
 from secateur.anatomy.kinds import KINDS
-from tome import tome
+from tome import spread, tome
 from torch import nn
 
 if TYPE_CHECKING:
@@ -192,6 +192,24 @@ def merged(draw: Draw, budget: Budget, *, decreasing: bool = False) -> peers.Out
     return peers.Outcome(model, detail={"merged": schedule})
 
 
+def merged_by_secateur(draw: Draw, budget: Budget) -> peers.Outcome:
+    """Token merging alone in ToMe's schedule, as many in each block, but of the tokens that secateur would choose."""
+    groups = [group for group in draw.anatomy.groups if group.kind == "tokens"]
+    patches = 2 * groups[0].size
+    left: dict[str, int] = {}
+    for total in range(1, len(groups) * groups[0].size):
+        merged = spread(total, len(groups), patches, decreasing=False)
+        left = {group.name: group.size - count for group, count in zip(groups, merged, strict=True)}
+        if draw.anatomy.macs_at(left, "whole") <= budget.kept * draw.anatomy.macs:
+            break
+    else:
+        raise sc.Unsupported(f"merged: no schedule reaches {budget}")
+    model = copy.deepcopy(draw.dense)
+    ratios = {group.name: 1 - left[group.name] / group.size for group in groups}
+    sc.prune(model, sc.plan(model, method="magnitude", ratios=ratios), last_block="whole")
+    return peers.Outcome(model, detail={"merged": merged})
+
+
 def unchanged(draw: Draw, _budget: Budget) -> peers.Outcome:
     return peers.Outcome(draw.dense)
 
@@ -230,6 +248,7 @@ WAYS: dict[str, Way] = {
         known=False,
         calibrated=False,
     ),
+    "merged": Way("as tome, but tokens compared by what the FFN reads", merged_by_secateur, calibrated=False),
     "ours": Way("prune_sequential, channels only", sequential, latency=True),
     "ours-tokens": Way("prune_sequential, channels and tokens", partial(sequential, tokens=True), latency=True),
     "ours-reconstructed": Way(
