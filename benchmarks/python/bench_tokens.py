@@ -3,7 +3,9 @@
 pip install ".[bench]" && OMP_NUM_THREADS=1 python benchmarks/python/bench_tokens.py
 DeiT-Small with random weights, 224 x 224 pixels, 16 tokens merged in every block; one thread, CPU time, the models in
 turn, the median of the paired ratios. First the outputs are compared: pooled with dense, and merged with token merging
-written from its formulas.
+written from its formulas. The last column is what the blocks' linear layers take by themselves, with as many tokens as
+the model has left in each block, over what they take with all tokens, by the ratio of their MACs: no way of merging
+tokens is faster than that.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import secateur as sc
@@ -41,8 +45,10 @@ def by_hand(model: nn.Module, images: Tensor, count: int) -> Tensor:
         q, k, v = attn.qkv(block.norm1(x)).reshape(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
         scores = q @ k.transpose(-2, -1) * attn.scale + size.log()[:, None, :, 0, None].transpose(-2, -1)
         x = x + attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        metric = nn.functional.normalize(k.mean(1)[:, 1:], dim=-1)
-        best, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(-1)
+        metric = nn.functional.normalize(block.norm2(x)[:, 1:], dim=-1)
+        s, t = size[:, 1::2], size[:, 2::2].transpose(1, 2)
+        near = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2) - 1) * (s * t / (s + t)).sqrt()
+        best, partner = near.max(-1)
         weighted, left, sizes = x * size, [], []
         for image in range(B):
             gone = best[image].argsort(descending=True)[: min(count, (N - 1) // 2)]
@@ -72,8 +78,37 @@ def compared(model: nn.Module, counts: tuple[int, ...]) -> None:
         assert float((merged(dense, 0)[0](images) - dense(images)).abs().max()) <= 1e-10
 
 
+class Linears(nn.Module):
+    """The linear layers of all blocks, on as many rows as each gets when ``count`` tokens merge in every block."""
+
+    def __init__(self, dense: nn.Module, count: int, *, pooled: bool) -> None:
+        super().__init__()
+        vit: Any = copy.deepcopy(dense)
+        tokens, self.macs = vit.patch_embed.num_patches + 1, 0
+        self.steps: list[tuple[nn.Linear, int]] = []
+        self.inputs: dict[tuple[int, int, int], Tensor] = {}
+        for number, block in enumerate(vit.blocks):
+            last = pooled and number == len(vit.blocks) - 1
+            after = 1 if last else tokens - min(count, (tokens - 1) // 2)
+            # Queries of a pooled block are left out: one row hardly takes time.
+            rows = ((block.attn.qkv, tokens), (block.attn.proj, 1 if last else tokens))
+            self.steps += [*rows, (block.mlp.fc1, after), (block.mlp.fc2, after)]
+            tokens = after
+        self.layers = nn.ModuleList(layer for layer, _ in self.steps)
+        self.macs = sum(layer.weight.numel() * rows for layer, rows in self.steps)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images
+        for layer, rows in self.steps:
+            shape = len(images), rows, layer.in_features
+            if shape not in self.inputs:  # in the first pass, which does not count
+                self.inputs[shape] = torch.ones(shape)
+            x = layer(self.inputs[shape])
+        return x
+
+
 @torch.inference_mode()
-def ratios(models: list[nn.Module], batch: int, pairs: int) -> np.ndarray:
+def ratios(models: Sequence[nn.Module], batch: int, pairs: int) -> np.ndarray:
     """Return each model's CPU time over the first one's, (pairs, models)."""
     images = torch.randn(batch, 3, 224, 224)
     times = np.empty((pairs + 1, len(models)))
@@ -99,13 +134,17 @@ def main() -> None:
     compared(dense, counts)
     cut = [merged(dense, count) for count in counts]
     print(f"{processor()}, one thread, torch {torch.__version__}, {arguments.model}")
-    print(f"{'batch':>5} {'merged':>6} {'MACs':>6} {'time':>6} {'time/MACs':>9}  quartiles")
+    linears = [Linears(dense, 0, pooled=False), *(Linears(dense, count, pooled=True) for count in counts)]
+    print(f"{'batch':>5} {'merged':>6} {'MACs':>6} {'time':>6} {'time/MACs':>9}  {'quartiles':<11}  linear")
     for batch in (16, 1):
-        found = ratios([dense, *(model for model, _ in cut)], batch, arguments.pairs * (4 if batch == 1 else 1))
+        pairs = arguments.pairs * (4 if batch == 1 else 1)
+        found = ratios([dense, *(model for model, _ in cut)], batch, pairs)
+        alone = np.median(ratios(linears, batch, pairs), axis=0)
         for number, (count, (_, macs)) in enumerate(zip(counts, cut, strict=True), 1):
             low, middle, high = np.quantile(found[:, number], (0.25, 0.5, 0.75))
             spread = f"{low / macs:.3f}-{high / macs:.3f}"
-            print(f"{batch:>5} {count:>6} {macs:>6.3f} {middle:>6.3f} {middle / macs:>9.3f}  {spread}")
+            floor = alone[number] * linears[0].macs / linears[number].macs
+            print(f"{batch:>5} {count:>6} {macs:>6.3f} {middle:>6.3f} {middle / macs:>9.3f}  {spread}  {floor:.3f}")
 
 
 if __name__ == "__main__":
