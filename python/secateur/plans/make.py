@@ -96,9 +96,9 @@ def plan(
             (``sensitivity="noise"``); "uniform" removes the same fraction from all groups. The default is the first of
             these that statistics or ``loader`` allow.
         loader: calibration images as for ``calibrate``; 40 of the first 128 are run, weighted to stand for all of
-            these. What the statistics do not hold is measured on them. Cuts that cost more together than alone are then found: around the chosen sizes each
-            group is restored, or cut if it is whole, and the counts are chosen again, as long as the measured loss of
-            the whole plan falls; ``Plan.measured`` reports that loss.
+            these. What the statistics do not hold is measured on them. Cuts that cost more together than alone are then
+            found: around the chosen sizes each group is restored, or cut if it is whole, and the counts are chosen
+            again, as long as the measured loss of the whole plan falls; ``Plan.measured`` reports that loss.
         latency_table: the result of ``measure_latency``, or its file; it holds batch size, type and engine. Without
             one, a target for latency measures one first, on the model's device and in its type, for the groups that may
             be cut.
