@@ -23,6 +23,7 @@ from ..statistics.settings import Collect, Settings
 from ..statistics.statistics import Statistics
 from .cuts import Cuts
 from .merging import MergingSchedules
+from .sample import Sampler
 
 __all__ = ["calibrate", "calibrate_block"]
 
@@ -171,12 +172,13 @@ def _further(sensitivity: object, methods: list[str] | None, collect: str, head_
         raise InvalidArgument(f"methods: expected none without sensitivity=True, got {methods!r}")
     found: list[Measurement] = []
     if sensitivity is True:
+        sampler = Sampler()
         for name in ("project" if collect == "all" else "snp",) if methods is None else methods:
             method = method_named(name)
             if "moments" in method.needs and collect != "all":
                 raise InvalidArgument(f"methods: expected some that need scores only, got {name!r}; use collect='all'")
-            found.append(Cuts(method, options_of(method, {})))
-        found.append(MergingSchedules())
+            found.append(Cuts(method, options_of(method, {}), sampler=sampler))
+        found.append(MergingSchedules(sampler))
     found += [measurements.named("divergence")] if sensitivity == "noise" else []
     return found + ([measurements.named("gradient")] if head_gradients else [])
 

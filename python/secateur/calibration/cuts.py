@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from ..anatomy import Group, Kind
@@ -18,7 +17,7 @@ from ..statistics.measurements import Work
 from ..statistics.measurements.base import divergence, double, hooked
 from ..statistics.settings import Float
 from ..surgery.trial import cut_copy
-from .sample import Sample, sample
+from .sample import Sampler, summed
 
 __all__ = [
     "Cuts",
@@ -44,10 +43,14 @@ class Cuts:
         method: the method that cuts.
         options: its options, a frozen dataclass.
         groups: names of the groups to cut; by default all.
+        sampler: chooses the images; by default one of its own.
     """
 
-    def __init__(self, method: Method, options: Any, groups: Collection[str] | None = None) -> None:
+    def __init__(
+        self, method: Method, options: Any, groups: Collection[str] | None = None, sampler: Sampler | None = None
+    ) -> None:
         self._method, self._options, self._groups = method, options, groups
+        self._sampler = sampler or Sampler()
         self.name = measured_name(method, options)
 
     def take(self, work: Work) -> Iterator[Mapping[str, Float]]:
@@ -64,9 +67,8 @@ class Cuts:
             return
         prepared = self._method.prepare(Bound(work.model, anatomy, work.statistics, self._options))
         trials = [trial for trial in trials if trial[0].kind in prepared.kinds]
-        chosen = sample(work)
+        chosen = self._sampler.of(work)
         dense = [Passed.through(work.model, work.family, each.images) for each in chosen]
-        images = float(sum(each.weights.sum() for each in chosen))
         for block in sorted({group.block for group, _, _ in trials}, key=lambda block: (block is None, block or 0)):
             found: dict[str, Float] = {}
             for group, size, name in [trial for trial in trials if trial[0].block == block][work.rank :: work.ranks]:
@@ -74,7 +76,7 @@ class Cuts:
                 with suppress(Unsupported):
                     cut = pruned_copy(work, prepared, {group.name: size})
                     losses = (each.loss(cut, work.family, group, each.output) for each in dense)
-                    found[name] = np.array([sum(map(Sample.total, chosen, losses)), images])
+                    found[name] = summed(chosen, losses)
             yield found
 
 

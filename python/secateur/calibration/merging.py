@@ -14,7 +14,7 @@ from ..statistics.settings import Float
 from ..statistics.statistics import MERGED, merged_name
 from ..surgery.trial import cut_copy
 from .cuts import Passed
-from .sample import Sample, sample
+from .sample import Sampler, summed
 from .schedules import kept_tokens, schedules, token_groups
 
 __all__ = ["MergingSchedules"]
@@ -26,9 +26,15 @@ class MergingSchedules:
     What merging costs in one block depends on how many tokens the blocks before it have merged, so whole schedules are
     measured. The loss is that of `Cuts`. Its sums are called "tokens/merged@n-n-…", with the number of tokens that each
     block merges.
+
+    Args:
+        sampler: chooses the images; by default one of its own.
     """
 
     name = MERGED
+
+    def __init__(self, sampler: Sampler | None = None) -> None:
+        self._sampler = sampler or Sampler()
 
     def take(self, work: Work) -> Iterator[Mapping[str, Float]]:
         """Measure in one round; a rank measures its share of the schedules."""
@@ -37,14 +43,13 @@ class MergingSchedules:
         wanted = {name: merged for name, merged in named.items() if name not in work.done}
         if not wanted:
             return
-        chosen = sample(work)
+        chosen = self._sampler.of(work)
         dense = [Passed.through(work.model, work.family, each.images) for each in chosen]
-        images = float(sum(each.weights.sum() for each in chosen))
         found: dict[str, Float] = {}
         for name in list(wanted)[work.rank :: work.ranks]:
             kept = kept_tokens(work.anatomy, wanted[name])
-            losses = [divergence(work.model, each.output, _output(work, groups, each, kept)) for each in dense]
-            found[name] = np.array([sum(map(Sample.total, chosen, losses)), images])
+            losses = (divergence(work.model, each.output, _output(work, groups, each, kept)) for each in dense)
+            found[name] = summed(chosen, losses)
         yield found
 
 

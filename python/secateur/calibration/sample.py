@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..statistics.measurements import Work
 from ..statistics.measurements.base import divergence, double
+from ..statistics.settings import Float
 from ..surgery.trial import cut_copy
 from .schedules import kept_tokens, merged_by
 
-__all__ = ["Sample", "sample"]
+__all__ = ["Sample", "Sampler", "sample", "summed"]
 
 _IMAGES = 40
 # The inputs of all blocks are held for this many images at once.
@@ -32,9 +33,24 @@ class Sample:
     images: Tensor
     weights: Tensor
 
-    def total(self, losses: Tensor) -> float:
-        """Return the weighted sum of the images' losses, (B,)."""
-        return float(self.weights @ losses.double().cpu())
+
+class Sampler:
+    """Chooses images once for all measurements of one run, which must be given the same images."""
+
+    def __init__(self) -> None:
+        self._chosen: list[Sample] | None = None
+
+    def of(self, work: Work) -> list[Sample]:
+        """Return the sample of the work that came first."""
+        if self._chosen is None:
+            self._chosen = sample(work)
+        return self._chosen
+
+
+def summed(chosen: Sequence[Sample], losses: Iterable[Tensor]) -> Float:
+    """Return the weighted sum of the losses of all images, one (B,) for each sample, and the sum of the weights."""
+    parts = [float(each.weights @ loss.double().cpu()) for each, loss in zip(chosen, losses, strict=True)]
+    return np.array([sum(parts), float(sum(each.weights.sum() for each in chosen))])
 
 
 def sample(work: Work) -> list[Sample]:
@@ -51,8 +67,8 @@ def sample(work: Work) -> list[Sample]:
         chosen, weights = torch.arange(len(images)), torch.ones(len(images), dtype=torch.float64)
     else:
         size = torch.full((len(images),), _FLOOR, dtype=torch.float64)
-        for signs in zip(*(_signs(work, chunk) for chunk in images.split(_CHUNK)), strict=True):
-            root = torch.cat(signs).clamp_min(0).sqrt()
+        for sign in _signs(work, images):
+            root = sign.clamp_min(0).sqrt()
             if bool(root.isfinite().all()) and float(root.sum()) > 0:
                 size += root / root.mean()
         order = size.argsort(stable=True)
@@ -72,13 +88,15 @@ def _chunks(images: Tensor, chosen: Tensor, weights: Tensor) -> Iterator[Sample]
 
 def _signs(work: Work, images: Tensor) -> list[Tensor]:
     """Return what tells how much each image may lose, each (B,), float64 on the CPU."""
-    output = double(work.model(images))
+    chunks = images.split(_CHUNK)
+    outputs = [double(work.model(chunk)) for chunk in chunks]
     found = []
     if getattr(work.model, "num_classes", 0):
-        found.append(1 - output.softmax(-1).square().sum(-1))
+        found.append([1 - output.softmax(-1).square().sum(-1) for output in outputs])
     merged = merged_by(work.anatomy, 0, _RATE, of_all=True)
     if any(merged):
         keep = {name: np.arange(size)[None] for name, size in kept_tokens(work.anatomy, merged).items()}
-        less = double(cut_copy(work.model, work.family, work.anatomy, keep, {})(images))
-        found.append(divergence(work.model, output, less))
-    return [each.double().cpu().reshape(len(images), -1).mean(1) for each in found]
+        less = cut_copy(work.model, work.family, work.anatomy, keep, {})
+        pairs = zip(outputs, chunks, strict=True)
+        found.append([divergence(work.model, output, double(less(chunk))) for output, chunk in pairs])
+    return [torch.cat([part.double().cpu().reshape(len(part), -1).mean(1) for part in parts]) for parts in found]

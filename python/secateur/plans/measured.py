@@ -16,7 +16,7 @@ from ..anatomy.fingerprint import Fingerprint
 from ..budgets.budget import Allocation
 from ..calibration.cuts import Cuts, Passed, measured_sizes, pruned_copy
 from ..calibration.merging import MergingSchedules
-from ..calibration.sample import Sample, sample
+from ..calibration.sample import Sample, Sampler
 from ..errors import InvalidArgument
 from ..families.registry import family_of
 from ..methods.base import Decision, Method, Prepared
@@ -65,12 +65,14 @@ class Measured:
             raise InvalidArgument("loader: expected at least one image, got none")
         nothing = Statistics.of_nothing(Fingerprint.without_weights(anatomy))
         self._work = Work(model, family_of(model), anatomy, batches, nothing)
+        self._sampler = Sampler()
 
     def completed(self, stats: Statistics, method: Method, options: Any) -> Statistics:
         """Return the statistics with the method's losses of the groups, measured where they are missing."""
-        needed: list[Measurement] = [Cuts(method, options, [group.name for group in self._groups])]
+        names = [group.name for group in self._groups]
+        needed: list[Measurement] = [Cuts(method, options, names, self._sampler)]
         if not stats.merged and any(group.of_tokens for group in self._groups):
-            needed.append(MergingSchedules())
+            needed.append(MergingSchedules(self._sampler))
         done = {name.removeprefix("sensitivity/") for name in stats.tensors}
         work = replace(self._work, statistics=stats, done=done)
         with measuring(work.model):
@@ -104,9 +106,9 @@ class Measured:
                 best, cut = again, tried
         return best, self._mean(cut[1])
 
-    @cached_property
+    @property
     def _sample(self) -> list[Sample]:
-        return sample(self._work)
+        return self._sampler.of(self._work)
 
     @cached_property
     def _weights(self) -> Tensor:

@@ -72,10 +72,9 @@ def test_losses_of_other_models(kind):
 def test_a_plan_merges_and_cuts_within_the_budget(digits_model, digits_images, calibrated):
     anatomy = sc.inspect(digits_model)
     tokens = {group.name for group in token_groups(anatomy)}
-    merging = []
-    for macs in (0.6, 0.45, 0.3):
+    for macs in (0.4, 0.3, 0.25):
         plan = sc.plan(digits_model, calibrated, target=sc.Target(macs=macs))
-        merging.append(bool(tokens & plan.keep.keys()))
+        assert tokens & plan.keep.keys()
         channels = sc.plan(digits_model, calibrated, target=sc.Target(macs=macs), freeze=["tokens"])
         assert not tokens & channels.keep.keys()
         assert plan.loss[0] <= channels.loss[0] * (1 + 1e-9)
@@ -84,8 +83,6 @@ def test_a_plan_merges_and_cuts_within_the_budget(digits_model, digits_images, c
         assert report.macs[1] == plan.macs[1] <= macs * plan.macs[0]
         assert sc.inspect(cut).macs == plan.macs[1]
         assert divergence(digits_model, cut, digits_images) < 0.5
-    # Where a tiny model can spare many channels, comparing tokens costs more than merging them saves.
-    assert any(merging)
 
 
 def test_the_choice_is_the_best_of_all(digits_model):

@@ -22,10 +22,16 @@ __all__ = [
     "ReducedVisionTransformer",
     "ReducedVisionTransformerDistilled",
     "merges",
+    "norm_before_ffn",
     "pooled_output",
     "pools_tokens",
     "run_merging",
 ]
+
+
+def norm_before_ffn(block: Any) -> nn.Module | None:
+    """Return the norm whose output the FFN reads, by which tokens are compared; None if there is none."""
+    return None if isinstance(block, ResPostBlock) or block.mlp is None else block.norm2
 
 
 def run_merging(
@@ -52,11 +58,11 @@ def run_merging(
             x = x[:, :queries]
         x = x + block.drop_path1(block.norm1(y) if post_norm else block.ls1(y))
         if merge and not queries:
-            read = x
-            if block.mlp is not None and not post_norm:
+            read, norm = x, norm_before_ffn(block)
+            if norm is not None:
                 with torch.no_grad():
                     # Not as a module: hooks of the norm expect what the FFN reads.
-                    read = block.norm2.forward(x)
+                    read = norm.forward(x)
             x, size = merge_tokens(x, size, read, merge, prefix)
     elif queries:
         x = x[:, :queries]

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...anatomy import LastBlock
 from ...errors import Unsupported
-from .reduced import merges, pooled_output, run_merging
+from .reduced import merges, norm_before_ffn, pooled_output, run_merging
 from .tokens import Attends, merge_tokens
 
 __all__ = ["alone", "blocks", "from_block", "layers", "merging"]
@@ -57,9 +57,7 @@ def layers(model: VisionTransformer, last_block: LastBlock = "whole") -> dict[st
 
 def merging(model: VisionTransformer, block: int) -> nn.Module:
     """Return what merges a tenth of the tokens in a block."""
-    compared: Any = model.blocks[block]
-    norm = nn.Identity() if isinstance(compared, ResPostBlock) or compared.mlp is None else compared.norm2
-    return _Merging(norm, model.num_prefix_tokens)
+    return _Merging(norm_before_ffn(model.blocks[block]) or nn.Identity(), model.num_prefix_tokens)
 
 
 def blocks(model: VisionTransformer) -> list[nn.Module]:
