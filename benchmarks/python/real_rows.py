@@ -195,7 +195,7 @@ def merged(draw: Draw, budget: Budget, *, decreasing: bool = False) -> peers.Out
 def merged_by_secateur(draw: Draw, budget: Budget) -> peers.Outcome:
     """Token merging alone in ToMe's schedule, as many in each block, but of the tokens that secateur would choose."""
     groups = [group for group in draw.anatomy.groups if group.kind == "tokens"]
-    patches = 2 * groups[0].size
+    patches = draw.anatomy.tokens[groups[0].name].patches
     left: dict[str, int] = {}
     for total in range(1, len(groups) * groups[0].size):
         merged = spread(total, len(groups), patches, decreasing=False)
