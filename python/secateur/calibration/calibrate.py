@@ -13,6 +13,7 @@ from ..anatomy.fingerprint import Fingerprint
 from ..data.loader import ImageLoader
 from ..data.model_input import data_config
 from ..errors import InvalidArgument, Unsupported
+from ..families.base import Family
 from ..families.registry import family_of
 from ..methods.registry import method_named, options_of
 from ..runtime.ranks import Ranks, joined
@@ -36,6 +37,7 @@ def calibrate(
     collect: Collect = "all",
     gamma: int = 8,
     token_fraction: float = 1.0,
+    row_weights: bool = False,
     sensitivity: bool | Literal["noise"] = False,
     methods: Iterable[str] | None = None,
     head_gradients: bool = False,
@@ -67,6 +69,9 @@ def calibrate(
         gamma: number of leading singular directions that count.
         token_fraction: fraction of the tokens used for the moments: every k-th token, with k = round(1 /
             token_fraction), starting at another one in each image. Importance uses all tokens.
+        row_weights: whether tokens have weights in the moments that fits use, so that neither a few massive tokens of a
+            large model nor tokens that the output hardly depends on rule them; see ``statistics.rows.RowWeights``. The
+            first 128 images pass through the model once more before the others, forward and backward.
         sensitivity: if true, also measure what the cuts of ``methods`` really cost: each group alone is cut to a few
             sizes, and the outputs for 40 of the first 128 images are compared, weighted to stand for all of these; see
             ``Statistics.losses``. Plans divide a target by it. "noise" measures, on at most the first 128 images, how
@@ -89,7 +94,8 @@ def calibrate(
         InvalidArgument: an argument out of range, an unknown method or one that needs what is not collected, batches
             that are not images of the model's size, or a ``resume`` file of another model, of other settings, or with
             more images than asked for.
-        Unsupported: the model is not of a supported family; or, on several ranks, a stream, or ``resume`` with a loader
+        Unsupported: the model is not of a supported family; its tokens merge or have no common stream, with
+            ``row_weights``; or, on several ranks, a stream, or ``resume`` with a loader
             not made by `data.loader`.
         NumericalError: NaN or Inf in an image or a layer; the text names the layer and the position.
         Error: another rank raised an error that is not secateur's, died or hangs.
@@ -104,6 +110,8 @@ def calibrate(
             checkpoint_every = check.integer("checkpoint_every", checkpoint_every, optional=True)
             token_fraction = check.fraction("token_fraction", token_fraction, open_low=True)
             _check(loader, collect, resume, checkpoint_every)
+            if row_weights:
+                _check_weights(model, family, collect)
             names = _names(methods)
             further = _further(sensitivity, names, collect, head_gradients)
             path = None if resume is None else check.writable("resume", resume)
@@ -114,6 +122,7 @@ def calibrate(
                 token_fraction=token_fraction,
                 dtype="",
                 data=_data_configuration(model),
+                row_weights=bool(row_weights),
             )
             observer = Observer(anatomy, settings)
             if ranks.size > 1 and path is not None and not isinstance(loader, ImageLoader):
@@ -126,6 +135,7 @@ def calibrate(
             max_images=max_images,
             resume=path is not None,
             checkpoint_every=checkpoint_every,
+            row_weights=row_weights,
             sensitivity=sensitivity,
             methods=names,
             head_gradients=head_gradients,
@@ -158,6 +168,17 @@ def _check(
         raise InvalidArgument(f"loader: expected batches of images, got {type(loader).__name__}")
 
 
+def _check_weights(model: nn.Module, family: Family, collect: str) -> None:
+    if collect != "all":
+        raise InvalidArgument(f"row_weights: expected collect='all' with weights, got collect={collect!r}")
+    try:
+        family.layers(model)
+    except Unsupported:
+        raise Unsupported(
+            f"row_weights: expected a model with one stream of tokens of which none merge, got {type(model).__name__}"
+        ) from None
+
+
 def _names(methods: Iterable[str] | None) -> list[str] | None:
     if isinstance(methods, str) or not isinstance(methods, Iterable | None):
         raise InvalidArgument(f"methods: expected a sequence of names, got {methods!r}")
@@ -188,7 +209,7 @@ def _agree(ranks: Ranks, settings: Settings) -> None:
     first, *others = (Settings.from_dict(fields) for fields in ranks.gather(settings.to_dict()))
     for rank, other in enumerate(others, 1):
         first.fingerprint.require(other.fingerprint, f"rank {rank}: model", strict=True)
-    ranks.agree(**{name: value for name, value in settings.to_dict().items() if name != "fingerprint"})
+    ranks.agree(**{name: value for name, value in vars(settings).items() if name != "fingerprint"})
 
 
 def calibrate_block(

@@ -51,6 +51,10 @@ def calibrate(
     ] = "all",
     gamma: Annotated[int, typer.Option(min=1, help="Number of leading singular directions that SNP scores.")] = 8,
     token_fraction: Annotated[float, typer.Option(help="Fraction of the tokens that enter the moments.")] = 1.0,
+    row_weights: Annotated[
+        bool,
+        typer.Option("--row-weights", help="Weigh tokens in the moments by what depends on them; for large models."),
+    ] = False,
     sensitivity: Annotated[
         bool,
         typer.Option("--sensitivity", help="Also measure what cutting each group costs, to share out budgets."),
@@ -102,6 +106,7 @@ def calibrate(
             collect=kind,
             gamma=gamma,
             token_fraction=token_fraction,
+            row_weights=row_weights,
             sensitivity="noise" if noise else sensitivity,
             methods=None if methods is None else names(methods),
             head_gradients=head_gradients,

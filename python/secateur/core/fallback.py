@@ -73,7 +73,7 @@ def update_moments(
 def _multiply_elsewhere(
     accumulator: core.MomentAccumulator, x: torch.Tensor, norm: RowNorm, stride: int, phase: int
 ) -> None:
-    rows = _rows(x, stride, phase) if _torch_multiplies(x) else None
+    rows = chosen_rows(x, stride, phase) if _torch_multiplies(x) else None
     if rows is not None:
         dim = rows.shape[1]
         total = torch.zeros(dim, dtype=torch.float64, device=x.device)
@@ -92,6 +92,15 @@ def _multiply_elsewhere(
             accumulator.merge(other)
             return
     accumulator.update(x.cpu(), norm=norm, stride=stride, phase=phase)
+
+
+def chosen_rows(x: torch.Tensor, stride: int, phase: int) -> torch.Tensor:
+    """Return the selected rows, (rows, dim): of image b, the tokens n with n = phase + b modulo stride."""
+    if stride == 1:
+        return x.flatten(0, 1)
+    images, tokens = (torch.arange(size, device=x.device) for size in x.shape[:2])
+    rows: torch.Tensor = x[(tokens - images[:, None] - phase) % stride == 0]
+    return rows
 
 
 def at_hand(x: torch.Tensor) -> torch.Tensor:
@@ -142,15 +151,6 @@ def _grams(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     mean = k.mean(2, keepdim=True)
     centred = k - mean
     return q.mT @ q, centred.mT @ centred, mean.squeeze(2)
-
-
-def _rows(x: torch.Tensor, stride: int, phase: int) -> torch.Tensor:
-    """Return the selected rows, (rows, dim): of image b, the tokens n with n = phase + b modulo stride."""
-    if stride == 1:
-        return x.reshape(-1, x.shape[-1])
-    images, tokens = (torch.arange(size, device=x.device) for size in x.shape[:2])
-    rows: torch.Tensor = x[(tokens - images[:, None] - phase) % stride == 0]
-    return rows
 
 
 def _normalised(rows: torch.Tensor, norm: RowNorm) -> torch.Tensor:

@@ -18,6 +18,7 @@ from ..errors import InvalidArgument
 from ..runtime.ranks import Ranks
 from .collectors import Accumulator, Position, collectors
 from .collectors.base import wait_for_all
+from .rows import RowWeights, after_layers
 from .settings import FOLDS, Float, Settings
 from .statistics import IMAGES, Statistics
 
@@ -38,6 +39,8 @@ class Observer:
     ) -> None:
         """Observe the whole model, or the layers of block ``only``, or with ``norms`` the norms (and one attention)."""
         self.position = Position()
+        # Gives tokens their weights, where `Settings.row_weights` asks for them.
+        self.weights: RowWeights | None = None
         self.whole = True
         self.settings = settings
         self.sensitivity: dict[str, Float] = {}
@@ -56,11 +59,15 @@ class Observer:
         seen += [{"stream": norm.tap} for norm in self._norms]
         shapes = {g.name: (g.heads, g.size) for g in anatomy.groups}
         self._accumulators: list[Accumulator] = []
+        # Those of layers, and what they have read before the layer's end, where its tokens get their weights.
+        self._in_layers: list[Accumulator] = []
+        self._read: list[tuple[Accumulator, list[Tensor]]] = []
         for taps in seen:
             order = list(taps.values())
             found = [each for collector in collectors for each in collector.open(taps, settings, shapes)]
             # In the order of a forward pass, so that errors name the first cause.
             self._accumulators += sorted(found, key=lambda each: order.index(each.taps[0]))
+            self._in_layers += [] if "stream" in taps else found
         maps = [layer.taps["query"].maps_per_image for layer in self._layers if "query" in layer.taps]
         if set(maps) != {1}:
             # The scorers' own counts are of maps, and any of them may be asked.
@@ -127,7 +134,7 @@ class Observer:
         """
         settings = statistics.settings
         self.settings.fingerprint.require(settings.fingerprint, "resume", strict=True)
-        for name in ("gamma", "collect", "token_fraction", "data"):
+        for name in ("gamma", "collect", "token_fraction", "data", "row_weights"):
             mine, found = getattr(self.settings, name), getattr(settings, name)
             if mine != found:
                 raise InvalidArgument(f"resume: expected a file of {name} = {mine!r}, got {found!r}")
@@ -148,10 +155,13 @@ class Observer:
                 pending: dict[int, Tensor] = {}
                 for number, tap in enumerate(accumulator.taps):
                     handles.append(_on(model, tap, partial(self._seen, accumulator, pending, number)))
+            if self.weights is not None:
+                handles += after_layers(model, self._layers, partial(self._weigh, self.weights))
             if self._last is not None:
                 handles.append(model.get_submodule(self._last).register_forward_hook(_enough))
             yield
         finally:
+            self._read.clear()
             for handle in handles:
                 handle.remove()
 
@@ -166,7 +176,18 @@ class Observer:
         if number == len(accumulator.taps) - 1:
             tensors = [pending[each] for each in range(len(accumulator.taps))]
             pending.clear()
+            if self.weights is not None and accumulator in self._in_layers:
+                self._read.append((accumulator, tensors))
+            else:
+                accumulator.update(self.position, tensors)
+
+    def _weigh(self, weights: RowWeights, layer: str, stream: Tensor) -> None:
+        """Add what was read in a layer, now that the stream after it is known."""
+        self.position.weights = weights.of(layer, stream)
+        for accumulator, tensors in self._read:
             accumulator.update(self.position, tensors)
+        self._read.clear()
+        self.position.weights = None
 
 
 class _Count:

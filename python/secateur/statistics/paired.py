@@ -62,12 +62,10 @@ class Sums:
         """
         for turn in range(min(2, len(x))):
             fold = (start + turn) % 2
-            rows = [each[turn::2] for each in (x, y, weights)]
-            if self._stride > 1:
-                chosen = self._chosen(start + turn, *rows[2].shape).to(x.device)
-                a, b, w = (each[chosen] for each in rows)
-            else:
-                a, b, w = (each.flatten(0, 1) for each in rows)
+            rows = [each[turn::2] for each in (x, y)]
+            stride, phase = min(self._stride, x.shape[1]), (start + turn) // 2
+            a, b = (fallback.chosen_rows(each, stride, phase) for each in rows)
+            w = fallback.chosen_rows(weights[turn::2, :, None], stride, phase)[:, 0]
             precision = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
             w = w.to(precision)
             roots = (a.to(precision) * w.sqrt()[:, None])[None]
@@ -78,10 +76,6 @@ class Sums:
                 self._x[fold] += scaled.double().sum(0).cpu()
                 self._y[fold] += (q.to(precision) * s[:, None]).double().sum(0).cpu()
                 self._xy[fold] += (scaled.mT @ q.to(precision)).cpu()
-
-    def _chosen(self, first: int, images: int, tokens: int) -> Tensor:
-        stride = min(self._stride, tokens)
-        return (torch.arange(tokens) - torch.arange(images)[:, None] - first // 2) % stride == 0
 
     def moments(self, ranks: Ranks) -> tuple[PairedMoments, list[PairedMoments]]:
         """Return the moments over all rows of all ranks, and those of the two folds, where one may have no rows.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from ..errors import InvalidArgument, NumericalError
 from ..families.base import Family
 from ..runtime.progress import progress
 from ..runtime.ranks import Ranks
-from .measurements import MEASURED_IMAGES, Measurement, Work
+from .measurements import MEASURED_IMAGES, Measurement, Work, measurements
 from .observer import EnoughError, Observer
+from .rows import RowWeights
 from .statistics import Statistics
 
 __all__ = ["as_written", "batches_of", "evaluating", "measuring", "run", "warn_unless_normalised"]
@@ -62,8 +64,13 @@ def run(
     missing = [measurement for measurement in further if measurement.name not in taken]
     with measuring(model), _kept(observer, path, ranks):
         shown = progress(total, "calibrate", silent=ranks.rank > 0)
+        rounds = batches_of(model, loader, max_images, seen, ranks)
+        if observer.settings.row_weights:
+            assert family is not None
+            assert anatomy is not None
+            rounds = _weighing(model, family, anatomy, observer, rounds, ranks)
         with observer.observing(model), shown as advance:
-            for index, (start, images, stop) in enumerate(batches_of(model, loader, max_images, seen, ranks)):
+            for index, (start, images, stop) in enumerate(rounds):
                 advance(stop - end)
                 end = stop
                 if missing and start < MEASURED_IMAGES and len(images) > 0:
@@ -93,6 +100,31 @@ def run(
     if path is not None and (observer.images > seen or observer.sensitivity):
         _save(statistics, path, ranks)
     return statistics
+
+
+def _weighing(
+    model: nn.Module,
+    family: Family,
+    anatomy: Anatomy,
+    observer: Observer,
+    rounds: Iterator[tuple[int, torch.Tensor, int]],
+    ranks: Ranks,
+) -> Iterator[tuple[int, torch.Tensor, int]]:
+    """Measure on the first images how tokens count, unless that is known, and return all rounds."""
+    early = []
+    if not any(name.endswith("/rows") for name in observer.sensitivity):
+        for start, images, stop in rounds:
+            # The loader may use its memory again.
+            early.append((start, images.detach().clone(), stop))
+            if stop >= MEASURED_IMAGES:
+                break
+        first = {start: images[: max(0, MEASURED_IMAGES - start)] for start, images, _ in early}
+        first = {start: images for start, images in first.items() if len(images) > 0}
+        _measure(model, family, anatomy, observer, [measurements.named("rows")], first, ranks)
+    sums = {name: each for name, each in observer.sensitivity.items() if name.endswith("/rows")}
+    if sums:
+        observer.weights = RowWeights(model, anatomy, family.prefix_tokens(model), sums)
+    return chain(early, rounds)
 
 
 def _forward(model: nn.Module, observer: Observer, images: torch.Tensor) -> None:
@@ -149,7 +181,8 @@ def _kept(observer: Observer, path: Path | None, ranks: Ranks) -> Iterator[None]
         # Several ranks are at the same position only after an error that is raised on all of them.
         if path is None or (ranks.size > 1 and (ranks.lost or not isinstance(error, Exception))):
             raise
-        if all(ranks.gather(observer.whole)) and (observer.images > before or observer.sensitivity):
+        more = observer.images > before or (before > 0 and observer.sensitivity)
+        if all(ranks.gather(observer.whole)) and more:
             _save(observer.statistics(ranks), path, ranks)
         raise
 

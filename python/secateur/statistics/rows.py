@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..anatomy import Anatomy, Layer
 from ..errors import InvalidArgument
 from ..families.base import NORMS
 from .settings import Float
 
-__all__ = ["RowWeights", "spread"]
+__all__ = ["RowWeights", "after_layers", "spread"]
 
 # What norms add to the variance where a layer has no norm before it.
 _EPS = 1e-6
@@ -63,6 +64,26 @@ def spread(model: nn.Module, layer: Layer, stream: Tensor) -> Tensor:
     # RMSNorms have no mean to subtract, so all of a token's length counts.
     found = x.square().mean(-1) if _uncentred(norm) else x.var(-1, unbiased=False)
     return found + float(getattr(norm, "eps", _EPS) or _EPS)
+
+
+def after_layers(
+    model: nn.Module, layers: Iterable[Layer], seen: Callable[[str, Tensor], None]
+) -> list[RemovableHandle]:
+    """Hook a model so that forward passes call ``seen`` with a layer's name and the stream after it, (B, N, width)."""
+    before: dict[str, Tensor] = {}
+
+    def enters(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: before.__setitem__(name, args[0].detach())
+
+    def leaves(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _module, _args, output: seen(name, before.pop(name) + output.detach())
+
+    handles = []
+    for layer in layers:
+        module = model.get_submodule(layer.input_norm or layer.name)
+        handles.append(module.register_forward_pre_hook(enters(layer.name)))
+        handles.append(model.get_submodule(layer.branch).register_forward_hook(leaves(layer.name)))
+    return handles
 
 
 def _uncentred(norm: nn.Module | None) -> bool:

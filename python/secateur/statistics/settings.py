@@ -24,7 +24,7 @@ class Settings:
     """The settings that the sums depend on besides the images; only sums with equal settings can be merged.
 
     ``data`` is the model's data configuration (input size, mean, std, interpolation), ``dtype`` the type of the
-    queries and keys that were scored.
+    queries and keys that were scored; ``row_weights`` says whether tokens have weights in the moments.
     """
 
     fingerprint: Fingerprint
@@ -33,10 +33,15 @@ class Settings:
     token_fraction: float
     dtype: str
     data: Mapping[str, Any]
+    row_weights: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
-        return {**vars(self), "fingerprint": self.fingerprint.to_dict(), "data": dict(self.data)}
+        fields = {**vars(self), "fingerprint": self.fingerprint.to_dict(), "data": dict(self.data)}
+        if not self.row_weights:
+            # Files without weights are those of versions that know none; they refuse the others.
+            del fields["row_weights"]
+        return fields
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Settings:

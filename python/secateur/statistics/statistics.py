@@ -116,7 +116,8 @@ class Statistics:
     def moments(self, group: str, fold: str | None = None, out: Float | None = None) -> Moments:
         """Return moments of values ("blocks.0.v"), hidden units, a projection's or a norm's input ("blocks.0.norm1").
 
-        For a norm's input x, the moments are those of x̂ = x √D / ‖x‖, after centring for LayerNorm. The second moment
+        For a norm's input x, the moments are those of x̂ = x √D / ‖x‖, after centring for LayerNorm. Those of other
+        inputs are weighted means where tokens have weights (``calibrate(row_weights=True)``). The second moment
         is written to ``out``, contiguous float64 (d, d), if given: allocating memory for many large ones would take as
         long as using them.
 
@@ -124,7 +125,7 @@ class Statistics:
             InvalidArgument: not collected.
         """
         rows, mean = self._rows(group, fold), self.mean(group, fold)
-        second = unpack(self._sum(group, "second_moment", fold), out, rows)
+        second = unpack(self._sum(group, "second_moment", fold), out, self._weight(group, fold))
         return Moments(rows, mean, second)
 
     def mean(self, group: str, fold: str | None = None) -> Float:
@@ -133,7 +134,7 @@ class Statistics:
         Raises:
             InvalidArgument: not collected.
         """
-        found: Float = self._sum(group, "sum", fold) / self._rows(group, fold)
+        found: Float = self._sum(group, "sum", fold) / self._weight(group, fold)
         return found
 
     def image_grams(self, group: str) -> tuple[Float, Float]:
@@ -283,8 +284,8 @@ class Statistics:
         first = parts[0]
         for part in parts[1:]:
             first.settings.fingerprint.require(part.settings.fingerprint, "parts", strict=True)
-            for name, mine in first.settings.to_dict().items():
-                found = part.settings.to_dict()[name]
+            for name, mine in vars(first.settings).items():
+                found = getattr(part.settings, name)
                 if found != mine:
                     raise InvalidArgument(f"parts: expected {name} = {mine!r} in all, got {found!r}")
             if part.tensors.keys() != first.tensors.keys():
@@ -323,6 +324,11 @@ class Statistics:
         if rows == 0:
             raise InvalidArgument(f"group: expected one that was observed, got {group!r} with no rows")
         return rows
+
+    def _weight(self, group: str, fold: str | None) -> float:
+        """Return what the rows weigh together: each is 1 unless tokens have weights."""
+        rows = self._rows(group, fold)
+        return float(self._sum(group, "weight", fold)[0]) if f"{FOLDS[0]}/{group}/weight" in self.tensors else rows
 
     def _sum(self, group: str, what: str, fold: str | None) -> Float:
         if fold is not None and fold not in FOLDS:

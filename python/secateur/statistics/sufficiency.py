@@ -42,12 +42,14 @@ def median_excess(tensors: Mapping[str, npt.NDArray[Any]], folds: Sequence[str])
 
 def covariance(tensors: Mapping[str, npt.NDArray[Any]], group: str, fold: str) -> Float:
     """Return the covariance of the channels of a group that are `drawn`."""
-    sums, packed, rows = (tensors[f"{fold}/{group}/{what}"] for what in ("sum", "second_moment", "rows"))
+    sums, packed = (tensors[f"{fold}/{group}/{what}"] for what in ("sum", "second_moment"))
+    # Tokens count as one each unless they have weights.
+    weight = tensors.get(f"{fold}/{group}/weight", tensors[f"{fold}/{group}/rows"])[0]
     size = sums.size
     channels = np.array(drawn(size))
     first, second = np.minimum.outer(channels, channels), np.maximum.outer(channels, channels)
-    mean = sums[channels] / rows[0]
-    found: Float = packed[first * size - first * (first - 1) // 2 + second - first] / rows[0] - np.outer(mean, mean)
+    mean = sums[channels] / weight
+    found: Float = packed[first * size - first * (first - 1) // 2 + second - first] / weight - np.outer(mean, mean)
     return found
 
 

@@ -7,6 +7,7 @@ import math
 import warnings
 
 import numpy as np
+import onnxruntime
 import pytest
 import secateur as sc
 import torch
@@ -314,6 +315,25 @@ def test_export_and_compile():
     compiled = torch.compile(pruned, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(x), pruned(x), rtol=0, atol=1e-5)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("kind", ["no_class_token", "registers_layer_scale"])
+def test_onnx_with_any_batch(kind, tmp_path):
+    """One file merges in onnxruntime as the model does here, image by image, with heads and channels cut as well."""
+    dense = make(kind)
+    keep = random_keep(dense, 1, ("qk", "v", "ffn", "heads"), fraction=0.6)
+    pruned, whole = (merging(dense, *counts, last_block=None, **keep) for counts in ((3, 2), (0, 0)))
+    path = tmp_path / "model.onnx"
+    sc.export(pruned, path, batch_sizes=(1, 2, 7))
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (1, 3, 8):
+        x = images(dense, batch, seed=batch)
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            expected, unmerged = pruned(x), whole(x)
+        assert torch.allclose(torch.from_numpy(found), expected, rtol=0, atol=1e-4)
+        # Merging has an effect that is far larger than the tolerance.
+        assert float((expected - unmerged).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("method", sc.methods())

@@ -37,12 +37,14 @@ class Position:
     """Where calibration is: the number of the batch's first image. All accumulators share one.
 
     ``wait`` says whether to wait for the device after each layer. ``dtype`` is the type of the queries and keys seen so
-    far, "" before the first.
+    far, "" before the first. ``weights`` (B, N) are those of the tokens of the layer that is being added, if tokens
+    have weights.
     """
 
     images: int = 0
     wait: bool = False
     dtype: str = ""
+    weights: Tensor | None = None
 
 
 class Accumulator(Protocol):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ... import core
-from ...anatomy import Anatomy
-from ..rows import spread
+from ...anatomy import Layer
+from ..rows import after_layers, spread
 from ..settings import Float
 from .base import Work, double, hooked, register
 
@@ -38,21 +38,19 @@ class Rows:
 
     def take(self, work: Work) -> Iterator[Mapping[str, Float]]:
         """Measure this rank's share of the images in one round, with one forward and one backward pass."""
-        layers = list(work.family.layers(work.model))
-        sums = {name: np.zeros(6) for name in layers}
+        layers = [work.anatomy.layers[name] for name in work.family.layers(work.model)]
+        sums = {layer.name: np.zeros(6) for layer in layers}
         prefix = work.family.prefix_tokens(work.model)
         start = 0
         for number, images in enumerate(chunk for batch in work.batches for chunk in batch.split(_CHUNK)):
             if number % work.ranks == work.rank:
-                for name, found in _of_images(work.model, work.anatomy, layers, images, start, prefix).items():
+                for name, found in _of_images(work.model, layers, images, start, prefix).items():
                     sums[name] += found
             start += len(images)
         yield {f"{name}/rows": found for name, found in sums.items()}
 
 
-def _of_images(
-    model: nn.Module, anatomy: Anatomy, layers: Sequence[str], images: Tensor, start: int, prefix: int
-) -> dict[str, Float]:
+def _of_images(model: nn.Module, layers: Sequence[Layer], images: Tensor, start: int, prefix: int) -> dict[str, Float]:
     written: dict[str, Tensor] = {}
     streams: dict[str, Tensor] = {}
 
@@ -64,27 +62,19 @@ def _of_images(
 
         return hook
 
-    def enters(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, args: streams.__setitem__(name, args[0].detach())
-
-    described = {name: anatomy.layers[name] for name in layers}
-    hooks = [model.get_submodule(each.branch).register_forward_hook(keep(name)) for name, each in described.items()]
-    # The stream before each layer; after the layer it is that plus what the layer writes.
-    hooks += [
-        model.get_submodule(each.input_norm or name).register_forward_pre_hook(enters(name))
-        for name, each in described.items()
-    ]
+    hooks = [model.get_submodule(layer.branch).register_forward_hook(keep(layer.name)) for layer in layers]
+    hooks += after_layers(model, layers, streams.__setitem__)
     with torch.inference_mode(False), torch.enable_grad(), hooked(hooks):
         output = double(_with_gradients(model)(images.clone()))
         with core.subnormals_flushed(images.device):
-            gradients = torch.autograd.grad(_log_likelihood(model, output, start), list(written.values()))
+            outputs = [written[layer.name] for layer in layers]
+            gradients = torch.autograd.grad(_log_likelihood(model, output, start), outputs)
     found = {}
-    for (name, value), gradient in zip(written.items(), gradients, strict=True):
+    for layer, gradient in zip(layers, gradients, strict=True):
         energy = gradient.double().square().sum(-1)
-        stream = streams[name] + value.detach()
         tokens = energy.shape[1]
-        inverse = spread(model, described[name], stream).reciprocal()
-        found[name] = np.array(
+        inverse = spread(model, layer, streams[layer.name]).reciprocal()
+        found[layer.name] = np.array(
             [
                 float(energy[:, :prefix].sum()),
                 float(energy[:, prefix:].sum()),
