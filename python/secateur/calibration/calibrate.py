@@ -37,7 +37,7 @@ def calibrate(
     collect: Collect = "all",
     gamma: int = 8,
     token_fraction: float = 1.0,
-    row_weights: bool = False,
+    row_weights: bool | None = None,
     sensitivity: bool | Literal["noise"] = False,
     methods: Iterable[str] | None = None,
     head_gradients: bool = False,
@@ -71,7 +71,8 @@ def calibrate(
             token_fraction), starting at another one in each image. Importance uses all tokens.
         row_weights: whether tokens have weights in the moments that fits use, so that neither a few massive tokens of a
             large model nor tokens that the output hardly depends on rule them; see ``statistics.rows.RowWeights``. The
-            first 128 images pass through the model once more before the others, forward and backward.
+            first 128 images pass through the model once more before the others, forward and backward. By default they
+            have weights with sensitivity=True, where the model has one stream of tokens and collect is "all".
         sensitivity: if true, also measure what the cuts of ``methods`` really cost: each group alone is cut to a few
             sizes, and the outputs for 40 of the first 128 images are compared, weighted to stand for all of these; see
             ``Statistics.losses``. Plans divide a target by it. "noise" measures, on at most the first 128 images, how
@@ -110,7 +111,9 @@ def calibrate(
             checkpoint_every = check.integer("checkpoint_every", checkpoint_every, optional=True)
             token_fraction = check.fraction("token_fraction", token_fraction, open_low=True)
             _check(loader, collect, resume, checkpoint_every)
-            if row_weights:
+            if row_weights is None:
+                row_weights = sensitivity is True and collect == "all" and _has_stream(model, family)
+            elif row_weights:
                 _check_weights(model, family, collect)
             names = _names(methods)
             further = _further(sensitivity, names, collect, head_gradients)
@@ -135,10 +138,10 @@ def calibrate(
             max_images=max_images,
             resume=path is not None,
             checkpoint_every=checkpoint_every,
-            row_weights=row_weights,
             sensitivity=sensitivity,
             methods=names,
             head_gradients=head_gradients,
+            row_weights=row_weights,
         )
         return run(
             model,
@@ -171,12 +174,18 @@ def _check(
 def _check_weights(model: nn.Module, family: Family, collect: str) -> None:
     if collect != "all":
         raise InvalidArgument(f"row_weights: expected collect='all' with weights, got collect={collect!r}")
+    if not _has_stream(model, family):
+        raise Unsupported(
+            f"row_weights: expected a model with one stream of tokens of which none merge, got {type(model).__name__}"
+        )
+
+
+def _has_stream(model: nn.Module, family: Family) -> bool:
     try:
         family.layers(model)
     except Unsupported:
-        raise Unsupported(
-            f"row_weights: expected a model with one stream of tokens of which none merge, got {type(model).__name__}"
-        ) from None
+        return False
+    return True
 
 
 def _names(methods: Iterable[str] | None) -> list[str] | None:
@@ -209,7 +218,9 @@ def _agree(ranks: Ranks, settings: Settings) -> None:
     first, *others = (Settings.from_dict(fields) for fields in ranks.gather(settings.to_dict()))
     for rank, other in enumerate(others, 1):
         first.fingerprint.require(other.fingerprint, f"rank {rank}: model", strict=True)
-    ranks.agree(**{name: value for name, value in vars(settings).items() if name != "fingerprint"})
+    # Whether tokens have weights may follow from other arguments, which are to be named first.
+    later = ("fingerprint", "row_weights")
+    ranks.agree(**{name: value for name, value in vars(settings).items() if name not in later})
 
 
 def calibrate_block(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..families.base import classifies
 from ..statistics.measurements import Work
 from ..statistics.measurements.base import divergence, double
 from ..statistics.settings import Float
@@ -91,7 +92,7 @@ def _signs(work: Work, images: Tensor) -> list[Tensor]:
     chunks = images.split(_CHUNK)
     outputs = [double(work.model(chunk)) for chunk in chunks]
     found = []
-    if getattr(work.model, "num_classes", 0):
+    if classifies(work.model):
         found.append([1 - output.softmax(-1).square().sum(-1) for output in outputs])
     merged = merged_by(work.anatomy, 0, _RATE, of_all=True)
     if any(merged):

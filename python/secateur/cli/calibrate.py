@@ -52,9 +52,12 @@ def calibrate(
     gamma: Annotated[int, typer.Option(min=1, help="Number of leading singular directions that SNP scores.")] = 8,
     token_fraction: Annotated[float, typer.Option(help="Fraction of the tokens that enter the moments.")] = 1.0,
     row_weights: Annotated[
-        bool,
-        typer.Option("--row-weights", help="Weigh tokens in the moments by what depends on them; for large models."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--row-weights/--no-row-weights",
+            help="Weigh tokens in the moments by what depends on them. Default: with --sensitivity.",
+        ),
+    ] = None,
     sensitivity: Annotated[
         bool,
         typer.Option("--sensitivity", help="Also measure what cutting each group costs, to share out budgets."),

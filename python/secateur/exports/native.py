@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import timm
 import torch
@@ -17,10 +18,13 @@ from .. import check, core
 from ..anatomy import tensor_of
 from ..data.model_input import input_dtype
 from ..errors import Error, InvalidArgument
+from ..families.base import classifiers
+from ..families.classes import decoded, encoded, public_name
 from ..families.registry import family_named, family_of
 from ..files import container
 from ..surgery.structure import Structure
 from .base import Exporter, ExportReport, largest_difference, register
+from .changes import Changes, plain_attributes, settings_of
 
 # Entries about the source of weights, which are dropped: a pruned model must never be taken for the dense one.
 _WEIGHT_SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "custom_load")
@@ -28,30 +32,42 @@ _WEIGHT_SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "sta
 _MAX_DEPTH = 512
 # Where the dense model has to be built for its buffers.
 _MOST_LARGER = 200
-# Rates that matter only in training may be changed by hand.
-_FREE = (nn.Dropout, timm.layers.DropPath, timm.layers.PatchDropout)
-# Settings of how a module computes, not what, or that matter only in training.
-_NO_SETTINGS = {"training", "grad_checkpointing", "fused_attn", "inplace", "distilled_training"}
 
 
-def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str, Any]] | None = None) -> None:
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    factory: tuple[str, Mapping[str, Any]] | None = None,
+    head: Literal["keep", "omit"] = "keep",
+) -> None:
     """Write the model, pruned or dense, to one file from which ``load`` rebuilds it. Nothing is pickled.
 
-    Before anything is written, the model is rebuilt without weights, as ``load`` will, and compared.
+    Before anything is written, the model is rebuilt without weights, as ``load`` will, and compared. What was changed
+    by hand since the model was built comes back as well: a linear classifier, fewer blocks, other input channels, norms
+    and activations that were replaced or removed, dropout and drop-path rates, switches such as ``fused_attn``.
 
     Args:
         model: a supported model, on any device.
         path: the file; it is written completely or not at all.
         factory: for a model that was not made by ``timm.create_model``: how to build its dense form, as (name, kwargs),
-            where name is a timm model name or "VisionTransformer" or "VisionTransformerDistilled".
+            where name is a timm model name or "VisionTransformer" or "VisionTransformerDistilled". Arguments may be
+            classes of norms, activations and layers of torch and timm, or ``functools.partial`` of them.
+        head: "omit" writes the model without its classifier, for one that a file cannot hold; it comes back with an
+            Identity, to be put in place again by the caller.
 
     Raises:
         InvalidArgument: the recorded arguments or the factory build another model (a module or a setting was changed by
-            hand), they cannot be written as JSON, or the folder does not exist.
+            hand that a file cannot hold), they cannot be written as JSON, or the folder does not exist.
         Unsupported: the model is not of a supported family.
     """
     path = check.writable("path", path)
-    anatomy = family_of(model).inspect(model)
+    if head not in ("keep", "omit"):
+        raise InvalidArgument(f"head: expected 'keep' or 'omit', got {head!r}")
+    if head == "omit":
+        model = _headless(model)
+    family = family_of(model)
+    anatomy = family.inspect(model)
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             where = name or "the model itself"
@@ -70,24 +86,57 @@ def save(model: nn.Module, path: str | Path, *, factory: tuple[str, Mapping[str,
     handmade = factory is not None or anatomy.handmade
     if handmade:
         architecture, arguments = _checked(factory or getattr(model, "secateur_factory", None), architecture)
+    written: dict[str, Any] = {}
     for argument, value in arguments.items():
-        if not _is_json(value):
-            raise InvalidArgument(f"factory: expected (name, kwargs) of JSON values, got {argument} = {value!r}")
-    dense = _built(anatomy.family, architecture, arguments)
+        try:
+            written[argument] = encoded(value)
+        except ValueError as error:
+            raise InvalidArgument(
+                f"factory: expected (name, kwargs) of JSON values or classes of norms, activations and layers of torch "
+                f"and timm, got {argument} = {error}"
+            ) from error
+    dense = _built(anatomy.family, architecture, written)
+    now, then = family.arguments(model), family.arguments(dense)
+    changed = {name: encoded(value) for name, value in now.items() if then.get(name) != value}
+    if changed:
+        written |= changed
+        dense = _built(anatomy.family, architecture, written)
+    heads = classifiers(model)
+    for name in heads:
+        module = model.get_submodule(name)
+        if type(module) not in (nn.Linear, nn.Identity, type(dict(dense.named_modules()).get(name))):
+            raise InvalidArgument(
+                f"model: expected a linear layer at {name}, got {type(module).__name__}, which a file cannot hold; "
+                f"save(…, head='omit'), and put it back after loading"
+            )
+    absent = {name for group in family.inspect(dense).groups if group.name in anatomy.absent for name in group.modules}
+    changes = Changes.of(model, dense, heads, absent)
+    changes.replace(dense)
     structure = Structure.of(model, anatomy, dict(dense.named_parameters()))
     header = {
         "family": anatomy.family,
         "architecture": architecture,
-        "arguments": dict(arguments),
+        "arguments": written,
         "handmade": handmade,
         **structure.to_dict(),
+        "changes": changes.to_dict(),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "pretrained_cfg": _without_sources(getattr(model, "pretrained_cfg", None)),
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
-    difference = _difference(model, _skeleton(header))
+    recorded = f"model: expected what {architecture} with its recorded arguments is"
+    try:
+        rebuilt = _skeleton(header)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{recorded}, got one that they cannot be cut to ({error})") from error
+    changes = replace(changes, settings=settings_of(model, rebuilt))
+    changes.set(rebuilt)
+    header["changes"] = changes.to_dict()
+    difference = _difference(model, rebuilt)
     if difference:
-        raise InvalidArgument(f"model: expected what {architecture} with its recorded arguments is, got {difference}")
+        raise InvalidArgument(
+            f"{recorded}, got {difference}; put back what it builds before saving, and change it again after loading"
+        )
     container.write(path, "model", header, tensors)
 
 
@@ -126,10 +175,10 @@ def load(path: str | Path, *, verify: bool = True) -> nn.Module:
         parameter.requires_grad_(name not in frozen)
     _compute_buffers(model, header)
     if config is not None:
-        restored: Any = _tuples(config)
+        restored: Any = decoded(config)
         model.pretrained_cfg = model.default_cfg = restored
     if handmade:
-        factory: Any = (header["architecture"], header["arguments"])
+        factory: Any = (header["architecture"], decoded(header["arguments"]))
         model.secateur_factory = factory
     return model.eval()
 
@@ -156,6 +205,25 @@ def _compute_buffers(model: nn.Module, header: Mapping[str, Any]) -> None:
         setattr(model.get_submodule(module), leaf, cast)
 
 
+def _headless(model: nn.Module) -> nn.Module:
+    """Return the model with Identity as classifier; modules and weights are shared, nothing is changed."""
+    bare = copy.copy(model)
+    names = classifiers(model)
+    bare._modules = dict(model._modules)
+    for name in names:
+        parent, module = bare, model
+        *path, leaf = name.split(".")
+        for step in path:
+            # A copy of what holds the classifier, so that the model keeps its own.
+            module = module.get_submodule(step)
+            shallow = copy.copy(module)
+            shallow._modules = dict(module._modules)
+            parent._modules[step] = shallow
+            parent = shallow
+        parent._modules[leaf] = nn.Identity()
+    return bare
+
+
 def _checked(factory: Any, architecture: str) -> tuple[str, Mapping[str, Any]]:
     if factory is None:
         raise InvalidArgument(
@@ -172,7 +240,10 @@ def _skeleton(header: Mapping[str, Any]) -> nn.Module:
     """Build the model of a header, without weights."""
     model = _built(header["family"], header["architecture"], header["arguments"])
     try:
+        changes = Changes.from_dict(header.get("changes", {}))
+        changes.replace(model)
         Structure.from_dict(header).apply(model)
+        changes.set(model)
     except Error:
         raise
     except Exception as error:  # sizes from a file may be anything
@@ -183,7 +254,7 @@ def _skeleton(header: Mapping[str, Any]) -> nn.Module:
 @core.host_by_default()
 def _built(family: str, architecture: str, arguments: Mapping[str, Any], device: str = "meta") -> nn.Module:
     """Build the dense model, without weights."""
-    arguments = {name: _tuples(value) for name, value in arguments.items()}
+    arguments = {name: decoded(value) for name, value in arguments.items()}
     depth = arguments.get("depth", 1)
     if isinstance(depth, (int, float)) and depth > _MAX_DEPTH:
         raise InvalidArgument(f"arguments: expected a depth of at most {_MAX_DEPTH}, got {depth}")
@@ -203,30 +274,22 @@ def _difference(model: nn.Module, built: nn.Module) -> str | None:
             return f"{'no ' if name not in mine else ''}module {name}"
         module, twin = mine[name], theirs[name]
         if type(module) is not type(twin):
-            return f"{type(module).__name__} at {name} where it builds {type(twin).__name__}"
-        if not isinstance(module, _FREE):
-            if module.extra_repr() != twin.extra_repr():
-                return f"{name} ({module.extra_repr()}) where it builds ({twin.extra_repr()})"
-            # Only the rebuilt module's settings count; attributes that users add do not matter.
-            for what, would in _settings(twin).items():
-                found = getattr(module, what, None)
-                if found != would:
-                    return f"{name}.{what} ({found}) where it builds ({would})"
+            first, second = type(module).__name__, type(twin).__name__
+            if first == second:
+                first, second = (public_name(type(each)) for each in (module, twin))
+            return f"{first} at {name} where it builds {second}"
+        if module.extra_repr() != twin.extra_repr():
+            return f"{name} ({module.extra_repr()}) where it builds ({twin.extra_repr()})"
+        # Only the rebuilt module's settings count; attributes that users add do not matter.
+        for what, would in plain_attributes(twin).items():
+            found = getattr(module, what, None)
+            if found != would:
+                return f"{name}.{what} ({found}) where it builds ({would})"
     shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, built)]
     for name in dict.fromkeys([*shapes[0], *shapes[1]]):
         if shapes[0].get(name) != shapes[1].get(name):
             return f"{name} of shape {shapes[0].get(name)} where it builds {shapes[1].get(name)}"
     return None
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """Return the settings that a module's forward pass may depend on, besides parameters and submodules."""
-    plain = (bool, int, float, str, tuple, torch.Size, type(None))
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, plain) and not name.startswith("_") and name not in _NO_SETTINGS
-    }
 
 
 def _is_json(value: Any) -> bool:
@@ -241,15 +304,6 @@ def _without_sources(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not config:
         return None
     return {name: value for name, value in config.items() if name not in _WEIGHT_SOURCES and _is_json(value)}
-
-
-def _tuples(value: Any) -> Any:
-    """Convert JSON lists to tuples, as timm's arguments have them."""
-    if isinstance(value, list):
-        return tuple(_tuples(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return value
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,18 @@ from torch import nn
 from ..anatomy import Anatomy, LastBlock
 from ..errors import InvalidArgument, Unsupported
 
-__all__ = ["NORMS", "Family", "fit_modules", "refuse_computed", "refuse_tied", "unsupported"]
+__all__ = [
+    "NORMS",
+    "Family",
+    "classifiers",
+    "classifies",
+    "current_arguments",
+    "fit_modules",
+    "image_channels",
+    "refuse_computed",
+    "refuse_tied",
+    "unsupported",
+]
 
 # Norms over channels by exact class, and whether they are centred (LayerNorm) or not (RMSNorm).
 NORMS: Mapping[type[nn.Module], bool] = {
@@ -71,6 +82,13 @@ class Family(ABC):
             )
         model: nn.Module = timm.create_model(architecture, pretrained=False, **arguments, device=device)
         return model
+
+    def arguments(self, model: nn.Module) -> dict[str, Any]:
+        """Return arguments of the dense model as its modules have them now, whatever it was built with.
+
+        Modules may have been replaced by hand: a classifier, the first convolution.
+        """
+        return current_arguments(model)
 
     def adapt(self, model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
         """Make modules and attributes fit parameters that were just cut from ``anatomy`` to ``sizes``."""
@@ -154,6 +172,40 @@ class Family(ABC):
         """
         del sizes
         raise AssertionError(f"{type(model).__name__} has no block {index} that takes {tuple(x.shape)}")
+
+
+def classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the modules that timm calls the classifier; several in distilled models."""
+    get: Any = getattr(model, "get_classifier", None)
+    found = get() if get is not None else ()
+    heads = tuple(found) if isinstance(found, (tuple, list)) else (found,)
+    return tuple(name for name, module in model.named_modules() if any(module is head for head in heads))
+
+
+def classifies(model: nn.Module) -> bool:
+    """Return whether the output is logits: of a linear classifier, not features or what a head of the user's makes."""
+    heads = [model.get_submodule(name) for name in classifiers(model)]
+    if not heads:
+        return bool(getattr(model, "num_classes", 0))
+    return all(type(head) is nn.Linear for head in heads)
+
+
+def current_arguments(model: nn.Module) -> dict[str, Any]:
+    """Return the numbers of classes and of input channels, as far as timm's names of modules tell them."""
+    found: dict[str, Any] = {}
+    heads = [model.get_submodule(name) for name in classifiers(model)]
+    if heads and type(heads[0]) in (nn.Linear, nn.Identity):
+        found["num_classes"] = heads[0].out_features if isinstance(heads[0], nn.Linear) else 0
+    if hasattr(model, "in_chans"):
+        found["in_chans"] = image_channels(model)
+    return found
+
+
+def image_channels(model: Any) -> int:
+    """Return how many channels the first convolution reads, by timm's name of it; it may have been replaced by hand."""
+    first = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv")
+    conv = dict(model.named_modules()).get(first) if isinstance(first, str) else None
+    return int(conv.in_channels if isinstance(conv, nn.Conv2d) else model.in_chans)
 
 
 def fit_modules(model: nn.Module) -> None:

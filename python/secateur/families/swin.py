@@ -20,11 +20,11 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from ..anatomy import Anatomy, Group, Layer, Member, NormSite, Stream, Tap, unit_entries
-from ..anatomy.costs import AttentionProduct, Product, WeightProduct
+from ..anatomy.costs import AttentionProduct, FixedProduct, Product, WeightProduct
 from ..errors import Unsupported
 from .base import NORMS, Family, fit_modules, refuse_computed, refuse_tied, unsupported
 from .registry import register
-from .walk import Walk, identity
+from .walk import Walk, identity, macs_of, unread
 
 __all__ = ["PrunedSwinTransformerBlock", "PrunedWindowAttention", "Swin"]
 
@@ -125,7 +125,7 @@ class Swin(Family):
             if sizes[layer.name]:
                 _fit_attention(model.get_submodule(layer.name), anatomy, layer, sizes)
         fit_modules(model)
-        _fit_widths(model, [sizes[group.name] for group in anatomy.widths])
+        _fit_widths(model, sizes)
 
     def stock_sizes(self, model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, int]:
         """The sizes after a cut to ``sizes`` whose attention modules are timm's own: one size per head in a layer."""
@@ -180,7 +180,9 @@ def _fit_attention(attn: Any, anatomy: Anatomy, layer: Layer, sizes: Mapping[str
         attn.qk_dim, attn.v_dim = sizes[qk], sizes[v]
 
 
-def _fit_widths(model: Any, widths: list[int]) -> None:
+def _fit_widths(model: Any, sizes: Mapping[str, int]) -> None:
+    # The last stage has no such group where its classifier cannot be cut.
+    widths = [sizes.get(f"layers.{stage}.width", model.num_features) for stage in range(len(model.layers))]
     before = widths[0]
     for stage, width, info in zip(model.layers, widths, model.feature_info, strict=False):
         stage.dim, info["num_chs"] = before, width
@@ -239,6 +241,8 @@ class _Inspection(Walk):
         self.stream, self.fixed, self.channels, self.members = "", "", unit_entries(0), list[Member]()
         self.writers, self.readers = dict[str, str | None](), dict[str, tuple[str, ...]]()
 
+        self.refused = {"tokens": "SwinTransformer attends within windows, whose tokens have places"}
+
     def anatomy(self, family: str) -> Anatomy:
         """Describe the model, or raise Unsupported naming the module and the reason."""
         for name, norm in self.model.named_modules():
@@ -255,13 +259,13 @@ class _Inspection(Walk):
             family=family,
             architecture=architecture,
             arguments=arguments,
-            input_size=(int(self.swin.in_chans), int(height), int(width)),
+            input_size=(int(self.swin.patch_embed.proj.in_channels), int(height), int(width)),
             groups=tuple(self.groups),
             layers=self.layers,
             norms=tuple(self.norms),
             products=tuple(self.products),
             shapes={name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()},
-            refused={"tokens": "SwinTransformer attends within windows, whose tokens have places"},
+            refused=self.refused,
             handmade=handmade,
             streams=self.streams,
             absent=tuple(self.absent),
@@ -296,7 +300,9 @@ class _Inspection(Walk):
 
     def close(self, stream: Stream | str) -> None:
         """End it: all that it consists of has been seen."""
-        self.streams[self.stream] = stream
+        self.streams[self.stream] = self.refused.get(self.stream, stream)
+        if self.stream in self.refused:
+            return
         self.groups.append(Group(self.stream, "width", None, self.channels.shape[1], tuple(self.members)))
 
     def head(self) -> None:
@@ -306,6 +312,9 @@ class _Inspection(Walk):
         pool = head.global_pool
         if type(head.fc) is nn.Identity:
             self.fixed = self.fixed or "head.fc: Identity, so the channels of the residual stream are the features"
+        elif type(head.fc) is not nn.Linear:
+            self.products.append(FixedProduct("head.fc", macs_of(head.fc, (width * pool.feat_mult(),))))
+            self.refused[self.stream] = unread("head.fc", head.fc)
         else:
             entries = unit_entries(width, copies=pool.feat_mult(), stride=width)
             self.columns("head.fc", self.members, "stream", entries)

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from ..anatomy import Anatomy, Group, Indices, Member, Part, Role
 from ..anatomy.costs import FixedProduct, Product, WeightProduct
 from ..errors import Unsupported
-from .base import Family, fit_modules, refuse_computed, refuse_tied
+from .base import Family, fit_modules, image_channels, refuse_computed, refuse_tied
 from .registry import register
 from .walk import identity
 
@@ -105,7 +105,7 @@ class Traced(Family):
 
 def _input_size(model: Any) -> tuple[int, int, int]:
     _, height, width = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (0, 224, 224)
-    return model.in_chans, height, width
+    return image_channels(model), height, width
 
 
 class _Value(NamedTuple):

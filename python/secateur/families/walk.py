@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.models import get_model_args
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..anatomy import Indices, Member, NormSite, Part, Role, parameter_name, unit_entries
-from .base import NORMS, refuse_computed, unsupported
+from .base import NORMS, current_arguments, refuse_computed, unsupported
 
-__all__ = ["Walk", "identity"]
+__all__ = ["Walk", "has", "identity", "macs_of", "unread"]
 
 
 class Walk:
@@ -67,6 +69,30 @@ class Walk:
         return NormSite(name, size, NORMS[type(norm)], pooled=False) if type(norm) in NORMS else None
 
 
+def has(model: nn.Module, name: str) -> bool:
+    """Return whether a model has this attribute, and it is not None."""
+    return getattr(model, name, None) is not None
+
+
+def macs_of(module: nn.Module, input_size: tuple[int, ...]) -> int:
+    """Count the MACs for one input by tracing only shapes; a module's weights are neither read nor copied.
+
+    A module that does not take such an input is counted as if each weight were used once.
+    """
+    state = {k: torch.empty_like(v, device="meta", dtype=torch.float32) for k, v in module.state_dict().items()}
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            torch.func.functional_call(module, state, (torch.empty(1, *input_size, device="meta"),))
+    except Exception:  # code of users may raise anything
+        return sum(weight.numel() for weight in module.parameters() if weight.ndim > 1)
+    return int(counter.get_total_flops()) // 2
+
+
+def unread(name: str, head: nn.Module) -> str:
+    """Return why the width before a head of the user's own cannot be cut."""
+    return f"{name}: expected nn.Linear or none, got {type(head).__name__}, whose inputs cannot be cut"
+
+
 def identity(model: nn.Module) -> tuple[str, dict[str, Any], bool]:
     """Return how to build the model's dense form, as timm recorded it; just the class for a model built by hand."""
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
@@ -76,4 +102,7 @@ def identity(model: nn.Module) -> tuple[str, dict[str, Any], bool]:
         return getattr(type(model), "dense_class", type(model)).__name__, {}, True
     # timm does not publish the drop rates with a model, but further training needs them.
     drop = {name: value for name, value in recorded.items() if "drop" in name}
-    return architecture, get_model_args(model, drop), False
+    arguments = get_model_args(model, drop)
+    # Modules may have been replaced by hand.
+    now = current_arguments(model)
+    return architecture, {name: now.get(name, value) for name, value in arguments.items()}, False

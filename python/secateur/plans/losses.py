@@ -14,6 +14,7 @@ from ..budgets.measured import losses_between
 from ..budgets.target import Target
 from ..calibration.schedules import kept_tokens, token_groups
 from ..errors import InvalidArgument
+from ..families.base import classifies
 from ..latency.table import LatencyTable
 from ..methods.base import Prepared
 from ..statistics.settings import Float
@@ -101,7 +102,7 @@ def with_tokens(
     """
     saves = target.macs is not None or target.latency is not None
     known = target.latency is None or table is None or table.knows_tokens
-    if limits["groups"] is not None or not saves or not known or not getattr(model, "num_classes", 0):
+    if limits["groups"] is not None or not saves or not known or not classifies(model):
         return limits
     return {**limits, "groups": [*default_groups(anatomy), *{group.kind for group in token_groups(anatomy)}]}
 

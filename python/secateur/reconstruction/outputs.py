@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy
 from ..errors import InvalidArgument
-from ..families.base import Family
+from ..families.base import Family, classifies
 from ..runtime.progress import progress
 from ..runtime.ranks import Ranks
-from ..statistics.measurements.base import divergence
+from ..statistics.measurements.base import as_tensor, divergence
 from ..statistics.passes import batches_of
 from ..statistics.rows import RowWeights
 from .best import Course, train
@@ -84,9 +84,9 @@ class Outputs:
         with torch.inference_mode():
             for images in self._images(True):
                 sums.append(float(images.double().sum()))
-                found.append(self._model(images))
+                found.append(as_tensor(self._model(images)))
                 if self._wanted is None:
-                    wanted.append(self._dense(images))
+                    wanted.append(as_tensor(self._dense(images)))
             if self._wanted is None:
                 if not wanted:
                     raise InvalidArgument(
@@ -117,9 +117,9 @@ class Outputs:
 
         def loss(batch: Tensor) -> Tensor:
             with _streams(self._dense, self._norms) as wanted, torch.no_grad():
-                target = self._dense(batch)
+                target = as_tensor(self._dense(batch))
             with _streams(self._model, self._norms) as found:
-                output = self._model(batch)
+                output = as_tensor(self._model(batch))
             parts = {name: self._of_streams(wanted[name], found[name], self._norms[name], rows) for name in found}
             if not scales:
                 scales[_OUTPUT] = max(float(self._of_outputs(target, output).detach()), _LEAST)
@@ -148,7 +148,7 @@ class Outputs:
                 yield images[chosen]
 
     def _of_outputs(self, wanted: Tensor, found: Tensor) -> Tensor:
-        if getattr(self._model, "num_classes", 0):
+        if classifies(self._model):
             return divergence(self._model, wanted, found).mean()
         return (found - wanted).square().mean()
 

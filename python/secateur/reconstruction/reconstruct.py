@@ -13,7 +13,7 @@ from torch import nn
 from .. import check, core
 from ..data.model_input import input_dtype, refuse_iterator
 from ..errors import InvalidArgument, Unsupported
-from ..families.base import Family
+from ..families.base import Family, current_arguments
 from ..families.registry import family_of
 from ..runtime.devices import place_for
 from ..runtime.ranks import Ranks, joined
@@ -181,7 +181,7 @@ def _family_of_both(model: nn.Module, dense: nn.Module) -> Family:
     for what, found, wanted in (
         ("type", *(str(input_dtype(each)).removeprefix("torch.") for each in (dense, model))),
         ("input size", theirs.input_size, mine.input_size),
-        ("number of classes", *(getattr(each, "num_classes", None) for each in (dense, model))),
+        ("number of classes", *(current_arguments(each).get("num_classes") for each in (dense, model))),
     ):
         if found != wanted:
             raise InvalidArgument(f"dense: expected the model's {what}, {wanted}, got {found}")

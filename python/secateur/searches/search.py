@@ -20,6 +20,7 @@ from ..budgets.allocate import check_target
 from ..budgets.target import Target
 from ..data.model_input import images_in
 from ..errors import InvalidArgument
+from ..families.base import classifies
 from ..families.registry import family_of
 from ..files import container
 from ..methods.registry import method_named, options_of
@@ -141,7 +142,7 @@ def search(
     limits |= {"min_keep": min_keep, "round_to": round_to}
     method_options = asdict(options_of(method_named(method), options))
     anatomy = family_of(model).inspect(model)
-    if getattr(model, "num_classes", None) == 0:
+    if not classifies(model):
         raise InvalidArgument("model: expected a classifier, got one without classes")
     fingerprint = Fingerprint.of(model, anatomy)
     stats.settings.fingerprint.require(fingerprint, "model", strict=True)

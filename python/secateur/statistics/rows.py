@@ -46,7 +46,9 @@ class RowWeights:
                 part / count / mean if count > 0 and mean > 0 else 1.0
                 for part, count in ((at_prefix, prefixes), (at_patches, patches))
             ]
-            self._means[name.removesuffix("/rows")] = (tokens / inverses, shares[0], shares[1])
+            # Twelve digits, so that the order in which ranks add up makes no difference.
+            level, first, others = (float(f"{each:.11e}") for each in (tokens / inverses, *shares))
+            self._means[name.removesuffix("/rows")] = (level, first, others)
 
     def of(self, layer: str, stream: Tensor) -> Tensor:
         """Return the weights of tokens, (B, N), given the dense model's stream after the layer, (B, N, width)."""

@@ -81,7 +81,7 @@ def test_choosing_again_never_makes_it_worse(digits_model, digits_images, calibr
     again = sc.plan(digits_model, calibrated, target=sc.Target(macs=macs), loader=[digits_images[:40]])
     cut = copy.deepcopy(digits_model)
     sc.prune(cut, alone)
-    assert again.measured <= divergence(digits_model, cut, digits_images[:40]) * (1 + 1e-5)
+    assert again.measured <= divergence(digits_model, cut, digits_images[:40]) * (1 + 1e-5) + 1e-9
     assert again.macs[1] <= macs * again.macs[0]
 
 

@@ -6,15 +6,21 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import torch
+from timm.layers import PatchEmbed
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...anatomy import Group
 from ...anatomy import costs as cost
 from .reduced import merges, pools_tokens
 
-__all__ = ["Merging", "backbone_macs", "classifies", "is_pooled", "pooled_products", "why_not_pooled"]
+__all__ = [
+    "Merging",
+    "channels_of_images",
+    "classifies",
+    "is_pooled",
+    "pooled_products",
+    "why_not_pooled",
+]
 
 
 class Merging:
@@ -79,8 +85,8 @@ def is_pooled(model: Any) -> bool:
 
 
 def classifies(model: Any) -> bool:
-    """Return whether the output is logits of prefix tokens."""
-    return why_not_pooled(model) is None and int(model.num_classes) > 0
+    """Return whether a head reads prefix tokens alone."""
+    return why_not_pooled(model) is None and type(model.head) is not nn.Identity
 
 
 def pooled_products(
@@ -116,10 +122,8 @@ def pooled_products(
     return tuple(found)
 
 
-def backbone_macs(backbone: nn.Module, input_size: tuple[int, ...]) -> int:
-    """Count a convolutional stem's MACs by tracing only shapes; its weights are neither read nor copied."""
-    state = {k: torch.empty_like(v, device="meta", dtype=torch.float32) for k, v in backbone.state_dict().items()}
-    images = torch.empty(1, *input_size, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(backbone, state, (images,))
-    return int(counter.get_total_flops()) // 2
+def channels_of_images(model: Any) -> int:
+    """Return how many channels the first convolution reads, which may have been replaced."""
+    proj = model.patch_embed.proj
+    known = type(model.patch_embed) is PatchEmbed and isinstance(proj, nn.Conv2d)
+    return int(proj.in_channels if known else model.in_chans)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from timm.layers import PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -46,6 +47,17 @@ class PlainViT(Family):
         model.weight_init_mode = ""
         built: nn.Module = model
         return built
+
+    def arguments(self, model: nn.Module) -> dict[str, Any]:
+        """Return arguments as the modules have them now: depth, sizes of images and patches, channels, classes."""
+        vit: Any = _vit(model)
+        found = {**super().arguments(model), "depth": len(vit.blocks)}
+        embed = vit.patch_embed
+        if type(embed) is PatchEmbed:
+            found |= {"in_chans": embed.proj.in_channels, "patch_size": _one(embed.proj.kernel_size)}
+        if embed.img_size is not None:
+            found["img_size"] = tuple(embed.img_size)
+        return found
 
     def inspect(self, model: nn.Module) -> Anatomy:
         """Describe the model, or raise Unsupported naming the module and the reason."""
@@ -99,6 +111,11 @@ class PlainViT(Family):
         anatomy = self.inspect(model) if sizes else None
         merges = {} if anatomy is None else fit.merges_at(anatomy, sizes or {})
         return run.from_block(_vit(model), index, x, merges)
+
+
+def _one(size: tuple[int, ...]) -> int | tuple[int, ...]:
+    """Return one number for equal ones, as timm's patch_size is given."""
+    return size[0] if len(set(size)) == 1 else size
 
 
 def _vit(model: nn.Module) -> VisionTransformer:

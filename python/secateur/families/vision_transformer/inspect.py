@@ -28,7 +28,6 @@ from ...anatomy import (
     NormSite,
     Part,
     Source,
-    Stream,
     Tap,
     shared_entries,
     unit_entries,
@@ -36,11 +35,12 @@ from ...anatomy import (
 from ...anatomy import costs as cost
 from ...errors import Unsupported
 from ..base import NORMS, refuse_tied, unsupported
-from ..walk import Walk, identity
-from .counts import Merging, backbone_macs, classifies, is_pooled, pooled_products, why_not_pooled
+from ..walk import Walk, has, identity, macs_of
+from .counts import Merging, channels_of_images, classifies, is_pooled, pooled_products, why_not_pooled
 from .modules import HeadNorm, PrunedAttention, PrunedAttentionPoolLatent, PrunedBlock, PrunedResPostBlock
 from .norms import head_tap, is_there, score_norm
 from .reduced import MergingBlock, MergingResPostBlock
+from .stream import described_stream, refused_head
 
 __all__ = ["Inspection"]
 
@@ -63,7 +63,7 @@ class Inspection(Walk):
         self.layers: dict[str, Layer] = {}
         self.norms: list[NormSite] = []
         self.products: list[cost.Product] = []
-        self.refused: dict[str, str] = {}
+        self.refused = refused_head(model)
         self.absent: list[str] = []
         self.writers: dict[str, str | None] = {"patch_embed.proj": None}
         self.readers: dict[str, tuple[str, ...]] = {}
@@ -73,7 +73,7 @@ class Inspection(Walk):
         model = self.vit
         self.patch_embedding()
         for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
-            if _has(model, name):
+            if has(model, name):
                 self.parameter("", name, 2, self.stream, self.width)
         self.norm("norm_pre", self.stream, "stream", self.channels)
         if type(model.blocks) is not nn.Sequential:
@@ -99,7 +99,7 @@ class Inspection(Walk):
             family=family,
             architecture=architecture,
             arguments=arguments,
-            input_size=(int(model.in_chans), height, width),
+            input_size=(channels_of_images(model), height, width),
             groups=tuple(self.groups),
             layers=self.layers,
             norms=tuple(self.norms),
@@ -107,7 +107,7 @@ class Inspection(Walk):
             shapes={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
             refused=self.refused,
             handmade=handmade,
-            streams={"width": self.described_stream()},
+            streams={"width": described_stream(model, self.refused, self.norms, self.writers, self.readers)},
             absent=tuple(self.absent),
             embedding=self.embedding(),
             last_block="pooled" if is_pooled(model) else "whole",
@@ -132,40 +132,14 @@ class Inspection(Walk):
             return None
         if type(model.patch_embed.proj) is nn.Identity:
             return None
-        tokens = tuple(name for name in ("cls_token", "reg_token", "dist_token") if _has(model, name))
+        tokens = tuple(name for name in ("cls_token", "reg_token", "dist_token") if has(model, name))
         return Source({"patch_embed.proj": None}, tokens)
-
-    def described_stream(self) -> Stream | str:
-        """Return what a change of the stream's basis has to rotate, or the reason that forbids one."""
-        model: Any = self.vit
-        if "width" in self.refused:
-            return self.refused["width"]
-        for name in ("norm_pre", "patch_embed.norm"):
-            norm = model.get_submodule(name) if name != "patch_embed.norm" else getattr(model.patch_embed, "norm", None)
-            if norm is not None and type(norm) is not nn.Identity:
-                return f"{name}: {type(norm).__name__} writes to the residual stream, channel by channel"
-        if model.attn_pool is not None:
-            return f"attn_pool: {type(model.attn_pool).__name__} keeps a residual stream of its own"
-        if model.global_pool not in ("", "token", "avg"):
-            return f"global_pool: {model.global_pool!r} takes maxima channel by channel"
-        last = [name for name in ("norm", "fc_norm") if type(model.get_submodule(name)) is not nn.Identity]
-        if len(last) != 1:
-            return f"{' and '.join(last) or 'final_norm=False'}: the classifier reads the residual stream as it is"
-        heads = [name for name in ("head", "head_dist") if hasattr(model, name)]
-        if any(type(model.get_submodule(name)) is nn.Identity for name in heads):
-            return "head: Identity, so the channels of the residual stream are the features"
-        kinds = {site.centred for site in self.norms}
-        if len(kinds) != 1:
-            return "norms: both LayerNorm and RMSNorm read the residual stream"
-        self.readers[last[0]] = tuple(heads)
-        tokens = [name for name in ("cls_token", "reg_token", "dist_token", "pos_embed") if _has(model, name)]
-        return Stream(kinds.pop(), self.writers, tuple(tokens), self.readers)
 
     def patch_embedding(self) -> None:
         """Add the convolution that embeds patches, or a hybrid's backbone."""
         embed: Any = self.vit.patch_embed
         if type(embed) is HybridEmbed:
-            macs = backbone_macs(embed.backbone, (int(self.vit.in_chans), *embed.img_size))
+            macs = macs_of(embed.backbone, (int(self.vit.in_chans), *embed.img_size))
             self.products.append(cost.FixedProduct("patch_embed.backbone", macs))
             if isinstance(embed.proj, nn.Identity):
                 self.refused["width"] = "patch_embed.proj: Identity, so the backbone's features are the residual stream"
@@ -370,9 +344,13 @@ class Inspection(Walk):
         head = self.model.get_submodule(name)
         if type(head) is nn.Identity:
             return
-        self.columns(name, self.stream, "stream", self.channels)
         pool: Any = self.vit.attn_pool
         pooled = pool is not None or bool(self.vit.global_pool)
+        if type(head) is not nn.Linear:
+            shape = (self.width,) if pooled else (self.tokens.all, self.width)
+            self.products.append(cost.FixedProduct(name, macs_of(head, shape)))
+            return
+        self.columns(name, self.stream, "stream", self.channels)
         self.products.append(cost.WeightProduct(name, 1 if pooled else self.tokens.here))
 
     def stream_norm(self, name: str, *, pooled: bool = False) -> None:
@@ -392,7 +370,3 @@ class Inspection(Walk):
         entries = unit_entries(size, heads) if type(norm) is HeadNorm else shared_entries(size, heads)
         self.norm_members(name, norm, members, part, entries)
         return name
-
-
-def _has(model: nn.Module, name: str) -> bool:
-    return getattr(model, name, None) is not None

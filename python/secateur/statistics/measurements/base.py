@@ -5,18 +5,29 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ...anatomy import Anatomy
-from ...families.base import Family
+from ...errors import Unsupported
+from ...families.base import Family, classifies
 from ...registry import Registry
 from ..settings import Float
 from ..statistics import Statistics
 
-__all__ = ["MEASURED_IMAGES", "Measurement", "Work", "divergence", "double", "hooked", "measurements", "register"]
+__all__ = [
+    "MEASURED_IMAGES",
+    "Measurement",
+    "Work",
+    "as_tensor",
+    "divergence",
+    "double",
+    "hooked",
+    "measurements",
+    "register",
+]
 
 MEASURED_IMAGES = 128
 
@@ -76,7 +87,7 @@ def divergence(model: nn.Module, wanted: Tensor, found: Tensor) -> Tensor:
 
     The variance is that of all images in the batch.
     """
-    if getattr(model, "num_classes", 0):
+    if classifies(model):
         first, second = wanted.log_softmax(-1), found.log_softmax(-1)
         each = (first.exp() * (first - second)).sum(-1)
         return each.reshape(len(wanted), -1).mean(1)
@@ -84,6 +95,20 @@ def divergence(model: nn.Module, wanted: Tensor, found: Tensor) -> Tensor:
     return (wanted - found).square().reshape(len(wanted), -1).mean(1) / spread
 
 
-def double(output: Tensor) -> Tensor:
-    """Return a model's output in float64."""
-    return output.double()
+def as_tensor(output: Any) -> Tensor:
+    """Return a model's output itself, or all tensors of a sequence or mapping side by side, (B, K).
+
+    Raises:
+        Unsupported: it holds no tensors.
+    """
+    if isinstance(output, Tensor):
+        return output
+    parts = list(output.values()) if isinstance(output, Mapping) else output
+    if not isinstance(parts, (list, tuple)) or not parts:
+        raise Unsupported(f"model: expected outputs of tensors, got {type(output).__name__}")
+    return torch.cat([as_tensor(part).flatten(1) for part in parts], 1)
+
+
+def double(output: Any) -> Tensor:
+    """Return a model's output, `as_tensor`, in float64."""
+    return as_tensor(output).double()

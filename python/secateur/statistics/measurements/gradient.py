@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from ... import core
 from ...anatomy import Anatomy
+from ...families.base import classifies
 from ..settings import Float
 from .base import Work, double, hooked, register
 
@@ -63,7 +64,7 @@ def _of_single_images(model: nn.Module, anatomy: Anatomy, images: Tensor) -> dic
     ]
     with torch.inference_mode(False), torch.enable_grad(), hooked(hooks):
         logits = double(model(images.clone()))
-        if getattr(model, "num_classes", 0):
+        if classifies(model):
             own = logits.detach().argmax(-1)
             loss = functional.cross_entropy(logits.flatten(0, -2), own.flatten(), reduction="sum")
         else:

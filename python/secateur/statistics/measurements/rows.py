@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from ... import core
 from ...anatomy import Layer
+from ...families.base import classifies
 from ..rows import after_layers, spread
 from ..settings import Float
 from .base import Work, double, hooked, register
@@ -99,7 +100,7 @@ def _with_gradients(model: nn.Module) -> Callable[[Tensor], Tensor]:
 def _log_likelihood(model: nn.Module, output: Tensor, start: int) -> Tensor:
     """Return −log p(y) summed over images, for y drawn with each image's own generator."""
     rows = output.reshape(len(output), -1, output.shape[-1])
-    classes = bool(getattr(model, "num_classes", 0))
+    classes = classifies(model)
     drawn = []
     for number, image in enumerate(rows.detach().cpu(), start):
         generator = torch.Generator().manual_seed(number)
