@@ -17,11 +17,12 @@ import torch
 from timm.layers import ClassifierHead, DropPath, Mlp, PatchEmbed
 from timm.models import swin_transformer as timms
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
 
 from ..anatomy import Anatomy, Group, Layer, Member, NormSite, Stream, Tap, unit_entries
 from ..anatomy.costs import AttentionProduct, FixedProduct, Product, WeightProduct
 from ..errors import Unsupported
+from .absent import Absent, go_past, is_absent
+from .attention import attend_padded
 from .base import NORMS, Family, fit_modules, refuse_computed, refuse_tied, unsupported
 from .registry import register
 from .walk import Walk, identity, macs_of, unread
@@ -52,17 +53,8 @@ class PrunedWindowAttention(timms.WindowAttention):
             mask = mask.view(1, windows, 1, N, N).expand(B // windows, -1, self.num_heads, -1, -1)
             bias = bias + mask.reshape(-1, self.num_heads, N, N)
         if self.fused_attn:
-            # Fused kernels exist only where q, k and v have one size, and those of CUDA read 16 bytes at a time.
-            step = 16 // v.element_size() if v.is_cuda else 1
-            size = (max(self.qk_dim, self.v_dim) + step - 1) // step * step
-            whole = self.qk_dim % step + self.v_dim % step == 0  # else copies, whose rows begin at such places
-            if size > self.qk_dim or not whole:
-                q, k = F.pad(q, [0, size - self.qk_dim]), F.pad(k, [0, size - self.qk_dim])
-            if size > self.v_dim or not whole:
-                v = F.pad(v, [0, size - self.v_dim])
             dropout = self.attn_drop.p if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.scale)
-            y = y.transpose(1, 2)[..., : self.v_dim]
+            y = attend_padded(q, k, v, self.qk_dim, self.v_dim, bias, dropout, False, self.scale)
         else:
             attn = self.softmax((q * self.scale) @ k.transpose(-2, -1) + bias)
             y = (self.attn_drop(attn) @ v).transpose(1, 2)
@@ -71,7 +63,7 @@ class PrunedWindowAttention(timms.WindowAttention):
 
 
 class PrunedSwinTransformerBlock(timms.SwinTransformerBlock):
-    """timm's ``SwinTransformerBlock`` without its attention, its FFN, or both: what is not there is None."""
+    """timm's ``SwinTransformerBlock`` without its attention, its FFN, or both, which are ``Absent``."""
 
     if TYPE_CHECKING:  # torch.jit.script would read these as attributes' types
         attn: Any
@@ -80,18 +72,21 @@ class PrunedSwinTransformerBlock(timms.SwinTransformerBlock):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Add to (B, H, W, C) what is there."""
-        if self.attn is not None:
+        if not hasattr(self.attn, "absent"):
             x = x + self.drop_path1(self._attn(self.norm1(x)))
-        if self.mlp is not None:
-            B, H, W, C = x.shape  # noqa: N806
-            x = x.reshape(B, -1, C)
+        elif not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            x = go_past(self, x, "attn")
+        B, H, W, C = x.shape  # noqa: N806
+        x = x.reshape(B, -1, C)
+        if not hasattr(self.mlp, "absent"):
             x = x + self.drop_path2(self.mlp(self.norm2(x)))
-            x = x.reshape(B, H, W, C)
-        return x
+        elif not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            x = go_past(self, x, "mlp")
+        return x.reshape(B, H, W, C)
 
     def set_input_size(self, feat_size: Any, window_size: Any, always_partition: bool | None = None) -> None:
         """As in timm's ``SwinTransformerBlock``."""
-        if self.attn is not None:
+        if not is_absent(self.attn):
             super().set_input_size(feat_size, window_size, always_partition)
             return
         self.input_resolution = feat_size
@@ -101,7 +96,7 @@ class PrunedSwinTransformerBlock(timms.SwinTransformerBlock):
         self.window_area = self.window_size[0] * self.window_size[1]
 
     def _init_buffers(self) -> None:
-        if self.attn is not None:
+        if not is_absent(self.attn):
             super()._init_buffers()
 
 
@@ -164,9 +159,9 @@ def _drop_layer(model: nn.Module, name: str) -> None:
     parent, _, child = name.rpartition(".")
     block: Any = model.get_submodule(parent)
     number = 1 if child == "attn" else 2
-    setattr(block, child, None)
-    setattr(block, f"norm{number}", nn.Identity())
-    setattr(block, f"drop_path{number}", nn.Identity())
+    setattr(block, child, Absent().train(block.training))
+    setattr(block, f"norm{number}", nn.Identity().train(block.training))
+    setattr(block, f"drop_path{number}", nn.Identity().train(block.training))
     block.attn_mask = None if child == "attn" else block.attn_mask
     block.__class__ = PrunedSwinTransformerBlock
 
@@ -190,7 +185,7 @@ def _fit_widths(model: Any, sizes: Mapping[str, int]) -> None:
             stage.downsample.dim, stage.downsample.out_dim = before, width
         for block in stage.blocks:
             block.dim = width
-            if block.attn is not None:
+            if not is_absent(block.attn):
                 block.attn.dim = width
         before = width
     pooled = before * model.head.global_pool.feat_mult()
@@ -335,7 +330,7 @@ class _Inspection(Walk):
             _require(f"{name}.{child}", getattr(block, child), DropPath, nn.Identity)
         for child, describe in (("attn", self.attention), ("mlp", self.ffn)):
             layer = f"{name}.{child}"
-            if getattr(block, child) is None:
+            if is_absent(getattr(block, child)):
                 self.absent.append(layer)
                 continue
             describe(layer, block)

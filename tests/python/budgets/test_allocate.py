@@ -110,8 +110,7 @@ def pruned_on_meta(name, sizes, fused):
     model = timm.create_model(name, device="meta")
     Structure(sizes(sc.inspect(model))).apply(model)
     for block in model.blocks:
-        if block.attn is not None:
-            block.attn.fused_attn = fused
+        block.attn.fused_attn = fused
     return model
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...anatomy import Anatomy, LastBlock, Layer
 from ...errors import Unsupported
+from ..absent import Absent, is_absent
 from ..base import NORMS, fit_modules, unsupported
 from .counts import is_pooled, why_not_pooled
 from .modules import HeadNorm, PrunedAttention, PrunedAttentionPoolLatent, PrunedBlock, PrunedResPostBlock
@@ -71,14 +72,14 @@ def _fit_classes(model: Any, pooled: bool, merged: Mapping[int, int]) -> None:
         post_norm = isinstance(block, ResPostBlock)
         vars(block).pop("pooled", None)
         vars(block).pop("merge", None)
-        merge = 0 if block.attn is None else merged.get(index, 0)
+        merge = 0 if is_absent(block.attn) else merged.get(index, 0)
         merging = merging or merge > 0
         if pooled and index == len(model.blocks) - 1:
             block.pooled = True
         if merging:
             block.__class__ = MergingResPostBlock if post_norm else MergingBlock
             block.merge = merge
-        elif hasattr(block, "pooled") or block.attn is None or block.mlp is None:
+        elif hasattr(block, "pooled") or is_absent(block.attn) or is_absent(block.mlp):
             block.__class__ = PrunedResPostBlock if post_norm else PrunedBlock
         else:
             block.__class__ = ResPostBlock if post_norm else Block
@@ -151,9 +152,9 @@ def _fit_layers(model: VisionTransformer) -> None:
     fit_modules(model)
     block: Any
     for block in model.blocks:
-        if block.attn is not None:
+        if not is_absent(block.attn):
             _fit_norm(block.attn.norm, block.attn.attn_dim)
-        if block.mlp is not None:
+        if not is_absent(block.mlp):
             _fit_norm(block.mlp.norm, block.mlp.fc2.in_features)
 
 
@@ -187,10 +188,10 @@ def _drop_layer(model: VisionTransformer, name: str) -> None:
     _, index, child = name.split(".")
     block: Any = model.blocks[int(index)]
     number = 1 if child == "attn" else 2
-    setattr(block, child, None)
+    setattr(block, child, Absent().train(block.training))
     for other in (f"norm{number}", f"ls{number}", f"drop_path{number}"):
         if hasattr(block, other):
-            setattr(block, other, nn.Identity())
+            setattr(block, other, nn.Identity().train(block.training))
 
 
 def _fit_attention(attn: Any, anatomy: Anatomy, layer: Layer, sizes: Mapping[str, int]) -> None:

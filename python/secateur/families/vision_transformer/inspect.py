@@ -34,6 +34,7 @@ from ...anatomy import (
 )
 from ...anatomy import costs as cost
 from ...errors import Unsupported
+from ..absent import is_absent
 from ..base import NORMS, refuse_tied, unsupported
 from ..walk import Walk, has, identity, macs_of
 from .counts import Merging, channels_of_images, classifies, is_pooled, pooled_products, why_not_pooled
@@ -172,7 +173,7 @@ class Inspection(Walk):
                 raise unsupported(f"{name}.{child}", getattr(block, child), "DropPath")
         for child, describe, number in (("attn", self.attention_layer, 1), ("mlp", self.mlp, 2)):
             layer = f"{name}.{child}"
-            if getattr(block, child) is None:
+            if is_absent(getattr(block, child)):
                 self.absent.append(layer)
                 continue
             if pre_norm:

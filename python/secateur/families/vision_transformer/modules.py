@@ -10,7 +10,13 @@ from timm.models.vision_transformer import Block, ResPostBlock
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from .tokens import Attends, fused_attention
+from ..absent import go_past, is_traced
+from ..attention import attend_padded
+from .tokens import Attends
+
+# As in `tokens`: torch.fx knows each module's names by themselves.
+torch.fx.wrap("maybe_add_mask")
+torch.fx.wrap("resolve_self_attn_mask")
 
 
 class HeadNorm(nn.Module):
@@ -120,7 +126,7 @@ class PrunedAttention(nn.Module):
 
         if self.fused_attn:
             dropout = self.attn_drop.p if self.training else 0.0
-            y = fused_attention(q, k, v, attn_mask, None, dropout, is_causal, self.scale)
+            y = attend_padded(q, k, v, self.qk_dim, self.v_dim, attn_mask, dropout, is_causal, self.scale)
         else:
             attn = (q * self.scale) @ k.transpose(-2, -1)
             attn = maybe_add_mask(attn, resolve_self_attn_mask(N, attn, attn_mask, is_causal))
@@ -138,7 +144,7 @@ class PrunedAttention(nn.Module):
 
 
 class PrunedBlock(Attends, Block):
-    """timm's ``Block`` that may lack its attention, its FFN, or both (None), or run for the first tokens alone.
+    """timm's ``Block`` that may lack its attention, its FFN, or both (``Absent``), or run for the first tokens alone.
 
     A block without both returns its input. It stays in the model, so that the numbers of all blocks, and timm's
     information about them, remain valid.
@@ -149,20 +155,30 @@ class PrunedBlock(Attends, Block):
     ) -> torch.Tensor:
         """Add the outputs of the remaining layers to (B, N, C), for the first ``queries`` tokens unless that is 0.
 
-        Other arguments as in timm's ``Block``.
+        Other arguments as in timm's ``Block``. torch.fx traces all tokens.
         """
-        if queries > 0 and (is_causal or self.attn is None):
-            # They see no token after them.
-            x = x[:, :queries]
-            queries = 0
-        if self.attn is not None:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            queries = 0 if is_traced(x) else queries
+        if hasattr(self.attn, "absent"):
+            if queries > 0:
+                x = x[:, :queries]
+            if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+                x = go_past(self, x, "attn")
+        else:
+            if queries > 0 and is_causal:
+                # They see no token after them.
+                x = x[:, :queries]
+                queries = 0
             if queries > 0:
                 y = self.attend(self.norm1(x), queries, attn_mask)
                 x = x[:, :queries]
             else:
                 y = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
             x = x + self.drop_path1(self.ls1(y))
-        if self.mlp is not None:
+        if hasattr(self.mlp, "absent"):
+            if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+                x = go_past(self, x, "mlp")
+        else:
             x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
 
@@ -175,19 +191,29 @@ class PrunedResPostBlock(Attends, ResPostBlock):
     ) -> torch.Tensor:
         """Add the outputs of the remaining layers to (B, N, C), for the first ``queries`` tokens unless that is 0.
 
-        Other arguments as in timm's class.
+        Other arguments as in timm's class. torch.fx traces all tokens.
         """
-        if queries > 0 and (is_causal or self.attn is None):
-            x = x[:, :queries]
-            queries = 0
-        if self.attn is not None:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            queries = 0 if is_traced(x) else queries
+        if hasattr(self.attn, "absent"):
+            if queries > 0:
+                x = x[:, :queries]
+            if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+                x = go_past(self, x, "attn")
+        else:
+            if queries > 0 and is_causal:
+                x = x[:, :queries]
+                queries = 0
             if queries > 0:
                 y = self.attend(x, queries, attn_mask)
                 x = x[:, :queries]
             else:
                 y = self.attn(x, attn_mask=attn_mask, is_causal=is_causal)
             x = x + self.drop_path1(self.norm1(y))
-        if self.mlp is not None:
+        if hasattr(self.mlp, "absent"):
+            if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+                x = go_past(self, x, "mlp")
+        else:
             x = x + self.drop_path2(self.norm2(self.mlp(x)))
         return x
 

@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +11,12 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 
 from ...errors import InvalidArgument
+from ..absent import go_past, is_absent, is_traced, watched
 from .modules import PrunedBlock, PrunedResPostBlock
 from .tokens import Attends, merge_tokens
+
+# As in `tokens`: torch.fx calls it as it is.
+torch.fx.wrap("merge_tokens")
 
 __all__ = [
     "REDUCED",
@@ -31,7 +34,7 @@ __all__ = [
 
 def norm_before_ffn(block: Any) -> nn.Module | None:
     """Return the norm whose output the FFN reads, by which tokens are compared; None if there is none."""
-    return None if isinstance(block, ResPostBlock) or block.mlp is None else block.norm2
+    return None if isinstance(block, ResPostBlock) or is_absent(block.mlp) else block.norm2
 
 
 def run_merging(
@@ -51,9 +54,10 @@ def run_merging(
         (B, N', C) and (B, N').
     """
     post_norm = isinstance(block, ResPostBlock)
-    if block.attn is not None:
-        log_size = None if size is None else size.log()
-        y = Attends.attend(block, x if post_norm else block.norm1(x), queries, None, log_size)
+    if is_absent(block.attn):
+        x = go_past(block, x[:, :queries] if queries else x, "attn")
+    else:
+        y = _attended(block, x if post_norm else block.norm1(x), size, queries)
         if queries:
             x = x[:, :queries]
         x = x + block.drop_path1(block.norm1(y) if post_norm else block.ls1(y))
@@ -64,12 +68,34 @@ def run_merging(
                     # Not as a module: hooks of the norm expect what the FFN reads.
                     read = norm.forward(x)
             x, size = merge_tokens(x, size, read, merge, prefix)
-    elif queries:
-        x = x[:, :queries]
-    if block.mlp is not None:
+    if is_absent(block.mlp):
+        x = go_past(block, x, "mlp")
+    else:
         y = block.norm2(block.mlp(x)) if post_norm else block.ls2(block.mlp(block.norm2(x)))
         x = x + block.drop_path2(y)
     return x, size
+
+
+def _attended(block: Any, x: torch.Tensor, size: torch.Tensor | None, queries: int) -> torch.Tensor:
+    """Return the output of a block's attention, called as a module if that has hooks or is traced."""
+    if not queries and (is_traced(x) or watched([block.attn])):
+        called: torch.Tensor = block.attn(x, attn_mask=None if size is None else sizes_as_mask(size, x))
+        return called
+    return Attends.attend(block, x, queries, None, None if size is None else size.log())
+
+
+@torch.fx.wrap
+def sizes_as_mask(size: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return the mask that adds the logarithm of how many tokens each has become, (B, 1, 1, N), in the type of x."""
+    return size.log()[:, None, None].to(x.dtype)
+
+
+class Sizes:
+    """How many tokens each has become, (B, N) or None for 1 each, where a block is entered; the block sets ``left``."""
+
+    def __init__(self, entering: torch.Tensor | None, prefix: int) -> None:
+        self.entering, self.prefix = entering, prefix
+        self.left = entering
 
 
 class _Merges(nn.Module):
@@ -83,13 +109,15 @@ class _Merges(nn.Module):
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
         queries: int = 0,
-        prefix: int = -1,
-        size: torch.Tensor | None = None,
-    ) -> Any:
-        """Merge if ``prefix`` is not negative, and return tokens and sizes as ``run_merging``; else keep all tokens."""
-        if prefix < 0:
-            return super().forward(x, attn_mask, is_causal, queries)
-        return run_merging(self, x, size, self.merge, prefix, queries)
+        sizes: Sizes | None = None,
+    ) -> torch.Tensor:
+        """Merge tokens and set ``sizes.left`` if there are sizes; else keep all tokens."""
+        if not isinstance(sizes, Sizes):
+            unmerged: torch.Tensor = super().forward(x, attn_mask, is_causal, queries)
+            return unmerged
+        queries = 0 if is_traced(x) else queries
+        x, sizes.left = run_merging(self, x, sizes.entering, self.merge, sizes.prefix, queries)
+        return x
 
     def extra_repr(self) -> str:
         """Return the number of tokens that are merged, for print(model)."""
@@ -134,12 +162,14 @@ class _Reduced(_Model):
         # As pools_tokens; torch.jit.script takes no function of a module.
         queries = self.num_prefix_tokens if self.attn_pool is None and self.global_pool == "token" else 0
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            if queries and not torch.compiler.is_compiling() and _hooked(self):
+            if queries and (is_traced(x) or (not torch.compiler.is_compiling() and _hooked(self))):
                 queries = 0
             if self.merging:
                 return self._merging(x, attn_mask, is_causal, queries)
         else:
             assert not self.merging, "torch.jit.script: expected a model that merges no tokens"
+        if queries == 0:
+            return self.forward_head(self.forward_features(x, attn_mask, is_causal))
         checkpointing = self.grad_checkpointing and attn_mask is None and not is_causal
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         for block in self.blocks:
@@ -155,20 +185,18 @@ class _Reduced(_Model):
         return self.forward_head(self.norm(x))
 
     def _merging(self, x: torch.Tensor, attn_mask: torch.Tensor | None, is_causal: bool, queries: int) -> torch.Tensor:
-        if attn_mask is not None or is_causal:
-            what = "is_causal" if is_causal else "attn_mask"
-            raise InvalidArgument(f"{what}: expected none in a model that merges tokens, got one")
         if self.attn_pool is not None or self.global_pool not in ("token", "avg"):
             raise InvalidArgument(
                 f"global_pool: expected 'token' or 'avg' in a model that merges tokens, got {self.global_pool!r}"
             )
-        prefix, size = self.num_prefix_tokens, None
+        x = without_mask(x, attn_mask, is_causal)
+        size: torch.Tensor | None = None
         run = checkpoint if self.grad_checkpointing else _called
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         for block in self.blocks:
             some = queries if hasattr(block, "pooled") else 0
             if hasattr(block, "merge"):
-                x, size = run(block, x, None, False, some, prefix, size)
+                x, size = run(_merged, block, x, some, self.num_prefix_tokens, size)
             elif some:
                 x = run(block, x, None, False, some)
             else:
@@ -216,15 +244,33 @@ def pooled_output(model: Any, x: torch.Tensor, size: torch.Tensor | None) -> Any
     return model.head(model.head_drop(model.fc_norm(x)))
 
 
-def _called(block: nn.Module, *arguments: Any) -> Any:
-    return block(*arguments)
+@torch.fx.wrap
+def without_mask(x: torch.Tensor, attn_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
+    """Return x, or refuse what a model that merges tokens does not take.
+
+    Raises:
+        InvalidArgument: a mask or causal attention.
+    """
+    if attn_mask is not None or is_causal:
+        what = "is_causal" if is_causal else "attn_mask"
+        raise InvalidArgument(f"{what}: expected none in a model that merges tokens, got one")
+    return x
+
+
+def _called(function: Any, *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _merged(
+    block: nn.Module, x: torch.Tensor, queries: int, prefix: int, size: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run a block that returns tokens alone, as hooks expect, and return them with their sizes."""
+    sizes = Sizes(size, prefix)
+    x = block(x, queries=queries, sizes=sizes)
+    return x, sizes.left
 
 
 def _hooked(model: Any) -> bool:
     """Return whether anything watches the tokens that pooling leaves out."""
-    watched: Iterable[nn.Module] = (
-        module
-        for part in (*(block for block in model.blocks if hasattr(block, "pooled")), model.norm)
-        for module in part.modules()
-    )
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in watched)
+    parts = (*(block for block in model.blocks if hasattr(block, "pooled")), model.norm)
+    return watched([model.blocks]) or any(watched(part.modules()) for part in parts)

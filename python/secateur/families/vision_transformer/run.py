@@ -12,6 +12,7 @@ from torch import nn
 
 from ...anatomy import LastBlock
 from ...errors import Unsupported
+from ..absent import is_absent
 from .reduced import merges, norm_before_ffn, pooled_output, run_merging
 from .tokens import Attends, merge_tokens
 
@@ -43,13 +44,13 @@ def layers(model: VisionTransformer, last_block: LastBlock = "whole") -> dict[st
     block: Any
     for index, block in enumerate(model.blocks):
         post_norm = isinstance(block, ResPostBlock)
-        if block.attn is not None:
+        if not is_absent(block.attn):
             attention = (block.attn, block.norm1) if post_norm else (block.norm1, block.attn, block.ls1)
             pooled = last_block == "pooled" and index == len(model.blocks) - 1
             found[f"blocks.{index}.attn"] = (
                 _ForPrefix(block, model.num_prefix_tokens) if pooled else _Residual(*attention)
             )
-        if block.mlp is not None:
+        if not is_absent(block.mlp):
             ffn = (block.mlp, block.norm2) if post_norm else (block.norm2, block.mlp, block.ls2)
             found[f"blocks.{index}.mlp"] = _Residual(*ffn)
     return found

@@ -9,37 +9,25 @@ from timm.layers import maybe_add_mask, resolve_self_attn_mask
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from ..attention import attend_padded
 
-def _copied(x: torch.Tensor, zeros: int) -> torch.Tensor:
-    """Return (..., d) in new memory, with zeros after the last channel: (..., d + zeros)."""
-    return F.pad(x, [0, zeros]) if zeros > 0 else x.clone(memory_format=torch.contiguous_format)
+# torch.fx calls these as they are: what they do depends on what is given when the traced model runs.
+torch.fx.wrap("maybe_add_mask")
+torch.fx.wrap("resolve_self_attn_mask")
 
 
 def fused_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    qk_dim: int,
+    v_dim: int,
     attn_mask: torch.Tensor | None,
     log_size: torch.Tensor | None,
     dropout: float,
-    is_causal: bool,
     scale: float,
 ) -> torch.Tensor:
-    """Attend with torch's fused kernel, whatever the sizes of heads are.
-
-    Args:
-        q: (B, heads, L, qk_dim).
-        k: (B, heads, N, qk_dim).
-        v: (B, heads, N, v_dim).
-        attn_mask: as for torch's kernel.
-        log_size: (B, N), added to the scores of each key; without a mask.
-        dropout: rate of dropped attention weights.
-        is_causal: as for torch's kernel.
-        scale: multiplies the scores.
-
-    Returns:
-        (B, L, heads, v_dim).
-    """
+    """As ``attend_padded``, with ``log_size``, (B, N), added to the scores of each key unless it is None."""
     if log_size is not None:
         if q.is_cpu:
             # This kernel reads one row for all heads and queries, without a copy of q, k or v.
@@ -48,27 +36,19 @@ def fused_attention(
             # Other kernels would take a mask of all scores, or none: as one more channel of keys.
             q = F.pad(q, [0, 1], value=1 / scale)
             k = torch.cat([k, log_size[:, None, :, None].expand(-1, k.size(1), -1, -1).to(k.dtype)], -1)
-    qk_dim, v_dim = q.size(-1), v.size(-1)
-    # Fused kernels need one size for q, k and v; padding with zeros changes neither scores nor values.
-    size = max(qk_dim, v_dim)
-    step = 16 // v.element_size()
-    if v.is_cuda and (qk_dim % step != 0 or v_dim % step != 0):
-        # CUDA's kernels read 16 bytes at a time, even from unaligned rows (pytorch/pytorch#183484), so copy.
-        size = (size + step - 1) // step * step
-        q, k = _copied(q, size - qk_dim), _copied(k, size - qk_dim)
-        v = _copied(v, size - v_dim)
-    elif qk_dim < v_dim:
-        q, k = F.pad(q, [0, size - qk_dim]), F.pad(k, [0, size - qk_dim])
-    elif v_dim < qk_dim:
-        v = F.pad(v, [0, size - v_dim])
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=scale
-    ).transpose(1, 2)
-    if v_dim < size:
-        # After the transpose, so that gradients have the same strides as without padding: torch keeps cuDNN's
-        # plans for the first gradients of a shape and misreads others (since pytorch/pytorch#141147).
-        y = y[..., :v_dim]
-    return y
+            qk_dim += 1
+    return attend_padded(q, k, v, qk_dim, v_dim, attn_mask, dropout, False, scale)
+
+
+@torch.fx.wrap
+def mask_of_first(attn_mask: torch.Tensor | None, queries: int) -> torch.Tensor | None:
+    """Return the mask, (…, N, N) or (…, 1, N), for the first queries alone."""
+    return attn_mask if attn_mask is None or attn_mask.size(-2) == 1 else attn_mask[..., :queries, :]
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Return whether a linear layer is computed by its weight alone: neither replaced, adapted nor quantized."""
+    return type(layer) is nn.Linear and not hasattr(layer.weight, "__tensor_flatten__")
 
 
 class Attends(nn.Module):
@@ -100,10 +80,13 @@ class Attends(nn.Module):
         heads, qk_dim, v_dim = attn.num_heads, attn.head_dim, attn.attn_dim // attn.num_heads
         qk_all, v_all = heads * qk_dim, attn.attn_dim
         first = x
+        plain = True
         if queries > 0:
             first = x[:, :queries]
-            if attn_mask is not None and attn_mask.size(-2) > 1:
-                attn_mask = attn_mask[..., :queries, :]
+            attn_mask = mask_of_first(attn_mask, queries)
+            if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+                plain = is_plain_linear(attn.qkv)
+        if queries > 0 and plain:
             weight, bias = attn.qkv.weight, attn.qkv.bias
             if bias is None:
                 q = F.linear(first, weight[:qk_all])
@@ -113,13 +96,15 @@ class Attends(nn.Module):
                 k, v = F.linear(x, weight[qk_all:], bias[qk_all:]).split([qk_all, v_all], dim=-1)
         else:
             q, k, v = attn.qkv(x).split([qk_all, qk_all, v_all], dim=-1)
+            if queries > 0:
+                q = q[:, :queries]
         L = first.size(1)  # noqa: N806
         q = attn.q_norm(q.reshape(B, L, heads, qk_dim).transpose(1, 2))
         k = attn.k_norm(k.reshape(B, N, heads, qk_dim).transpose(1, 2))
         v = v.reshape(B, N, heads, v_dim).transpose(1, 2)
         if attn.fused_attn:
             dropout = attn.attn_drop.p if attn.training else 0.0
-            y = fused_attention(q, k, v, attn_mask, log_size, dropout, False, attn.scale)
+            y = fused_attention(q, k, v, qk_dim, v_dim, attn_mask, log_size, dropout, attn.scale)
         else:
             scores = (q * attn.scale) @ k.transpose(-2, -1)
             if log_size is not None:
@@ -141,9 +126,10 @@ def _rows_at(place: torch.Tensor, stays: torch.Tensor, count: int) -> torch.Tens
     return torch.zeros(count + 1, dtype=rows.dtype, device=rows.device).scatter(0, place, rows)[:count]
 
 
+@torch.fx.wrap
 def merge_tokens(
     x: torch.Tensor, size: torch.Tensor | None, features: torch.Tensor, merged: int, prefix: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge the even patch tokens that are most like an odd one into it (Bolya et al., ToMe, ICLR 2023).
 
     ToMe compares keys by their cosine. Here tokens are compared by ``features``, and large ones merge later: the
@@ -163,10 +149,10 @@ def merge_tokens(
     """
     B, N, C = x.shape  # noqa: N806
     half = (N - prefix) // 2
+    precise = torch.promote_types(x.dtype, torch.float32)
     merged = min(merged, half)
     if merged <= 0:
-        return x, size
-    precise = torch.promote_types(x.dtype, torch.float32)
+        return x, x.new_ones(B, N, dtype=precise) if size is None else size
     left = N - merged
     with torch.no_grad():
         # Few operations: with one image, each costs as much as what it computes.
@@ -181,7 +167,7 @@ def merge_tokens(
         even = torch.arange(prefix, B * N, N, device=x.device)[:, None]
         moves = torch.add(even, chosen, alpha=2).flatten()
         meets = torch.add(even + 1, partner.gather(1, chosen), alpha=2).flatten()
-        stays = torch.ones(B * N, dtype=torch.bool, device=x.device).index_fill_(0, moves, False)
+        stays = torch.ones(B * N, dtype=torch.bool, device=x.device).index_fill_(0, moves, 0)
         place = stays.cumsum(0) - 1
         target = place.index_select(0, meets)
         if torch.compiler.is_exporting():
