@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import check
 from ..anatomy.fingerprint import Fingerprint
-from ..data.loader import ImageLoader
+from ..data.loader import ImageLoader, in_batches
 from ..data.model_input import data_config
 from ..errors import InvalidArgument, Unsupported
 from ..families.base import Family
@@ -110,6 +110,7 @@ def calibrate(
             gamma = check.integer("gamma", gamma)
             checkpoint_every = check.integer("checkpoint_every", checkpoint_every, optional=True)
             token_fraction = check.fraction("token_fraction", token_fraction, open_low=True)
+            loader = in_batches(loader, model, labels=False)
             _check(loader, collect, resume, checkpoint_every)
             if row_weights is None:
                 row_weights = sensitivity is True and collect == "all" and _has_stream(model, family)

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from timm.data import create_transform
 from torch import nn
+from torch.utils.data import Dataset
 
 from .. import check
 from ..errors import InvalidArgument, Unsupported
 from .batches import Batches, ByPosition, Images, Stream
-from .model_input import data_config
+from .examples import Examples, Grouped, is_stream, is_transformed, of_hub, one_by_one, split_of
+from .model_input import TOLD, data_config, is_graph, mode_of
 from .order import Order
 from .sources import HUB_PREFIXES, Digits, default_split, files, hub
 
@@ -30,7 +32,10 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-__all__ = ["ImageLoader", "loader"]
+__all__ = ["ImageLoader", "in_batches", "loader", "refuse_single"]
+
+# Images in a batch of single ones, where the size changes nothing.
+_BATCH = 64
 
 # Digits fill their 8 x 8 frame, are not symmetric and have no colours: large crops, no mirroring, no colour jitter.
 _DIGITS_TRAIN = {"scale": (0.7, 1.0), "ratio": (0.85, 1.18), "hflip": 0.0, "color_jitter": None}
@@ -132,7 +137,7 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
 
 
 def loader(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Sequence[Any] | Dataset[Any] | Any,
     model: nn.Module,
     *,
     split: str | None = None,
@@ -150,9 +155,13 @@ def loader(
     Args:
         source: a folder with one sub-folder of images per class; a ``.tar`` of such folders; ``hfds:NAME`` or, read as
             a stream, ``hfids:NAME`` for a Hugging Face data set; ``digits`` for scikit-learn's 1,797 handwritten digits
-            (8 x 8 pixels, 10 classes).
+            (8 x 8 pixels, 10 classes). Or pictures in memory: a ``datasets.Dataset`` (or a ``DatasetDict``, with
+            ``split``) with a column of images and, for labels, one of class indices; a list or ``torch`` data set of
+            PIL images, alone, in pairs (image, class index) or in mappings such as ``{"image": …, "label": …}``. Images
+            without a class have the target -1, which ``evaluate`` and ``finetune`` refuse.
         model: its data configuration determines size, channels, normalisation, interpolation and crop (see
-            `data_config`).
+            `data_config`). Compiled and parallel models are looked into. The graph of a model (torch.export, torch.fx,
+            torch.jit) does not tell ``mean`` and ``std``, nor always ``input_size``: pass these.
         split: sub-folder or split name. By default, if a folder holds both a training and a validation folder,
             ``train`` decides which of them is read; digits are split into ``train`` and ``test``, half each, stratified
             and always in the same way; a Hugging Face data set has ``train`` and ``validation``.
@@ -168,54 +177,105 @@ def loader(
             one more is an error. ``ImageLoader.unreadable`` names them. A batch that lacks some is smaller. Not for
             ``hfids:``.
         **transform: further arguments of `timm.data.create_transform`, such as ``scale``, ``hflip``, ``auto_augment``
-            or ``crop_pct``.
+            or ``crop_pct``; ``input_size``, (channels, height, width), only for a model that does not tell it.
 
     Raises:
-        InvalidArgument: the source does not exist, holds no images or no such split, or needs a package that is not
-            installed; an image cannot be read (while iterating); a number is out of range.
+        InvalidArgument: the model does not tell what it expects of images, and it is not given; the source does not
+            exist, holds no images or no such split, or needs a package that is not installed; which column of it is the
+            image or the class cannot be told; an image cannot be read (while iterating); a number is out of range.
     """
-    name = str(source)
     batch_size = check.integer("batch_size", batch_size)
     max_images = check.integer("max_images", max_images, optional=True)
     workers = check.integer("workers", workers, 0)
     seed = check.integer("seed", seed, 0)
     max_unreadable = check.integer("max_unreadable", max_unreadable, 0)
-    config = data_config(model)
-    channels = config["input_size"][0]
-    if channels not in (1, 3):
-        raise InvalidArgument(f"model: expected 1 or 3 input channels (grey or RGB images), got {channels}")
-    mode = "L" if channels == 1 else "RGB"
+    given = {key: transform.pop(key) for key in TOLD if key in transform}
+    if "input_size" in given and not is_graph(model):
+        raise InvalidArgument(f"input_size: expected none for a model that tells it, got {given['input_size']}")
+    config = data_config(model, given)
+    mode = mode_of(config)
+    name = "" if _in_memory(source) else str(source)
     if name == "digits":
         config["crop_pct"] = 1.0
         config.update(_DIGITS_TRAIN if train else {})
     prepare = _transform(config, train, transform)
 
-    split = default_split(name, train=train) if split is None else split
-    prefix, separator, dataset = name.partition(":")
-    if separator and prefix in HUB_PREFIXES:
-        description = f"{name} ({split})"
-        found = hub(prefix, dataset, str(split), mode, seed, shuffle, max_images)
-        if prefix == "hfids":
-            if max_unreadable:
-                raise InvalidArgument(f"max_unreadable: expected 0 for a streamed data set, got {max_unreadable}")
-            found.transform = ByPosition(prepare, seed if train else None)
-            return _streamed(found, batch_size, max_images, workers, description)
-        reader = found.reader
-    elif name == "digits":
-        reader = Digits(str(split))
-        description = f"digits ({split})"
+    reader: Any
+    if _in_memory(source):
+        reader = Examples(split_of(source, split, train=train))
+        description = reader.description
     else:
-        reader, description = files(name, split)
+        split = default_split(name, train=train) if split is None else split
+        prefix, separator, dataset = name.partition(":")
+        if separator and prefix in HUB_PREFIXES:
+            description = f"{name} ({split})"
+            found = hub(prefix, dataset, str(split), mode, seed, shuffle, max_images)
+            if prefix == "hfids":
+                if max_unreadable:
+                    raise InvalidArgument(f"max_unreadable: expected 0 for a streamed data set, got {max_unreadable}")
+                found.transform = ByPosition(prepare, seed if train else None)
+                return _streamed(found, batch_size, max_images, workers, description)
+            reader = found.reader
+        elif name == "digits":
+            reader = Digits(str(split))
+            description = f"digits ({split})"
+        else:
+            reader, description = files(name, split)
 
     dataset_ = Images(reader, prepare, mode, seed if train else None)
     order = Order(len(reader), batch_size, max_images, seed if shuffle else None)
     return ImageLoader(Batches(dataset_, order, workers), order.images, batch_size, description, max_unreadable)
 
 
+def in_batches(batches: Iterable[Any], model: nn.Module, *, labels: bool = True) -> Iterable[Any]:
+    """Return ``batches`` itself, or batches of a data set or list of single pictures, prepared as by `loader`.
+
+    Raises:
+        InvalidArgument: a data set of several splits, or of single images that are tensors already.
+    """
+    if of_hub(batches).endswith("Dict"):
+        splits = ", ".join(map(repr, batches))
+        raise InvalidArgument(f"loader: expected one split, got a {type(batches).__name__} of {splits}")
+    if is_stream(batches) or (of_hub(batches) and is_transformed(batches)):
+        return Grouped(batches, _BATCH)
+    try:
+        if not one_by_one(batches):
+            return batches
+        found = Examples(batches, labels=labels)
+    except InvalidArgument as error:
+        raise InvalidArgument(str(error).replace("source:", "loader:", 1)) from error
+    config = data_config(model)
+    images = Images(found, _transform(config, False, {}), mode_of(config), None)
+    order = Order(len(found), _BATCH, None, None)
+    return ImageLoader(Batches(images, order, 0), order.images, _BATCH, found.description)
+
+
+def refuse_single(batches: object) -> None:
+    """Refuse a data set or list of single pictures, where the size of batches and their order matter.
+
+    Raises:
+        InvalidArgument: it is one; the text says what to pass.
+    """
+    if one_by_one(batches):
+        raise InvalidArgument(
+            f"loader: expected batches, got a {type(batches).__name__} of single images; pass secateur.data.loader("
+            "dataset, model, batch_size=…, shuffle=True, train=True)"
+        )
+
+
+def _in_memory(source: object) -> bool:
+    if of_hub(source) == "IterableDataset" or of_hub(source) == "IterableDatasetDict":
+        raise InvalidArgument(
+            f"source: expected a data set with indices, got a {type(source).__name__} (pass 'hfids:NAME', or the data "
+            "set itself to calibrate or evaluate)"
+        )
+    return bool(of_hub(source)) or isinstance(source, (list, tuple, Dataset))
+
+
 def _transform(config: dict[str, Any], train: bool, extra: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
     known = inspect.signature(create_transform).parameters
     for key in extra:
-        if key not in known or key in ("input_size", "is_training", "use_prefetcher"):
+        if key not in known or key in ("is_training", "use_prefetcher"):
             raise InvalidArgument(f"transform: expected arguments of timm's create_transform, got {key!r}")
     prepare: Callable[[Image.Image], Tensor] = create_transform(**{**config, **extra}, is_training=train)
     return prepare

@@ -2,53 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.data import resolve_model_data_config
+from timm.data import create_transform, resolve_data_config, resolve_model_data_config
 from timm.layers import PatchEmbed
 from torch import nn
 
 from ..errors import InvalidArgument
+from . import forms
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 
-def data_config(model: nn.Module) -> dict[str, Any]:
+# What the model itself must tell of its input, else the caller.
+TOLD = ("input_size", "mean", "std")
+_GRAPHS = (
+    "torch.fx.graph_module.GraphModule",
+    "torch.jit._script.ScriptModule",
+    "torch.export.unflatten.UnflattenedModule",
+)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the model inside what torch.compile, parallel training or averaging put around it."""
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if inner is None and getattr(model, "pretrained_cfg", None) is None:
+            inner = model._modules.get("module")
+        if inner is None:
+            return model
+        model = inner
+
+
+def is_graph(model: nn.Module) -> bool:
+    """Return whether the model is the graph of another one (torch.export, torch.fx, torch.jit)."""
+    return any(f"{base.__module__}.{base.__qualname__}" in _GRAPHS for base in type(bare(model)).__mro__)
+
+
+def data_config(model: nn.Module, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return timm's data configuration of the model, with the input size that the model was really built for.
 
     timm derives ``input_size`` from ``pretrained_cfg``, which keeps the published size when a model is built with other
     ``img_size`` or ``in_chans`` arguments. Here the patch embedding decides; ``mean`` and ``std`` have one entry for
-    each input channel (their average if the configuration has another number of channels).
+    each input channel (their average if the configuration has another number of channels). ``given`` replaces
+    ``input_size``, ``mean`` and ``std``, for a graph that no longer tells them (torch.export, torch.fx, torch.jit).
+
+    Raises:
+        InvalidArgument: the model is a graph that tells no input size, mean or std, and they are not given.
     """
-    config: dict[str, Any] = dict(resolve_model_data_config(model))
-    channels, height, width = config["input_size"]
+    model, given = bare(model), dict(given or {})
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is not None:
-        height, width = size
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is not None:
-        channels = first.in_channels
-    config["input_size"] = (int(channels), int(height), int(width))
+    if is_graph(model) and not getattr(model, "pretrained_cfg", None):
+        config = _of_graph(model, given)
+    else:
+        config = dict(resolve_model_data_config(model))
+        channels, height, width = config["input_size"]
+        if size is not None:
+            height, width = size
+        first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+        if first is not None:
+            channels = first.in_channels
+        config["input_size"] = (channels, height, width)
+    config.update(given)
+    config["input_size"] = channels, _, _ = tuple(int(side) for side in config["input_size"])
     for key in ("mean", "std"):
         values = tuple(float(value) for value in config[key])
         config[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
     return config
 
 
-def split_batch(batch: Any, *, empty: bool = False, labels: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Split a loader's item, ``images`` or ``(images, targets, ...)``, into images (B, C, H, W) and targets.
+def graph_input(model: nn.Module) -> tuple[int, ...] | None:
+    """Return the shape of the first input of an exported or traced graph, with -1 where it is free; None if unknown."""
+    graph = getattr(bare(model), "graph", None)
+    if not isinstance(graph, torch.fx.Graph):
+        return None
+    # Weights that were lifted are placeholders too, but not of four dimensions only: the last one is the input.
+    values = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder" and "val" in node.meta]
+    shapes = [tuple(value.shape) for value in values if isinstance(value, torch.Tensor) and value.ndim == 4]
+    return tuple(side if isinstance(side, int) else -1 for side in shapes[-1]) if shapes else None
 
-    Without ``labels``, anything may follow the images.
+
+def _of_graph(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    shape = graph_input(model)
+    told = {} if shape is None or -1 in shape[1:] else {"input_size": shape[1:]}
+    missing = [name for name in TOLD if name not in given and name not in told]
+    if missing:
+        raise InvalidArgument(
+            f"{missing[0]}: expected {', '.join(f'{name}=' for name in missing)} of the model that the graph was made "
+            f"of, which {type(model).__name__} does not tell, got none"
+        )
+    return dict(resolve_data_config({"input_size": tuple(given.get("input_size") or told["input_size"])}))
+
+
+def split_batch(
+    batch: Any, *, empty: bool = False, labels: bool = True, model: nn.Module | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Split a loader's item into images (B, C, H, W) and targets.
+
+    A batch is a tensor or array of images; ``(images, targets, ...)``; a mapping (also transformers' and datasets'),
+    named tuple or dataclass with the images by the name ``pixel_values``, ``image`` or ``images`` and targets by
+    ``labels``, ``label`` or ``targets`` (further names: `data.forms`); or a list of single pictures, pairs (picture,
+    class) or mappings of one each. PIL images are prepared by timm's evaluation transform for ``model``. Without
+    ``labels``, anything may follow the images.
 
     Raises:
-        InvalidArgument: the batch is something else, or is empty (unless ``empty`` allows it).
+        InvalidArgument: the batch is something else, could be meant in several ways, or is empty (unless ``empty``
+            allows it).
     """
-    items = list(batch) if isinstance(batch, (tuple, list)) else [batch]
-    images = items[0] if items else None
-    targets = items[1] if labels and len(items) > 1 else None
+    images, targets = forms.split(batch, partial(_prepared, model), labels=labels)
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or (len(images) == 0 and not empty):
         got = f"a tensor of shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise InvalidArgument(f"loader: expected batches of images (B, C, H, W) or (images, targets), got {got}")
@@ -58,6 +124,26 @@ def split_batch(batch: Any, *, empty: bool = False, labels: bool = True) -> tupl
         )
         raise InvalidArgument(f"loader: expected one target for each of {len(images)} images, got {got}")
     return images, targets
+
+
+def _prepared(model: nn.Module | None, image: Image.Image) -> Tensor:
+    if model is None:
+        raise InvalidArgument("loader: expected batches of images (B, C, H, W) or (images, targets), got a PIL image")
+    config = data_config(model)
+    prepared: Tensor = create_transform(**config, is_training=False)(forms.opened(image).convert(mode_of(config)))
+    return prepared
+
+
+def mode_of(config: Mapping[str, Any]) -> str:
+    """Return PIL's mode of images with the model's channels.
+
+    Raises:
+        InvalidArgument: neither 1 nor 3 channels.
+    """
+    channels = config["input_size"][0]
+    if channels not in (1, 3):
+        raise InvalidArgument(f"model: expected 1 or 3 input channels (grey or RGB images), got {channels}")
+    return "L" if channels == 1 else "RGB"
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:
@@ -78,7 +164,7 @@ def model_input(model: nn.Module, images: Tensor, device: torch.device | str | N
         raise InvalidArgument(f"loader: expected floating-point images, got {images.dtype}")
     shape = tuple(images.shape)
     channels, sides, limits, fits = "C", "H, W", "", images.ndim == 4
-    embed = getattr(model, "patch_embed", None)
+    embed = getattr(bare(model), "patch_embed", None)
     # timm's own class declares what it takes; others, such as a hybrid's, raise their own errors.
     if isinstance(embed, PatchEmbed):
         channels = str(embed.proj.in_channels)

@@ -8,6 +8,7 @@ from ..anatomy import Anatomy
 from ..errors import InvalidArgument, Unsupported
 from ..registry import Registry
 from .base import Family
+from .wrapped import described, not_a_module, refuse_foreign
 
 __all__ = ["families", "family_named", "family_of", "inspect", "register"]
 
@@ -33,15 +34,24 @@ def family_of(model: nn.Module) -> Family:
 
     Raises:
         InvalidArgument: not an nn.Module.
-        Unsupported: no family accepts it; the text names its class and, for wrappers, what to pass instead.
+        Unsupported: no family accepts it; the text names its class and, for wrappers, larger networks and models of
+            other libraries, what to pass instead. Or another tool has put adapters, quantized or sharded weights into
+            it.
     """
     if not isinstance(model, nn.Module):
-        raise InvalidArgument(f"model: expected a timm model, got {type(model).__name__}")
-    for family in families:
-        if family.accepts(model):
-            return family
-    classes = sorted(cls.__name__ for family in families for cls in family.models)
-    raise Unsupported(f"model: expected timm's {' or '.join(classes)}, by exact class, got {_describe(model)}")
+        raise InvalidArgument(f"model: expected a timm model, got {not_a_module(model)}")
+    family = _accepting(model)
+    if family is None:
+        models = [cls for each in families for cls in each.models]
+        classes = " or ".join(sorted(cls.__name__ for cls in models))
+        got = described(model, models, lambda module: _accepting(module) is not None, inspect)
+        raise Unsupported(f"model: expected timm's {classes}, by exact class, got {got}")
+    refuse_foreign(model)
+    return family
+
+
+def _accepting(model: nn.Module) -> Family | None:
+    return next((family for family in families if family.accepts(model)), None)
 
 
 def family_named(name: str) -> Family:
@@ -54,16 +64,3 @@ def family_named(name: str) -> Family:
         return families.named(name)
     except InvalidArgument as error:
         raise Unsupported(str(error)) from error
-
-
-def _describe(model: nn.Module) -> str:
-    name = f"{type(model).__module__}.{type(model).__qualname__}"
-    for attribute, wrapper in (
-        ("_orig_mod", "a compiled model; pass the model itself and compile after pruning"),
-        ("base_model", "a peft model; merge and unload the adapters first"),
-        ("module", "a parallel wrapper; pass its .module and wrap again after pruning"),
-        ("model", "a wrapper; pass its .model"),
-    ):
-        if isinstance(getattr(model, attribute, None), nn.Module):
-            return f"{name} ({wrapper})"
-    return name

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .. import check
-from ..data.model_input import data_config, input_dtype
+from ..data.model_input import bare, data_config, graph_input, input_dtype, is_graph
 from ..errors import InvalidArgument
 from ..runtime.devices import borrowed, place_for
 from ..runtime.progress import progress
@@ -77,7 +77,8 @@ def bench(
     Modes, devices and torch's number of threads are restored afterwards.
 
     Args:
-        model: the model; it takes images (B, C, H, W).
+        model: the model; it takes images (B, C, H, W). A compiled one is timed as it is, as is the module of an
+            exported program or one scripted or traced by torch.jit, for the batch size that it was made for.
         reference: a model to compare with, usually the dense one.
         batch_size: images per batch.
         input_size: side, (height, width) or (channels, height, width) in pixels; the model's own by default.
@@ -104,6 +105,9 @@ def bench(
         place_for(reference, argument="reference")
     size = _input_size(model, input_size)
     models = [model] if reference is None else [model, reference]
+    if engine.name != "torch":
+        # What another engine runs is the model itself.
+        models = [bare(each) for each in models]
     with ExitStack() as stack:
         stack.enter_context(torch_threads_set(threads))
         for each in models:
@@ -143,14 +147,24 @@ _NAMES = ("model", "reference")
 
 
 def _input_size(model: nn.Module, given: int | Sequence[int] | None) -> tuple[int, int, int]:
-    channels, height, width = data_config(model)["input_size"]
     if given is None:
-        return channels, height, width
+        return _own_size(model)
     sizes: tuple[Any, ...] = tuple(given) if isinstance(given, Sequence) else (given, given)
     whole = all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in sizes)
     if len(sizes) not in (2, 3) or not whole:
         raise InvalidArgument(
             f"input_size: expected a side, (height, width) or (channels, height, width), got {given!r}"
         )
-    channels, height, width = sizes if len(sizes) == 3 else (channels, *sizes)
+    channels, height, width = sizes if len(sizes) == 3 else (_own_size(model, channels_only=True)[0], *sizes)
+    return channels, height, width
+
+
+def _own_size(model: nn.Module, *, channels_only: bool = False) -> tuple[int, int, int]:
+    shape = graph_input(model)
+    if is_graph(model) and (shape is None or (shape[1] if channels_only else min(shape[1:])) < 0):
+        raise InvalidArgument(
+            f"input_size: expected (channels, height, width), which {type(bare(model)).__name__} does not tell, got "
+            + ("no channels" if channels_only else "none")
+        )
+    channels, height, width = data_config(model)["input_size"] if shape is None else shape[1:]
     return channels, height, width

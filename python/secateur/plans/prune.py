@@ -9,6 +9,7 @@ from .. import core
 from ..anatomy.fingerprint import Fingerprint
 from ..errors import InvalidArgument
 from ..families.registry import family_of
+from ..families.wrapped import refuse_live_wrapper
 from ..surgery.cut import cut
 from ..surgery.stock_layout import check_layout, pad_heads
 from ..surgery.structure import check_last_block, set_norms
@@ -63,6 +64,7 @@ def prune(
         raise InvalidArgument(f"plan: expected a Plan, got {type(plan).__name__}")
     family = family_of(model)
     anatomy = family.inspect(model)
+    refuse_live_wrapper(model)
     # timm's own block has no pooled form.
     usual = "whole" if layout == "stock" else anatomy.default_last_block
     wanted = usual if last_block is None else check_last_block(last_block)

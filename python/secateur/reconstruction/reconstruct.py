@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import check, core
+from ..data.loader import in_batches
 from ..data.model_input import input_dtype, refuse_iterator
 from ..errors import InvalidArgument, Unsupported
 from ..families.base import Family, current_arguments
@@ -119,6 +120,7 @@ def reconstruct(
     held = HeldBack(check.number("held_back", held_back, open_low=True, high=0.5))
     check.choice("streams", streams, get_args(Keep))
     family = _family_of_both(model, dense)
+    loader = in_batches(loader, dense, labels=False)
     with joined() as ranks:
         if ranks.size > 1:
             raise Unsupported(f"reconstruct: expected one process, got {ranks.size} ranks")

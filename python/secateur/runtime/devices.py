@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,7 +29,8 @@ def place_for(model: nn.Module, device: torch.device | str | None = None, *, arg
         InvalidArgument: it is not a module or has no weights (``argument`` names it), or there is no such device.
     """
     if not isinstance(model, nn.Module):
-        raise InvalidArgument(f"{argument}: expected an nn.Module, got {type(model).__name__}")
+        hint = "; pass its .module()" if type(model).__name__ == "ExportedProgram" else ""
+        raise InvalidArgument(f"{argument}: expected an nn.Module, got {type(model).__name__}{hint}")
     if any(tensor.is_meta for tensors in (model.parameters(), model.buffers()) for tensor in tensors):
         raise InvalidArgument(f"{argument}: expected a model with weights, got one on the meta device")
     if device is None:
@@ -46,6 +47,41 @@ def place_for(model: nn.Module, device: torch.device | str | None = None, *, arg
     return place
 
 
+def set_mode(model: nn.Module, training: bool) -> None:
+    """Set a model's mode; the module of an exported program keeps the one that it was exported in.
+
+    Raises:
+        InvalidArgument: that one is the other one.
+    """
+    try:
+        model.train(training)
+    except NotImplementedError as error:
+        if training:
+            raise InvalidArgument(
+                "model: expected one that can train, got the module of an exported program, whose mode is fixed"
+            ) from error
+        graph = getattr(model, "graph", None)
+        if any(_trains(node) for node in getattr(graph, "nodes", ())):
+            raise InvalidArgument(
+                "model: expected a program exported in evaluation mode, got one exported in training mode, with dropout "
+                "or batch norms that learn"
+            ) from error
+
+
+def _trains(node: Any) -> bool:
+    """Return whether a node of a graph drops units at random or updates a batch norm."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return False
+    name = str(schema.name).removeprefix("aten::")
+    if name == "_native_batch_norm_legit_functional":
+        return True
+    at = {"dropout": 2, "native_dropout": 2, "feature_dropout": 2, "batch_norm": 5, "_native_batch_norm_legit": 5}.get(
+        name
+    )
+    return at is not None and len(node.args) > at and bool(node.args[at])
+
+
 @contextmanager
 def borrowed(
     model: nn.Module,
@@ -60,10 +96,11 @@ def borrowed(
         InvalidArgument: as `place_for`.
     """
     place = place_for(model, device, argument=argument)
-    modes = [(module, module.training) for module in model.modules()]
+    # A frozen module of torch.jit has no mode.
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     home = device_of(model)
     try:
-        model.train(training)
+        set_mode(model, training)
         if place != home:
             model.to(place)
         yield place

@@ -36,7 +36,7 @@ class Course:
         self.cutting, self.tuning, self.objective, self.stepper = cutting, tuning, objective, stepper
         self.history: list[Round] = []
         self.loader = loader
-        self.labelled = has_targets(loader)
+        self.labelled = has_targets(loader, cutting.model)
         # With fine-tuning, the models that may still be cut; and always the last accepted one if it exists.
         self._models: dict[int, nn.Module] = {}
         self._answer: tuple[int, nn.Module, Plan | None] | None = None
@@ -204,18 +204,20 @@ class _Answers:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         with borrowed(self._dense) as place:
             for batch in self._loader:
-                images, _ = split_batch(batch)
+                images, _ = split_batch(batch, labels=False, model=self._dense)
                 with torch.inference_mode():
                     logits = full_precision(self._dense(model_input(self._dense, images, place)))
                 yield images, logits.argmax(dim=1)
 
 
-def has_targets(loader: Iterable[Any]) -> bool:
+def has_targets(loader: Iterable[Any], model: nn.Module | None = None) -> bool:
     """Return whether the batches have labels.
 
     Raises:
         InvalidArgument: the loader has no batch.
     """
     for batch in loader:
-        return split_batch(batch)[1] is not None
+        targets = split_batch(batch, model=model)[1]
+        # An image of a data set without classes has -1.
+        return targets is not None and (targets.is_floating_point() or bool((targets != -1).any()))
     raise InvalidArgument("loader: expected at least one batch, got none")

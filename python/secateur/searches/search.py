@@ -18,6 +18,7 @@ from .. import check
 from ..anatomy.fingerprint import Fingerprint
 from ..budgets.allocate import check_target
 from ..budgets.target import Target
+from ..data.loader import in_batches
 from ..data.model_input import images_in
 from ..errors import InvalidArgument
 from ..families.base import classifies
@@ -142,6 +143,9 @@ def search(
     limits |= {"min_keep": min_keep, "round_to": round_to}
     method_options = asdict(options_of(method_named(method), options))
     anatomy = family_of(model).inspect(model)
+    loader = in_batches(loader, model)
+    if calibration_loader is not None:
+        calibration_loader = in_batches(calibration_loader, model, labels=False)
     if not classifies(model):
         raise InvalidArgument("model: expected a classifier, got one without classes")
     fingerprint = Fingerprint.of(model, anatomy)

@@ -20,10 +20,11 @@ from ..budgets.allocate import free_groups
 from ..budgets.limits import limits_of
 from ..budgets.target import Target
 from ..calibration.calibrate import calibrate, calibrate_block
-from ..data.loader import ImageLoader
+from ..data.loader import ImageLoader, in_batches
 from ..data.model_input import images_in, refuse_iterator
 from ..errors import InvalidArgument, Unsupported
 from ..families.registry import family_of
+from ..families.wrapped import refuse_live_wrapper
 from ..files import container
 from ..latency.table import LatencyTable
 from ..methods.registry import method_named, options_of
@@ -154,6 +155,8 @@ def prune_sequential(
         raise InvalidArgument("head_score: expected one that takes no gradients block by block, got 'michel'")
     family = family_of(model)
     anatomy = family.inspect(model)
+    refuse_live_wrapper(model)
+    loader = in_batches(loader, model, labels=False)
     limits = limits_of(groups, freeze, min_keep, round_to)
     towards = target_stream == "dense" and criterion.changes_weights and _runs_by_layer(model)
     if resume is not None and not towards:

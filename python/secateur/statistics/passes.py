@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import core
 from ..anatomy import Anatomy
-from ..data.loader import ImageLoader
+from ..data.loader import ImageLoader, in_batches
 from ..data.model_input import images_in, model_input, split_batch
 from ..errors import InvalidArgument, NumericalError
 from ..families.base import Family
@@ -210,12 +210,12 @@ def batches_of(
     followed one another. There are exactly ``max_images`` in all, and no round begins after them. The first ``seen``
     images may hold anything.
     """
-    source = iter(loader)
+    source = iter(in_batches(loader, model, labels=False))
     start = 0
     while max_images is None or start < max_images:
         with ranks.together(2 * ranks.size) as told:
             batch = next(source, _END)
-            images = torch.empty(0) if batch is _END else split_batch(batch, empty=ranks.size > 1, labels=False)[0]
+            images = _images(batch, model, ranks)
             if len(images) > 0:
                 images = model_input(model, images)
             told[ranks.rank] = len(images)
@@ -232,6 +232,12 @@ def batches_of(
             if skip < len(images):
                 _refuse_non_finite(images[skip:], own + skip)
         yield own, images, start
+
+
+def _images(batch: Any, model: nn.Module, ranks: Ranks) -> torch.Tensor:
+    if batch is _END:
+        return torch.empty(0)
+    return split_batch(batch, empty=ranks.size > 1, labels=False, model=model)[0]
 
 
 def warn_unless_normalised(images: torch.Tensor, data: Any) -> None:

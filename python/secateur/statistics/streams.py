@@ -175,7 +175,7 @@ class Streams:
     def _again(self) -> Iterator[Batch]:
         """Read the images once more; as their numbers are known, ranks need not wait for each other."""
         for (start, count), batch in zip(self._places, self._loader, strict=False):
-            images = split_batch(batch, empty=True, labels=False)[0]
+            images = split_batch(batch, empty=True, labels=False, model=self._dense)[0]
             if count > 0:
                 yield from self._computed(start, model_input(self._dense, images)[:count])
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import check
-from ..data.model_input import images_in, model_input, split_batch
+from ..data.forms import without_labels
+from ..data.loader import in_batches
+from ..data.model_input import images_in, is_graph, model_input, split_batch
 from ..errors import InvalidArgument, NumericalError
 from ..runtime.devices import borrowed
 from ..runtime.progress import progress
@@ -48,8 +50,10 @@ def evaluate(
     """Measure a classifier in evaluation mode; its mode and device are restored afterwards.
 
     Args:
-        model: maps images (B, C, H, W) to logits (B, classes), in any floating-point type.
-        loader: an iterable of (images, targets), targets (B,) class indices; the images are cast to the model's type.
+        model: maps images (B, C, H, W) to logits (B, classes), in any floating-point type; also a compiled one, or the
+            module of an exported program, whose mode does not change.
+        loader: an iterable of (images, targets), targets (B,) class indices, or of the other forms that `split_batch`
+            takes; or a data set of single pictures with classes. The images are cast to the model's type.
         device: where to run; the model's own by default.
         max_images: stop after exactly this many images.
 
@@ -60,15 +64,17 @@ def evaluate(
     """
     max_images = check.integer("max_images", max_images, optional=True)
     images_seen, top1, top5, loss = 0, 0, 0, 0.0
+    if isinstance(model, nn.Module):
+        loader = in_batches(loader, model)
     total = images_in(loader, max_images)
     with borrowed(model, device) as place, progress(total, "evaluate") as advance, torch.inference_mode():
         for batch in loader:
-            images, targets = split_batch(batch)
+            images, targets = split_batch(batch, model=model)
             if targets is None:
-                raise InvalidArgument("loader: expected (images, targets), got images alone")
+                raise InvalidArgument(f"loader: expected (images, targets), got {without_labels(batch)}")
             left = len(images) if max_images is None else max_images - images_seen
             images, targets = model_input(model, images[:left], place), targets[:left].to(place)
-            logits = full_precision(model(images))
+            logits = full_precision(_run(model, images))
             targets = check_targets(targets, logits, soft=False)
             if not torch.isfinite(logits).all():
                 first = images_seen + int((~torch.isfinite(logits)).any(dim=1).nonzero()[0])
@@ -84,6 +90,19 @@ def evaluate(
     if images_seen == 0:
         raise InvalidArgument("loader: expected at least one batch, got none")
     return Evaluation(100 * top1 / images_seen, 100 * top5 / images_seen, loss / images_seen, images_seen)
+
+
+def _run(model: nn.Module, images: Tensor) -> object:
+    try:
+        return model(images)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        if not is_graph(model):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InvalidArgument(
+            f"loader: expected batches of the shape that the graph was made for, got {tuple(images.shape)} ({reason}); "
+            "export with a dynamic batch size, or pass batches of one size"
+        ) from error
 
 
 def check_targets(targets: Tensor, logits: Tensor, *, soft: bool) -> Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .. import check
-from ..data.loader import ImageLoader
+from ..data.loader import ImageLoader, refuse_single
 from ..errors import InvalidArgument, Unsupported
 from ..runtime import generators
 from ..runtime.devices import borrowed, place_for
@@ -171,6 +171,7 @@ def finetune(
             if teacher is not None:
                 place_for(teacher, argument="teacher")
             refuse_wrapped(loader)
+            refuse_single(loader)
             attached = Hooks(hooks)
             if isinstance(val_loader, Iterator):
                 raise InvalidArgument("val_loader: expected batches that can be read after every pass, got an iterator")

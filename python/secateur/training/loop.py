@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from .. import core
 from ..data.loader import ImageLoader
+from ..data.forms import without_labels
 from ..data.model_input import model_input, split_batch
 from ..errors import InvalidArgument, NumericalError
 from ..files import container
@@ -152,7 +153,7 @@ class Run:
         return found
 
     def _prepare(self, batch: Any) -> Batch:
-        images, targets = split_batch(batch, empty=self._gaps is not None)
+        images, targets = split_batch(batch, empty=self._gaps is not None, model=self._model)
         if len(images) == 0:
             return Batch(images, None, None)
         images = images.to(self._place)
@@ -160,7 +161,7 @@ class Run:
         if targets is None and self._settings.alpha < 1:
             raise InvalidArgument(
                 "loader: expected (images, targets), or alpha=1 and a teacher for images alone, "
-                f"got images alone with alpha={self._settings.alpha:g}"
+                f"got {without_labels(batch)} with alpha={self._settings.alpha:g}"
             )
         shares = None
         if self._mixing is not None:
