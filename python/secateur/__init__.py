@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .anatomy.anatomy import Anatomy
     from .budgets.target import Target
     from .calibration.calibrate import calibrate
+    from .checkpoints.load import load_dense
     from .errors import Error, InvalidArgument, NumericalError, Unsupported
     from .exports.base import ExportReport
     from .exports.export import export
@@ -69,6 +70,7 @@ _MODULES = {
     "finetune": "training.finetune",
     "inspect": "families.registry",
     "load": "exports.native",
+    "load_dense": "checkpoints.load",
     "measure_latency": "latency.measure",
     "methods": "methods.registry",
     "plan": "plans.make",
@@ -110,6 +112,7 @@ __all__ = [
     "finetune",
     "inspect",
     "load",
+    "load_dense",
     "measure_latency",
     "methods",
     "plan",

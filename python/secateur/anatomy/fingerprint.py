@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -18,13 +18,15 @@ from .entries import tensor_of
 class Fingerprint:
     """Architecture, arguments, group sizes and the SHA-256 of every parameter that a cut would touch.
 
-    For a model built by hand, the architecture is its class, and there are no arguments.
+    For a model built by hand, the architecture is its class, and there are no arguments. ``tag`` names the weights that
+    timm has for the model ("augreg_in1k"); it is no part of what is compared, since the digests are.
     """
 
     architecture: str
     arguments: Mapping[str, Any]
     sizes: Mapping[str, int]
     digests: Mapping[str, str]
+    tag: str | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, model: nn.Module, anatomy: Anatomy, *, weights: bool = True) -> Fingerprint:
@@ -38,7 +40,7 @@ class Fingerprint:
             if tensor.is_meta:
                 raise InvalidArgument(f"model: expected weights, got none in {name} (device meta)")
         read = tensors if weights else {}
-        return replace(cls.without_weights(anatomy), digests=digests(read))
+        return replace(cls.without_weights(anatomy), digests=digests(read), tag=_tag(model))
 
     @classmethod
     def without_weights(cls, anatomy: Anatomy) -> Fingerprint:
@@ -83,6 +85,8 @@ class Fingerprint:
             "arguments": dict(self.arguments),
             "sizes": dict(self.sizes),
             "digests": dict(self.digests),
+            # Files without it are those of versions that know none.
+            **({} if self.tag is None else {"tag": self.tag}),
         }
 
     @classmethod
@@ -96,7 +100,17 @@ class Fingerprint:
         for name, kind in (("architecture", str), ("arguments", dict), ("sizes", dict), ("digests", dict)):
             if not isinstance(fields[name], kind):
                 raise TypeError(f"{name} of type {type(fields[name]).__name__} in the fingerprint")
-        return cls(fields["architecture"], fields["arguments"], fields["sizes"], fields["digests"])
+        tag = fields.get("tag")
+        if not isinstance(tag, (str, type(None))):
+            raise TypeError(f"tag of type {type(tag).__name__} in the fingerprint")
+        return cls(fields["architecture"], fields["arguments"], fields["sizes"], fields["digests"], tag)
+
+
+def _tag(model: nn.Module) -> str | None:
+    """Return timm's name of the weights that belong to the model's configuration; None for those of a hub or folder."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    tag = None if config.get("source") in ("hf-hub", "local-dir") else config.get("tag")
+    return tag if isinstance(tag, str) and tag else None
 
 
 def _plain(value: Any) -> Any:

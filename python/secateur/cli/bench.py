@@ -19,6 +19,7 @@ from .options import (
     Pretrained,
     Runtime,
     Threads,
+    UseEma,
     file_to_write,
     names,
 )
@@ -33,11 +34,14 @@ def bench(
     pretrained: Pretrained = None,
     num_classes: Classes = None,
     model_kwargs: Kwargs = None,
+    use_ema: UseEma = False,
     reference: Annotated[
         Path | None,
-        typer.Option(help="Compare with this model file of secateur, or this state dict for --reference-model."),
+        typer.Option(help="Compare with this file, of any kind that --checkpoint takes."),
     ] = None,
-    reference_model: Annotated[str | None, typer.Option(help="Name of a timm model.")] = None,
+    reference_model: Annotated[
+        str | None, typer.Option(help="Name of a timm model, where neither --reference nor --checkpoint says it.")
+    ] = None,
     reference_kwargs: Annotated[
         str | None, typer.Option(metavar="JSON", help="More arguments of --reference-model.")
     ] = None,
@@ -77,7 +81,10 @@ def bench(
     if compiled and runtime is not None:
         raise typer.BadParameter("expected --compile or --runtime, got both")
     with collected(as_json) as output:
-        net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs, weights=False)
+        like = lazy.said(reference, "--reference")
+        net = lazy.model_from(
+            model, checkpoint, pretrained, num_classes, model_kwargs, use_ema, weights=False, like=like
+        )
         if table is not None:
             measured = sc.measure_latency(
                 net,
@@ -94,8 +101,9 @@ def bench(
             return
         other = None
         if reference is not None or reference_model is not None:
+            like = lazy.said(checkpoint, "--checkpoint")
             other = lazy.model_from(
-                reference_model, reference, None, None, reference_kwargs, weights=False, prefix="reference-"
+                reference_model, reference, None, None, reference_kwargs, weights=False, prefix="reference-", like=like
             )
         found = sc.bench(
             net,

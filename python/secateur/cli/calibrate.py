@@ -25,6 +25,7 @@ from .options import (
     Split,
     Threads,
     Unreadable,
+    UseEma,
     Workers,
     names,
 )
@@ -41,6 +42,7 @@ def calibrate(
     pretrained: Pretrained = None,
     num_classes: Classes = None,
     model_kwargs: Kwargs = None,
+    use_ema: UseEma = False,
     split: Split = None,
     batch_size: BatchSize = 64,
     max_images: MaxImages = 1024,
@@ -85,7 +87,7 @@ def calibrate(
     if noise and (sensitivity or methods is not None):
         raise typer.BadParameter("expected --noise without --sensitivity and --methods")
     with collected(as_json) as output, lazy.joined() as ranks:
-        net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs)
+        net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs, use_ema)
         net.to(lazy.place_for(net, ranks.device(device)))
         split = split or sc.data.default_split(data, train=True)
         # Folders are sorted by class: the first images would be of a few classes only.

@@ -20,6 +20,7 @@ from .options import (
     Split,
     Threads,
     Unreadable,
+    UseEma,
     Workers,
 )
 from .output import collected
@@ -34,6 +35,7 @@ def evaluate(
     pretrained: Pretrained = None,
     num_classes: Classes = None,
     model_kwargs: Kwargs = None,
+    use_ema: UseEma = False,
     split: Split = None,
     batch_size: BatchSize = 64,
     max_images: MaxImages = None,
@@ -46,7 +48,7 @@ def evaluate(
 ) -> None:
     """Measure accuracy and loss."""
     with collected(as_json) as output:
-        net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs)
+        net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs, use_ema)
         shuffle = max_images is not None and not data.startswith("hfids:")
         images = sc.data.loader(
             data,

@@ -7,7 +7,7 @@ import typer
 import secateur as sc
 
 from . import lazy
-from .options import Checkpoint, Classes, Json, Kwargs, Model, Out, Pretrained, Threads
+from .options import Checkpoint, Classes, Json, Kwargs, Model, Out, Pretrained, Threads, UseEma
 from .output import collected
 from .typed_options import parsed
 
@@ -21,6 +21,7 @@ def export(
     pretrained: Pretrained = None,
     num_classes: Classes = None,
     model_kwargs: Kwargs = None,
+    use_ema: UseEma = False,
     file_format: Annotated[
         str, typer.Option("--format", help="Format of the file: onnx, or native for secateur's own.")
     ] = "onnx",
@@ -37,6 +38,6 @@ def export(
     """Write a model for another engine, and check the file there."""
     with collected(as_json) as output:
         options = parsed(lazy.exporters.named(file_format), option, {"batch_sizes": batch_sizes})
-        net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs)
+        net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs, use_ema)
         report = sc.export(net, out, format=file_format, **options)
         output.show(str(report), **report.to_dict())

@@ -28,6 +28,7 @@ from .options import (
     Split,
     Threads,
     Unreadable,
+    UseEma,
     Workers,
     json_object,
 )
@@ -44,6 +45,7 @@ def finetune(
     pretrained: Pretrained = None,
     num_classes: Classes = None,
     model_kwargs: Kwargs = None,
+    use_ema: UseEma = False,
     split: Split = None,
     batch_size: BatchSize = 64,
     max_images: MaxImages = None,
@@ -59,12 +61,14 @@ def finetune(
     val_split: Annotated[str | None, typer.Option(help="Split of --val-data.", rich_help_panel=DATA)] = None,
     teacher: Annotated[
         Path | None,
-        typer.Option(help="The dense model: a model file of secateur, or a state dict for --teacher-model."),
+        typer.Option(help="The dense model: a file of any kind that --checkpoint takes."),
     ] = None,
-    teacher_model: Annotated[str | None, typer.Option(help="Name of a timm model.")] = None,
+    teacher_model: Annotated[
+        str | None, typer.Option(help="Name of a timm model, where neither --teacher nor --checkpoint says it.")
+    ] = None,
     teacher_pretrained: Annotated[
         bool | None,
-        typer.Option("--teacher-pretrained", help="Fetch timm's weights for --teacher-model.", show_default=False),
+        typer.Option("--teacher-pretrained", help="Fetch timm's weights for the teacher.", show_default=False),
     ] = None,
     teacher_kwargs: Annotated[
         str | None, typer.Option(metavar="JSON", help="More arguments of --teacher-model.")
@@ -105,11 +109,13 @@ def finetune(
         raise typer.BadParameter("expected --epochs or --steps, got both")
     transform = {} if augment is None else json_object(augment)
     with collected(as_json) as output:
-        net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs)
+        like = lazy.said(teacher, "--teacher")
+        net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs, use_ema, like=like)
         master = None
-        if teacher is not None or teacher_model is not None:
+        if teacher is not None or teacher_model is not None or teacher_pretrained:
+            like = lazy.said(checkpoint, "--checkpoint")
             master = lazy.model_from(
-                teacher_model, teacher, teacher_pretrained, None, teacher_kwargs, prefix="teacher-"
+                teacher_model, teacher, teacher_pretrained, None, teacher_kwargs, prefix="teacher-", like=like
             )
         images = sc.data.loader(
             data,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..runtime.ranks import first, joined
     from ..searches.result import check_figure
     from .digits import demo
-    from .model import model_from
+    from .model import model_from, said
 
 _MODULES = {
     "check_figure": "secateur.searches.result",
@@ -26,6 +26,7 @@ _MODULES = {
     "method_named": "secateur.methods.registry",
     "model_from": "secateur.cli.model",
     "place_for": "secateur.runtime.devices",
+    "said": "secateur.cli.model",
     "set_num_threads": "torch",
 }
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "method_named",
     "model_from",
     "place_for",
+    "said",
     "set_num_threads",
 ]
 

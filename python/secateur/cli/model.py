@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import timm
-import torch
 import typer
 
-from ..errors import InvalidArgument
-from ..exports.native import load
-from ..files.container import KEY, little_endian
-from ..files.safetensors import read_table, read_tensors
-from ..runtime import generators
+from ..checkpoints.description import Description, described, said_by
+from ..checkpoints.load import built, loaded, source_of, stated
+from ..errors import Error, InvalidArgument
 from .options import json_object
 from .output import named
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
 
-__all__ = ["load_state", "model_from"]
+    from ..plans.plan import Plan
+    from ..statistics.statistics import Statistics
+
+__all__ = ["model_from", "said"]
+
+
+def said(value: Path | Plan | Statistics | None, option: str) -> Description | None:
+    """Return what a plan, statistics, or a file say about the dense model; None for other files, or none."""
+    if value is None:
+        return None
+    if isinstance(value, Path):
+        try:
+            return said_by(value)
+        except (Error, OSError):
+            return None  # it is read again, where it is needed
+    return described(value, option)
 
 
 def model_from(
@@ -30,71 +41,61 @@ def model_from(
     pretrained: bool | None,
     classes: int | None,
     kwargs: str | None,
+    use_ema: bool = False,
     *,
     weights: bool = True,
     prefix: str = "",
+    like: Description | None = None,
 ) -> nn.Module:
     """Build or load a model, in evaluation mode.
 
     Args:
-        name: a timm model name, or None for a file of secateur.
-        file: a file of secateur, or with ``name`` a state dict.
+        name: a timm model name, or a file of secateur about the model; None where ``file`` or ``like`` says it.
+        file: any file that ``load_dense`` reads.
         pretrained: take timm's weights, or random ones; random ones are the same in every process.
-        classes: number of classes, with ``name``.
-        kwargs: a JSON object of more arguments, with ``name``.
+        classes: number of classes.
+        kwargs: a JSON object of more arguments.
+        use_ema: take the moving average of a checkpoint.
         weights: refuse random weights unless ``pretrained`` is False: those of this command would make no sense.
         prefix: what the names of the options begin with, as in "--teacher-model".
+        like: what another file of the command says about the model.
 
     Raises:
-        typer.BadParameter: options that do not go together.
+        typer.BadParameter: options that do not go together, or no weights.
         InvalidArgument: timm cannot build the model, or the file is another.
     """
     option = f"--{prefix.removesuffix('-') or 'checkpoint'}"
-    if name is None:
-        if file is None:
-            raise typer.BadParameter(f"expected --{prefix}checkpoint FILE or --{prefix}model NAME")
-        if pretrained is not None or classes is not None or kwargs is not None:
-            raise typer.BadParameter("--pretrained, --num-classes and --model-kwargs need --model")
-        with named(option):
-            return load(file)
+    if name is None and file is None and like is None:
+        raise typer.BadParameter(f"expected --{prefix}checkpoint FILE or --{prefix}model NAME")
     if file is not None and pretrained:
         raise typer.BadParameter("expected --checkpoint or --pretrained, got both")
-    if weights and file is None and pretrained is None:
-        raise typer.BadParameter("expected --checkpoint FILE or --pretrained (or --no-pretrained for random weights)")
-    arguments = {} if kwargs is None else json_object(kwargs)
+    if use_ema and file is None:
+        raise typer.BadParameter("--use-ema needs --checkpoint FILE")
+    arguments: dict[str, Any] = {} if kwargs is None else json_object(kwargs)
     if classes is not None:
         arguments["num_classes"] = classes
-    try:
-        # Random weights are the same in every process: what one command made of them, another finds again.
-        with generators.kept():
-            torch.default_generator.manual_seed(0)
-            model: nn.Module = timm.create_model(name, pretrained=bool(pretrained), **arguments)
-    except Exception as error:  # timm, the hub and the network raise what they like; it is this model that failed
-        raise InvalidArgument(f"model: expected a model that timm can build, got {name!r} ({error})") from error
+    model = None if name is None else stated(name)
     if file is not None:
-        load_state(model, name, file, option)
-    return model.eval()
-
-
-def load_state(model: nn.Module, name: str, file: Path, option: str) -> None:
-    """Load a state dict of any program into a model.
-
-    Raises:
-        InvalidArgument: the file is no .safetensors file, is a file of secateur, or holds other parameters.
-    """
-    with named(option):
-        little_endian(file)
-    try:
-        with file.open("rb") as opened:
-            # Of any program: metadata are any strings, in a header of at most 8 MiB.
-            metadata, entries = read_table(opened)
-            own = KEY in metadata
-            state = {} if own else read_tensors(opened, entries)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise InvalidArgument(f"{option}: expected a .safetensors file, got {str(file)!r} ({error})") from error
-    if own:
-        raise InvalidArgument(f"{option}: expected a plain state dict with --model, got a file of secateur's own")
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise InvalidArgument(f"{option}: expected the parameters of {name!r}, got others ({error})") from error
+        with named(option):
+            return loaded(file, model, arguments, use_ema=use_ema, like=like)
+    if name is not None and source_of(name) is not None and pretrained is not False:
+        with named(f"--{prefix}model"):
+            return loaded(name, None, arguments)
+    found = model or like
+    assert found is not None
+    found.require()
+    if weights and pretrained is None:
+        about = f": {found.source} says the model, {found.name}, and holds no weights" if found.from_file else ""
+        raise typer.BadParameter(
+            f"expected --checkpoint FILE or --pretrained (or --no-pretrained for random weights){about}"
+        )
+    arguments = {**found.arguments, **arguments}
+    if pretrained and prefix and found.from_file:
+        classes, config = arguments.get("num_classes"), timm.get_pretrained_cfg(found.weights_name)
+        if config is not None and classes not in (None, config.num_classes):
+            # timm would leave the head random.
+            raise InvalidArgument(
+                f"{option}: expected a file, since {found.source} is of {classes} classes, got --{prefix}pretrained, "
+                f"whose weights have {config.num_classes}"
+            )
+    return built(found, arguments, pretrained=bool(pretrained)).eval()

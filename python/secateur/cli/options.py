@@ -62,12 +62,21 @@ def _set_threads(count: int | None) -> int | None:
     return count
 
 
-Model = Annotated[str | None, typer.Option("--model", help="Name of a timm model.", rich_help_panel=MODEL)]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME|FILE",
+        help="Name of a timm model, or a plan, statistics or model file that says it; needed where no file does.",
+        rich_help_panel=MODEL,
+    ),
+]
 Checkpoint = Annotated[
     Path | None,
     typer.Option(
         "--checkpoint",
-        help="A model file of secateur, or with --model a .safetensors state dict.",
+        metavar="FILE",
+        help="Weights: a file of secateur, timm, Lightning or torch.save, .safetensors, or timm's folder or hub name.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -81,13 +90,23 @@ Pretrained = Annotated[
     ),
 ]
 Classes = Annotated[
-    int | None, typer.Option("--num-classes", min=0, help="Number of classes of --model.", rich_help_panel=MODEL)
+    int | None,
+    typer.Option(
+        "--num-classes", min=0, help="Number of classes; by default what the file says.", rich_help_panel=MODEL
+    ),
 ]
 Kwargs = Annotated[
     str | None,
     typer.Option(
-        "--model-kwargs", metavar="JSON", help='More arguments of --model, as {"img_size": 32}.', rich_help_panel=MODEL
+        "--model-kwargs",
+        metavar="JSON",
+        help='More arguments of the model, as {"img_size": 32}.',
+        rich_help_panel=MODEL,
     ),
+]
+UseEma = Annotated[
+    bool,
+    typer.Option("--use-ema", help="Take the moving average of the weights in --checkpoint.", rich_help_panel=MODEL),
 ]
 Data = Annotated[
     str,

@@ -27,6 +27,7 @@ from .options import (
     RoundTo,
     Runtime,
     Threads,
+    UseEma,
     json_object,
     names,
     number_or_object,
@@ -50,6 +51,7 @@ def plan(
     pretrained: Pretrained = None,
     num_classes: Classes = None,
     model_kwargs: Kwargs = None,
+    use_ema: UseEma = False,
     method: Method = "project",
     option: MethodOptions = None,
     target_macs: Annotated[float | None, typer.Option(help="Fraction of the MACs to keep.")] = None,
@@ -97,9 +99,10 @@ def plan(
         needs = chosen_method.needs
         if stats is None and needs:
             raise typer.BadParameter(f"expected --stats FILE for the method {method}, which needs {', '.join(needs)}")
-        net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs)
         with named("--stats"):
             statistics = None if stats is None else sc.Statistics.load(stats)
+        like = lazy.said(statistics, f"--stats {stats}")
+        net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs, use_ema, like=like)
         net.to(lazy.place_for(net, device))
         chosen = sc.plan(
             net,

@@ -34,6 +34,7 @@ from .options import (
     Split,
     Threads,
     Unreadable,
+    UseEma,
     Workers,
     json_object,
     names,
@@ -63,6 +64,7 @@ def prune(
     pretrained: Pretrained = None,
     num_classes: Classes = None,
     model_kwargs: Kwargs = None,
+    use_ema: UseEma = False,
     layout: Annotated[
         str,
         typer.Option(
@@ -142,11 +144,12 @@ def prune(
     if plan is not None and data is not None and one_shot:
         raise typer.BadParameter("expected --plan without --data for --one-shot, got both")
     with collected(as_json) as output, lazy.joined() as ranks:
-        net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs)
         planned = None
         if plan is not None:
             with named("--plan"):
                 planned = sc.Plan.load(plan)
+        like = lazy.said(planned, f"--plan {plan}")
+        net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs, use_ema, like=like)
         if data is None:
             assert planned is not None
             report = sc.prune(net, planned, layout=layout, last_block=last_block, strict=strict)

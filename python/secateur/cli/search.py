@@ -37,6 +37,7 @@ from .options import (
     Stats,
     Threads,
     Unreadable,
+    UseEma,
     Workers,
     file_to_write,
     json_object,
@@ -61,6 +62,7 @@ def search(
     pretrained: Pretrained = None,
     num_classes: Classes = None,
     model_kwargs: Kwargs = None,
+    use_ema: UseEma = False,
     split: Split = None,
     batch_size: BatchSize = 64,
     max_images: MaxImages = None,
@@ -120,10 +122,11 @@ def search(
         lazy.check_figure(plot)
     with collected(as_json) as output:
         options = parsed(lazy.method_named(method), option)
-        net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs)
-        net.to(lazy.place_for(net, device))
         with named("--stats"):
             statistics = sc.Statistics.load(stats)
+        like = lazy.said(statistics, f"--stats {stats}")
+        net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs, use_ema, like=like)
+        net.to(lazy.place_for(net, device))
 
         shuffle = max_images is not None and not data.startswith("hfids:")
         reading: dict[str, Any] = {

@@ -17,8 +17,9 @@ import torch
 from launch import run_script
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from secateur.checkpoints import contents
 from secateur.cli.app import main
-from secateur.cli.model import load_state, model_from
+from secateur.cli.model import model_from
 from secateur.data.loader import loader
 from secateur.training.evaluate import evaluate
 from torch import nn
@@ -254,15 +255,17 @@ def failure(run: Run, *arguments: object) -> str:
 def test_failures_are_one_line(run: Run, dense: Path, state: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert failure(run, "evaluate", "--checkpoint", tmp_path / "none", "--data", "digits").startswith(
-        "secateur: --checkpoint: expected a secateur model file, got "
+        "secateur: --checkpoint: expected a checkpoint, got "
     )
     assert "source: expected an image folder" in failure(run, "evaluate", "--checkpoint", dense, "--data", "nowhere")
     assert "got timm.models.vgg.VGG" in failure(run, "inspect", "--model", "vgg11")
     assert "expected a model that timm can build, got 'no_such_vit'" in failure(
         run, "inspect", "--model", "no_such_vit"
     )
-    assert "got a safetensors file that secateur did not write" in failure(run, "inspect", "--checkpoint", state)
-    assert "checkpoint: expected a plain state dict with --model, got a file of secateur's own" in failure(
+    assert "--checkpoint: model: expected a timm name (--model NAME), since digits.safetensors names none" in failure(
+        run, "inspect", "--checkpoint", state
+    )
+    assert "checkpoint: expected a plain state dict with --model, --num-classes," in failure(
         run, "inspect", *MODEL, "--checkpoint", dense
     )
     assert f"checkpoint: expected the parameters of {NAME!r}, got others" in failure(
@@ -271,7 +274,7 @@ def test_failures_are_one_line(run: Run, dense: Path, state: Path, tmp_path: Pat
     weights = load_file(state)
     save_file({name: tensor for name, tensor in weights.items() if name != "norm.bias"}, tmp_path / "short")
     assert "norm.bias" in failure(run, "inspect", *MODEL, "--checkpoint", tmp_path / "short")
-    assert "checkpoint: expected a .safetensors file" in failure(run, "inspect", *MODEL, "--checkpoint", __file__)
+    assert "checkpoint: expected a checkpoint of torch.save or a .safetensors file" in failure(run, "inspect", *MODEL, "--checkpoint", __file__)
     assert "secateur" in failure(run, "prune", "--checkpoint", dense, "--plan", state, "--out", out)
     assert "collect" in failure(
         run, "calibrate", "--checkpoint", dense, "--data", "digits", "--collect", "some", "--out", out
@@ -314,16 +317,16 @@ def test_a_state_dict_that_is_damaged(run: Run, state: Path, tmp_path: Path, mon
     size = int.from_bytes(whole[:8], "little")
     long = size + (9 << 20)
     for damaged, text in (
-        (b"", "where a header and its size are expected"),
+        (b"", "it is empty"),
         (whole[:-4], "where the header says"),
         (struct.pack("<Q", long) + whole[8 : 8 + size] + b" " * (9 << 20) + whole[8 + size :], "a header of"),
-        (whole[:8] + b"[" + whole[9:], "a header that is no JSON object"),
+        (whole[:8] + b"[" + whole[9:], "it is neither"),
     ):
         path.write_bytes(damaged)
         found = failure(run, "inspect", *MODEL, "--checkpoint", path)
-        assert found.startswith(f"secateur: --checkpoint: expected a .safetensors file, got '{path}' (")
+        assert found.startswith(f"secateur: --checkpoint: expected a checkpoint of torch.save or a .safetensors file, got '{path}' (")
         assert text in found
-    assert "expected a .safetensors file" in failure(run, "inspect", *MODEL, "--checkpoint", tmp_path)
+    assert "expected neither model nor use_ema" in failure(run, "inspect", *MODEL, "--checkpoint", tmp_path)
     monkeypatch.setattr(sys, "byteorder", "big")
     assert "expected a little-endian machine" in failure(run, "inspect", *MODEL, "--checkpoint", state)
 
@@ -336,7 +339,7 @@ def test_nothing_is_kept_of_a_state_dict(tmp_path: Path) -> None:
         held = []
         for reads in (5, 50):
             for _ in range(reads):
-                load_state(model, "model", tmp_path / "state", "--checkpoint")
+                contents.read(tmp_path / "state")
             gc.collect()
             held.append(tracemalloc.get_traced_memory()[0])
     finally:
@@ -347,7 +350,7 @@ def test_nothing_is_kept_of_a_state_dict(tmp_path: Path) -> None:
 def test_files_that_cannot_be_written_are_refused_before_the_work(
     run: Run, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("secateur.cli.model.load", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("secateur.cli.model.loaded", lambda *_: pytest.fail("work was done"))
     nowhere = tmp_path / "none" / "file"
     data = ["--checkpoint", dense, "--data", "digits"]
     for command in (
@@ -446,7 +449,7 @@ def test_a_mistake_of_ours_is_one_line_too_and_a_traceback_on_request(
         (["inspect"], "expected --checkpoint FILE or --model NAME"),
         (["evaluate", "--data", "digits", *MODEL], "expected --checkpoint FILE or --pretrained"),
         (["evaluate", "--checkpoint", "x"], "Missing option '--data'"),
-        (["inspect", "--checkpoint", "x", "--num-classes", "3"], "need --model"),
+        (["inspect", "--model", NAME, "--use-ema"], "--use-ema needs --checkpoint"),
         (["inspect", "--model", NAME, "--model-kwargs", "{"], "expected a JSON object"),
         (["inspect", "--model", NAME, "--model-kwargs", "[1]"], "expected a JSON object"),
         (["inspect", "--model", NAME, "--checkpoint", "x", "--pretrained"], "got both"),
@@ -518,7 +521,7 @@ def test_as_a_module_in_its_own_process(dense: Path) -> None:
     module = "import runpy; runpy.run_module('secateur', run_name='__main__', alter_sys=True)"
     code, out, errors = run_script(module, *command[3:-2], "nowhere", fresh=True)
     assert (code, out) == (1, "")
-    assert errors.startswith("secateur: --checkpoint: expected a secateur model file, got nowhere")
+    assert errors.startswith("secateur: --checkpoint: expected a checkpoint, got nowhere")
 
 
 def test_the_installed_command() -> None:
