@@ -18,7 +18,8 @@ _WORDS = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): 
 _WORDS |= {(1408, 40): "giant", (1536, 40): "giant", (1152, 27): "so400m"}
 _SWINS = {(96, (2, 2, 6, 2)): "tiny", (96, (2, 2, 18, 2)): "small", (128, (2, 2, 18, 2)): "base"}
 _SWINS |= {(192, (2, 2, 18, 2)): "large"}
-_RESNETS = {(True, (2, 2, 2, 2)): "18", (True, (3, 4, 6, 3)): "34", (False, (3, 4, 6, 3)): "50"}
+_RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {(True, (2, 2, 2, 2)): "18", (True, (3, 4, 6, 3)): "34"}
+_RESNETS |= {(False, (3, 4, 6, 3)): "50"}
 _RESNETS |= {(False, (2, 2, 2, 2)): "26", (False, (3, 4, 23, 3)): "101", (False, (3, 8, 36, 3)): "152"}
 # Where timm has other weights of the same name as well.
 _TAGS = {"vit_mae": "mae", "clip": "openai"}

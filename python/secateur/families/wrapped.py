@@ -77,9 +77,12 @@ _UNQUANTIZED = ("torch.ao.quantization.stubs.QuantWrapper",)
 _MOST_NAMED = 4
 
 
-@lru_cache(maxsize=4096)
 def _mark(cls: type) -> _Mark | None:
-    names = [_name(base) for base in cls.__mro__]
+    return _mark_of(tuple(_name(base) for base in cls.__mro__))
+
+
+@lru_cache(maxsize=4096)
+def _mark_of(names: tuple[str, ...]) -> _Mark | None:
     if any(name in _UNQUANTIZED for name in names):
         return None
     for prefix, mark in _MARKS:

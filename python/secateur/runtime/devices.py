@@ -22,7 +22,7 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def place_for(model: nn.Module, device: torch.device | str | None = None, *, argument: str = "model") -> torch.device:
+def place_for(model: object, device: torch.device | str | None = None, *, argument: str = "model") -> torch.device:
     """Return the device that a model is to run on: ``device``, or else its own.
 
     Raises:
@@ -63,8 +63,8 @@ def set_mode(model: nn.Module, training: bool) -> None:
         graph = getattr(model, "graph", None)
         if any(_trains(node) for node in getattr(graph, "nodes", ())):
             raise InvalidArgument(
-                "model: expected a program exported in evaluation mode, got one exported in training mode, with dropout "
-                "or batch norms that learn"
+                "model: expected a program exported in evaluation mode, got one exported in training mode, with "
+                "dropout or batch norms that learn"
             ) from error
 
 

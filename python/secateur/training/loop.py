@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import core
-from ..data.loader import ImageLoader
 from ..data.forms import without_labels
+from ..data.loader import ImageLoader
 from ..data.model_input import model_input, split_batch
 from ..errors import InvalidArgument, NumericalError
 from ..files import container

@@ -274,7 +274,9 @@ def test_failures_are_one_line(run: Run, dense: Path, state: Path, tmp_path: Pat
     weights = load_file(state)
     save_file({name: tensor for name, tensor in weights.items() if name != "norm.bias"}, tmp_path / "short")
     assert "norm.bias" in failure(run, "inspect", *MODEL, "--checkpoint", tmp_path / "short")
-    assert "checkpoint: expected a checkpoint of torch.save or a .safetensors file" in failure(run, "inspect", *MODEL, "--checkpoint", __file__)
+    assert "checkpoint: expected a checkpoint of torch.save or a .safetensors file" in failure(
+        run, "inspect", *MODEL, "--checkpoint", __file__
+    )
     assert "secateur" in failure(run, "prune", "--checkpoint", dense, "--plan", state, "--out", out)
     assert "collect" in failure(
         run, "calibrate", "--checkpoint", dense, "--data", "digits", "--collect", "some", "--out", out
@@ -324,7 +326,9 @@ def test_a_state_dict_that_is_damaged(run: Run, state: Path, tmp_path: Path, mon
     ):
         path.write_bytes(damaged)
         found = failure(run, "inspect", *MODEL, "--checkpoint", path)
-        assert found.startswith(f"secateur: --checkpoint: expected a checkpoint of torch.save or a .safetensors file, got '{path}' (")
+        assert found.startswith(
+            f"secateur: --checkpoint: expected a checkpoint of torch.save or a .safetensors file, got '{path}' ("
+        )
         assert text in found
     assert "expected neither model nor use_ema" in failure(run, "inspect", *MODEL, "--checkpoint", tmp_path)
     monkeypatch.setattr(sys, "byteorder", "big")

@@ -263,7 +263,9 @@ def test_loops_over_layers(cut):
     keys = list(model.state_dict())
     for block in model.blocks:
         block.attn.fused_attn = False
-        assert not any(key.startswith("blocks") for key in keys if is_absent(model.get_submodule(key.rpartition(".")[0])))
+        assert not any(
+            key.startswith("blocks") for key in keys if is_absent(model.get_submodule(key.rpartition(".")[0]))
+        )
         assert not list(Absent().parameters())
     same(by_hand(model, x), model(x))
 
@@ -345,7 +347,9 @@ def test_swin(fused):
     set_fused(model, fused)
     x = swin.images(model)
     same(torch.fx.symbolic_trace(model)(x), model(x))
-    names = [f"layers.{stage}.blocks.{block}.{child}" for stage in (0, 1) for block in (0, 1) for child in ("attn", "mlp")]
+    names = [
+        f"layers.{stage}.blocks.{block}.{child}" for stage in (0, 1) for block in (0, 1) for child in ("attn", "mlp")
+    ]
     found = feature_extraction.create_feature_extractor(model, names)(x)
     for name in names:
         same(found[name], seen(model, name, x))
@@ -370,7 +374,11 @@ def test_files_copies_and_counts(cut, tmp_path):
         assert [type(module) for module in other.modules()] == [type(module) for module in model.modules()]
     assert sc.inspect(again).to_dict() == sc.inspect(model).to_dict()
     absent = {name for name, module in model.named_modules() if is_absent(module)}
-    assert absent == set(sc.inspect(model).absent) == {name for name, kept in CUTS[cut](make("plain")).items() if not kept.size}
+    assert (
+        absent
+        == set(sc.inspect(model).absent)
+        == {name for name, kept in CUTS[cut](make("plain")).items() if not kept.size}
+    )
 
 
 def test_merged_models_train_with_hooks_and_checkpoints():
@@ -383,7 +391,7 @@ def test_merged_models_train_with_hooks_and_checkpoints():
         model.zero_grad()
         shapes = []
         handles = [
-            model.get_submodule(name).register_forward_hook(lambda *args: shapes.append(args[-1].shape))
+            model.get_submodule(name).register_forward_hook(lambda *args, shapes=shapes: shapes.append(args[-1].shape))
             for name in ("blocks.0", "blocks.1", "blocks.1.attn")
             if watch
         ]
