@@ -509,7 +509,7 @@ def digits_resnet():
     model.pretrained_cfg = {"input_size": (1, 24, 24)}
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.05)
     model.train()
-    for _ in range(4):
+    for _ in range(6):
         for batch in torch.randperm(1000).split(50):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images[batch]), targets[batch]).backward()

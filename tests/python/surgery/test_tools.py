@@ -295,15 +295,17 @@ def test_removed_layers_are_run_for_those_who_watch_alone(kind, cut, monkeypatch
                 assert is_absent(model.get_submodule(f"{block}.{child}")) <= (not output.any())
                 same(model(x), expected)
         assert ran
-        # What a hook returns instead counts, as it does in a layer that is there.
+        # What a hook returns instead counts, as it does in a layer that is there. (Norms would take a constant away.)
         for name, module in model.named_modules():
             if is_absent(module):
-                with module.register_forward_hook(lambda _module, _inputs, output: output + 1):
+                with module.register_forward_hook(
+                    lambda _module, _inputs, output: output + torch.linspace(0, 2, output.shape[-1]) ** 2
+                ):
                     assert not torch.allclose(model(x), expected), name
 
 
 def grad_cam(model, name, x):
-    """Selvaraju et al., ICCV 2017, with hooks as pytorch-grad-cam sets them: (B, N)."""
+    """Selvaraju et al., ICCV 2017, with hooks as pytorch-grad-cam sets them: (B, N), before the ReLU."""
     kept = {}
 
     def keep(_module, _inputs, output):
@@ -313,7 +315,7 @@ def grad_cam(model, name, x):
     with model.get_submodule(name).register_forward_hook(keep):
         model(x).max(-1).values.sum().backward()
     activations, gradients = (kept[each].flatten(1, -2) for each in ("activations", "gradients"))
-    return (gradients.mean(1, keepdim=True) * activations).sum(-1).relu().detach()
+    return (gradients.mean(1, keepdim=True) * activations).sum(-1).detach()
 
 
 @pytest.mark.parametrize("cut", CUTS)
