@@ -225,7 +225,7 @@ def _listed(batch: Mapping[str, Any]) -> str:
 def _images(value: Any, prepare: Prepare) -> Any:
     if _is_picture(value):
         return prepare(value)[None]
-    if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+    if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.number):
         return torch.from_numpy(value)
     if not isinstance(value, (tuple, list)) or not value:
         return value
@@ -241,7 +241,7 @@ def _images(value: Any, prepare: Prepare) -> Any:
 
 def _targets(value: Any, images: Any, *, squeeze: bool = False) -> Any:
     """Return targets as a tensor, one for each image, where they are numbers; else as they are."""
-    if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+    if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.number):
         value = torch.from_numpy(value)
     if isinstance(value, (tuple, list)) and value and not isinstance(value[0], Tensor):
         whole = all(isinstance(each, (int, np.integer)) and not isinstance(each, bool) for each in value)

@@ -10,6 +10,7 @@ import torch
 from timm.data import create_transform, resolve_data_config, resolve_model_data_config
 from timm.layers import PatchEmbed
 from torch import nn
+from torch.utils.data import Dataset
 
 from ..errors import InvalidArgument
 from . import forms
@@ -189,7 +190,8 @@ def refuse_iterator(loader: object) -> None:
     Raises:
         InvalidArgument: the loader is an iterator, or nothing that can be read.
     """
-    if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
+    # A data set of single images need not say how it is iterated.
+    if isinstance(loader, Iterator) or not isinstance(loader, (Iterable, Dataset)):
         raise InvalidArgument(
             f"loader: expected batches that can be read several times, got {type(loader).__name__}"
             f"{', an iterator' if isinstance(loader, Iterator) else ''}"

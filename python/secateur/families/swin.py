@@ -159,9 +159,8 @@ def _drop_layer(model: nn.Module, name: str) -> None:
     parent, _, child = name.rpartition(".")
     block: Any = model.get_submodule(parent)
     number = 1 if child == "attn" else 2
-    setattr(block, child, Absent().train(block.training))
-    setattr(block, f"norm{number}", nn.Identity().train(block.training))
-    setattr(block, f"drop_path{number}", nn.Identity().train(block.training))
+    for place, module in ((child, Absent()), (f"norm{number}", nn.Identity()), (f"drop_path{number}", nn.Identity())):
+        setattr(block, place, module.train(block.training))
     block.attn_mask = None if child == "attn" else block.attn_mask
     block.__class__ = PrunedSwinTransformerBlock
 
@@ -235,7 +234,6 @@ class _Inspection(Walk):
         self.map: tuple[int, int] = (int(embed.grid_size[0]), int(embed.grid_size[1]))
         self.stream, self.fixed, self.channels, self.members = "", "", unit_entries(0), list[Member]()
         self.writers, self.readers = dict[str, str | None](), dict[str, tuple[str, ...]]()
-
         self.refused = {"tokens": "SwinTransformer attends within windows, whose tokens have places"}
 
     def anatomy(self, family: str) -> Anatomy:
@@ -296,9 +294,8 @@ class _Inspection(Walk):
     def close(self, stream: Stream | str) -> None:
         """End it: all that it consists of has been seen."""
         self.streams[self.stream] = self.refused.get(self.stream, stream)
-        if self.stream in self.refused:
-            return
-        self.groups.append(Group(self.stream, "width", None, self.channels.shape[1], tuple(self.members)))
+        if self.stream not in self.refused:
+            self.groups.append(Group(self.stream, "width", None, self.channels.shape[1], tuple(self.members)))
 
     def head(self) -> None:
         """The final norm and the classifier, which read the last stage's stream."""
@@ -329,11 +326,10 @@ class _Inspection(Walk):
         for child in ("drop_path1", "drop_path2"):
             _require(f"{name}.{child}", getattr(block, child), DropPath, nn.Identity)
         for child, describe in (("attn", self.attention), ("mlp", self.ffn)):
-            layer = f"{name}.{child}"
             if is_absent(getattr(block, child)):
-                self.absent.append(layer)
-                continue
-            describe(layer, block)
+                self.absent.append(f"{name}.{child}")
+            else:
+                describe(f"{name}.{child}", block)
         self.blocks += 1
 
     def stream_norm(self, name: str, reader: str) -> None:
