@@ -72,11 +72,12 @@ def split(batch: Any, prepare: Prepare, *, labels: bool = True) -> tuple[Any, An
     if not batch:
         return None, None
     held = [named(each) for each in batch]
-    if all(each is not None for each in held):
+    if all(each is not None and (_found(each, IMAGES) or len(batch) == 1) for each in held):
         return _of_mappings([each for each in held if each is not None], prepare, labels)
     if all(_is_pair(each) for each in batch):
         return _columns([each[0] for each in batch], [each[1] for each in batch] if labels else None, prepare)
-    if _are_pictures(batch):
+    # Not a tuple, which may be one image and its mask.
+    if _are_pictures(batch) or (isinstance(batch, list) and all(_is_single(each) for each in batch)):
         return _images(batch, prepare), None
     first, second = batch[0], batch[1] if labels and len(batch) > 1 else None
     images_by_name, labels_by_name = named(first), named(second)
