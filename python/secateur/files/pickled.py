@@ -15,6 +15,7 @@ import torch
 __all__ = ["ZIP", "is_pickled", "read_pickled"]
 
 ZIP = b"PK\x03\x04"
+_PROTOCOL = 2  # of pickles; torch's weights_only reads no later one
 _MAX_CLASSES = 5  # named in one line
 _MAX_RECORDS = 1 << 16
 _MAX_PICKLE = 64 << 20  # bytes of the pickle without its tensors; an optimizer's takes less than one for a ViT
@@ -40,6 +41,10 @@ def read_pickled(path: Path) -> Any:
         zipped = file.read(4) == ZIP
         if zipped:
             _check_archive(path)
+        protocol = _protocol(path, zipped)
+        if protocol > _PROTOCOL:
+            what = f"a pickle of protocol {protocol}, which torch reads only by a way that"
+            raise ValueError(f"it holds {what} could run any code; {_conversion(path)}")
         file.seek(0)
         try:
             with torch.serialization.safe_globals(_ALLOWED):
@@ -75,6 +80,19 @@ def _check_archive(path: Path) -> None:
         )
 
 
+def _protocol(path: Path, zipped: bool) -> int:
+    """Return the protocol of the pickle; 0 if it does not say, as the first protocols do not."""
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            name = next(each for each in archive.namelist() if each.partition("/")[2] == "data.pkl")
+            with archive.open(name) as file:
+                head = file.read(2)
+    else:
+        with path.open("rb") as file:
+            head = file.read(2)
+    return head[1] if len(head) == 2 and head[0] == 0x80 else 0
+
+
 def _classes(path: Path, error: str, zipped: bool) -> list[str]:
     """Return the classes and functions that torch does not let in, by name; none if something else is wrong."""
     named = re.search(r"(?:GLOBAL|global:?) (?:GLOBAL )?([\w.]+) was not an allowed", error)
@@ -92,11 +110,14 @@ def _classes(path: Path, error: str, zipped: bool) -> list[str]:
 
 def _needs(path: Path, classes: list[str]) -> str:
     more = "" if len(classes) <= _MAX_CLASSES else f" and {len(classes) - _MAX_CLASSES} more"
+    needed = f"{', '.join(classes[:_MAX_CLASSES])}{more}"
+    return f"it needs {needed}, which is not loaded since that could run any code; {_conversion(path)}"
+
+
+def _conversion(path: Path) -> str:
     loaded = f"torch.load({str(path)!r}, weights_only=False){_way_to_state(path)}"
-    return (
-        f"it needs {', '.join(classes[:_MAX_CLASSES])}{more}, which is not loaded since that could run any code; if "
-        f"you trust the file, convert it: import torch; torch.save({loaded}, {str(path.with_suffix('.state.pth'))!r})"
-    )
+    saved = str(path.with_suffix(".state.pth"))
+    return f"if you trust the file, convert it: import torch; torch.save({loaded}, {saved!r})"
 
 
 def _way_to_state(path: Path) -> str:
@@ -120,7 +141,7 @@ def _way(file: IO[bytes]) -> str:
     for operation, argument, _ in pickletools.genops(file):
         if operation.name == "EMPTY_DICT" or "OrderedDict" in str(argument):
             is_dict = True
-        elif operation.name == "GLOBAL" and not is_dict:
+        elif operation.name in ("GLOBAL", "STACK_GLOBAL") and not is_dict:
             return ".state_dict()"
         elif "UNICODE" in operation.name:
             keys.append(argument)
