@@ -235,14 +235,15 @@ def _flags(difference: _Difference, state: _State, model: nn.Module) -> dict[str
     blocks = [_modules(each).get("blocks", 0) for each in (state, wanted)]
     if 0 < blocks[0] != blocks[1] > 0:
         found["depth"] = blocks[0]
+    # A convolutional stem has none.
+    grid = getattr(getattr(built, "patch_embed", None), "grid_size", None)
     if "pos_embed" in difference.shapes:
-        grid = getattr(getattr(built, "patch_embed", None), "grid_size", None)
         if grid is not None and state["pos_embed"].ndim == 3:
             patches = state["pos_embed"].shape[1] - (wanted["pos_embed"].shape[1] - math.prod(grid))
             side = math.isqrt(max(0, patches))
             found["img_size"] = side * int(found.get("patch_size", built.patch_embed.patch_size[0]))
-    elif "patch_size" in found:
-        found["img_size"] = found["patch_size"] * built.patch_embed.grid_size[0]
+    elif "patch_size" in found and grid is not None:
+        found["img_size"] = found["patch_size"] * grid[0]
     return found
 
 

@@ -66,9 +66,9 @@ def model_from(
     """
     option = f"--{prefix.removesuffix('-') or 'checkpoint'}"
     if name is None and file is None and like is None:
-        raise typer.BadParameter(f"expected --{prefix}checkpoint FILE or --{prefix}model NAME")
+        raise typer.BadParameter(f"expected {option} FILE or --{prefix}model NAME")
     if file is not None and pretrained:
-        raise typer.BadParameter("expected --checkpoint or --pretrained, got both")
+        raise typer.BadParameter(f"expected {option} or --{prefix}pretrained, got both")
     if use_ema and file is None:
         raise typer.BadParameter("--use-ema needs --checkpoint FILE")
     arguments: dict[str, Any] = {} if kwargs is None else json_object(kwargs)
@@ -86,9 +86,8 @@ def model_from(
     found.require()
     if weights and pretrained is None:
         about = f": {found.source} says the model, {found.name}, and holds no weights" if found.from_file else ""
-        raise typer.BadParameter(
-            f"expected --checkpoint FILE or --pretrained (or --no-pretrained for random weights){about}"
-        )
+        random = "" if prefix else " (or --no-pretrained for random weights)"
+        raise typer.BadParameter(f"expected {option} FILE or --{prefix}pretrained{random}{about}")
     arguments = {**found.arguments, **arguments}
     if pretrained and prefix and found.from_file:
         classes, config = arguments.get("num_classes"), timm.get_pretrained_cfg(found.weights_name)

@@ -97,7 +97,7 @@ def _multiply_elsewhere(
 def chosen_rows(x: torch.Tensor, stride: int, phase: int) -> torch.Tensor:
     """Return the selected rows, (rows, dim): of image b, the tokens n with n = phase + b modulo stride."""
     if stride == 1:
-        return x.reshape(-1, x.shape[-1])
+        return x.reshape(x.shape[:-1].numel(), x.shape[-1])
     images, tokens = (torch.arange(size, device=x.device) for size in x.shape[:2])
     rows: torch.Tensor = x[(tokens - images[:, None] - phase) % stride == 0]
     return rows

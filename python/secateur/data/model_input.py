@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from functools import partial
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,7 +115,7 @@ def split_batch(
         InvalidArgument: the batch is something else, could be meant in several ways, or is empty (unless ``empty``
             allows it).
     """
-    images, targets = forms.split(batch, partial(_prepared, model), labels=labels)
+    images, targets = forms.split(batch, _preparing(model), labels=labels)
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or (len(images) == 0 and not empty):
         got = f"a tensor of shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise InvalidArgument(f"loader: expected batches of images (B, C, H, W) or (images, targets), got {got}")
@@ -127,12 +127,24 @@ def split_batch(
     return images, targets
 
 
-def _prepared(model: nn.Module | None, image: Image.Image) -> Tensor:
-    if model is None:
-        raise InvalidArgument("loader: expected batches of images (B, C, H, W) or (images, targets), got a PIL image")
-    config = data_config(model)
-    prepared: Tensor = create_transform(**config, is_training=False)(forms.opened(image).convert(mode_of(config)))
-    return prepared
+def _preparing(model: nn.Module | None) -> forms.Prepare:
+    """Return what prepares pictures for the model; its transform is made at the first, once for a batch."""
+
+    @cache
+    def made() -> tuple[Any, str]:
+        if model is None:
+            raise InvalidArgument(
+                "loader: expected batches of images (B, C, H, W) or (images, targets), got a PIL image"
+            )
+        config = data_config(model)
+        return create_transform(**config, is_training=False), mode_of(config)
+
+    def prepare(image: Image.Image) -> Tensor:
+        transform, mode = made()
+        prepared: Tensor = transform(forms.opened(image).convert(mode))
+        return prepared
+
+    return prepare
 
 
 def mode_of(config: Mapping[str, Any]) -> str:

@@ -198,3 +198,12 @@ def test_whole_models_of_secateurs_own(tmp_path):
     model = make()
     sc.save(model, tmp_path / "model.st")
     same(sc.load_dense(tmp_path / "model.st"), model)
+
+
+def test_a_stem_of_another_kernel_is_told(tmp_path):
+    """A convolutional stem has no grid of patches to derive a size from."""
+    state = timm.create_model("resnet18", num_classes=3).state_dict()
+    state["conv1.weight"] = torch.ones(64, 3, 3, 3)
+    torch.save(state, tmp_path / "model.pth")
+    with pytest.raises(sc.InvalidArgument, match=r"conv1\.weight \(64, 3, 3, 3\) for \(64, 3, 7, 7\)"):
+        sc.load_dense(tmp_path / "model.pth", model="resnet18", num_classes=3)

@@ -147,6 +147,7 @@ data = digits(model, batch_size=4, max_images=29)
 attempt(model, data, gamma=8 + RANK)
 attempt(model, data, gamma=0 if RANK else 8)
 attempt(model, data, sensitivity=RANK == 0)
+attempt(model, data, sensitivity=True, row_weights=RANK == 0)
 attempt(model, [torch.zeros(1, 3, 8, 8)], resume=f"{OUT}/run")
 attempt(model, [torch.zeros(1, 3, 8, 8 + RANK)])
 attempt(model, [])
@@ -184,6 +185,7 @@ FAILURES = [
         "InvalidArgument: gamma: expected an integer of at least 1, got 0",
     ),
     ("InvalidArgument: sensitivity: expected the same on every rank, got True on rank 0 and False on rank 1",) * 2,
+    ("InvalidArgument: row_weights: expected the same on every rank, got True on rank 0 and False on rank 1",) * 2,
     ("Unsupported: resume: expected a loader of data.loader on several ranks, got list",) * 2,
     (
         "InvalidArgument: rank 1: loader: expected images (B, 3, 8, 8), got (1, 3, 8, 9)",
