@@ -219,10 +219,9 @@ def _agree(ranks: Ranks, settings: Settings) -> None:
     first, *others = (Settings.from_dict(fields) for fields in ranks.gather(settings.to_dict()))
     for rank, other in enumerate(others, 1):
         first.fingerprint.require(other.fingerprint, f"rank {rank}: model", strict=True)
-    values = {name: value for name, value in vars(settings).items() if name != "fingerprint"}
-    # Whether tokens have weights may follow from other arguments, which are to be named first.
-    row_weights = values.pop("row_weights")
-    ranks.agree(**values, row_weights=row_weights)
+    # Row weights may follow from other arguments, which are to be named first: the caller compares them.
+    later = ("fingerprint", "row_weights")
+    ranks.agree(**{name: value for name, value in vars(settings).items() if name not in later})
 
 
 def calibrate_block(

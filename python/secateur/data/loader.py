@@ -13,12 +13,14 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from timm.data import create_transform
 from torch import nn
 from torch.utils.data import Dataset
 
 from .. import check
 from ..errors import InvalidArgument, Unsupported
+from ..runtime.devices import runnable
 from .batches import Batches, ByPosition, Images, Stream
 from .examples import Examples, Grouped, is_stream, is_transformed, of_hub, one_by_one, split_of
 from .model_input import TOLD, data_config, is_graph, mode_of
@@ -138,7 +140,7 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
 
 def loader(
     source: str | os.PathLike[str] | Sequence[Any] | Dataset[Any] | Any,
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     *,
     split: str | None = None,
     batch_size: int = 64,
@@ -189,6 +191,7 @@ def loader(
     workers = check.integer("workers", workers, 0)
     seed = check.integer("seed", seed, 0)
     max_unreadable = check.integer("max_unreadable", max_unreadable, 0)
+    model = runnable(model)
     given = {key: transform.pop(key) for key in TOLD if key in transform}
     if "input_size" in given and not is_graph(model):
         raise InvalidArgument(f"input_size: expected none for a model that tells it, got {given['input_size']}")

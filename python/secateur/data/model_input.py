@@ -32,10 +32,10 @@ _GRAPHS = (
 def bare(model: nn.Module) -> nn.Module:
     """Return the model inside what torch.compile, parallel training or averaging put around it."""
     while True:
-        inner = model._modules.get("_orig_mod")
+        inner = getattr(model, "_orig_mod", None)
         if inner is None and getattr(model, "pretrained_cfg", None) is None:
-            inner = model._modules.get("module")
-        if inner is None:
+            inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
             return model
         model = inner
 

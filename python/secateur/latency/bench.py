@@ -13,7 +13,7 @@ import torch
 from .. import check
 from ..data.model_input import bare, data_config, graph_input, input_dtype, is_graph
 from ..errors import InvalidArgument
-from ..runtime.devices import borrowed, place_for
+from ..runtime.devices import borrowed, place_for, runnable
 from ..runtime.progress import progress
 from .runtimes.registry import chosen
 from .stopwatch import in_turn, prepared, quartiles, torch_threads_set, warm
@@ -60,8 +60,8 @@ class Benchmark:
 
 
 def bench(
-    model: nn.Module,
-    reference: nn.Module | None = None,
+    model: nn.Module | torch.export.ExportedProgram,
+    reference: nn.Module | torch.export.ExportedProgram | None = None,
     *,
     batch_size: int = 32,
     input_size: int | Sequence[int] | None = None,
@@ -77,8 +77,8 @@ def bench(
     Modes, devices and torch's number of threads are restored afterwards.
 
     Args:
-        model: the model; it takes images (B, C, H, W). A compiled one is timed as it is, as is the module of an
-            exported program or one scripted or traced by torch.jit, for the batch size that it was made for.
+        model: the model; it takes images (B, C, H, W). A compiled one is timed as it is, as is an exported
+            program, its module, or one scripted or traced by torch.jit, for the batch size that it was made for.
         reference: a model to compare with, usually the dense one.
         batch_size: images per batch.
         input_size: side, (height, width) or (channels, height, width) in pixels; the model's own by default.
@@ -100,6 +100,7 @@ def bench(
     warmup = check.integer("warmup", warmup, 0)
     threads = check.integer("threads", threads, optional=True)
     engine = chosen(runtime, compile)
+    model, reference = runnable(model), None if reference is None else runnable(reference)
     place = place_for(model, device)
     if reference is not None:
         place_for(reference, argument="reference")

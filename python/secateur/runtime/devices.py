@@ -22,6 +22,11 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def runnable(model: nn.Module | torch.export.ExportedProgram) -> nn.Module:
+    """Return the module of an exported program; a module as it is."""
+    return model.module() if isinstance(model, torch.export.ExportedProgram) else model
+
+
 def place_for(model: object, device: torch.device | str | None = None, *, argument: str = "model") -> torch.device:
     """Return the device that a model is to run on: ``device``, or else its own.
 
@@ -29,8 +34,7 @@ def place_for(model: object, device: torch.device | str | None = None, *, argume
         InvalidArgument: it is not a module or has no weights (``argument`` names it), or there is no such device.
     """
     if not isinstance(model, nn.Module):
-        hint = "; pass its .module()" if type(model).__name__ == "ExportedProgram" else ""
-        raise InvalidArgument(f"{argument}: expected an nn.Module, got {type(model).__name__}{hint}")
+        raise InvalidArgument(f"{argument}: expected an nn.Module, got {type(model).__name__}")
     if any(tensor.is_meta for tensors in (model.parameters(), model.buffers()) for tensor in tensors):
         raise InvalidArgument(f"{argument}: expected a model with weights, got one on the meta device")
     if device is None:
@@ -76,6 +80,8 @@ def _trains(node: Any) -> bool:
     name = str(schema.name).removeprefix("aten::")
     if name == "_native_batch_norm_legit_functional":
         return True
+    if "dropout" in name and node.args[1] == 0:
+        return False
     at = {"dropout": 2, "native_dropout": 2, "feature_dropout": 2, "batch_norm": 5, "_native_batch_norm_legit": 5}.get(
         name
     )

@@ -15,7 +15,7 @@ from ..data.forms import without_labels
 from ..data.loader import in_batches
 from ..data.model_input import images_in, is_graph, model_input, split_batch
 from ..errors import InvalidArgument, NumericalError
-from ..runtime.devices import borrowed
+from ..runtime.devices import borrowed, runnable
 from ..runtime.progress import progress
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     loader: Iterable[Any],
     *,
     device: torch.device | str | None = None,
@@ -50,8 +50,8 @@ def evaluate(
     """Measure a classifier in evaluation mode; its mode and device are restored afterwards.
 
     Args:
-        model: maps images (B, C, H, W) to logits (B, classes), in any floating-point type; also a compiled one, or the
-            module of an exported program, whose mode does not change.
+        model: maps images (B, C, H, W) to logits (B, classes), in any floating-point type; also a compiled one, or an
+            exported program or its module, whose mode does not change.
         loader: an iterable of (images, targets), targets (B,) class indices, or of the other forms that `split_batch`
             takes; or a data set of single pictures with classes. The images are cast to the model's type.
         device: where to run; the model's own by default.
@@ -63,6 +63,7 @@ def evaluate(
         NumericalError: a logit is NaN or infinite.
     """
     max_images = check.integer("max_images", max_images, optional=True)
+    model = runnable(model)
     images_seen, top1, top5, loss = 0, 0, 0, 0.0
     if isinstance(model, nn.Module):
         loader = in_batches(loader, model)
