@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -46,7 +46,7 @@ class Member:
 
     tensor: str
     axis: int
-    entries: Indices
+    entries: Indices = field(repr=False)
     part: Part
     role: Role
 

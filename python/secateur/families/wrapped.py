@@ -212,7 +212,24 @@ def described(
         return f"{name} (a subclass of timm's {base.__name__}, which may compute anything)"
     if any(cls.__name__ == type(model).__name__ for cls in classes):
         return f"{name} (not timm's class of that name, and its weights may have other names)"
+    for parts, child in _submodules(model):
+        # Parts of timm's models and of torch's say nothing about the whole.
+        said = described(child, classes, accepts, require) if _says_more(child, classes) else ""
+        if said.endswith(")"):
+            return f"{name}, whose {_path(parts)} is {said}"
     return name
+
+
+def _submodules(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
+    """Return all submodules with their paths, short paths first."""
+    found = [(tuple(path.split(".")), module) for path, module in model.named_modules() if path]
+    return sorted(found, key=lambda each: len(each[0]))
+
+
+def _says_more(module: nn.Module, classes: Sequence[type[nn.Module]]) -> bool:
+    cls = type(module)
+    known = _mark(cls) is not None or _name(cls) in _FEATURES or isinstance(module, tuple(classes))
+    return known or same_in_timm(module, lambda _: True) is not None
 
 
 def _quantized(model: nn.Module) -> _Mark | None:

@@ -107,6 +107,41 @@ def test_without_a_candidate_the_class_alone_is_named():
     assert found == "mine.VisionTransformer (not timm's class of that name, and its weights may have other names)"
 
 
+def subclass(vit):
+    vit.__class__ = type("Mine", (VisionTransformer,), {"__module__": "mine"})
+    return vit
+
+
+@pytest.mark.parametrize(
+    ("hidden", "said"),
+    [
+        (torch.jit.script, f"torch.jit._script.RecursiveScriptModule ({SCRIPTED})"),
+        (
+            lambda vit: torch.export.export(vit, (images(vit),)).module(),
+            f"torch.export._unlift._StatefulGraphModule ({GRAPH})",
+        ),
+        (subclass, "mine.Mine (a subclass of timm's VisionTransformer, which may compute anything)"),
+        (
+            lambda vit: timm.create_model("resnet10t", features_only=True),
+            "timm.models._features.FeatureListNet (layers that timm took out of a model; prune that first, then "
+            "timm.models.FeatureListNet(model, …))",
+        ),
+        (lambda vit: torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(3, 3))), None),
+    ],
+)
+def test_what_cannot_be_passed_inside_a_network_is_named(hidden, said):
+    part = hidden(make("plain"))
+    if said is None:
+        assert refusal(Net(neck=Net(decoder=part))).endswith(f".neck.decoder[0] is {refusal(part[0])}")
+    else:
+        assert (
+            refusal(Net(neck=nn.Linear(2, 2), deep=Net(encoder=part)))
+            == f"{__name__}.Net, whose .deep.encoder is {said}"
+        )
+    # What can be passed comes first.
+    assert refusal(Net(first=part, second=make("plain"))).endswith("Net (pass its .second)")
+
+
 @pytest.mark.parametrize(
     ("wrap", "path"),
     [
@@ -323,6 +358,18 @@ def test_layers_that_timm_took_out():
     found = refusal(timm.create_model("resnet18", features_only=True, pretrained=False))
     assert found.startswith("timm.models._features.FeatureListNet (layers that timm took out of a model; prune that")
     assert timm.models.FeatureListNet.__name__ in found
+
+
+def test_the_advice_on_layers_taken_out_of_a_model():
+    """Channels are those of the pruned stages."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=3).eval()
+    x = torch.randn(2, 3, 64, 64)
+    stats = sc.calibrate(model, [x])
+    sc.prune(model, sc.plan(model, stats, method="magnitude", groups=("width",), ratios={"width": 0.3}))
+    net = timm.models.FeatureListNet(model)
+    assert [each.shape[1] for each in net(x)] == net.feature_info.channels()
+    assert net.feature_info.channels()[-1] < 512
 
 
 def test_what_is_no_module():
