@@ -32,7 +32,8 @@ def without_prefixes(state: _State, wanted: Mapping[str, Any]) -> tuple[_State, 
         rest = {name: tensor for name, tensor in state.items() if name not in _COUNTERS or name in wanted}
         heads = {name.partition(".")[0] for name in rest if "." in name}
         mine = {name.partition(".")[0] for name in wanted}
-        if len(heads) != 1 or not all("." in name for name in rest) or heads <= mine:
+        known = heads <= mine and any(name in wanted for name in rest)
+        if len(heads) != 1 or not all("." in name for name in rest) or known:
             return state, removed
         (head,) = heads
         state, removed = {name.partition(".")[2]: tensor for name, tensor in rest.items()}, f"{removed}{head}."
@@ -199,7 +200,7 @@ def _advice(
     if len(mine) > len(wanted) / 2:
         others = [name for name in raw if name not in {*mine}]
         return (
-            f"{len(mine)} names begin with {head!r}, others do not ({first(others) or 'none'}): keep these alone, "
+            f"{len(mine)} names begin with {head!r}, others do not ({first(others)}): keep these alone, "
             f"torch.save({{n[{len(head)}:]: t for n, t in state.items() if n.startswith({head!r})}}, FILE)"
         )
     removed = f" (every name began with {prefix!r}, which was left out)" if prefix else ""
