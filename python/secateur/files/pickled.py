@@ -16,7 +16,7 @@ import torch
 __all__ = ["ZIP", "is_pickled", "read_pickled"]
 
 ZIP = b"PK\x03\x04"
-_PROTOCOLS = (2, 3)  # of pickles; torch.save writes 2 unless asked, and weights_only reads no others
+_PROTOCOL = 3  # of pickles; torch's weights_only reads no later one
 _MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # the number that older files of torch.save begin with
 _MAX_CLASSES = 5  # named in one line
 _MAX_RECORDS = 1 << 16
@@ -44,8 +44,8 @@ def read_pickled(path: Path) -> Any:
         if zipped:
             _check_archive(path)
         protocol = _protocol(path, zipped)
-        if protocol not in _PROTOCOLS:
-            what = f"a pickle of protocol {protocol or '0 or 1'}, which torch reads only by a way that"
+        if protocol > _PROTOCOL:
+            what = f"a pickle of protocol {protocol}, which torch reads only by a way that"
             raise ValueError(f"it holds {what} could run any code; {_conversion(path)}")
         file.seek(0)
         try:
