@@ -93,11 +93,11 @@ def named_as(state: _State, model: nn.Module, source: str) -> tuple[_State, str]
     wanted = model.state_dict()
     stripped, prefix = without_prefixes(state, wanted)
     difference = _Difference.of(stripped, wanted)
-    # timm would resample a position embedding of another size in silence; another number of classes is its user's.
-    if not difference.names or {*difference.shapes} - _of_head(model):
-        return stripped, prefix
-    converted = _converted(stripped, model)
+    converted = _converted(stripped, model) if difference.names else None
     if converted is None or _Difference.of(converted, wanted).names >= difference.names:
+        return stripped, prefix
+    # timm resamples a position embedding of another size in silence; another number of classes is its user's.
+    if any(_resampled(stripped[name], converted.get(name)) for name in {*difference.shapes} - _of_head(model)):
         return stripped, prefix
     left = [name for name in stripped if name not in converted]
     if left and sum(map(torch.numel, converted.values())) < sum(map(torch.numel, stripped.values())):
@@ -154,6 +154,11 @@ def _converted(state: _State, model: nn.Module) -> _State | None:
         _log.debug("state dict not converted by timm: %s", error)
         return None
     return found if all(isinstance(tensor, torch.Tensor) for tensor in found.values()) else None
+
+
+def _resampled(raw: torch.Tensor, made: torch.Tensor | None) -> bool:
+    """Return whether a tensor has other values than the raw one, which may be of another shape or begin with more."""
+    return made is not None and not torch.equal(made.flatten(), raw.flatten()[-made.numel() :])
 
 
 def _of_head(model: nn.Module) -> set[str]:

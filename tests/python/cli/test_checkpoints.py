@@ -231,6 +231,27 @@ def test_files_that_say_nothing(failure, state, digits_model, tmp_path):
     assert failure("finetune", *DATA, *out, *model, "--checkpoint", state, "--teacher", state) == f"--teacher: {needed}"
 
 
+def test_plans_of_models_that_timm_did_not_name(failure, tmp_path):
+    """Such a plan is no answer to which model it is; a checkpoint's own answer is another model."""
+    arguments = {"img_size": 32, "embed_dim": 21, "depth": 2, "num_heads": 3, "num_classes": 10}
+    by_class = timm.create_model(NAME, **arguments, act_layer=torch.nn.ReLU).eval()
+    by_hand = timm.models.VisionTransformer(**arguments).eval()
+    plan, file, out = tmp_path / "p.json", tmp_path / "model.pth", ["--out", tmp_path / "out.st"]
+    for model, why in ((by_class, "does not say it (arguments: expected a plain value of act_layer, got '<ReLU>'"),
+                       (by_hand, "is about a model built by hand (VisionTransformer)")):  # fmt: skip
+        sc.plan(model, method="magnitude", ratios={"ffn": 0.5}).save(plan)
+        torch.save(model.state_dict(), file)
+        text = failure("prune", "--checkpoint", file, "--plan", plan, *out)
+        assert text.startswith(
+            f"--checkpoint: model: expected a timm name (--model NAME), got --plan {plan}, which {why}"
+        )
+        text = failure("inspect", "--model", plan)
+        assert text.startswith(f"model: expected a timm name (--model NAME), got p.json, which {why}")
+        torch.save({"state_dict": model.state_dict(), "args": {"model": NAME, **arguments}}, file)
+        text = failure("prune", "--checkpoint", file, "--plan", plan, *out)
+        assert text.startswith("model: expected the same model, got ")
+
+
 def test_statistics_say_the_model_and_hold_no_weights(failure, run_json, digits_model, tmp_path):
     stats = tmp_path / "s.st"
     sc.calibrate(digits_model, loader("digits", digits_model, max_images=8)).save(stats)
