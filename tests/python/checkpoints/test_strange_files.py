@@ -282,6 +282,7 @@ def test_protocols_of_pickles(protocol, zipped, tmp_path, monkeypatch):
         {"in_chans": 1},
         {"img_size": 48},
         {"patch_size": 8},
+        {"patch_size": 8, "img_size": 16},  # as many positions
         {"depth": 3},
         {"img_size": 80, "in_chans": 4, "num_classes": 2, "depth": 1},
         {"img_size": 40, "patch_size": 8, "in_chans": 2},
