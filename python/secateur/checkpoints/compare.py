@@ -32,7 +32,8 @@ def without_prefixes(state: _State, wanted: Mapping[str, Any]) -> tuple[_State, 
         rest = {name: tensor for name, tensor in state.items() if name not in _COUNTERS or name in wanted}
         heads = {name.partition(".")[0] for name in rest if "." in name}
         mine = {name.partition(".")[0] for name in wanted}
-        if len(heads) != 1 or not all("." in name for name in rest) or heads <= mine:
+        known = heads <= mine and any(name in wanted for name in rest)
+        if len(heads) != 1 or not all("." in name for name in rest) or known:
             return state, removed
         (head,) = heads
         state, removed = {name.partition(".")[2]: tensor for name, tensor in rest.items()}, f"{removed}{head}."
@@ -92,11 +93,11 @@ def named_as(state: _State, model: nn.Module, source: str) -> tuple[_State, str]
     wanted = model.state_dict()
     stripped, prefix = without_prefixes(state, wanted)
     difference = _Difference.of(stripped, wanted)
-    # timm would resample a position embedding of another size in silence; another number of classes is its user's.
-    if not difference.names or {*difference.shapes} - _of_head(model):
-        return stripped, prefix
-    converted = _converted(stripped, model)
+    converted = _converted(stripped, model) if difference.names else None
     if converted is None or _Difference.of(converted, wanted).names >= difference.names:
+        return stripped, prefix
+    # timm resamples a position embedding of another size in silence; another number of classes is its user's.
+    if any(_resampled(stripped[name], converted.get(name)) for name in {*difference.shapes} - _of_head(model)):
         return stripped, prefix
     left = [name for name in stripped if name not in converted]
     if left and sum(map(torch.numel, converted.values())) < sum(map(torch.numel, stripped.values())):
@@ -155,6 +156,11 @@ def _converted(state: _State, model: nn.Module) -> _State | None:
     return found if all(isinstance(tensor, torch.Tensor) for tensor in found.values()) else None
 
 
+def _resampled(raw: torch.Tensor, made: torch.Tensor | None) -> bool:
+    """Return whether a tensor has other values than the raw one, which may be of another shape or begin with more."""
+    return made is not None and not torch.equal(made.flatten(), raw.flatten()[-made.numel() :])
+
+
 def _of_head(model: nn.Module) -> set[str]:
     return {f"{name}.{part}" for name in classifiers_of(model) for part in ("weight", "bias")}
 
@@ -199,7 +205,7 @@ def _advice(
     if len(mine) > len(wanted) / 2:
         others = [name for name in raw if name not in {*mine}]
         return (
-            f"{len(mine)} names begin with {head!r}, others do not ({first(others) or 'none'}): keep these alone, "
+            f"{len(mine)} names begin with {head!r}, others do not ({first(others)}): keep these alone, "
             f"torch.save({{n[{len(head)}:]: t for n, t in state.items() if n.startswith({head!r})}}, FILE)"
         )
     removed = f" (every name began with {prefix!r}, which was left out)" if prefix else ""

@@ -105,15 +105,13 @@ def _found(loaded: Any, use_ema: bool) -> Contents:
                 f"it holds no moving average of the weights (state_dict_ema), only {first(top)}: leave out use_ema "
                 "(--use-ema)"
             )
-        return Contents(dict(top[averages[0]]), averages[0], settings, architecture)
+        return Contents(table_of(top[averages[0]]) or {}, averages[0], settings, architecture)
     if _is_state(top):
-        return Contents(dict(top), "")
-    for key in _STATES:
-        if _is_state(top.get(key)):
-            return Contents(dict(top[key]), key, settings, architecture)
+        return Contents(top, "")
     others = [key for key in top if _is_state(top[key])]
-    if len(others) == 1 and others != averages:
-        return Contents(dict(top[others[0]]), str(others[0]), settings, architecture)
+    key = next((key for key in _STATES if key in others), others[0] if len(others) == 1 else None)
+    if key is not None and key not in averages:
+        return Contents(table_of(top[key]) or {}, str(key), settings, architecture)
     hint = "; for the moving average pass use_ema=True (--use-ema)" if averages else ""
     raise ValueError(f"it holds no state dict, only {first(top) or 'nothing'}{hint}")
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import load_model_config_from_hf, load_state_dict_from_hf, parse_model_name
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 from .. import check, core
@@ -26,6 +27,7 @@ from .description import Description, checked_arguments, described, from_setting
 __all__ = ["built", "load_dense", "loaded", "source_of", "stated"]
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+_SOURCES = {"hf-hub": "hf-hub", "hf_hub": "hf-hub", "local-dir": "local-dir"}
 _MOST_PARAMETERS = 1 << 36
 
 
@@ -84,9 +86,9 @@ def stated(model: object) -> Description:
 
 
 def source_of(name: object) -> str | None:
-    """Return "hf-hub" or "local-dir" where a name begins with it, else None."""
-    prefix = str(name).partition(":")[0].lower().replace("_", "-")
-    return prefix if ":" in str(name) and prefix in ("hf-hub", "local-dir") else None
+    """Return "hf-hub" or "local-dir" where a name begins with it, in a spelling that timm takes, else None."""
+    prefix, colon, _ = str(name).partition(":")
+    return _SOURCES.get(prefix.lower()) if colon else None
 
 
 @torch.inference_mode(False)  # inference tensors cannot be trained
@@ -197,17 +199,13 @@ def built(
 
 def _from_folder(path: str, given: Mapping[str, Any]) -> nn.Module:
     """Load a folder of timm's: a config.json, and weights."""
-    folder = Path(parse_model_name(path)[1] if source_of(path) else path)
+    folder = Path(_identifier(path) if source_of(path) else path)
     if not folder.is_dir():
         raise InvalidArgument(f"path: expected a folder with timm's config.json, got {folder}, which is not a folder")
     config = folder / "config.json"
     if not config.is_file():
         raise InvalidArgument(f"path: expected a folder with timm's config.json, got {folder}, which has none")
-    try:
-        fields = documents.read_json(config)
-    except (ValueError, OSError) as error:
-        raise InvalidArgument(f"path: expected timm's config.json in {folder}, got {error}") from error
-    said = _configured(fields, f"{folder.name}/config.json")
+    said = _configured(_read_config(config, f"{folder.name}/config.json"), f"{folder.name}/config.json")
     weights = next((folder / each for each in _WEIGHTS if (folder / each).is_file()), None)
     if weights is None:
         raise InvalidArgument(f"path: expected a folder with {' or '.join(_WEIGHTS[:2])}, got {folder} with neither")
@@ -217,29 +215,68 @@ def _from_folder(path: str, given: Mapping[str, Any]) -> nn.Module:
 
 
 def _from_hub(name: str, given: Mapping[str, Any]) -> nn.Module:
-    """Load a model of a hub: its configuration by timm, its weights by timm without unpickling."""
-    _, identifier = parse_model_name(name)
+    """Load a model of a hub: its files are those of a folder, and are read as these are."""
+    repository, _, revision = _identifier(name).partition("@")
+
+    def fetched(file: str) -> Path:
+        return Path(hf_hub_download(repository, file, revision=revision or None))
+
     try:
-        config, architecture, arguments = load_model_config_from_hf(identifier)
-        file = {"filename": config["hf_hub_filename"]} if config.get("hf_hub_filename") else {}
-        _configured({"architecture": architecture, "model_args": arguments}, name)
-        state = load_state_dict_from_hf(identifier, weights_only=True, **file)
+        fields = _read_config(fetched("config.json"), f"config.json of {name}")
+        said = _configured(fields, f"config.json of {name}")
+        file = str((fields.get("pretrained_cfg") or fields).get("hf_hub_filename") or _WEIGHTS[1])
+        try:
+            weights = fetched(_as_safetensors(file))
+        except EntryNotFoundError:
+            weights = fetched(file)
     except Error:
         raise
     except Exception as error:  # the hub and the network raise what they like
         text = " ".join(str(error).split())
         raise InvalidArgument(f"path: expected a timm model of a hub, got {name!r} ({text:.300})") from error
-    return _filled(state, Description(name, {}, name), given, name)
+    return _filled(read(weights).state, replace(said, name=name, arguments={}), given, name)
 
 
-def _configured(fields: Any, source: str) -> Description:
+def _as_safetensors(file: str) -> str:
+    """Return what timm's hub calls the safetensors file beside a file of weights."""
+    if not file.endswith(".bin"):
+        return file
+    return f"{file.removesuffix('.bin').replace('pytorch_model', 'model')}.safetensors"
+
+
+def _identifier(name: str) -> str:
+    """Return what follows the source in a name.
+
+    Raises:
+        InvalidArgument: nothing does.
+    """
+    found = name.partition(":")[2]
+    if not found:
+        raise InvalidArgument(f"path: expected a name after {name!r}, got none")
+    return found
+
+
+def _read_config(path: Path, source: str) -> dict[str, Any]:
+    """Return the entries of a config.json.
+
+    Raises:
+        InvalidArgument: it is damaged, or no object.
+    """
+    try:
+        fields = documents.read_json(path)
+    except (ValueError, OSError) as error:
+        raise InvalidArgument(f"path: expected timm's config.json, got {source} ({error})") from error
+    if not isinstance(fields, dict):
+        raise InvalidArgument(f"path: expected an object in {source}, got {type(fields).__name__}")
+    return fields
+
+
+def _configured(fields: Mapping[str, Any], source: str) -> Description:
     """Return what timm's config.json says.
 
     Raises:
         InvalidArgument: it is another program's, names a model that timm does not have, or has other arguments.
     """
-    if not isinstance(fields, dict):
-        raise InvalidArgument(f"path: expected an object in {source}, got {type(fields).__name__}")
     architecture = fields.get("architecture")
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         others = fields.get("architectures")

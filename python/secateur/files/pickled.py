@@ -6,6 +6,7 @@ import argparse
 import io
 import pickletools
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +16,8 @@ import torch
 __all__ = ["ZIP", "is_pickled", "read_pickled"]
 
 ZIP = b"PK\x03\x04"
-_PROTOCOL = 2  # of pickles; torch's weights_only reads no later one
+_PROTOCOL = 3  # of pickles; torch's weights_only reads no later one
+_MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # the number that older files of torch.save begin with
 _MAX_CLASSES = 5  # named in one line
 _MAX_RECORDS = 1 << 16
 _MAX_PICKLE = 64 << 20  # bytes of the pickle without its tensors; an optimizer's takes less than one for a ViT
@@ -47,7 +49,8 @@ def read_pickled(path: Path) -> Any:
             raise ValueError(f"it holds {what} could run any code; {_conversion(path)}")
         file.seek(0)
         try:
-            with torch.serialization.safe_globals(_ALLOWED):
+            with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected pickle protocol 3", UserWarning)
                 # The open file, not its path: torch goes by the suffix of a path.
                 return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a hostile pickle can raise anything
@@ -81,16 +84,22 @@ def _check_archive(path: Path) -> None:
 
 
 def _protocol(path: Path, zipped: bool) -> int:
-    """Return the protocol of the pickle; 0 if it does not say, as the first protocols do not."""
+    """Return the protocol of the pickle; 0 for the first two, which do not say.
+
+    Raises:
+        ValueError: torch.save did not write it.
+    """
     if zipped:
         with zipfile.ZipFile(path) as archive:
             name = next(each for each in archive.namelist() if each.partition("/")[2] == "data.pkl")
             with archive.open(name) as file:
                 head = file.read(2)
-    else:
-        with path.open("rb") as file:
-            head = file.read(2)
-    return head[1] if len(head) == 2 and head[0] == 0x80 else 0
+        return head[1] if len(head) == 2 and head[0] == 0x80 else 0
+    with path.open("rb") as file:
+        head = file.read(32)
+    if _MAGIC not in head:
+        raise ValueError("it is truncated, or a pickle that torch.save did not write")
+    return head[1]
 
 
 def _classes(path: Path, error: str, zipped: bool) -> list[str]:
