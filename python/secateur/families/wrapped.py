@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import Error, Unsupported
-from .elsewhere import same_in_timm
+from .elsewhere import NOT_IN_TIMM, same_in_timm
 
 __all__ = ["described", "not_a_module", "refuse_foreign", "refuse_live_wrapper"]
 
@@ -212,7 +212,23 @@ def described(
         return f"{name} (a subclass of timm's {base.__name__}, which may compute anything)"
     if any(cls.__name__ == type(model).__name__ for cls in classes):
         return f"{name} (not timm's class of that name, and its weights may have other names)"
-    return name
+    part = _part_elsewhere(model, accepts)
+    return name if part is None else f"{name}, {part}"
+
+
+def _part_elsewhere(model: nn.Module, accepts: Callable[[nn.Module], bool]) -> str | None:
+    """Describe the outermost part of a network that timm has too, by its shortest path; None if there is none."""
+    level: list[tuple[tuple[str, ...], nn.Module]] = [((), model)]
+    while level:
+        inner = []
+        for parts, module in level:
+            said = same_in_timm(module, accepts)
+            if said is None:
+                inner += [((*parts, name), child) for name, child in module.named_children()]
+            elif not said.endswith(NOT_IN_TIMM):
+                return f"whose {_path(parts)} is {_name(type(module))} ({said})"
+        level = inner
+    return None
 
 
 def _quantized(model: nn.Module) -> _Mark | None:
