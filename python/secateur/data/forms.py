@@ -112,6 +112,8 @@ def named(batch: Any) -> Mapping[str, Any] | None:
 def without_labels(batch: Any) -> str:
     """Describe a batch in which no targets were found."""
     by_name = named(batch)
+    if by_name is None and isinstance(batch, (tuple, list)) and batch:
+        by_name = named(batch[0])
     if by_name is None:
         return "images alone"
     return f"no {LABELS[0]!r}, {LABELS[1]!r} or {LABELS[2]!r} among {_listed(by_name)}"
