@@ -237,8 +237,9 @@ def _images(value: Any, prepare: Prepare) -> Any:
     elif not all(isinstance(each, Tensor) and each.ndim == 3 for each in value):
         return value
     if len({(tuple(each.shape), each.dtype) for each in value}) != 1:
-        shapes = sorted({str(tuple(each.shape)) for each in value})
-        raise InvalidArgument(f"loader: expected images of one shape and type in a batch, got {', '.join(shapes[:3])}")
+        found = sorted({str(tuple(each.shape)) for each in value})
+        found = found if len(found) > 1 else sorted({str(each.dtype) for each in value})
+        raise InvalidArgument(f"loader: expected images of one shape and type in a batch, got {', '.join(found[:3])}")
     return torch.stack(list(value))
 
 
