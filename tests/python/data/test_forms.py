@@ -242,6 +242,10 @@ def test_a_processors_tensor_comes_before_its_picture():
             "expected batches of images (B, C, H, W) or (images, targets), got a tensor of shape (3, 12, 12)",
         ),
         ([picture(0)], "expected batches of images (B, C, H, W) or (images, targets), got a PIL image"),
+        (
+            [(IMAGES[0], 4), IMAGES[1]],
+            "expected batches of images (B, C, H, W) or (images, targets), got tuple",
+        ),
         # One image, or a batch of grey ones.
         (
             {"image": IMAGES[0], "label": CLASSES},
