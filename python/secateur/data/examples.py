@@ -78,7 +78,7 @@ def split_of(source: Any, split: str | None, *, train: bool) -> Any:
 class Examples:
     """A data set or list of single pictures as a reader: (picture, class index), -1 where there is no class.
 
-    With ``labels`` false, classes are not looked at.
+    With ``labels`` false, classes are not looked at. ``unlabelled`` describes a source in which none were found.
 
     Raises:
         InvalidArgument: it holds no pictures, several that could be meant, or labels that are not class indices.
@@ -87,14 +87,17 @@ class Examples:
     def __init__(self, source: Any, *, labels: bool = True) -> None:
         self._labels = labels
         self.description = f"{type(source).__name__} of {len(source)} images"
+        self.unlabelled = ""
         if of_hub(source):
             if is_transformed(source):
                 raise InvalidArgument(
                     "source: expected pictures, got what the data set's own transform makes of them; pass batches: "
                     "torch.utils.data.DataLoader(dataset, batch_size=64)"
                 )
-            # Formats of torch and numpy make tensors of pictures.
             image, label = _image_column(source.features), _label_column(source.features) if labels else None
+            if labels and label is None:
+                self.unlabelled = _unlabelled(source.features)
+            # Formats of torch and numpy make tensors of pictures.
             source = source.with_format(None).select_columns([name for name in (image, label) if name is not None])
             names = {image: "image"} | ({} if label is None else {label: "label"})
             self.description = f"datasets.Dataset {source._fingerprint}"
@@ -105,7 +108,10 @@ class Examples:
                 f"or in mappings, got {type(source).__name__}"
             )
         self._source = source
-        _index(forms.example(source[0], labels)[1])
+        label = forms.example(source[0], labels)[1]
+        _index(label)
+        if label is None and labels and not self.unlabelled:
+            self.unlabelled = _unlabelled_items(source[0])
 
     def __len__(self) -> int:
         return len(self._source)
@@ -145,6 +151,19 @@ def _label_column(features: Any) -> str | None:
             f"(dataset.class_encode_column({found[0]!r}) makes them)"
         )
     return str(found[0])
+
+
+def _unlabelled(features: Any) -> str:
+    """Describe a data set without a column of classes, and say how to choose one."""
+    whole = [name for name, feature in features.items() if "int" in str(getattr(feature, "dtype", ""))]
+    which = repr(whole[0]) if len(whole) == 1 else "name"
+    names = ", ".join(map(repr, features))
+    return f"no column of classes among {names} (dataset.rename_column({which}, 'label') says which)"
+
+
+def _unlabelled_items(item: Any) -> str:
+    found = forms.without_labels(item)
+    return found if forms.named(item) is None else f"{found} (rename the one that is the class to 'label')"
 
 
 def _index(label: Any) -> int:

@@ -112,6 +112,8 @@ def named(batch: Any) -> Mapping[str, Any] | None:
 def without_labels(batch: Any) -> str:
     """Describe a batch in which no targets were found."""
     by_name = named(batch)
+    if by_name is None and isinstance(batch, (tuple, list)) and batch:
+        by_name = named(batch[0])
     if by_name is None:
         return "images alone"
     return f"no {LABELS[0]!r}, {LABELS[1]!r} or {LABELS[2]!r} among {_listed(by_name)}"
@@ -235,8 +237,9 @@ def _images(value: Any, prepare: Prepare) -> Any:
     elif not all(isinstance(each, Tensor) and each.ndim == 3 for each in value):
         return value
     if len({(tuple(each.shape), each.dtype) for each in value}) != 1:
-        shapes = sorted({str(tuple(each.shape)) for each in value})
-        raise InvalidArgument(f"loader: expected images of one shape and type in a batch, got {', '.join(shapes[:3])}")
+        found = sorted({str(tuple(each.shape)) for each in value})
+        found = found if len(found) > 1 else sorted({str(each.dtype) for each in value})
+        raise InvalidArgument(f"loader: expected images of one shape and type in a batch, got {', '.join(found[:3])}")
     return torch.stack(list(value))
 
 

@@ -48,7 +48,8 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
 
     Iterating again repeats the same batches until `set_epoch` is called. ``images`` is the number of images in one pass
     (None for a streamed data set of unknown length), ``description`` names the source. ``unreadable`` names the images
-    that the last pass skipped, with the reason; ``images`` counts them.
+    that the last pass skipped, with the reason; ``images`` counts them. ``unlabelled`` describes a source without
+    classes, whose targets are all -1; it is empty for others.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
         description: str,
         max_unreadable: int = 0,
         in_step: bool = False,
+        unlabelled: str = "",
     ) -> None:
         self._batches = batches
         self.images = images
@@ -66,6 +68,7 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
         self.description = description
         self.unreadable: list[str] = []
         self.max_unreadable = max_unreadable
+        self.unlabelled = unlabelled
         self._in_step = in_step
         self._before: list[str] = []
 
@@ -134,7 +137,13 @@ class ImageLoader(Iterable["tuple[Tensor, Tensor]"]):
             raise Unsupported(f"loader: expected a data set that can be shared out, got the stream {self.description}")
         batches = self._batches.sharded(rank, ranks, whole_batches)
         return ImageLoader(
-            batches, batches.images, self.batch_size, self.description, self.max_unreadable, whole_batches
+            batches,
+            batches.images,
+            self.batch_size,
+            self.description,
+            self.max_unreadable,
+            whole_batches,
+            self.unlabelled,
         )
 
 
@@ -227,7 +236,15 @@ def loader(
 
     dataset_ = Images(reader, prepare, mode, seed if train else None)
     order = Order(len(reader), batch_size, max_images, seed if shuffle else None)
-    return ImageLoader(Batches(dataset_, order, workers), order.images, batch_size, description, max_unreadable)
+    unlabelled = getattr(reader, "unlabelled", "")
+    return ImageLoader(
+        Batches(dataset_, order, workers),
+        order.images,
+        batch_size,
+        description,
+        max_unreadable,
+        unlabelled=unlabelled,
+    )
 
 
 def in_batches(batches: Iterable[Any], model: nn.Module, *, labels: bool = True) -> Iterable[Any]:
@@ -250,7 +267,7 @@ def in_batches(batches: Iterable[Any], model: nn.Module, *, labels: bool = True)
     config = data_config(model)
     images = Images(found, _transform(config, False, {}), mode_of(config), None)
     order = Order(len(found), _BATCH, None, None)
-    return ImageLoader(Batches(images, order, 0), order.images, _BATCH, found.description)
+    return ImageLoader(Batches(images, order, 0), order.images, _BATCH, found.description, unlabelled=found.unlabelled)
 
 
 def refuse_single(batches: object) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import Error, Unsupported
-from .elsewhere import same_in_timm
+from .elsewhere import NOT_IN_TIMM, same_in_timm
 
 __all__ = ["described", "not_a_module", "refuse_foreign", "refuse_live_wrapper"]
 
@@ -228,8 +228,10 @@ def _submodules(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
 
 def _says_more(module: nn.Module, classes: Sequence[type[nn.Module]]) -> bool:
     cls = type(module)
-    known = _mark(cls) is not None or _name(cls) in _FEATURES or isinstance(module, tuple(classes))
-    return known or same_in_timm(module, lambda _: True) is not None
+    if _mark(cls) is not None or _name(cls) in _FEATURES or isinstance(module, tuple(classes)):
+        return True
+    elsewhere = same_in_timm(module, lambda _: True)
+    return elsewhere is not None and not elsewhere.endswith(NOT_IN_TIMM)
 
 
 def _quantized(model: nn.Module) -> _Mark | None:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from .. import check
 from ..data.forms import without_labels
-from ..data.loader import in_batches
+from ..data.loader import ImageLoader, in_batches
 from ..data.model_input import images_in, is_graph, model_input, split_batch
 from ..errors import InvalidArgument, NumericalError
 from ..runtime.devices import borrowed, runnable
@@ -67,6 +67,8 @@ def evaluate(
     images_seen, top1, top5, loss = 0, 0, 0, 0.0
     if isinstance(model, nn.Module):
         loader = in_batches(loader, model)
+    if isinstance(loader, ImageLoader) and loader.unlabelled:
+        raise InvalidArgument(f"loader: expected (images, targets), got {loader.unlabelled}")
     total = images_in(loader, max_images)
     with borrowed(model, device) as place, progress(total, "evaluate") as advance, torch.inference_mode():
         for batch in loader:

@@ -206,6 +206,8 @@ def finetune(
                 raise InvalidArgument("teacher: expected another model than the one to train, got the same")
             if teacher is None and settings.alpha > 0:
                 raise InvalidArgument(f"teacher: expected a model with alpha={settings.alpha:g}, got None")
+            if settings.alpha < 1 and isinstance(loader, ImageLoader) and loader.unlabelled:
+                raise InvalidArgument(f"loader: expected (images, targets), got {loader.unlabelled}")
             checkpoint_every = check.integer("checkpoint_every", checkpoint_every, optional=True)
             if checkpoint_every is not None and resume is None:
                 raise InvalidArgument("checkpoint_every: expected a resume file to write, got no resume")

@@ -134,6 +134,24 @@ def test_images_alone(batch):
     same(split_batch(batch), IMAGES, None)
 
 
+@pytest.mark.parametrize(
+    ("batch", "images", "targets"),
+    [
+        ((IMAGES[:1], 4), IMAGES[:1], CLASSES[:1]),
+        ((IMAGES[:1], torch.tensor(4)), IMAGES[:1], CLASSES[:1]),
+        ({"image": IMAGES[0], "label": 4}, IMAGES[:1], CLASSES[:1]),
+        ({"path": ["a", "b", "c"], "image": IMAGES, "label": CLASSES}, IMAGES, CLASSES),
+        ({"image": list(IMAGES), "label": CLASSES.tolist(), "labels": CLASSES.tolist()}, IMAGES, CLASSES),
+        (list(zip(IMAGES, CLASSES.numpy(), strict=True)), IMAGES, CLASSES),
+        # Columns of class indices are known only by a name.
+        ((IMAGES, CLASSES[:, None]), IMAGES, CLASSES[:, None]),
+        ({"image": IMAGES, "label": torch.stack([CLASSES, CLASSES], 1)}, IMAGES, torch.stack([CLASSES, CLASSES], 1)),
+    ],
+)
+def test_targets_of_every_shape(batch, images, targets):
+    same(split_batch(batch), images, targets)
+
+
 def encoded(each, where="bytes", folder=None):
     file = io.BytesIO()
     each.save(file, "PNG")
@@ -224,6 +242,46 @@ def test_a_processors_tensor_comes_before_its_picture():
             "expected batches of images (B, C, H, W) or (images, targets), got a tensor of shape (3, 12, 12)",
         ),
         ([picture(0)], "expected batches of images (B, C, H, W) or (images, targets), got a PIL image"),
+        (
+            [(IMAGES[0], 4), IMAGES[1]],
+            "expected batches of images (B, C, H, W) or (images, targets), got tuple",
+        ),
+        # One image, or a batch of grey ones.
+        (
+            {"image": IMAGES[0], "label": CLASSES},
+            "expected batches of images (B, C, H, W) or (images, targets), got a tensor of shape (3, 12, 12)",
+        ),
+        (
+            [{"image": IMAGES[0], "label": 1}, {"image": IMAGES[1]}],
+            "expected one target for each of 2 images, got list",
+        ),
+        ({"image": IMAGES, "label": [True, False, True]}, "expected one target for each of 3 images, got list"),
+        (
+            {"image": IMAGES, "label": [torch.tensor(1), torch.tensor([2]), torch.tensor(3)]},
+            "expected one target for each of 3 images, got list",
+        ),
+        (
+            [(IMAGES[0], torch.tensor(0.5)), (IMAGES[1], torch.tensor(0.5))],
+            "expected batches of images (B, C, H, W) or (images, targets), got tuple",
+        ),
+        (
+            [IMAGES[0], IMAGES[1].double()],
+            "expected images of one shape and type in a batch, got torch.float32, torch.float64",
+        ),
+        ([{"photo": IMAGES}], "expected images by one name, such as 'pixel_values' or 'image', got 'photo'"),
+        (
+            {"image": [picture(0)] * 3, "x": IMAGES.byte()},
+            "expected images by one name, such as 'pixel_values' or 'image', got 'image', 'x'",
+        ),
+        (
+            dict.fromkeys("abcdefghi", 0),
+            "expected images by one name, such as 'pixel_values' or 'image', got 'a', 'b', 'c', 'd', 'e', 'f', 'g', "
+            "'h', …",
+        ),
+        (
+            {"image": np.array(["a"])},
+            "expected batches of images (B, C, H, W) or (images, targets), got ndarray",
+        ),
     ],
 )
 def test_refusals(batch, text):
