@@ -22,9 +22,10 @@ def export(model: nn.Module, path: str | Path, *, format: str = "onnx", **option
     Args:
         model: the model; it maps images (B, C, H, W) to a tensor.
         path: the file; it is written completely or not at all.
-        format: "onnx", or "native" for secateur's own file, as written by ``save``; others can be registered.
-        **options: options of the exporter. "onnx" takes ``opset`` (20), ``batch_sizes`` for the comparison ((1, 2, 7))
-            and ``external_data`` (False: one file, of less than 2 GB); "native" takes ``batch_sizes`` and ``factory``.
+        format: "onnx"; "torch" for the program of ``torch.export``; or "native" for secateur's own file, as written by
+            ``save``; others can be registered.
+        **options: options of the exporter. All take ``batch_sizes`` for the comparison; "onnx" also ``opset`` (20) and
+            ``external_data`` (False: one file, of less than 2 GB), "native" ``factory``.
 
     Raises:
         InvalidArgument: no such format, an option that does not fit, a folder that cannot be written, or a package
