@@ -56,7 +56,7 @@ def from_file(model, folder):
 
 
 FORMS = {
-    "compiled": lambda model, _: torch.compile(model, backend="aot_eager"),
+    "compiled": lambda model, _: torch.compile(model, backend="eager"),
     "program": lambda model, _: exported(model),
     "module of a program": lambda model, _: exported(model).module(),
     "unflattened": lambda model, _: torch.export.unflatten(exported(model)),
