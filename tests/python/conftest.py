@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 # Folders whose tests are of what threads compute, or of how many there are. In the others torch alone would use a
 # second one, on models so small that it takes a third more processor time.
-TWO_THREADS = {"calibration", "conformance", "core", "latency", "reconstruction", "runtime", "statistics", "surgery"}
+TWO_THREADS = {"calibration", "core", "latency", "reconstruction", "runtime", "statistics", "surgery"}
 
 
 @pytest.fixture(autouse=True)
