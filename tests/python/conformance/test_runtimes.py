@@ -83,12 +83,11 @@ def test_it_has_a_name_and_a_version(runtime):
 @pytest.mark.parametrize("runtime", NAMES)
 def test_it_is_timed_and_a_table_measured(runtime):
     model = pruned()
-    found = sc.bench(model, batch_size=2, repeats=2, warmup=1, runtime=runtime, threads=1)
+    found = sc.bench(model, batch_size=2, repeats=2, warmup=1, runtime=runtime, threads=2)
     assert found.runtime == runtime
     assert found.milliseconds > 0
-    assert found.threads == 1
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(1)  # on a busy machine threads wait for each other
+    assert found.threads == 2
+    assert torch.get_num_threads() == 1
     table = sc.measure_latency(model, groups=(), repeats=1, runtime=runtime)
     assert table.machine.threads == 1
     assert (table.runtime, table.runtime_version) == (runtime, RUNTIMES.named(runtime).version)

@@ -37,7 +37,7 @@ def test_the_same_bits_in_a_fresh_process(pruned, digits_images, tmp_path):
     script = (
         "import sys, hashlib, torch, secateur\n"
         "from safetensors.torch import load_file\n"
-        "torch.set_num_threads(2)\n"
+        "torch.set_num_threads(1)\n"
         "x = load_file(sys.argv[2])['x']\n"
         "with torch.no_grad():\n"
         "    y = secateur.load(sys.argv[1])(x)\n"

@@ -33,18 +33,17 @@ def prepared(module, example):
         return RUNTIMES.named("onnxruntime").prepare(module, example)
 
 
-@pytest.mark.parametrize("layout", ["exact", "stock"])
-def test_it_computes_a_trained_model_that_was_pruned(layout, digits_model, digits_images):
+@pytest.mark.parametrize(("layout", "number"), [("exact", 5), ("stock", 1)])
+def test_it_computes_a_trained_model_that_was_pruned(layout, number, digits_model, digits_images):
     """Fewer queries than values, a head less, fewer channels, and one layer gone."""
     ratios = {"qk": 0.4, "v": 0.2, "ffn": 0.3, "heads": 0.34, "width": 0.2, "blocks.1.attn": 1}
     sc.prune(digits_model, sc.plan(digits_model, method="magnitude", ratios=ratios), layout=layout)
-    for number in (1, 5):
-        run = prepared(digits_model, digits_images[:number])
-        for start in (0, 7):
-            images = digits_images[start : start + number]
-            with torch.inference_mode():
-                expected = digits_model(images)
-            assert difference(run(images), expected) <= 1e-5 * largest(expected)
+    run = prepared(digits_model, digits_images[:number])
+    for start in (0, 7):
+        images = digits_images[start : start + number]
+        with torch.inference_mode():
+            expected = digits_model(images)
+        assert difference(run(images), expected) <= 1e-5 * largest(expected)
 
 
 def test_float16():

@@ -125,15 +125,14 @@ def halves(make_digits_model):
 INNER = ("qk", "v", "ffn")
 
 
-@pytest.mark.parametrize(
-    ("method", "macs", "share"), [("snp", 0.8, 0.4), ("snp", 0.7, 0.7), ("refit", 0.7, 0.7), ("refit", 0.5, 0.7)]
-)
+@pytest.mark.parametrize(("method", "macs", "share"), [("snp", 0.7, 0.7), ("refit", 0.7, 0.7), ("refit", 0.5, 0.7)])
 def test_shared_out_by_loss_a_budget_costs_less(digits_model, halves, method, macs, share):
     """Against the better of one ratio for all with and without the width, on images that were not calibrated on.
 
     What is shared out by is predicted for each group alone, and adds up while the answers hardly move: over weights
-    trained from three seeds these budgets cost at most 0.19, 0.64, 0.31 and 0.54 of what one ratio does. SNP, which has
-    no refit, moves them by 0.1 to 0.3 nats at half of the MACs; there it was 0.37 to 1.04: chance, which no test holds.
+    trained from three seeds these budgets cost at most 0.64, 0.31 and 0.54 of what one ratio does. SNP, which has no
+    refit, moves them by 0.1 to 0.3 nats at half of the MACs; there it was 0.37 to 1.04: chance, which no test holds. At
+    0.73 and more nothing is cut: the last block for prefix tokens alone saves as much.
     """
     stats, held_out, wanted = halves
 
@@ -145,6 +144,7 @@ def test_shared_out_by_loss_a_budget_costs_less(digits_model, halves, method, ma
             return float((wanted.exp() * (wanted - model(held_out).log_softmax(1))).sum(1).mean())
 
     uniform = min(lost(groups, "uniform") for groups in (INNER, (*INNER, "width")))
+    assert uniform > 1e-6, "the budget cuts nothing"
     assert lost((*INNER, "width"), "error") <= share * uniform
     assert lost(INNER, None) <= share * uniform
 

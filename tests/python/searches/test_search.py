@@ -467,7 +467,7 @@ def test_behind_a_miss_the_model_before_it_is_cut_again(monkeypatch, objective):
 SCRIPT = """
 import os, signal
 import torch
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 from finetuning import batches
 from searching import tuned
 

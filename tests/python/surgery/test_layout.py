@@ -98,8 +98,16 @@ def distance(first, second, x):
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", FRACTIONS)
+# All sizes where they decide whether timm's classes can hold the result, elsewhere two in turn.
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        (kind, sizes)
+        for n, kind in enumerate(KINDS)
+        for m, sizes in enumerate(FRACTIONS)
+        if kind.startswith(("qk_", "inner_", "map_")) or (m - n) % 4 in (0, 2)
+    ],
+)
 def test_every_kind_is_exact_or_refused(kind, sizes):
     dense = make(kind)
     keep = uneven_keep(dense, 3, *FRACTIONS[sizes])

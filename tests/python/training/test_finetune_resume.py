@@ -82,7 +82,7 @@ def test_buffers_are_in_the_checkpoint(tmp_path: Path) -> None:
 SCRIPT = """
 import os, signal
 import torch
-torch.set_num_threads(2)  # as the tests' own process
+torch.set_num_threads(1)  # as the tests' own process
 from finetuning import tiny, batches
 from secateur.training.finetune import finetune
 
