@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ import swin_models as swin
 import timm
 import torch
 from filelock import FileLock  # torch brings it
+from launch import run_script
 from pruning import plan_of, random_keep, set_fused
 from safetensors.torch import load_file, save_file
 from scores import mean_scores
@@ -526,7 +525,8 @@ def test_save_and_load(tmp_path, trained, calibrated):
         with torch.no_grad():
             torch.save((x, model(x)), tmp_path / f"{name}.pt")
     files = [str(tmp_path / name) for name in models]
-    subprocess.run([sys.executable, "-W", "error", "-c", LOADED, *files], check=True)
+    code, _, errors = run_script(LOADED, *files, fresh=True)
+    assert code == 0, errors
 
 
 def test_other_models_are_refused():
