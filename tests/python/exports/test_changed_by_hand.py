@@ -20,7 +20,7 @@ from timm.layers import GluMlp, LayerNorm, RmsNorm
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 
-COUNT = 120
+COUNT = 220
 LOADING = """
 import json, sys
 from pathlib import Path
