@@ -91,10 +91,16 @@ def test_nothing_is_kept_of_a_tensor(tmp_path: Path) -> None:
 def test_a_file_is_in_memory_once(tmp_path: Path) -> None:
     path, size = tmp_path / "file", 160 << 20
     container.write(path, "model", {}, {name: torch.zeros(size // 8) for name in "ab"})
-    with peak() as used:
-        _, tensors = container.read(path, "model")
-    assert sum(tensor.nbytes for tensor in tensors.values()) == size
-    assert size <= used() <= size + (32 << 20)
+    for _ in range(3):
+        with peak() as used:
+            _, tensors = container.read(path, "model")
+        assert sum(tensor.nbytes for tensor in tensors.values()) == size
+        taken = used()
+        assert taken <= size + (32 << 20)
+        if taken >= size:
+            return
+        del tensors  # the system took idle pages of the process back meanwhile
+    pytest.fail(f"{taken} bytes for a file of {size}")
 
 
 HEADER = {
