@@ -15,3 +15,8 @@ class Unsupported(Error):
 
 class NumericalError(Error, ArithmeticError):
     """A computation met NaN or Inf, or a system without a usable solution."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error, or the name of its class if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

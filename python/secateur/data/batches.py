@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .. import core
+from ..errors import first_line
 from ..runtime import generators
 from .order import Order, mix
 
@@ -41,7 +42,7 @@ class Images(Dataset["tuple[Tensor, int] | str"]):
         except Exception as error:  # Pillow's decoders raise any exception
             # timm would take the next image instead, and so count it twice. The text is returned, not raised,
             # because a worker process wraps exceptions in its own traceback.
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             return f"{self._name(index)!r} ({reason})"
         if self._seed is None:
             return self._transform(image), target

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-__all__ = ["ImageLoader", "in_batches", "loader", "refuse_single"]
+__all__ = ["ImageLoader", "in_batches", "loader", "refuse_single", "refuse_unlabelled"]
 
 # Images in a batch of single ones, where the size changes nothing.
 _BATCH = 64
@@ -281,6 +281,16 @@ def refuse_single(batches: object) -> None:
             f"loader: expected batches, got a {type(batches).__name__} of single images; pass secateur.data.loader("
             "dataset, model, batch_size=…, shuffle=True, train=True)"
         )
+
+
+def refuse_unlabelled(batches: object) -> None:
+    """Refuse a loader of a source without classes, before its first batch.
+
+    Raises:
+        InvalidArgument: it is one; the text says what the source holds.
+    """
+    if isinstance(batches, ImageLoader) and batches.unlabelled:
+        raise InvalidArgument(f"loader: expected (images, targets), got {batches.unlabelled}")
 
 
 def _in_memory(source: object) -> bool:

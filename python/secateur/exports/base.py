@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.model_input import data_config, input_dtype
-from ..errors import Error, InvalidArgument
+from ..errors import Error, InvalidArgument, first_line
 from ..registry import Registry
 
 __all__ = ["ExportReport", "Exporter", "exporters", "largest_difference", "random_images", "register"]
@@ -102,7 +102,7 @@ def largest_difference(
         try:
             found = torch.as_tensor(run(images))
         except Exception as error:  # engines can raise anything
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise Error(f"export: expected {engine} to take a batch of {batch}, got {reason}") from error
         if found.shape != wanted.shape:
             raise Error(

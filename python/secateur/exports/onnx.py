@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import check
-from ..errors import Error, InvalidArgument, Unsupported
+from ..errors import Error, InvalidArgument, Unsupported, first_line
 from .base import Exporter, ExportReport, largest_difference, random_images, register
 
 __all__ = ["Onnx"]
@@ -101,7 +101,7 @@ def _write(model: nn.Module, path: Path, opset: int, external_data: bool) -> Non
                 verbose=False,
             )
         except Exception as error:  # torch, onnxscript and protobuf raise what they like
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise Unsupported(f"model: expected one that torch exports to ONNX, got {reason}") from error
         finally:
             logger.setLevel(level)
@@ -125,7 +125,7 @@ def _session(path: Path) -> tuple[str, Any]:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has exceptions of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise Unsupported(f"model: expected one that onnxruntime runs, got {reason}") from error
 
     def run(images: Tensor) -> Tensor:

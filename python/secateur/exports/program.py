@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import check
-from ..errors import Error, Unsupported
+from ..errors import Error, Unsupported, first_line
 from .base import Exporter, ExportReport, largest_difference, random_images, register
 
 __all__ = ["Program"]
@@ -74,7 +74,7 @@ def _exported(model: nn.Module) -> torch.export.ExportedProgram:
         try:
             program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
         except Exception as error:  # torch raises what it likes
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise Unsupported(f"model: expected one that torch.export takes, got {reason}") from error
     if not program.range_constraints:
         raise Error("export: expected a program for batches of any size, got one for batches of 2")

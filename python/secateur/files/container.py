@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..check import writable
-from ..errors import Error, InvalidArgument, Unsupported
+from ..errors import Error, InvalidArgument, Unsupported, first_line
 from .safetensors import MAX_HEADER, MAX_TENSORS, header_size, memory_of, read_table, read_tensors
 
 KEY = "secateur"
@@ -65,7 +65,7 @@ def understood(expected: str) -> Iterator[None]:
     except KeyError as error:
         raise InvalidArgument(f"{expected}, got one without {error}") from error
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InvalidArgument(f"{expected}, got one whose fields cannot be understood ({reason})") from error
 
 

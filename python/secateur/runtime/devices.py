@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +44,7 @@ def place_for(model: object, device: torch.device | str | None = None, *, argume
         if place.type != "cpu":
             torch.empty(0, device=place)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InvalidArgument(f"device: expected one that is there, got {str(device)!r} ({reason})") from error
     if place.type == "meta":
         raise InvalidArgument(f"device: expected one that computes, got {str(device)!r}")

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from .. import check
 from ..data.forms import without_labels
-from ..data.loader import ImageLoader, in_batches
+from ..data.loader import in_batches, refuse_unlabelled
 from ..data.model_input import images_in, is_graph, model_input, split_batch
-from ..errors import InvalidArgument, NumericalError
+from ..errors import InvalidArgument, NumericalError, first_line
 from ..runtime.devices import borrowed, runnable
 from ..runtime.progress import progress
 
@@ -67,8 +67,7 @@ def evaluate(
     images_seen, top1, top5, loss = 0, 0, 0, 0.0
     if isinstance(model, nn.Module):
         loader = in_batches(loader, model)
-    if isinstance(loader, ImageLoader) and loader.unlabelled:
-        raise InvalidArgument(f"loader: expected (images, targets), got {loader.unlabelled}")
+    refuse_unlabelled(loader)
     total = images_in(loader, max_images)
     with borrowed(model, device) as place, progress(total, "evaluate") as advance, torch.inference_mode():
         for batch in loader:
@@ -101,7 +100,7 @@ def _run(model: nn.Module, images: Tensor) -> object:
     except (RuntimeError, AssertionError, TypeError) as error:
         if not is_graph(model):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InvalidArgument(
             f"loader: expected batches of the shape that the graph was made for, got {tuple(images.shape)} ({reason}); "
             "export with a dynamic batch size, or pass batches of one size"

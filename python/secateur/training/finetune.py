@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .. import check
-from ..data.loader import ImageLoader, refuse_single
+from ..data.loader import ImageLoader, refuse_single, refuse_unlabelled
 from ..errors import InvalidArgument, Unsupported
 from ..runtime import generators
 from ..runtime.devices import borrowed, place_for
@@ -206,8 +206,8 @@ def finetune(
                 raise InvalidArgument("teacher: expected another model than the one to train, got the same")
             if teacher is None and settings.alpha > 0:
                 raise InvalidArgument(f"teacher: expected a model with alpha={settings.alpha:g}, got None")
-            if settings.alpha < 1 and isinstance(loader, ImageLoader) and loader.unlabelled:
-                raise InvalidArgument(f"loader: expected (images, targets), got {loader.unlabelled}")
+            if settings.alpha < 1:
+                refuse_unlabelled(loader)
             checkpoint_every = check.integer("checkpoint_every", checkpoint_every, optional=True)
             if checkpoint_every is not None and resume is None:
                 raise InvalidArgument("checkpoint_every: expected a resume file to write, got no resume")

@@ -10,6 +10,7 @@ import secateur as sc
 import timm
 import torch
 import torchvision
+from foreign import Net, named, refusal
 from timm.models import VisionTransformer, VisionTransformerDistilled
 from torch import nn
 
@@ -17,20 +18,6 @@ OTHER_NAMES = "this model with the same weights, by other names: "
 OWN_CLASS = "timm has its own class of this model, which takes the same weights by other names: "
 SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 SIZES |= {"huge": (1280, 32, 16)}
-
-
-def refusal(model):
-    """The text of `inspect`, after the part that is the same for every class; always a single line."""
-    with pytest.raises(sc.Unsupported) as caught:
-        sc.inspect(model)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text.rpartition(", by exact class, got ")[2]
-
-
-def named(module, name):
-    """A class that says it is another library's."""
-    return type(name, (nn.Module,), {"__module__": module, "__qualname__": name})
 
 
 def configured(model_type, **values):
@@ -389,15 +376,6 @@ def test_a_part_of_a_larger_configuration():
     assert said(configured("upernet", backbone_config=configured("convnext", num_channels=3))) == (
         f"timm has its own class of {part}"
     )
-
-
-class Net(nn.Module):
-    """A network of these parts."""
-
-    def __init__(self, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
 
 
 def test_inside_a_larger_network():

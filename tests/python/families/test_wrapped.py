@@ -10,6 +10,7 @@ import pytest
 import secateur as sc
 import timm
 import torch
+from foreign import Net, named, refusal
 from models import images, make
 from small_vits import small_vit
 from timm.models.vision_transformer import VisionTransformer
@@ -24,37 +25,11 @@ SCRIPTED = "scripted or traced by torch.jit; prune the model that it was made fr
 LAST = "prune first, wrap afterwards"
 
 
-class Net(nn.Module):
-    """A network of these parts."""
-
-    def __init__(self, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x):
-        return next(self.children())(x)
-
-
 @pytest.fixture(autouse=True)
 def quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # parts of torch call themselves old
         yield
-
-
-def refusal(model):
-    """The text of `inspect`, after the part that is the same for every class; always a single line."""
-    with pytest.raises(sc.Unsupported) as caught:
-        sc.inspect(model)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text.rpartition(", by exact class, got ")[2]
-
-
-def named(module, name, *bases):
-    """A class that says it is another library's."""
-    return type(name, bases or (nn.Module,), {"__module__": module, "__qualname__": name})
 
 
 def compiled(model):
@@ -135,8 +110,7 @@ def test_what_cannot_be_passed_inside_a_network_is_named(hidden, said):
         assert refusal(Net(neck=Net(decoder=part))).endswith(f".neck.decoder[0] is {refusal(part[0])}")
     else:
         assert (
-            refusal(Net(neck=nn.Linear(2, 2), deep=Net(encoder=part)))
-            == f"{__name__}.Net, whose .deep.encoder is {said}"
+            refusal(Net(neck=nn.Linear(2, 2), deep=Net(encoder=part))) == f"foreign.Net, whose .deep.encoder is {said}"
         )
     # What can be passed comes first.
     assert refusal(Net(first=part, second=make("plain"))).endswith("Net (pass its .second)")
