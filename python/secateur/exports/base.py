@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from ..data.model_input import data_config, input_dtype
 from ..errors import Error, InvalidArgument, first_line
 from ..registry import Registry
 
-__all__ = ["ExportReport", "Exporter", "exporters", "largest_difference", "random_images", "register"]
+__all__ = ["ExportReport", "Exporter", "exporters", "largest_difference", "random_images", "register", "tolerance"]
 
 # Tolerances relative to the largest output, for another order of sums.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -26,7 +26,8 @@ class ExportReport:
     """What was written, and how it was checked.
 
     ``difference`` is the largest absolute difference between the outputs of ``engine`` and of the model, over random
-    images in batches of ``batch_sizes``; ``version`` is the version of the format, such as ONNX's opset.
+    images in batches of ``batch_sizes``; ``version`` is the version of the format, such as ONNX's opset. ``details``
+    holds what else a format tells, as JSON values: what the engine fused, what fewer bits cost.
     """
 
     format: str
@@ -36,6 +37,7 @@ class ExportReport:
     engine: str
     batch_sizes: tuple[int, ...]
     difference: float
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -44,20 +46,28 @@ class ExportReport:
     def __str__(self) -> str:
         names = ", ".join(file.name for file in self.files)
         batches = ", ".join(map(str, self.batch_sizes))
-        return (
+        line = (
             f"{self.format} {self.version}: {names}, {self.size / 1e6:,.2f} MB; {self.engine} differs from the model "
             f"by at most {self.difference:.2g} (batches of {batches})"
         )
+        details = (f"{key.replace('_', ' ')} {_short(value)}" for key, value in self.details.items())
+        return "; ".join([line, *details])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 class Exporter(ABC):
     """An exporter for one file format; a subclass registers itself with ``exports.register``. It has no state.
 
-    ``Options`` is a frozen dataclass of its options.
+    ``Options`` is a frozen dataclass of its options. ``suffix`` is the ending that the engine wants of a file's name,
+    if it wants one.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type]
+    suffix: ClassVar[str] = ""
 
     @abstractmethod
     def export(self, model: nn.Module, path: Path, options: Any) -> ExportReport:
@@ -82,6 +92,11 @@ def random_images(model: nn.Module, batch: int) -> Tensor:
     generator = torch.Generator().manual_seed(batch)
     shape = (batch, *data_config(model)["input_size"])
     return torch.randn(shape, generator=generator, device="cpu").to(input_dtype(model))
+
+
+def tolerance(wanted: Tensor) -> float:
+    """Return by how much an engine's output may differ from the model's: as much as another order of sums makes."""
+    return _TOLERANCES.get(wanted.dtype, 1e-4) * max(1.0, float(wanted.abs().max()))
 
 
 @torch.inference_mode()
@@ -109,7 +124,7 @@ def largest_difference(
                 f"export: expected outputs of shape {tuple(wanted.shape)} of {engine}, got {tuple(found.shape)}"
             )
         difference = float((found.double() - wanted.double()).abs().max())
-        bar = _TOLERANCES.get(wanted.dtype, 1e-4) * max(1.0, float(wanted.abs().max()))
+        bar = tolerance(wanted)
         if not difference <= bar:
             raise Error(
                 f"export: expected {engine} to compute what the model does, got a difference of {difference:.3g} in a "

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .. import check
+from ..errors import InvalidArgument
 from ..runtime.devices import borrowed, place_for
 from .base import ExportReport, exporters
 
@@ -36,6 +37,8 @@ def export(model: nn.Module, path: str | Path, *, format: str = "onnx", **option
     exporter = exporters.named(format)
     chosen: Any = check.options(exporter.Options, options)
     file = check.writable("path", path)
+    if not file.name.endswith(getattr(exporter, "suffix", "")):
+        raise InvalidArgument(f"path: expected a name that ends in {exporter.suffix} for {format}, got {file.name}")
     place_for(model)
     with borrowed(model, "cpu"):
         return exporter.export(model, file, chosen)

@@ -17,7 +17,7 @@ from .. import check
 from ..errors import Error, InvalidArgument, Unsupported, first_line
 from .base import Exporter, ExportReport, largest_difference, random_images, register
 
-__all__ = ["Onnx"]
+__all__ = ["Onnx", "write"]
 
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 _INPUT = "images"
@@ -64,7 +64,7 @@ class Onnx(Exporter):
         # Under its own name, in a folder beside it: a file with external data says what that is called.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             written = Path(folder) / path.name
-            _write(model, written, opset, options.external_data)
+            write(model, written, opset, options.external_data)
             found = _opset(written)
             if found != opset:
                 raise Unsupported(f"opset: expected torch {torch.__version__} to write {opset}, got {found}")
@@ -78,7 +78,13 @@ class Onnx(Exporter):
         return ExportReport(self.name, tuple(files), size, f"opset {opset}", engine, sizes, difference)
 
 
-def _write(model: nn.Module, path: Path, opset: int, external_data: bool) -> None:
+def write(model: nn.Module, path: Path, opset: int, external_data: bool) -> None:
+    """Write the model for batches of any size, by torch's exporter, and check nothing.
+
+    Raises:
+        Unsupported: torch cannot export it.
+        Error: torch wrote no file.
+    """
     # A batch of 1 would be taken for a constant.
     example = random_images(model, 2)
     logger = logging.getLogger("onnxscript")

@@ -2,10 +2,13 @@
 
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-__all__ = ["attend_padded"]
+__all__ = ["attend_padded", "plain_attention"]
 
 
 def _copied(x: torch.Tensor, zeros: int) -> torch.Tensor:
@@ -74,3 +77,16 @@ def attend_padded(
     # After the transpose, so that gradients have the same strides as without padding: torch keeps cuDNN's
     # plans for the first gradients of a shape and misreads others (since pytorch/pytorch#141147).
     return cut_padding(y, v_dim, size)
+
+
+@contextmanager
+def plain_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Let the attention of all of timm's and secateur's modules be two products and a softmax while the block runs."""
+    found = [module for module in model.modules() if getattr(module, "fused_attn", None) is True]
+    try:
+        for module in found:
+            module.fused_attn = False
+        yield
+    finally:
+        for module in found:
+            module.fused_attn = True

@@ -1,0 +1,235 @@
+"""OpenVINO's files, converted from ONNX or from torch's program, whichever the engine fuses more of."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import check
+from ..data.model_input import input_dtype
+from ..errors import Error, InvalidArgument, Unsupported
+from ..families.attention import plain_attention
+from .base import Exporter, ExportReport, largest_difference, random_images, register
+from .locate import first_difference
+from .onnx import write
+
+__all__ = ["OpenVino"]
+
+_INPUT, _OUTPUT = "images", "output"
+_OPSET = 20
+_DTYPES = (torch.float32, torch.float16)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is written, and how it is checked."""
+
+    batch_sizes: tuple[int, ...] = field(
+        default=(1, 2, 7), metadata={"help": "of the batches that both are compared on"}
+    )
+    source: Literal["auto", "onnx", "torch"] = field(
+        default="auto", metadata={"help": "what is converted; auto tries both and takes what is fused more"}
+    )
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """A model of OpenVINO's, and what the engine makes of it."""
+
+    source: str
+    model: Any
+    fused: int  # attentions that are one operator with their products
+    unfused: int
+    operators: int
+
+
+@register
+class OpenVino(Exporter):
+    """An .xml and a .bin file for batches of any size, compared with the model in OpenVINO on the processor."""
+
+    name = "openvino"
+    suffix = ".xml"
+    Options: ClassVar[type] = Options
+
+    def export(self, model: nn.Module, path: Path, options: Any) -> ExportReport:
+        """Write both files.
+
+        Args:
+            model: in evaluation mode, on the CPU.
+            path: the .xml file; the .bin file is beside it.
+            options: ``Options``.
+
+        Raises:
+            InvalidArgument: a number that does not fit, or a package that is missing.
+            Unsupported: OpenVINO converts the model neither from ONNX nor from torch's program, or not in its type.
+            Error: OpenVINO computes something else; the text names the first module where it does.
+        """
+        openvino = _installed("openvino", "onnx", "onnxscript")
+        sizes = tuple(check.integer("batch_sizes", size) for size in options.batch_sizes)
+        if (dtype := input_dtype(model)) not in _DTYPES:
+            found = str(dtype).removeprefix("torch.")
+            raise Unsupported(f"dtype: expected float32 or float16 for openvino, got {found}")
+        engine = f"OpenVINO {openvino.__version__.split('-')[0]}"
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            written = Path(folder) / path.name
+            chosen = _best(model, Path(folder), options.source)
+            _save(chosen.model, written)
+            difference = _checked(model, chosen.source, written, sizes, engine)
+            version = _version(written)
+            # The weights first: a model without them is worse than weights without a model.
+            parts = (written.with_suffix(".bin"), written)
+            files = tuple(part.replace(path.parent / part.name) for part in parts)[::-1]
+        details = {
+            "converted_from": chosen.source,
+            "attention_fused": chosen.fused,
+            "attention_not_fused": chosen.unfused,
+            "operators": chosen.operators,
+        }
+        size = sum(file.stat().st_size for file in files)
+        return ExportReport(self.name, files, size, version, engine, sizes, difference, details)
+
+
+def _installed(*packages: str) -> Any:
+    """Import and return the first of the packages."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InvalidArgument(
+            f"format: expected {', '.join(missing)} to be installed (pip install 'secateur[openvino]'), got none"
+        )
+    return importlib.import_module(packages[0])
+
+
+def _best(model: nn.Module, folder: Path, source: str) -> _Converted:
+    """Convert by every way that is asked for, and return what has most attention fused, then fewest operators."""
+    found, reasons = [], []
+    for way in _WAYS if source == "auto" else (source,):
+        try:
+            found.append(_looked_at(way, _WAYS[way](model, folder)))
+        except Exception as error:  # OpenVINO and torch raise what they like
+            reasons.append(f"{way}: {_reason(error)}")
+    if not found:
+        raise Unsupported(f"model: expected one that OpenVINO converts, got {'; '.join(reasons)}")
+    return min(found, key=lambda each: (each.unfused, each.operators))
+
+
+def _from_onnx(model: nn.Module, folder: Path) -> Any:
+    import openvino
+
+    path = folder / "onnx" / "model.onnx"
+    path.parent.mkdir(exist_ok=True)
+    # OpenVINO fuses the two products and the softmax, also of queries and values of other sizes: no padding remains.
+    with plain_attention(model):
+        write(model, path, _OPSET, external_data=True)
+    with _quiet():
+        return openvino.convert_model(path)
+
+
+def _from_torch(model: nn.Module, folder: Path) -> Any:
+    import openvino
+
+    del folder
+    # A batch of 1 would be taken for a constant. Of plain attention in torch's program, OpenVINO fuses nothing.
+    example, batch = random_images(model, 2), torch.export.Dim("batch", min=1)
+    with _quiet(), torch.no_grad():
+        program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+        # OpenVINO would take height and width to be of any size.
+        return openvino.convert_model(program, input=[-1, *example.shape[1:]])
+
+
+_WAYS: dict[str, Callable[[nn.Module, Path], Any]] = {"onnx": _from_onnx, "torch": _from_torch}
+
+
+def _looked_at(source: str, model: Any) -> _Converted:
+    """Compile, and see what became of attention."""
+    fused = unfused = operators = 0
+    for each in _compiled(model).get_runtime_model().get_ops():
+        told = {key: str(each.get_rt_info()[key].astype(str)) for key in ("layerType", "originalLayersNames")}
+        kind, names = told["layerType"], told["originalLayersNames"].lower()
+        products = "matmul" in names or "scaled_dot_product_attention" in names
+        fused += kind == "ScaledDotProductAttention" or (kind != "Softmax" and "softmax" in names and products)
+        unfused += kind == "Softmax"
+        operators += kind not in ("Const", "Input", "Output")
+    return _Converted(source, model, fused, unfused, operators)
+
+
+def _compiled(model: Any) -> Any:
+    import openvino
+
+    # By default some processors compute in bfloat16.
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1}
+    return openvino.Core().compile_model(model, "CPU", settings)
+
+
+def _running(compiled: Any) -> Callable[[Tensor], Any]:
+    def run(images: Tensor) -> Any:
+        outputs = list(compiled(images.numpy(), share_outputs=False).values())
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    return run
+
+
+def _save(model: Any, path: Path) -> None:
+    import openvino
+
+    for ports, name in ((model.inputs, _INPUT), (model.outputs, _OUTPUT)):
+        for port in ports:
+            port.get_tensor().set_names({name})
+    openvino.save_model(model, path, compress_to_fp16=False)  # True is OpenVINO's default
+
+
+def _load(path: Path) -> Callable[[Tensor], Any]:
+    import openvino
+
+    try:
+        return _running(_compiled(openvino.Core().read_model(path)))
+    except Exception as error:  # OpenVINO has exceptions of its own
+        raise Unsupported(f"model: expected one that OpenVINO runs, got {_reason(error)}") from error
+
+
+def _checked(model: nn.Module, source: str, path: Path, sizes: tuple[int, ...], engine: str) -> float:
+    """Return the largest difference of the file from the model."""
+    run = _load(path)
+    try:
+        return largest_difference(model, run, sizes, engine)
+    except Error as error:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                convert = partial(_WAYS[source], folder=Path(folder))
+                first = first_difference(model, lambda watched: _running(_compiled(convert(watched))), 2)
+        except Exception:  # the search is a favour; what it was for is the error
+            first = None
+        if first is None:
+            raise
+        name, off = first
+        raise type(error)(f"{error}; the first module that differs is {name} (by {off:.3g})") from error
+
+
+def _version(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        found = re.search(r'<net [^>]*version="(\d+)"', file.read(4096))
+    return f"IR {found[1] if found else 'unknown'}"
+
+
+def _reason(error: Exception) -> str:
+    """The line of OpenVINO's many that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(("Exception from", "Check ", "["))]
+    return (told or lines or [type(error).__name__])[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
