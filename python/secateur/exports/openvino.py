@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,11 +14,12 @@ from torch import Tensor, nn
 
 from .. import check
 from ..data.model_input import input_dtype
-from ..errors import Error, InvalidArgument, Unsupported
+from ..errors import Error, Unsupported
 from ..families.attention import plain_attention
-from .base import Exporter, ExportReport, largest_difference, random_images, register
+from .base import Exporter, ExportReport, largest_difference, random_images, register, tolerance
 from .locate import first_difference
 from .onnx import write
+from .openvino_bits import calibration_images, cost, decompressed, in_int4, in_int8, installed, quiet, refuse_groups
 
 __all__ = ["OpenVino"]
 
@@ -41,6 +38,11 @@ class Options:
     source: Literal["auto", "onnx", "torch"] = field(
         default="auto", metadata={"help": "what is converted; auto tries both and takes what is fused more"}
     )
+    int8: bool = field(default=False, metadata={"help": "linear layers in 8 bits, calibrated on the loader's images"})
+    int4: bool = field(default=False, metadata={"help": "weights of linear layers in 4 bits"})
+    group_size: int = field(default=32, metadata={"help": "inputs that share a scale in int4; 0 is all of a row"})
+    loader: object = field(default=None, metadata={"help": "batches of images: for int8, and to measure what it costs"})
+    max_images: int = field(default=300, metadata={"help": "of the loader's images that are read"})
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class _Converted:
     fused: int  # attentions that are one operator with their products
     unfused: int
     operators: int
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"attention_fused": self.fused, "attention_not_fused": self.unfused, "operators": self.operators}
 
 
 @register
@@ -75,39 +81,36 @@ class OpenVino(Exporter):
             Unsupported: OpenVINO converts the model neither from ONNX nor from torch's program, or not in its type.
             Error: OpenVINO computes something else; the text names the first module where it does.
         """
-        openvino = _installed("openvino", "onnx", "onnxscript")
+        openvino = installed("openvino", "onnx", "onnxscript")
         sizes = tuple(check.integer("batch_sizes", size) for size in options.batch_sizes)
         if (dtype := input_dtype(model)) not in _DTYPES:
             found = str(dtype).removeprefix("torch.")
             raise Unsupported(f"dtype: expected float32 or float16 for openvino, got {found}")
+        images = calibration_images(model, options)
+        if options.int4:
+            refuse_groups(model, options.group_size)
         engine = f"OpenVINO {openvino.__version__.split('-')[0]}"
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             written = Path(folder) / path.name
             chosen = _best(model, Path(folder), options.source)
             _save(chosen.model, written)
             difference = _checked(model, chosen.source, written, sizes, engine)
+            details: dict[str, Any] = {"converted_from": chosen.source} | chosen.counts
+            if options.int8 or options.int4:
+                smaller = in_int8(chosen.model, images) if options.int8 else in_int4(chosen.model, options.group_size)
+                # Beside the other, whose weights are mapped.
+                written = Path(folder) / "bits" / path.name
+                written.parent.mkdir()
+                _save(smaller, written)
+                reference = smaller if options.int8 else decompressed(smaller)
+                difference = _checked_against(reference, model, written, sizes, engine)
+                details |= _looked_at(chosen.source, smaller).counts | cost(model, _load(written), images, options)
             version = _version(written)
             # The weights first: a model without them is worse than weights without a model.
             parts = (written.with_suffix(".bin"), written)
             files = tuple(part.replace(path.parent / part.name) for part in parts)[::-1]
-        details = {
-            "converted_from": chosen.source,
-            "attention_fused": chosen.fused,
-            "attention_not_fused": chosen.unfused,
-            "operators": chosen.operators,
-        }
         size = sum(file.stat().st_size for file in files)
         return ExportReport(self.name, files, size, version, engine, sizes, difference, details)
-
-
-def _installed(*packages: str) -> Any:
-    """Import and return the first of the packages."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InvalidArgument(
-            f"format: expected {', '.join(missing)} to be installed (pip install 'secateur[openvino]'), got none"
-        )
-    return importlib.import_module(packages[0])
 
 
 def _best(model: nn.Module, folder: Path, source: str) -> _Converted:
@@ -131,7 +134,7 @@ def _from_onnx(model: nn.Module, folder: Path) -> Any:
     # OpenVINO fuses the two products and the softmax, also of queries and values of other sizes: no padding remains.
     with plain_attention(model):
         write(model, path, _OPSET, external_data=True)
-    with _quiet():
+    with quiet():
         return openvino.convert_model(path)
 
 
@@ -141,7 +144,7 @@ def _from_torch(model: nn.Module, folder: Path) -> Any:
     del folder
     # A batch of 1 would be taken for a constant. Of plain attention in torch's program, OpenVINO fuses nothing.
     example, batch = random_images(model, 2), torch.export.Dim("batch", min=1)
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
         # OpenVINO would take height and width to be of any size.
         return openvino.convert_model(program, input=[-1, *example.shape[1:]])
@@ -166,8 +169,13 @@ def _looked_at(source: str, model: Any) -> _Converted:
 def _compiled(model: Any) -> Any:
     import openvino
 
-    # By default some processors compute in bfloat16.
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1}
+    # By default some processors compute in bfloat16, and quantize what linear layers of few bits take.
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+    }
     return openvino.Core().compile_model(model, "CPU", settings)
 
 
@@ -205,14 +213,31 @@ def _checked(model: nn.Module, source: str, path: Path, sizes: tuple[int, ...], 
     except Error as error:
         try:
             with tempfile.TemporaryDirectory() as folder:
-                convert = partial(_WAYS[source], folder=Path(folder))
-                first = first_difference(model, lambda watched: _running(_compiled(convert(watched))), 2)
+                place, convert = Path(folder), _WAYS[source]
+                first = first_difference(model, lambda watched: _running(_compiled(convert(watched, place))), 2)
         except Exception:  # the search is a favour; what it was for is the error
             first = None
         if first is None:
             raise
         name, off = first
         raise type(error)(f"{error}; the first module that differs is {name} (by {off:.3g})") from error
+
+
+def _checked_against(reference: Any, model: nn.Module, path: Path, sizes: tuple[int, ...], engine: str) -> float:
+    """Return the largest difference of the file from the model; the file must compute what ``reference`` does."""
+    exact, run, worst = _running(_compiled(reference)), _load(path), 0.0
+    for size in sizes:
+        images = random_images(model, size)
+        expected, found = torch.as_tensor(exact(images)), torch.as_tensor(run(images))
+        off = float((found - expected).abs().max())
+        if not off <= tolerance(expected):
+            raise Error(
+                f"export: expected {engine} to compute what the integers of its file say, got a difference of "
+                f"{off:.3g} in a batch of {size}"
+            )
+        with torch.inference_mode():
+            worst = max(worst, float((found - model(images)).abs().max()))
+    return worst
 
 
 def _version(path: Path) -> str:
@@ -226,10 +251,3 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(("Exception from", "Check ", "["))]
     return (told or lines or [type(error).__name__])[0]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -4,6 +4,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -82,7 +83,7 @@ def attend_padded(
 @contextmanager
 def plain_attention(model: torch.nn.Module) -> Iterator[None]:
     """Let the attention of all of timm's and secateur's modules be two products and a softmax while the block runs."""
-    found = [module for module in model.modules() if getattr(module, "fused_attn", None) is True]
+    found: list[Any] = [module for module in model.modules() if getattr(module, "fused_attn", None) is True]
     try:
         for module in found:
             module.fused_attn = False

@@ -1,0 +1,184 @@
+"""OpenVINO's models with linear layers of 8 or 4 bits, by NNCF."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from math import gcd
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import check
+from ..data.loader import in_batches
+from ..data.model_input import input_dtype, model_input, refuse_iterator, split_batch
+from ..errors import Error, InvalidArgument, Unsupported
+
+__all__ = ["calibration_images", "cost", "decompressed", "in_int4", "in_int8", "installed", "quiet", "refuse_groups"]
+
+# Operators whose second input is their weights.
+_WEIGHTED = ("MatMul", "Convolution", "GroupConvolution")
+# The error of outputs, relative to them, beyond which they are another model's.
+_MOST_LOST = 0.5
+
+
+def installed(*packages: str) -> Any:
+    """Import and return the first of the packages."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InvalidArgument(
+            f"format: expected {', '.join(missing)} to be installed (pip install 'secateur[openvino]'), got none"
+        )
+    return importlib.import_module(packages[0])
+
+
+def calibration_images(model: nn.Module, options: Any) -> list[Tensor]:
+    """Return the loader's images, one by one.
+
+    Raises:
+        InvalidArgument: options that contradict each other, or a loader without images.
+    """
+    if options.int8 and options.int4:
+        raise InvalidArgument("int8, int4: expected one of them, got both")
+    if options.int8 and options.loader is None:
+        raise InvalidArgument("loader: expected batches of images to calibrate int8 on, got None")
+    if options.loader is not None and not (options.int8 or options.int4):
+        raise InvalidArgument("loader: expected None without int8 or int4, got one")
+    if not (options.int8 or options.int4):
+        return []
+    installed("nncf")
+    if (dtype := input_dtype(model)) != torch.float32:
+        found = str(dtype).removeprefix("torch.")
+        raise Unsupported(f"dtype: expected float32 for {'int8' if options.int8 else 'int4'}, got {found}")
+    wanted, images = check.integer("max_images", options.max_images), list[Tensor]()
+    if options.loader is not None:
+        refuse_iterator(options.loader)
+        for batch in in_batches(cast(Any, options.loader), model, labels=False):
+            images += model_input(model, split_batch(batch, labels=False, model=model)[0]).split(1)
+            if len(images) >= wanted:
+                break
+        if not images:
+            raise InvalidArgument("loader: expected images, got none")
+    return images[:wanted]
+
+
+def refuse_groups(model: nn.Module, size: int) -> None:
+    """Refuse groups that do not divide a layer's inputs, and odd ones, with which OpenVINO computes something else.
+
+    Raises:
+        InvalidArgument: it is so; the text names a layer and the sizes that would do.
+    """
+    inputs = {name: layer.in_features for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    wrong = [name for name, count in inputs.items() if count % (size or 2)]
+    if size % 2 == 0 and not wrong:
+        return
+    common = gcd(*inputs.values())
+    would = [str(each) for each in range(2, common + 1, 2) if common % each == 0] + ["0"] * (common % 2 == 0)
+    instead = f"{', '.join(would)} would do" if would else "none would do: plan with round_to=32, or use int8"
+    got = f"{size} (odd)" if size % 2 else f"{size}"
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        got += f" where {wrong[0]}{more} {'have' if more else 'has'} {inputs[wrong[0]]}"
+    raise InvalidArgument(f"group_size: expected an even divisor of every linear layer's inputs, got {got}; {instead}")
+
+
+def in_int8(model: Any, images: list[Tensor]) -> Any:
+    """Return a copy whose linear layers and convolutions take and hold 8 bits, with ranges seen on the images."""
+    import nncf
+
+    # Of the residual sums a ViT's class token does not survive 8 bits: only what has weights is quantized.
+    float_ = [
+        each.get_friendly_name()
+        for each in model.get_ops()
+        if each.get_type_name() not in ("Constant", "Parameter", "Result") and not _has_weights(each)
+    ]
+    with quiet():
+        return nncf.quantize(
+            model.clone(),
+            nncf.Dataset([image.numpy() for image in images]),
+            subset_size=len(images),
+            model_type=nncf.ModelType.TRANSFORMER,
+            ignored_scope=nncf.IgnoredScope(names=float_),
+        )
+
+
+def _has_weights(operator: Any) -> bool:
+    kind = operator.get_type_name()
+    return kind in _WEIGHTED and operator.input_value(1).get_node().get_type_name() == "Constant"
+
+
+def in_int4(model: Any, group_size: int) -> Any:
+    """Return a copy whose linear layers hold weights of 4 bits; NNCF gives the last one and convolutions 8."""
+    import nncf
+
+    mode = nncf.CompressWeightsMode.INT4_SYM
+    with quiet():
+        return nncf.compress_weights(model.clone(), mode=mode, group_size=group_size or -1)
+
+
+def decompressed(model: Any) -> Any:
+    """Return a copy whose weights are the float32 numbers that its integers stand for."""
+    import openvino
+
+    model = model.clone()
+    for each in model.get_ordered_ops():
+        source = each.input_value(1) if each.get_type_name() in _WEIGHTED else None
+        if source is None or source.get_node().get_type_name() == "Constant" or not _is_constant(source.get_node()):
+            continue
+        (weights,) = openvino.Core().compile_model(openvino.Model([source], []), "CPU")([]).values()
+        constant = openvino.op.Constant(np.array(weights, np.float32))
+        each.input(1).replace_source_output(constant.output(0))
+    return model
+
+
+def _is_constant(operator: Any) -> bool:
+    """Whether it depends on constants alone."""
+    waiting, seen = [operator], set()
+    while waiting:
+        each = waiting.pop()
+        if each.get_type_name() == "Parameter":
+            return False
+        if (name := each.get_friendly_name()) not in seen:
+            seen.add(name)
+            waiting += [value.get_node() for value in each.input_values()]
+    return True
+
+
+@torch.inference_mode()
+def cost(model: nn.Module, run: Callable[[Tensor], Any], images: list[Tensor], options: Any) -> dict[str, Any]:
+    """Return what fewer bits cost on images: the relative error of outputs, and how many classes agree."""
+    details: dict[str, Any] = {"weights": "int8" if options.int8 else "int4", "images": len(images)}
+    if not options.int8:
+        details["group_size"] = options.group_size
+    if images:
+        wanted = torch.cat([model(image) for image in images])
+        found = torch.cat([torch.as_tensor(run(image)) for image in images])
+        details["relative_error"] = error = float((found - wanted).norm() / wanted.norm())
+        if wanted.ndim == 2 and wanted.shape[1] > 1:
+            details["agreement"] = float((found.argmax(1) == wanted.argmax(1)).double().mean())
+        if not error <= _MOST_LOST:
+            raise Error(
+                f"export: expected {details['weights']} to keep the outputs, got a relative error of {error:.2g} on "
+                f"{len(images)} images"
+            )
+    return details
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without warnings, and without the tables and bars that NNCF prints."""
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
