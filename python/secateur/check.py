@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import numbers
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
 
 from .errors import InvalidArgument
 
-__all__ = ["choice", "fraction", "integer", "number", "options", "writable"]
+__all__ = ["choice", "fraction", "integer", "number", "options", "packages", "writable"]
 
 
 T = TypeVar("T")
@@ -109,6 +111,19 @@ def options(kind: type[T], given: Mapping[str, Any]) -> T:
         if name not in names:
             raise InvalidArgument(f"options: expected {', '.join(names) or 'none'}, got {name!r}")
     return kind(**{name: _option(name, value, hints[name]) for name, value in given.items()})
+
+
+def packages(argument: str, extra: str, *names: str) -> Any:
+    """Import packages that an extra of secateur brings, and return the last.
+
+    Raises:
+        InvalidArgument: some are not installed; the text names them and the command that installs them.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        command = f"pip install 'secateur[{extra}]'"
+        raise InvalidArgument(f"{argument}: expected {', '.join(missing)} to be installed ({command}), got none")
+    return [import_module(name) for name in names][-1]
 
 
 def _option(name: str, value: Any, kind: Any) -> Any:

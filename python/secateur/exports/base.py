@@ -11,11 +11,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import check
 from ..data.model_input import data_config, input_dtype
 from ..errors import Error, InvalidArgument, first_line
 from ..registry import Registry
 
-__all__ = ["ExportReport", "Exporter", "exporters", "largest_difference", "random_images", "register", "tolerance"]
+__all__ = [
+    "Checked",
+    "ExportReport",
+    "Exporter",
+    "exporters",
+    "largest_difference",
+    "random_images",
+    "register",
+    "tolerance",
+]
 
 # Tolerances relative to the largest output, for another order of sums.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -58,11 +68,24 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+@dataclass(frozen=True)
+class Checked:
+    """Options that all exporters have."""
+
+    batch_sizes: tuple[int, ...] = field(
+        default=(1, 2, 7), metadata={"help": "of the batches that both are compared on"}
+    )
+
+    def __post_init__(self) -> None:
+        for size in self.batch_sizes:
+            check.integer("batch_sizes", size)
+
+
 class Exporter(ABC):
     """An exporter for one file format; a subclass registers itself with ``exports.register``. It has no state.
 
-    ``Options`` is a frozen dataclass of its options. ``suffix`` is the ending that the engine wants of a file's name,
-    if it wants one.
+    ``Options`` is a frozen dataclass of its options, derived from ``Checked``. ``suffix`` is the ending that the engine
+    wants of a file's name, if it wants one.
     """
 
     name: ClassVar[str]

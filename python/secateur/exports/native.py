@@ -23,7 +23,7 @@ from ..families.classes import decoded, encoded, public_name
 from ..families.registry import family_named, family_of
 from ..files import container
 from ..surgery.structure import Structure
-from .base import Exporter, ExportReport, largest_difference, register
+from .base import Checked, Exporter, ExportReport, largest_difference, register
 from .changes import Changes, plain_attributes, settings_of
 
 # Entries about the source of weights, which are dropped: a pruned model must never be taken for the dense one.
@@ -307,10 +307,9 @@ def _without_sources(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """Options of the format "native"."""
 
-    batch_sizes: tuple[int, ...] = field(default=(1, 2), metadata={"help": "batch sizes of the comparison"})
     factory: Any = field(default=None, metadata={"help": "how to build the dense model, as for save"})
 
 
@@ -328,10 +327,11 @@ class Native(Exporter):
             InvalidArgument: as ``save``.
             Error: the loaded model computes something else.
         """
-        sizes = tuple(check.integer("batch_sizes", size) for size in options.batch_sizes)
         save(model, path, factory=options.factory)
-        difference = largest_difference(model, load(path), sizes, "secateur")
+        difference = largest_difference(model, load(path), options.batch_sizes, "secateur")
         if difference > 0:
             raise Error(f"export: expected a loaded model of the same bits, got a difference of {difference:.3g}")
         version = f"format {container.FORMAT}"
-        return ExportReport(self.name, (path,), path.stat().st_size, version, "secateur", sizes, difference)
+        return ExportReport(
+            self.name, (path,), path.stat().st_size, version, "secateur", options.batch_sizes, difference
+        )

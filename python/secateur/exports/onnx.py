@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import tempfile
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,23 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from .. import check
-from ..errors import Error, InvalidArgument, Unsupported, first_line
-from .base import Exporter, ExportReport, largest_difference, random_images, register
+from ..errors import Error, Unsupported, first_line
+from ..runtime.quiet import quiet
+from .base import Checked, Exporter, ExportReport, largest_difference, random_images, register
 
 __all__ = ["Onnx", "write"]
 
-_NEEDED = ("onnx", "onnxscript", "onnxruntime")
 _INPUT = "images"
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """What is written, and how it is checked."""
 
     opset: int = field(default=20, metadata={"help": "version of ONNX's operators"})
-    batch_sizes: tuple[int, ...] = field(
-        default=(1, 2, 7), metadata={"help": "of the batches that both are compared on"}
-    )
     external_data: bool = field(default=False, metadata={"help": "put the weights into a second file, NAME.data"})
 
 
@@ -54,13 +48,8 @@ class Onnx(Exporter):
             Unsupported: torch cannot export the model, or not in this opset.
             Error: onnxruntime computes something else.
         """
-        missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-        if missing:
-            raise InvalidArgument(
-                f"format: expected {', '.join(missing)} to be installed (pip install 'secateur[onnx]'), got none"
-            )
+        check.packages("format", "onnx", "onnx", "onnxscript", "onnxruntime")
         opset = check.integer("opset", options.opset, 18)
-        sizes = tuple(check.integer("batch_sizes", size) for size in options.batch_sizes)
         # Under its own name, in a folder beside it: a file with external data says what that is called.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             written = Path(folder) / path.name
@@ -69,13 +58,13 @@ class Onnx(Exporter):
             if found != opset:
                 raise Unsupported(f"opset: expected torch {torch.__version__} to write {opset}, got {found}")
             engine, run = _session(written)
-            difference = largest_difference(model, run, sizes, engine)
+            difference = largest_difference(model, run, options.batch_sizes, engine)
             # The weights first: a model without them is worse than weights without a model.
             parts = sorted(Path(folder).iterdir(), key=lambda part: part.name == path.name)
             files = [part.replace(path.parent / part.name) for part in parts]
         files.reverse()
         size = sum(file.stat().st_size for file in files)
-        return ExportReport(self.name, tuple(files), size, f"opset {opset}", engine, sizes, difference)
+        return ExportReport(self.name, tuple(files), size, f"opset {opset}", engine, options.batch_sizes, difference)
 
 
 def write(model: nn.Module, path: Path, opset: int, external_data: bool) -> None:
@@ -87,12 +76,8 @@ def write(model: nn.Module, path: Path, opset: int, external_data: bool) -> None
     """
     # A batch of 1 would be taken for a constant.
     example = random_images(model, 2)
-    logger = logging.getLogger("onnxscript")
-    level = logger.level
-    with warnings.catch_warnings(), torch.no_grad():
-        # What the exporter says of itself; where it cannot write the opset it logs a traceback and writes another.
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.CRITICAL)
+    # Where torch cannot write the opset, it logs a traceback and writes another.
+    with quiet("onnxscript"), torch.no_grad():
         try:
             torch.onnx.export(
                 model,
@@ -109,8 +94,6 @@ def write(model: nn.Module, path: Path, opset: int, external_data: bool) -> None
         except Exception as error:  # torch, onnxscript and protobuf raise what they like
             reason = first_line(error)
             raise Unsupported(f"model: expected one that torch exports to ONNX, got {reason}") from error
-        finally:
-            logger.setLevel(level)
     if not path.is_file():
         raise Error(f"export: expected torch to write {path.name}, got no file")
 

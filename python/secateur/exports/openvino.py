@@ -16,10 +16,11 @@ from .. import check
 from ..data.model_input import input_dtype
 from ..errors import Error, Unsupported
 from ..families.attention import plain_attention
-from .base import Exporter, ExportReport, largest_difference, random_images, register, tolerance
+from ..runtime.quiet import quiet
+from .base import Checked, Exporter, ExportReport, largest_difference, random_images, register, tolerance
 from .locate import first_difference
 from .onnx import write
-from .openvino_bits import calibration_images, cost, decompressed, in_int4, in_int8, installed, quiet, refuse_groups
+from .openvino_bits import calibration_images, cost, decompressed, in_int4, in_int8, refuse_groups
 
 __all__ = ["OpenVino"]
 
@@ -29,12 +30,9 @@ _DTYPES = (torch.float32, torch.float16)
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """What is written, and how it is checked."""
 
-    batch_sizes: tuple[int, ...] = field(
-        default=(1, 2, 7), metadata={"help": "of the batches that both are compared on"}
-    )
     source: Literal["auto", "onnx", "torch"] = field(
         default="auto", metadata={"help": "what is converted; auto tries both and takes what is fused more"}
     )
@@ -81,8 +79,8 @@ class OpenVino(Exporter):
             Unsupported: OpenVINO converts the model neither from ONNX nor from torch's program, or not in its type.
             Error: OpenVINO computes something else; the text names the first module where it does.
         """
-        openvino = installed("openvino", "onnx", "onnxscript")
-        sizes = tuple(check.integer("batch_sizes", size) for size in options.batch_sizes)
+        openvino = check.packages("format", "openvino", "onnx", "onnxscript", "openvino")
+        sizes = options.batch_sizes
         if (dtype := input_dtype(model)) not in _DTYPES:
             found = str(dtype).removeprefix("torch.")
             raise Unsupported(f"dtype: expected float32 or float16 for openvino, got {found}")

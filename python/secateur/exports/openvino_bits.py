@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
 from math import gcd
 from typing import Any, cast
 
@@ -19,23 +14,14 @@ from .. import check
 from ..data.loader import in_batches
 from ..data.model_input import input_dtype, model_input, refuse_iterator, split_batch
 from ..errors import Error, InvalidArgument, Unsupported
+from ..runtime.quiet import quiet
 
-__all__ = ["calibration_images", "cost", "decompressed", "in_int4", "in_int8", "installed", "quiet", "refuse_groups"]
+__all__ = ["calibration_images", "cost", "decompressed", "in_int4", "in_int8", "refuse_groups"]
 
 # Operators whose second input is their weights.
 _WEIGHTED = ("MatMul", "Convolution", "GroupConvolution")
 # The error of outputs, relative to them, beyond which they are another model's.
 _MOST_LOST = 0.5
-
-
-def installed(*packages: str) -> Any:
-    """Import and return the first of the packages."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InvalidArgument(
-            f"format: expected {', '.join(missing)} to be installed (pip install 'secateur[openvino]'), got none"
-        )
-    return importlib.import_module(packages[0])
 
 
 def calibration_images(model: nn.Module, options: Any) -> list[Tensor]:
@@ -52,7 +38,7 @@ def calibration_images(model: nn.Module, options: Any) -> list[Tensor]:
         raise InvalidArgument("loader: expected None without int8 or int4, got one")
     if not (options.int8 or options.int4):
         return []
-    installed("nncf")
+    check.packages("format", "openvino", "nncf")
     if (dtype := input_dtype(model)) != torch.float32:
         found = str(dtype).removeprefix("torch.")
         raise Unsupported(f"dtype: expected float32 for {'int8' if options.int8 else 'int4'}, got {found}")
@@ -98,7 +84,7 @@ def in_int8(model: Any, images: list[Tensor]) -> Any:
         for each in model.get_ops()
         if each.get_type_name() not in ("Constant", "Parameter", "Result") and not _has_weights(each)
     ]
-    with quiet():
+    with quiet("nncf"):
         return nncf.quantize(
             model.clone(),
             nncf.Dataset([image.numpy() for image in images]),
@@ -118,7 +104,7 @@ def in_int4(model: Any, group_size: int) -> Any:
     import nncf
 
     mode = nncf.CompressWeightsMode.INT4_SYM
-    with quiet():
+    with quiet("nncf"):
         return nncf.compress_weights(model.clone(), mode=mode, group_size=group_size or -1)
 
 
@@ -168,17 +154,3 @@ def cost(model: nn.Module, run: Callable[[Tensor], Any], images: list[Tensor], o
                 f"{len(images)} images"
             )
     return details
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without warnings, and without the tables and bars that NNCF prints."""
-    logger = logging.getLogger("nncf")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,8 +38,7 @@ def check_figure(path: str | os.PathLike[str]) -> Path:
     file = check.writable("path", path)
     if file.suffix not in _FIGURE_FORMATS:
         raise InvalidArgument(f"path: expected a {', '.join(_FIGURE_FORMATS)} file, got {file.name!r}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InvalidArgument("plot: expected matplotlib to be installed (pip install 'secateur[plot]'), got none")
+    check.packages("plot", "plot", "matplotlib")
     return file
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["Runtime"]
+from ...errors import Unsupported
+
+__all__ = ["Runtime", "refuse_other_places"]
+
+# What engines for the processor have all operations for.
+_DTYPES = (torch.float32, torch.float16)
 
 
 class Runtime(Protocol):
@@ -39,3 +44,16 @@ class Runtime(Protocol):
             InvalidArgument: the engine is not installed.
             Unsupported: the engine does not run on this device or in this type.
         """
+
+
+def refuse_other_places(engine: str, example: Tensor) -> None:
+    """Refuse inputs that an engine for the processor does not take.
+
+    Raises:
+        Unsupported: the example is not on the processor, or neither float32 nor float16.
+    """
+    if example.device.type != "cpu":
+        raise Unsupported(f"device: expected 'cpu' for {engine}, got {str(example.device)!r}")
+    if example.dtype not in _DTYPES:
+        found = str(example.dtype).removeprefix("torch.")
+        raise Unsupported(f"dtype: expected float32 or float16 for {engine}, got {found!r}")

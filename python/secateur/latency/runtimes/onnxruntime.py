@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import InvalidArgument, Unsupported
+from ... import check
+from ...runtime.quiet import quiet
+from .base import refuse_other_places
 from .registry import register
 
 # As exports/onnx writes by default: the first opset with GELU as one operation.
 _OPSET = 20
-# What onnxruntime has all operations for, on the processor.
-_DTYPES = (torch.float32, torch.float16)
 
 
 @register
@@ -36,7 +31,7 @@ class OnnxRuntime:
     @property
     def version(self) -> str:
         """The version of onnxruntime."""
-        return str(_installed("onnxruntime").__version__)
+        return str(check.packages("runtime", "onnx", "onnxruntime").__version__)
 
     def prepare(self, module: nn.Module, example: Tensor) -> Callable[[Tensor], object]:
         """Export the module for the example's shape, and load what was exported.
@@ -45,18 +40,14 @@ class OnnxRuntime:
             InvalidArgument: onnx, onnxscript or onnxruntime is not installed.
             Unsupported: the example is not on the processor, or neither float32 nor float16.
         """
-        engine = [_installed(package) for package in ("onnx", "onnxscript", "onnxruntime")][-1]
-        if example.device.type != "cpu":
-            raise Unsupported(f"device: expected 'cpu' for onnxruntime, got {str(example.device)!r}")
-        if example.dtype not in _DTYPES:
-            found = str(example.dtype).removeprefix("torch.")
-            raise Unsupported(f"dtype: expected float32 or float16 for onnxruntime, got {found!r}")
+        engine = check.packages("runtime", "onnx", "onnx", "onnxscript", "onnxruntime")
+        refuse_other_places("onnxruntime", example)
         options = engine.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             path = str(Path(folder) / "module.onnx")
-            with _quiet():
+            with quiet("onnxscript"):
                 program = torch.onnx.export(module, (example,), dynamo=True, opset_version=_OPSET, verbose=False)
                 assert program is not None
                 program.save(path)
@@ -68,26 +59,3 @@ class OnnxRuntime:
             return session.run(None, {name: x.numpy()})[0]
 
         return run
-
-
-def _installed(package: str) -> Any:
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise InvalidArgument(
-            f"runtime: expected {package} to be installed (pip install 'secateur[onnx]'), got none"
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter has to say about itself."""
-    logger = logging.getLogger("onnxscript")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)
