@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 
 import onnx
 import onnxruntime
 import pytest
 import secateur as sc
+import timm
 import torch
 from small_vits import small_vit
 from torch import nn
@@ -89,3 +91,88 @@ def test_an_opset_that_is_not_written_is_an_error(tmp_path, opset, text, caplog)
         sc.export(small_vit(), tmp_path / "model.onnx", opset=opset)
     assert not list(tmp_path.iterdir())
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR", "CRITICAL")]
+
+
+@pytest.mark.parametrize("opset", [23, 24])
+def test_a_file_with_the_operator_attention_names_who_cannot_take_it(opset, tmp_path):
+    text = (
+        "^opset: expected less than 23 for onnxruntime's quantizer and optimizer, TVM, IREE and MNN, which do not know "
+        f"the operator Attention, got {opset} with 3 of them$"
+    )
+    with pytest.warns(UserWarning, match=text) as told:
+        report = sc.export(small_vit(), tmp_path / "model.onnx", opset=opset)
+    assert told[0].filename == __file__
+    assert report.version == f"opset {opset}"
+
+
+def test_no_warning_where_there_is_no_such_operator(tmp_path):
+    model = small_vit()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    sc.export(model, tmp_path / "model.onnx", opset=23)
+    sc.export(small_vit(), tmp_path / "model.onnx", opset=22)
+
+
+class Masked(nn.Module):
+    """Attention in which some patches see none: in torch, their rows become zeros."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.embed = nn.Linear(12, 8)
+        self.pretrained_cfg = {"input_size": (3, 4, 4)}
+        if mask is None:
+            self.mask = None
+        else:
+            self.register_buffer("mask", mask)
+
+    def forward(self, images):
+        x = self.embed(images.transpose(1, 2).flatten(2))[:, None]
+        mask = (images[:, 0] > -5).all(-1)[:, None, :, None] if self.mask is None else self.mask
+        return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask.expand(-1, -1, 4, 4)).flatten(1)
+
+
+def test_a_row_that_masks_everything_gives_zeros_or_is_refused(tmp_path):
+    """torch writes it as an average of everything, but in the operator Attention."""
+    partly = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    partly[..., 1, :3] = False
+    whole = partly.clone()
+    whole[..., 1, 3] = False
+    images = torch.randn(2, 3, 4, 4)
+    images[:, 0, 1] = -9  # where the mask is computed from images, it is row 1 as well
+    computed = "^opset: expected at least 23 for attention with a boolean mask that is computed, got 20, where"
+    for mask, opset, refused in (
+        (partly, 20, None),
+        (whole, 20, "^export: expected onnxruntime .* to compute what the model does, got a difference"),
+        (None, 20, computed),
+        (partly, 23, None),
+        (whole, 23, None),
+        (None, 23, None),
+    ):
+        model = Masked(mask).eval()
+        if refused:
+            with pytest.raises(sc.Error, match=refused):
+                sc.export(model, tmp_path / "x.onnx", opset=opset)
+            assert not (tmp_path / "x.onnx").exists()
+            continue
+        with pytest.warns(UserWarning, match="^opset: ") if opset == 23 else nullcontext():
+            sc.export(model, tmp_path / "x.onnx", opset=opset)
+        session = onnxruntime.InferenceSession(str(tmp_path / "x.onnx"))
+        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        with torch.no_grad():
+            assert float((torch.from_numpy(found) - model(images)).abs().max()) < 1e-5
+        assert (mask is partly) == bool(found.reshape(2, 4, 8)[:, 1].any())
+        (tmp_path / "x.onnx").unlink()
+
+
+def test_no_model_of_a_family_has_masks_that_could_do_so(tmp_path):
+    """Swin adds -100 where windows are shifted, and merged tokens add the logarithm of their size."""
+    torch.manual_seed(0)
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=64, window_size=4, depths=(2, 2), num_heads=(3, 6), num_classes=5
+    ).eval()
+    assert swin.layers[0].blocks[1].attn_mask.unique().tolist() == [-100, 0]
+    merging = small_vit()
+    sc.prune(merging, sc.plan(merging, method="magnitude", ratios={"blocks.0.tokens": 0.4}))
+    for model in (swin, merging):
+        sc.export(model, tmp_path / "x.onnx", batch_sizes=(2,))
+        assert "IsNaN" not in [node.op_type for node in onnx.load(tmp_path / "x.onnx").graph.node]
