@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, 
 
 from .errors import InvalidArgument
 
-__all__ = ["choice", "fraction", "integer", "number", "options", "packages", "writable"]
+__all__ = ["choice", "fraction", "integer", "new_folder", "number", "options", "packages", "writable"]
 
 
 T = TypeVar("T")
@@ -99,6 +99,24 @@ def writable(argument: str, path: object) -> Path:
     return found
 
 
+def new_folder(argument: str, path: object) -> Path:
+    """Return the path of a folder that can be made: there is none, or an empty one, and the one above is writable.
+
+    Raises:
+        InvalidArgument: it is something else.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidArgument(f"{argument}: expected a new folder in an existing one, got {path!r}")
+    found = Path(path)
+    if found.is_dir() and not any(found.iterdir()) and not found.is_symlink() and found.name:
+        return writable(argument, found / "x").parent
+    if found.exists() or found.is_symlink():
+        raise InvalidArgument(f"{argument}: expected a new or an empty folder, got {found}")
+    if not found.parent.is_dir():
+        raise InvalidArgument(f"{argument}: expected a new folder in an existing one, got {found}")
+    return writable(argument, found)
+
+
 def options(kind: type[T], given: Mapping[str, Any]) -> T:
     """Return a frozen dataclass of options, with defaults for those that are not given.
 
@@ -138,7 +156,7 @@ def _option(name: str, value: Any, kind: Any) -> Any:
         return number(name, value, low=-math.inf)
     elif kind is int:
         return integer(name, value, 0)
-    elif isinstance(kind, type) and not isinstance(value, kind):
+    elif kind is not Any and isinstance(kind, type) and not isinstance(value, kind):
         raise InvalidArgument(f"{name}: expected {kind.__name__}, got {value!r}")
     return value
 

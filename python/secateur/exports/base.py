@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +27,7 @@ __all__ = [
     "random_images",
     "register",
     "tolerance",
+    "written_whole",
 ]
 
 # Tolerances relative to the largest output, for another order of sums.
@@ -85,18 +88,20 @@ class Exporter(ABC):
     """An exporter for one file format; a subclass registers itself with ``exports.register``. It has no state.
 
     ``Options`` is a frozen dataclass of its options, derived from ``Checked``. ``suffix`` is the ending that the engine
-    wants of a file's name, if it wants one.
+    wants of a file's name, if it wants one. With ``folder``, the exporter writes a new folder rather than files.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type]
     suffix: ClassVar[str] = ""
+    folder: ClassVar[bool] = False
 
     @abstractmethod
     def export(self, model: nn.Module, path: Path, options: Any) -> ExportReport:
         """Write the model to ``path``, completely or not at all, load it in its engine, and compare the two.
 
-        The model is in evaluation mode; the folder exists and is writable.
+        The model is in evaluation mode; the folder that holds ``path`` exists and is writable. If the exporter writes
+        a folder, there is none at ``path``, or an empty one; ``written_whole`` writes it completely or not at all.
 
         Raises:
             InvalidArgument: an option that does not fit, or a package that is missing; the text names the command that
@@ -104,6 +109,17 @@ class Exporter(ABC):
             Unsupported: the format cannot hold the model.
             Error: the loaded file computes something else.
         """
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a new folder to write to, which is named ``path`` if the block succeeds, and removed if it fails."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as place:
+        made = Path(place) / path.name
+        made.mkdir()
+        yield made
+        # An empty folder gives way.
+        made.replace(path)
 
 
 exporters: Registry[Exporter] = Registry("format", "secateur.exports", "secateur.exporters", members=("export",))

@@ -14,7 +14,7 @@ from ..errors import InvalidArgument
 from ..families.base import NORMS
 from ..families.classes import ACTIVATIONS, is_plain, named, public_name
 
-__all__ = ["SETTINGS", "Changes", "plain_attributes", "settings_of"]
+__all__ = ["SETTINGS", "Changes", "difference_of", "plain_attributes", "settings_of"]
 
 # Modules without parameters that matter only in training; they may be put where there was none, and taken away.
 _DROPS = (nn.Dropout, timm.layers.DropPath, timm.layers.PatchDropout)
@@ -147,6 +147,32 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items()
         if isinstance(value, _PLAIN) and not name.startswith("_") and name not in _FOLLOWING
     }
+
+
+def difference_of(model: nn.Module, built: nn.Module) -> str | None:
+    """Describe the first thing that a rebuilt model would lack or have different; None if it is the same."""
+    mine, theirs = dict(model.named_modules()), dict(built.named_modules())
+    for name in dict.fromkeys([*mine, *theirs]):
+        if name not in mine or name not in theirs:
+            return f"{'no ' if name not in mine else ''}module {name}"
+        module, twin = mine[name], theirs[name]
+        if type(module) is not type(twin):
+            first, second = type(module).__name__, type(twin).__name__
+            if first == second:
+                first, second = (public_name(type(each)) for each in (module, twin))
+            return f"{first} at {name} where it builds {second}"
+        if module.extra_repr() != twin.extra_repr():
+            return f"{name} ({module.extra_repr()}) where it builds ({twin.extra_repr()})"
+        # Only the rebuilt module's settings count; attributes that users add do not matter.
+        for what, would in plain_attributes(twin).items():
+            found = getattr(module, what, None)
+            if found != would:
+                return f"{name}.{what} ({found}) where it builds ({would})"
+    shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, built)]
+    for name in dict.fromkeys([*shapes[0], *shapes[1]]):
+        if shapes[0].get(name) != shapes[1].get(name):
+            return f"{name} of shape {shapes[0].get(name)} where it builds {shapes[1].get(name)}"
+    return None
 
 
 def _may_replace(name: str, module: nn.Module, twin: nn.Module, classifiers: Collection[str]) -> bool:

@@ -22,21 +22,24 @@ def export(model: nn.Module, path: str | Path, *, format: str = "onnx", **option
 
     Args:
         model: the model; it maps images (B, C, H, W) to a tensor.
-        path: the file; it is written completely or not at all.
-        format: "onnx"; "torch" for the program of ``torch.export``; or "native" for secateur's own file, as written by
+        path: the file, or the new folder of "timm" and "transformers"; it is written completely or not at all.
+        format: "onnx", "openvino", "torch" for the program of ``torch.export``, "timm" or "transformers" for folders
+            that these build the model from without secateur, or "native" for secateur's own file, as written by
             ``save``; others can be registered.
-        **options: options of the exporter. All take ``batch_sizes`` for the comparison; "onnx" also ``opset`` (20) and
-            ``external_data`` (False: one file, of less than 2 GB), "native" ``factory``.
+        **options: options of the exporter. All take ``batch_sizes`` for the comparison. "onnx" also takes ``opset``
+            (20), ``external_data`` (False: one file, of less than 2 GB) and ``int8`` (linear layers alone), with
+            ``static``, ``loader`` and ``max_images``; "openvino" ``source``, ``int8``, ``int4``, ``group_size``,
+            ``loader`` and ``max_images``; "timm" and "native" ``factory``.
 
     Raises:
         InvalidArgument: no such format, an option that does not fit, a folder that cannot be written, or a package
-            that is missing (``pip install "secateur[onnx]"``).
+            that is missing; the text names the command that installs it.
         Unsupported: the format cannot hold the model.
         Error: the engine does not compute the same as the model.
     """
     exporter = exporters.named(format)
     chosen: Any = check.options(exporter.Options, options)
-    file = check.writable("path", path)
+    file = (check.new_folder if getattr(exporter, "folder", False) else check.writable)("path", path)
     if not file.name.endswith(getattr(exporter, "suffix", "")):
         raise InvalidArgument(f"path: expected a name that ends in {exporter.suffix} for {format}, got {file.name}")
     place_for(model)

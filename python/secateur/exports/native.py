@@ -19,12 +19,12 @@ from ..anatomy import tensor_of
 from ..data.model_input import input_dtype
 from ..errors import Error, InvalidArgument
 from ..families.base import classifiers
-from ..families.classes import decoded, encoded, public_name
+from ..families.classes import decoded, encoded
 from ..families.registry import family_named, family_of
 from ..files import container
 from ..surgery.structure import Structure
 from .base import Checked, Exporter, ExportReport, largest_difference, register
-from .changes import Changes, plain_attributes, settings_of
+from .changes import Changes, difference_of, settings_of
 
 # Entries about the source of weights, which are dropped: a pruned model must never be taken for the dense one.
 _WEIGHT_SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "custom_load")
@@ -132,7 +132,7 @@ def save(
     changes = replace(changes, settings=settings_of(model, rebuilt))
     changes.set(rebuilt)
     header["changes"] = changes.to_dict()
-    difference = _difference(model, rebuilt)
+    difference = difference_of(model, rebuilt)
     if difference:
         raise InvalidArgument(
             f"{recorded}, got {difference}; put back what it builds before saving, and change it again after loading"
@@ -264,32 +264,6 @@ def _built(family: str, architecture: str, arguments: Mapping[str, Any], device:
         raise
     except Exception as error:  # timm's constructors can raise anything
         raise InvalidArgument(f"arguments: expected those of {architecture}, got {error}") from error
-
-
-def _difference(model: nn.Module, built: nn.Module) -> str | None:
-    """Describe the first thing that a rebuilt model would lack or have different; None if it is the same."""
-    mine, theirs = dict(model.named_modules()), dict(built.named_modules())
-    for name in dict.fromkeys([*mine, *theirs]):
-        if name not in mine or name not in theirs:
-            return f"{'no ' if name not in mine else ''}module {name}"
-        module, twin = mine[name], theirs[name]
-        if type(module) is not type(twin):
-            first, second = type(module).__name__, type(twin).__name__
-            if first == second:
-                first, second = (public_name(type(each)) for each in (module, twin))
-            return f"{first} at {name} where it builds {second}"
-        if module.extra_repr() != twin.extra_repr():
-            return f"{name} ({module.extra_repr()}) where it builds ({twin.extra_repr()})"
-        # Only the rebuilt module's settings count; attributes that users add do not matter.
-        for what, would in plain_attributes(twin).items():
-            found = getattr(module, what, None)
-            if found != would:
-                return f"{name}.{what} ({found}) where it builds ({would})"
-    shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, built)]
-    for name in dict.fromkeys([*shapes[0], *shapes[1]]):
-        if shapes[0].get(name) != shapes[1].get(name):
-            return f"{name} of shape {shapes[0].get(name)} where it builds {shapes[1].get(name)}"
-    return None
 
 
 def _is_json(value: Any) -> bool:
