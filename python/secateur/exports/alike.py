@@ -1,37 +1,20 @@
-"""Vision transformers whose blocks are alike, as the classes of libraries have them: one size of each kind for all."""
+"""Copies of vision transformers in the library's own classes, for formats that know no others."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
-from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
 
 from ..errors import Unsupported
 from ..families.registry import family_of
+from ..families.vision_transformer.alike import Sizes, sizes_of_all_blocks
 from ..plans.prune import prune
 
-__all__ = ["Sizes", "alike"]
+__all__ = ["alike"]
 
 _FAMILY = "vision_transformer"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of every block: ``hidden`` are the channels that the first linear layer of an FFN gives."""
-
-    width: int
-    depth: int
-    heads: int
-    head_dim: int
-    hidden: int
-
-    @property
-    def mlp_ratio(self) -> float:
-        """What timm multiplies the width by. Of hidden / width, its int is one short for some sizes."""
-        return (self.hidden + 0.5) / self.width
 
 
 def alike(model: nn.Module, name: str) -> tuple[Any, Sizes]:
@@ -45,53 +28,9 @@ def alike(model: nn.Module, name: str) -> tuple[Any, Sizes]:
         Unsupported: it is no plain vision transformer, merges tokens, or has blocks that differ; the text names the
             first module that does.
     """
-    family = family_of(model)
-    if family.name != _FAMILY:
+    if family_of(model).name != _FAMILY:
         raise Unsupported(f"model: expected a VisionTransformer for {name}, got {type(model).__name__}")
     plain: Any = copy.deepcopy(model)
-    found = [_sizes(f"blocks.{index}", block, name) for index, block in enumerate(plain.blocks)]
-    for index, sizes in enumerate(found):
-        for what, size in sizes.items():
-            if size != found[0][what]:
-                raise Unsupported(
-                    f"blocks.{index}.{what}: expected {found[0][what]}, as in blocks.0, for {name}, got {size}"
-                )
+    sizes = sizes_of_all_blocks(plain, name)
     prune(plain, layout="stock", last_block="whole")
-    attn, ffn = found[0]["attn"], found[0]["mlp"]
-    return plain, Sizes(int(plain.embed_dim), len(found), attn.heads, attn.head_dim, ffn.hidden)
-
-
-@dataclass(frozen=True)
-class _Attention:
-    heads: int
-    head_dim: int
-
-    def __str__(self) -> str:
-        return f"{self.heads} {'head' if self.heads == 1 else 'heads'} of {self.head_dim}"
-
-
-@dataclass(frozen=True)
-class _Ffn:
-    hidden: int
-
-    def __str__(self) -> str:
-        return f"{self.hidden} hidden channels"
-
-
-def _sizes(name: str, block: Any, library: str) -> dict[str, Any]:
-    if getattr(block, "merge", 0):
-        raise Unsupported(f"{name}: expected a block that merges no tokens for {library}, got one that does")
-    for child in ("attn", "mlp"):
-        if hasattr(getattr(block, child), "absent"):
-            raise Unsupported(f"{name}.{child}: expected a layer for {library}, got none: it was removed")
-    attn, mlp = block.attn, block.mlp
-    qk, v = getattr(attn, "qk_dim", attn.head_dim), getattr(attn, "v_dim", attn.head_dim)
-    if qk != v:
-        raise Unsupported(
-            f"{name}.attn: expected as many queries as values in a head for {library}, got {qk} and {v}; "
-            "prune(layout='stock') fills the gap with zeros"
-        )
-    # What is neither is refused by the family.
-    first = mlp.fc1_g if type(mlp) is SwiGLU else mlp.fc1 if type(mlp) in (Mlp, GluMlp) else None
-    hidden = 0 if first is None else int(first.out_features)
-    return {"attn": _Attention(int(attn.num_heads), int(v)), "mlp": _Ffn(hidden)}
+    return plain, sizes

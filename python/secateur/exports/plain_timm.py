@@ -20,8 +20,9 @@ from ..errors import InvalidArgument, Unsupported, first_line
 from ..families.base import NORMS
 from ..families.classes import public_name
 from ..families.registry import family_of
+from ..families.vision_transformer.alike import Sizes
 from ..runtime.quiet import quiet
-from .alike import Sizes, alike
+from .alike import alike
 from .base import Checked, Exporter, ExportReport, largest_difference, register, written_whole
 from .changes import Changes, difference_of, settings_of
 

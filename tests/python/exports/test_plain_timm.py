@@ -72,7 +72,7 @@ def test_where_only_channels_of_ffns_are_cut_timm_needs_no_class(digits_model, d
 
 def test_sizes_for_which_hidden_over_width_is_one_short():
     """int((f + 0.5) / w * w) is f for all widths to 400 and f to four times of that; int(f / w * w) is not."""
-    from secateur.exports.alike import Sizes
+    from secateur.families.vision_transformer.alike import Sizes
 
     short = 0
     for width in range(8, 400, 3):
