@@ -101,7 +101,7 @@ def test_static_ranges_are_those_of_the_images_that_are_read(digits_model, digit
     with torch.no_grad():
         digits_model(digits_images[:20])
     digits_model.blocks[0].norm1._forward_hooks.clear()
-    loader = [digits_images[:20], 3 * digits_images[20:]]
+    loader = [torch.cat([digits_images[:20], 3 * digits_images[20:]])]
     sc.export(digits_model, tmp_path / "x.onnx", int8=True, static=True, loader=loader, max_images=20)
     graph = onnx.load(tmp_path / "x.onnx").graph
     held = {each.name: to_array(each) for each in graph.initializer}
