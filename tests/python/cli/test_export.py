@@ -69,8 +69,8 @@ def test_what_is_refused(run: Run, pruned: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.onnx"
     common = ["export", "--checkpoint", pruned, "--out", out]
     for more, code, text in (
-        (["--format", "tflite"], 1, "secateur: format: expected one of native, onnx, torch, got 'tflite'"),
-        (["--option", "level=3"], 1, "secateur: options: expected opset, batch_sizes, external_data, got 'level'"),
+        (["--format", "tflite"], 1, "secateur: format: expected one of native, onnx, openvino, torch, got 'tflite'"),
+        (["--option", "level=3"], 1, "secateur: options: expected batch_sizes, opset, external_data, got 'level'"),
         (["--batch-sizes", "1;2"], 2, "expected integers with commas between them for --option batch_sizes, got '1;2'"),
         (["--batch-sizes", "2", "--option", "batch-sizes=3"], 2, "expected --option batch_sizes once, got it twice"),
         (["--option", "opset=new"], 2, "expected an integer for --option opset, got 'new'"),
