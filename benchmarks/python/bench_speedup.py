@@ -13,6 +13,7 @@ macs     (t_dense / t_pruned) / (MACs_dense / MACs_pruned): DeiT-Small at macs=0
 random   predicted against measured: 20 plans of DeiT-Small with random sizes, each block its own. At batch 16 glibc
          gives the activations' memory back after some forward passes and not after others, which moves a time by a
          tenth: with MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ at 4000000000 it keeps it
+targets, macs and random are measured on --runtime, both models in that engine
 budgets  MACs of the plan ÷ target, DeiT-Tiny, -Small and -Base; nothing is timed
 planning seconds that DeiT-Base takes to plan, statistics given
 """
@@ -40,6 +41,7 @@ from rich.console import Console
 from rich.table import Table
 from secateur.anatomy import Anatomy, tensor_of
 from secateur.latency import measure as timing
+from secateur.latency.runtimes.registry import RUNTIMES
 from secateur.methods.base import Bound
 from secateur.methods.registry import method_named, options_of
 from torch import nn
@@ -59,6 +61,7 @@ def arguments() -> argparse.Namespace:
     add("--pairs", type=int, default=15, help="paired runs of a row")
     add("--plans", type=int, default=20, help="random ones")
     add("--plan-pairs", type=int, default=9, help="paired runs of a random plan")
+    add("--runtime", default="torch", help="engine of the tables targets, macs and random, as of sc.bench")
     add("--budgets", type=float, nargs="+", default=[0.85, 0.7, 0.6, 0.5, 0.4, 0.35, 0.28, 0.2], help="kept MACs")
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of the tables that name several")
     add("--narrow", action="store_true", help="leave the width out of tables and random plans, which takes a third")
@@ -92,6 +95,8 @@ class Run:
             if all(name in row and row[name] == value for name, value in key.items()):
                 return row
         found = {**key, **measure(), "processor": processor(), "torch": torch.__version__}
+        if "runtime" in key:
+            found["version"] = RUNTIMES.named(key["runtime"]).version
         if "MALLOC_TRIM_THRESHOLD_" in os.environ:
             found["malloc"] = "keeps memory"
         self.rows.append(found)
@@ -122,11 +127,12 @@ class Run:
 
     def table(self, name: str, batch: int) -> sc.LatencyTable:
         groups = INNER if self.options.narrow else (*INNER, "width")
-        path: Path = self.options.work / f"{name}-{batch}-{len(groups)}.table.json"
+        runtime = self.options.runtime
+        path: Path = self.options.work / f"{name}-{batch}-{len(groups)}-{runtime}.table.json"
         if not path.is_file():
             start = time.perf_counter()
-            sc.measure_latency(self.model(name), batch_size=batch, groups=groups).save(path)
-            print(f"latency table of {name}, batch {batch}: {time.perf_counter() - start:.0f} s", flush=True)
+            sc.measure_latency(self.model(name), batch_size=batch, groups=groups, runtime=runtime).save(path)
+            print(f"latency table of {name}, batch {batch}, {runtime}: {time.perf_counter() - start:.0f} s", flush=True)
         return sc.LatencyTable.load(path)
 
 
@@ -136,7 +142,7 @@ def paired(run: Run, name: str, plan: sc.Plan, batch: int) -> Row:
     assert_same_function(model, plan)
     pruned = copy.deepcopy(model)
     sc.prune(pruned, plan)
-    found = sc.bench(pruned, model, batch_size=batch, repeats=run.options.pairs)
+    found = sc.bench(pruned, model, batch_size=batch, repeats=run.options.pairs, runtime=run.options.runtime)
     assert found.speedup is not None
     assert found.speedup_quartiles is not None
     low, high = found.speedup_quartiles
@@ -177,7 +183,7 @@ def targets_table(run: Run) -> None:
 
         def measure(batch: int = batch) -> Row:
             # Both halves take minutes at a large batch: a run that is killed in the second keeps the first.
-            path: Path = run.options.work / f"small-{batch}.plan.json"
+            path: Path = run.options.work / f"small-{batch}-{run.options.runtime}.plan.json"
             if not path.is_file():
                 model, table = run.model("small"), run.table("small", batch)
                 target = sc.Target(latency=0.5)
@@ -188,7 +194,8 @@ def targets_table(run: Run) -> None:
             within = {"predicted": report.predicted, "in_plan": report.measured, "rounds": report.rounds}
             return {**within, **paired(run, "small", plan, batch)}
 
-        run.row({"table": "targets", "model": "small", "target": "latency 0.5", "batch": batch}, measure)
+        key = {"table": "targets", "model": "small", "target": "latency 0.5", "runtime": run.options.runtime}
+        run.row({**key, "batch": batch}, measure)
 
 
 def macs_table(run: Run) -> None:
@@ -208,7 +215,7 @@ def macs_table(run: Run) -> None:
                 return paired(run, name, plan, batch)
 
             key = {"table": "macs", "model": name, "target": f"macs {budget:g}", "groups": "+".join(groups)}
-            run.row({**key, "batch": batch}, measure)
+            run.row({**key, "runtime": run.options.runtime, "batch": batch}, measure)
 
 
 def random_sizes(anatomy: Anatomy, number: int, narrow: bool) -> dict[str, int]:
@@ -240,7 +247,8 @@ def random_table(run: Run) -> None:
                 off = predicted / ratio - 1
                 return {"predicted": predicted, "measured": ratio, "quartiles": list(quartiles), "off": off}
 
-            run.row({"table": "random", "model": "small", "batch": batch, "plan": number}, measure)
+            key = {"table": "random", "model": "small", "runtime": run.options.runtime}
+            run.row({**key, "batch": batch, "plan": number}, measure)
 
 
 def budgets_table(run: Run) -> None:
@@ -308,7 +316,7 @@ def show(run: Run) -> None:
     timed = [row for row in run.rows if row["table"] in ("targets", "macs")]
     if timed:
         view = Table(title="medians of paired runs against the dense model")
-        for column in ("model", "target", "groups", "batch", "MACs", "predicted", "in plan", "rounds"):
+        for column in ("runtime", "model", "target", "groups", "batch", "MACs", "predicted", "in plan", "rounds"):
             view.add_column(column, justify="right")
         for column in ("measured", "quartiles", "speedup / MACs ratio"):
             view.add_column(column, justify="right")
@@ -316,6 +324,7 @@ def show(run: Run) -> None:
             planned = [f"{row[k]:.3f}" if row.get(k) is not None else "" for k in ("predicted", "in_plan")]
             low, high = row["quartiles"]
             view.add_row(
+                row["runtime"],
                 row["model"],
                 row["target"],
                 row.get("groups", "+".join(INNER)),
@@ -328,12 +337,12 @@ def show(run: Run) -> None:
                 f"{row['speedup_per_macs']:.2f}",
             )
         console.print(view)
-    for batch in sorted({row["batch"] for row in run.rows if row["table"] == "random"}):
-        off = [row["off"] for row in random_rows(run, batch)]
+    for runtime, batch in sorted({(row["runtime"], row["batch"]) for row in run.rows if row["table"] == "random"}):
+        off = [row["off"] for row in random_rows(run, runtime, batch)]
         size = [abs(each) for each in off]
         within = sum(each <= 0.1 for each in size)
         console.print(
-            f"random plans, batch {batch}: {within} of {len(off)} predicted within 10 %; off by "
+            f"random plans, {runtime}, batch {batch}: {within} of {len(off)} predicted within 10 %; off by "
             f"{statistics.median(size):.1%} in the median, {max(size):.1%} at worst, "
             f"{statistics.mean(off):+.1%} in the mean",
             highlight=False,
@@ -361,8 +370,9 @@ def show(run: Run) -> None:
             )
 
 
-def random_rows(run: Run, batch: int) -> list[Row]:
-    return [row for row in run.rows if (row["table"], row.get("batch")) == ("random", batch)]
+def random_rows(run: Run, runtime: str, batch: int) -> list[Row]:
+    found = [row for row in run.rows if row["table"] == "random"]
+    return [row for row in found if (row["runtime"], row["batch"]) == (runtime, batch)]
 
 
 def plot(run: Run) -> None:
@@ -376,15 +386,17 @@ def plot(run: Run) -> None:
         figure.savefig(run.options.out / name, metadata={"Date": None})
         pyplot.close(figure)
 
-    batches = sorted({row["batch"] for row in run.rows if row["table"] == "random"})
+    batches = sorted({(row["runtime"], row["batch"]) for row in run.rows if row["table"] == "random"})
     if batches:
         figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
         axes.axline((0, 0), slope=1, color="grey", linewidth=0.8)
         for slope in (0.9, 1.1):
             axes.axline((0, 0), slope=slope, color="grey", linewidth=0.5, linestyle="--")
-        for batch in batches:
-            rows = random_rows(run, batch)
-            axes.scatter([r["measured"] for r in rows], [r["predicted"] for r in rows], label=f"batch {batch}", s=18)
+        for runtime, batch in batches:
+            rows = random_rows(run, runtime, batch)
+            axes.scatter(
+                [r["measured"] for r in rows], [r["predicted"] for r in rows], label=f"{runtime}, batch {batch}", s=18
+            )
         axes.set(xlabel="measured latency / dense", ylabel="predicted", xlim=(0, 1.1), ylim=(0, 1.1))
         axes.set_title("DeiT-Small, random plans; dashed: 10 %", fontsize="medium")
         axes.legend()

@@ -23,7 +23,7 @@ def export(
     model_kwargs: Kwargs = None,
     use_ema: UseEma = False,
     file_format: Annotated[
-        str, typer.Option("--format", help="Format of the file: onnx, or native for secateur's own.")
+        str, typer.Option("--format", help="Format of the file: onnx, openvino, torch, or native for secateur's own.")
     ] = "onnx",
     batch_sizes: Annotated[
         str | None, typer.Option(metavar="N,N,...", help="Batch sizes to compare the file with the model on.")

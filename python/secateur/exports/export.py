@@ -22,7 +22,8 @@ def export(model: nn.Module, path: str | Path, *, format: str = "onnx", **option
 
     Args:
         model: the model; it maps images (B, C, H, W) to a tensor.
-        path: the file, or the new folder of "timm" and "transformers"; it is written completely or not at all.
+        path: the file, or the new folder of "timm" and "transformers"; it is written completely or not at all. Some
+            formats want an ending: .xml or .pt2.
         format: "onnx", "openvino", "torch" for the program of ``torch.export``, "timm" or "transformers" for folders
             that these build the model from without secateur, or "native" for secateur's own file, as written by
             ``save``; others can be registered.

@@ -100,7 +100,7 @@ def bench(
     warmup = check.integer("warmup", warmup, 0)
     threads = check.integer("threads", threads, optional=True)
     engine = chosen(runtime, compile)
-    model, reference = runnable(model), None if reference is None else runnable(reference)
+    model, reference = runnable(model), None if reference is None else runnable(reference, "reference")
     place = place_for(model, device)
     if reference is not None:
         place_for(reference, argument="reference")

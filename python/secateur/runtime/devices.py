@@ -22,9 +22,16 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def runnable(model: nn.Module | torch.export.ExportedProgram) -> nn.Module:
-    """Return the module of an exported program; a module as it is."""
-    return model.module() if isinstance(model, torch.export.ExportedProgram) else model
+def runnable(model: nn.Module | torch.export.ExportedProgram, argument: str = "model") -> nn.Module:
+    """Return the module of an exported program; a module as it is.
+
+    Raises:
+        InvalidArgument: it is neither (``argument`` names it).
+    """
+    found = model.module() if isinstance(model, torch.export.ExportedProgram) else model
+    if not isinstance(found, nn.Module):
+        raise InvalidArgument(f"{argument}: expected an nn.Module, got {type(found).__name__}")
+    return found
 
 
 def place_for(model: object, device: torch.device | str | None = None, *, argument: str = "model") -> torch.device:

@@ -65,8 +65,7 @@ def evaluate(
     max_images = check.integer("max_images", max_images, optional=True)
     model = runnable(model)
     images_seen, top1, top5, loss = 0, 0, 0, 0.0
-    if isinstance(model, nn.Module):
-        loader = in_batches(loader, model)
+    loader = in_batches(loader, model)
     refuse_unlabelled(loader)
     total = images_in(loader, max_images)
     with borrowed(model, device) as place, progress(total, "evaluate") as advance, torch.inference_mode():

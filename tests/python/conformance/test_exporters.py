@@ -24,6 +24,13 @@ def _installed(request):
         pytest.importorskip("transformers")
 
 
+@pytest.fixture(autouse=True)
+def _installed(request):
+    """OpenVINO is no part of what tests need."""
+    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("name") == "openvino":
+        pytest.importorskip("openvino")
+
+
 def file_of(name, folder, stem="model"):
     """A name that the engine takes."""
     return folder / f"{stem}{exporters.named(name).suffix or '.file'}"

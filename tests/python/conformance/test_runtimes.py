@@ -14,6 +14,13 @@ from torch import nn
 NAMES = RUNTIMES.names()
 
 
+@pytest.fixture(autouse=True)
+def _installed(request):
+    """OpenVINO is no part of what tests need."""
+    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("runtime") == "openvino":
+        pytest.importorskip("openvino")
+
+
 def pruned(kind="plain"):
     model = make(kind)
     stats = sc.calibrate(model, [images(model, 8)])

@@ -369,6 +369,12 @@ def test_numbers_out_of_range(folder: Path, arguments: dict[str, int], text: str
         loader(folder, small_vit(), **arguments)
 
 
+def test_what_is_no_model_is_refused(folder: Path) -> None:
+    for what in ("vit_tiny_patch16_224", None, torch.zeros(3)):
+        with pytest.raises(InvalidArgument, match=f"^model: expected an nn.Module, got {type(what).__name__}$"):
+            loader(folder, what)
+
+
 def test_models_of_other_channels_are_refused(folder: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"^model: expected 1 or 3 input channels \(grey or RGB images\), got 4$"):
         loader(folder, small_vit(in_chans=4))

@@ -6,7 +6,6 @@ import importlib.util
 import re
 
 import numpy as np
-import openvino
 import pytest
 import secateur as sc
 import timm
@@ -14,6 +13,7 @@ import torch
 from small_vits import small_vit
 from torch import nn
 
+openvino = pytest.importorskip("openvino")
 VERSION = openvino.__version__.split("-")[0]
 
 
@@ -152,6 +152,7 @@ def test_what_is_refused(tmp_path):
     ):
         with pytest.raises(sc.Error, match=text):
             sc.export(net, tmp_path / name, format="openvino", **given)
+    pytest.importorskip("nncf")
     model = even_vit()
     for net, given, text in (
         (
@@ -170,6 +171,7 @@ def test_what_is_refused(tmp_path):
 
 def test_int8_of_a_trained_model(digits_model, digits_images, tmp_path, capfd):
     """Integer weights of linear layers alone: the sums that they are added to stay float32."""
+    pytest.importorskip("nncf")
     capfd.readouterr()
     report = sc.export(
         digits_model, tmp_path / "x.xml", format="openvino", int8=True, loader=digits_images.split(20), max_images=50
@@ -197,6 +199,7 @@ def test_int8_of_a_trained_model(digits_model, digits_images, tmp_path, capfd):
 
 
 def test_int4(tmp_path):
+    pytest.importorskip("nncf")
     model = even_vit()
     images = torch.randn(9, 3, 12, 12)
     for size in (8, 0):
@@ -214,6 +217,7 @@ def test_int4(tmp_path):
 
 def test_a_file_that_computes_something_else_than_its_integers_say(tmp_path, monkeypatch):
     """Here what they are compared with are the float weights: they stand for an engine that reads integers wrongly."""
+    pytest.importorskip("nncf")
     from secateur.exports import openvino as exporter
 
     compress, kept = exporter.in_int4, []

@@ -8,7 +8,6 @@ import tempfile
 from dataclasses import replace
 
 import numpy as np
-import openvino
 import pytest
 import secateur as sc
 import torch
@@ -18,6 +17,7 @@ from secateur.latency.table import Grid, Layer
 from small_vits import small_vit
 from torch import nn
 
+openvino = pytest.importorskip("openvino")
 # The package's attribute of this name is the function.
 benching = importlib.import_module("secateur.latency.bench")
 
