@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from .. import check
 from ..data.model_input import input_dtype
-from ..errors import Error, Unsupported
+from ..errors import Error, InvalidArgument, Unsupported
 from ..families.attention import plain_attention
 from ..runtime.quiet import quiet
-from .base import Checked, Exporter, ExportReport, largest_difference, random_images, register, tolerance
+from .base import Checked, Exporter, ExportReport, largest_difference, random_images, register
+from .bits import Bits, calibration_images, cost, difference_of_integers
 from .locate import first_difference
 from .onnx import write
-from .openvino_bits import calibration_images, cost, decompressed, in_int4, in_int8, refuse_groups
+from .openvino_bits import decompressed, in_int4, in_int8, refuse_groups
 
 __all__ = ["OpenVino"]
 
@@ -84,7 +85,9 @@ class OpenVino(Exporter):
         if (dtype := input_dtype(model)) not in _DTYPES:
             found = str(dtype).removeprefix("torch.")
             raise Unsupported(f"dtype: expected float32 or float16 for openvino, got {found}")
-        images = calibration_images(model, options)
+        bits = _bits(options)
+        calibrated = "int8" if options.int8 else None
+        images = calibration_images(model, options, bits, among="int8 or int4", calibrated=calibrated)
         if options.int4:
             refuse_groups(model, options.group_size)
         engine = f"OpenVINO {openvino.__version__.split('-')[0]}"
@@ -94,21 +97,31 @@ class OpenVino(Exporter):
             _save(chosen.model, written)
             difference = _checked(model, chosen.source, written, sizes, engine)
             details: dict[str, Any] = {"converted_from": chosen.source} | chosen.counts
-            if options.int8 or options.int4:
+            if bits is not None:
                 smaller = in_int8(chosen.model, images) if options.int8 else in_int4(chosen.model, options.group_size)
                 # Beside the other, whose weights are mapped.
                 written = Path(folder) / "bits" / path.name
                 written.parent.mkdir()
                 _save(smaller, written)
-                reference = smaller if options.int8 else decompressed(smaller)
-                difference = _checked_against(reference, model, written, sizes, engine)
-                details |= _looked_at(chosen.source, smaller).counts | cost(model, _load(written), images, options)
+                exact = _running(_compiled(smaller if options.int8 else decompressed(smaller)))
+                difference = difference_of_integers(exact, _load(written), model, sizes, engine)
+                details |= _looked_at(chosen.source, smaller).counts | cost(model, _load(written), images, bits)
+                details |= {"group_size": options.group_size} if options.int4 else {}
             version = _version(written)
             # The weights first: a model without them is worse than weights without a model.
             parts = (written.with_suffix(".bin"), written)
             files = tuple(part.replace(path.parent / part.name) for part in parts)[::-1]
         size = sum(file.stat().st_size for file in files)
         return ExportReport(self.name, files, size, version, engine, sizes, difference, details)
+
+
+def _bits(options: Options) -> Bits | None:
+    if options.int8 and options.int4:
+        raise InvalidArgument("int8, int4: expected one of them, got both")
+    if not (options.int8 or options.int4):
+        return None
+    check.packages("format", "openvino", "nncf")
+    return "int8" if options.int8 else "int4"
 
 
 def _best(model: nn.Module, folder: Path, source: str) -> _Converted:
@@ -219,23 +232,6 @@ def _checked(model: nn.Module, source: str, path: Path, sizes: tuple[int, ...], 
             raise
         name, off = first
         raise type(error)(f"{error}; the first module that differs is {name} (by {off:.3g})") from error
-
-
-def _checked_against(reference: Any, model: nn.Module, path: Path, sizes: tuple[int, ...], engine: str) -> float:
-    """Return the largest difference of the file from the model; the file must compute what ``reference`` does."""
-    exact, run, worst = _running(_compiled(reference)), _load(path), 0.0
-    for size in sizes:
-        images = random_images(model, size)
-        expected, found = torch.as_tensor(exact(images)), torch.as_tensor(run(images))
-        off = float((found - expected).abs().max())
-        if not off <= tolerance(expected):
-            raise Error(
-                f"export: expected {engine} to compute what the integers of its file say, got a difference of "
-                f"{off:.3g} in a batch of {size}"
-            )
-        with torch.inference_mode():
-            worst = max(worst, float((found - model(images)).abs().max()))
-    return worst
 
 
 def _version(path: Path) -> str:

@@ -2,56 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import gcd
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from .. import check
-from ..data.loader import in_batches
-from ..data.model_input import input_dtype, model_input, refuse_iterator, split_batch
-from ..errors import Error, InvalidArgument, Unsupported
+from ..errors import InvalidArgument
 from ..runtime.quiet import quiet
 
-__all__ = ["calibration_images", "cost", "decompressed", "in_int4", "in_int8", "refuse_groups"]
+__all__ = ["decompressed", "in_int4", "in_int8", "refuse_groups"]
 
 # Operators whose second input is their weights.
 _WEIGHTED = ("MatMul", "Convolution", "GroupConvolution")
-# The error of outputs, relative to them, beyond which they are another model's.
-_MOST_LOST = 0.5
-
-
-def calibration_images(model: nn.Module, options: Any) -> list[Tensor]:
-    """Return the loader's images, one by one.
-
-    Raises:
-        InvalidArgument: options that contradict each other, or a loader without images.
-    """
-    if options.int8 and options.int4:
-        raise InvalidArgument("int8, int4: expected one of them, got both")
-    if options.int8 and options.loader is None:
-        raise InvalidArgument("loader: expected batches of images to calibrate int8 on, got None")
-    if options.loader is not None and not (options.int8 or options.int4):
-        raise InvalidArgument("loader: expected None without int8 or int4, got one")
-    if not (options.int8 or options.int4):
-        return []
-    check.packages("format", "openvino", "nncf")
-    if (dtype := input_dtype(model)) != torch.float32:
-        found = str(dtype).removeprefix("torch.")
-        raise Unsupported(f"dtype: expected float32 for {'int8' if options.int8 else 'int4'}, got {found}")
-    wanted, images = check.integer("max_images", options.max_images), list[Tensor]()
-    if options.loader is not None:
-        refuse_iterator(options.loader)
-        for batch in in_batches(cast(Any, options.loader), model, labels=False):
-            images += model_input(model, split_batch(batch, labels=False, model=model)[0]).split(1)
-            if len(images) >= wanted:
-                break
-        if not images:
-            raise InvalidArgument("loader: expected images, got none")
-    return images[:wanted]
 
 
 def refuse_groups(model: nn.Module, size: int) -> None:
@@ -134,23 +97,3 @@ def _is_constant(operator: Any) -> bool:
             seen.add(name)
             waiting += [value.get_node() for value in each.input_values()]
     return True
-
-
-@torch.inference_mode()
-def cost(model: nn.Module, run: Callable[[Tensor], Any], images: list[Tensor], options: Any) -> dict[str, Any]:
-    """Return what fewer bits cost on images: the relative error of outputs, and how many classes agree."""
-    details: dict[str, Any] = {"weights": "int8" if options.int8 else "int4", "images": len(images)}
-    if not options.int8:
-        details["group_size"] = options.group_size
-    if images:
-        wanted = torch.cat([model(image) for image in images])
-        found = torch.cat([torch.as_tensor(run(image)) for image in images])
-        details["relative_error"] = error = float((found - wanted).norm() / wanted.norm())
-        if wanted.ndim == 2 and wanted.shape[1] > 1:
-            details["agreement"] = float((found.argmax(1) == wanted.argmax(1)).double().mean())
-        if not error <= _MOST_LOST:
-            raise Error(
-                f"export: expected {details['weights']} to keep the outputs, got a relative error of {error:.2g} on "
-                f"{len(images)} images"
-            )
-    return details
