@@ -156,9 +156,7 @@ def _load(found: Engine, path: Path) -> Callable[[Tensor], Any]:
         raise Error(f"export: expected a file that ExecuTorch loads, got {first_line(error)}") from error
 
 
-def _checked(
-    model: nn.Module, found: Engine, run: Callable[[Tensor], Any], options: Options, name: str
-) -> float:
+def _checked(model: nn.Module, found: Engine, run: Callable[[Tensor], Any], options: Options, name: str) -> float:
     """Return the largest difference of the file from the model."""
     try:
         return largest_difference(model, run, options.batch_sizes, name)

@@ -22,12 +22,13 @@ def export(model: nn.Module, path: str | Path, *, format: str = "onnx", **option
 
     Args:
         model: the model; it maps images (B, C, H, W) to a tensor.
-        path: the file; it is written completely or not at all. Some formats want an ending: .xml or .pt2.
-        format: "onnx"; "openvino"; "torch" for the program of ``torch.export``; or "native" for secateur's own file, as
-            written by ``save``; others can be registered.
+        path: the file; it is written completely or not at all. Some formats want an ending: .xml, .pt2 or .pte.
+        format: "onnx"; "openvino"; "executorch"; "torch" for the program of ``torch.export``; or "native" for
+            secateur's own file, as written by ``save``; others can be registered.
         **options: options of the exporter. All take ``batch_sizes`` for the comparison; "onnx" also ``opset`` (20) and
             ``external_data`` (False: one file, of less than 2 GB), "native" ``factory``, "openvino" ``source``,
-            ``int8``, ``int4``, ``group_size``, ``loader`` and ``max_images``.
+            ``int8``, ``int4``, ``group_size``, ``loader`` and ``max_images``, "executorch" ``max_batch`` (8), ``int8``,
+            ``loader`` and ``max_images``.
 
     Raises:
         InvalidArgument: no such format, an option that does not fit, a folder that cannot be written, or a package
