@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import secateur as sc
 import torch
+from engines import installed
 from models import images, make
 from secateur.families.registry import family_of
 from secateur.latency.agreement import difference, largest
 from secateur.latency.runtimes.registry import RUNTIMES
 from torch import nn
 
-NAMES = RUNTIMES.names()
+NAMES = [name for name in RUNTIMES.names() if installed(name)]
 
 
 @pytest.fixture(autouse=True)
