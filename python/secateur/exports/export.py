@@ -36,7 +36,7 @@ def export(model: nn.Module, path: str | Path, *, format: str = "onnx", **option
     """
     exporter = exporters.named(format)
     chosen: Any = check.options(exporter.Options, options)
-    file = check.writable("path", path)
+    file = check.writable("path", path, folder=getattr(exporter, "folder", False))
     if not file.name.endswith(getattr(exporter, "suffix", "")):
         raise InvalidArgument(f"path: expected a name that ends in {exporter.suffix} for {format}, got {file.name}")
     place_for(model)
