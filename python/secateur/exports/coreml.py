@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import platform
+import shutil
 import sys
 import tempfile
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -38,7 +41,9 @@ _MAPPING = "executorch_debug_handle_mapping.json"
 class Options(Checked):
     """What is written, and how it is checked."""
 
-    max_batch: int = field(default=64, metadata={"help": "largest batch that the file takes; 1 fixes the input's shape"})
+    max_batch: int = field(
+        default=64, metadata={"help": "largest batch that the file takes; 1 fixes the input's shape"}
+    )
     precision: Literal["float32", "float16"] = field(
         default="float32", metadata={"help": "of weights and computation; the Neural Engine has float16 alone"}
     )
@@ -129,7 +134,7 @@ def _write(model: nn.Module, path: Path, options: Any) -> None:
         _fold_scales(program)
         sizes = ct.RangeDim(1, options.max_batch, default=1) if some else 1
         try:
-            ct.convert(
+            converted = ct.convert(
                 program.run_decompositions({}),
                 convert_to="mlprogram",
                 inputs=[ct.TensorType(name=_INPUT, shape=(sizes, *example.shape[1:]), dtype=np.float32)],
@@ -138,10 +143,18 @@ def _write(model: nn.Module, path: Path, options: Any) -> None:
                 minimum_deployment_target=ct.target.iOS18,
                 compute_precision=ct.precision(options.precision),
                 skip_model_load=True,
-            ).save(str(path))
+            )
+            converted.save(str(path))
             (path / _MAPPING).unlink(missing_ok=True)
         except Exception as error:  # coremltools raises what it likes
+            # Frees the temporary folder, about which it would warn later.
+            traceback.clear_frames(error.__traceback__)
+            gc.collect()
             raise Unsupported(f"model: expected one that coremltools converts, got {first_line(error)}") from error
+        # coremltools keeps a copy of the package until Python ends, and one of the weights until garbage is collected.
+        shutil.rmtree(converted.package_path, ignore_errors=True)
+        del converted, program
+        gc.collect()
     if not (path / _MANIFEST).is_file():
         raise Error(f"export: expected coremltools to write {path.name}, got no package")
 
@@ -190,7 +203,9 @@ def _looked_at(path: Path, most: int) -> dict[str, Any]:
     shape, ranges = taken.type.multiArrayType.shape, taken.type.multiArrayType.shapeRange.sizeRanges
     found = (ranges[0].lowerBound, ranges[0].upperBound) if ranges else (shape[0], shape[0])
     if taken.name != _INPUT or found != (1, most):
-        raise Error(f"export: expected {_INPUT} in batches of 1 to {most}, got {taken.name} of {found[0]} to {found[1]}")
+        raise Error(
+            f"export: expected {_INPUT} in batches of 1 to {most}, got {taken.name} of {found[0]} to {found[1]}"
+        )
     kinds = Counter(operation.type for operation in block.operations)
     return {
         "attention_fused": kinds["scaled_dot_product_attention"],
@@ -205,7 +220,7 @@ def _checked(model: nn.Module, path: Path, options: Any, engine: str) -> float:
     dtype = getattr(torch, options.precision)
 
     def one(images: Tensor) -> Any:
-        (output,) = _running(path, options)(images)
+        (output,) = _running(path)(images)
         return output
 
     try:
@@ -217,7 +232,7 @@ def _checked(model: nn.Module, path: Path, options: Any, engine: str) -> float:
 
                 def load(watched: nn.Module) -> Callable[[Tensor], Any]:
                     _write(watched, place, options)
-                    return _running(place, options)
+                    return _running(place)
 
                 first = first_difference(model, load, 2 if options.max_batch > 1 else 1) if dtype.itemsize > 2 else None
         except Exception:  # the search is a favour; what it was for is the error
@@ -228,7 +243,7 @@ def _checked(model: nn.Module, path: Path, options: Any, engine: str) -> float:
         raise type(error)(f"{error}; the first module that differs is {name} (by {off:.3g})") from error
 
 
-def _running(path: Path, options: Any) -> Callable[[Tensor], list[Any]]:
+def _running(path: Path) -> Callable[[Tensor], list[Any]]:
     import coremltools as ct
 
     # The GPU sums float32 in lower precision than the processor.
