@@ -191,7 +191,7 @@ class Constant(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
-        self.default_cfg = {"input_size": (3, 4, 4)}
+        self.pretrained_cfg = self.default_cfg = {"input_size": (3, 4, 4)}
 
     def forward(self, x):
         return self.weight * torch.ones(len(x), 5) + 0 * x.sum()
