@@ -23,10 +23,11 @@ def export(model: nn.Module, path: str | Path, *, format: str = "onnx", **option
     Args:
         model: the model; it maps images (B, C, H, W) to a tensor.
         path: the file; it is written completely or not at all.
-        format: "onnx"; "torch" for the program of ``torch.export``; or "native" for secateur's own file, as written by
-            ``save``; others can be registered.
+        format: "onnx"; "torch" for the program of ``torch.export``; "openvino", "ncnn", "coreml" or "litert"; or
+            "native" for secateur's own file, as written by ``save``; others can be registered.
         **options: options of the exporter. All take ``batch_sizes`` for the comparison; "onnx" also ``opset`` (20) and
-            ``external_data`` (False: one file, of less than 2 GB), "native" ``factory``.
+            ``external_data`` (False: one file, of less than 2 GB), "native" ``factory``, "coreml" ``max_batch`` (64)
+            and ``precision`` ("float32").
 
     Raises:
         InvalidArgument: no such format, an option that does not fit, a folder that cannot be written, or a package

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import sys
 from dataclasses import fields, is_dataclass
 
 import numpy as np
@@ -14,6 +16,25 @@ import torch
 from secateur.exports.base import exporters
 
 NAMES = exporters.names()
+# Packages that are no part of the `test` extra.
+OUTSIDE = {"coreml": ["coremltools"], "litert": ["litert_torch", "ai_edge_litert"], "ncnn": ["pnnx", "ncnn"]}
+
+
+def need_packages(name):
+    for package in OUTSIDE.get(name, []):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+
+
+def size_of(file):
+    return sum(each.stat().st_size for each in (file, *file.rglob("*")) if each.is_file())
+
+
+def is_near(report, batch_sizes):
+    """Whether outputs were compared and are the same; or not compared, where the engine is on macOS alone."""
+    if report.difference is None:
+        return report.format == "coreml" and report.batch_sizes == () and "not run here" in str(report)
+    return report.batch_sizes == batch_sizes and 0 <= report.difference < 1e-4
 
 
 def file_of(name, folder, stem="model"):
@@ -38,6 +59,7 @@ def made(make_digits_model):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("which", ["dense", "exact", "stock"])
 def test_a_transformer_is_exported_and_checked(name, which, made, tmp_path):
+    need_packages(name)
     model = made[which].train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     file = file_of(name, tmp_path)
@@ -47,9 +69,8 @@ def test_a_transformer_is_exported_and_checked(name, which, made, tmp_path):
     assert report.format == name
     assert report.files[0] == file
     assert sorted(tmp_path.iterdir()) == sorted(report.files)
-    assert report.size == sum(file.stat().st_size for file in report.files)
-    assert report.batch_sizes == (1, 3)
-    assert 0 <= report.difference < 1e-4
+    assert report.size == sum(size_of(file) for file in report.files)
+    assert is_near(report, (1, 3))
     assert json.loads(json.dumps(report.to_dict()))["format"] == name
     assert file.name in str(report)
 
@@ -57,12 +78,13 @@ def test_a_transformer_is_exported_and_checked(name, which, made, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("architecture", ["resnet18", "mobilenetv2_100"])
 def test_a_convolutional_network_is_exported_and_checked(name, architecture, tmp_path):
+    need_packages(name)
     torch.manual_seed(0)
     model = timm.create_model(architecture, num_classes=7).eval()
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "input_size": (3, 64, 64)}
     sc.prune(model, sc.plan(model, method="magnitude", ratios={"conv": 0.4, "width": 0.2}))
     report = sc.export(model, file_of(name, tmp_path), format=name, batch_sizes=(2, 5))
-    assert report.difference < 1e-4
+    assert is_near(report, (2, 5))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,6 +105,9 @@ def test_options_are_documented_and_checked(name, made, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_differs_is_an_error_and_leaves_no_new_file(name, made, tmp_path, monkeypatch):
     """The model's own answers change between the two: stands for an engine that computes something else."""
+    need_packages(name)
+    if name == "coreml" and sys.platform != "darwin":
+        pytest.skip("Core ML is on macOS alone")
     model, drift = made["exact"], iter(np.linspace(1, 2, 99))
     monkeypatch.setattr(type(model), "forward_head", lambda self, x: self.head(x[:, 0]) + next(drift))
     with pytest.raises(sc.Error):

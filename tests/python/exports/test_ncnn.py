@@ -242,7 +242,11 @@ def test_what_the_report_says(tmp_path, out, monkeypatch):
         ({"does": "does not load"}, sc.Error, "to take a batch of 1, got a file that it does not load: layer not reg"),
         ({"does": "dies"}, sc.Error, "to take a batch of 1, got a process that ended by signal 6$"),
         ({"does": "fails"}, sc.Error, r"to take a batch of 1, got ncnn computes no out0 \(status -100\)$"),
-        ({"number": 1.1}, sc.Error, "^export: expected ncnn 1.0 to compute what the model does, got a difference of 0.1 "),
+        (
+            {"number": 1.1},
+            sc.Error,
+            "^export: expected ncnn 1.0 to compute what the model does, got a differ",
+        ),
     ],
 )
 def test_converters_and_engines_that_fail(fault, kind, text, tmp_path, out, monkeypatch):

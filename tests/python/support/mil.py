@@ -125,8 +125,8 @@ def outputs(package, images: Tensor) -> list[Tensor]:
         made = OPERATORS[operation.op_type](**given)
         made = made if isinstance(made, (list, tuple)) else [made]
         for var, each in zip(operation.outputs, made, strict=True):
-            assert all(isinstance(size, int) is False or size == each.shape[i] for i, size in enumerate(var.shape)), (
-                step
-            )
+            # Batches are symbols.
+            sizes = [pair for pair in zip(var.shape, each.shape, strict=True) if isinstance(pair[0], int)]
+            assert all(said == is_ for said, is_ in sizes), var.name
             known[var.name] = each
     return [known[var.name] for var in function.outputs]
