@@ -83,8 +83,10 @@ def choice(argument: str, value: object, known: Sequence[str]) -> None:
         raise InvalidArgument(f"{argument}: expected {names}, got {value!r}")
 
 
-def writable(argument: str, path: object) -> Path:
+def writable(argument: str, path: object, *, folder: bool = False) -> Path:
     """Return the path of a file that can be written: its folder exists and is writable, and it is not a folder.
+
+    With ``folder`` it may be one, but not a file.
 
     Raises:
         InvalidArgument: it is something else.
@@ -92,8 +94,9 @@ def writable(argument: str, path: object) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidArgument(f"{argument}: expected a file in an existing folder, got {path!r}")
     found = Path(path)
-    if not found.parent.is_dir() or found.is_dir():
-        raise InvalidArgument(f"{argument}: expected a file in an existing folder, got {found}")
+    if not found.parent.is_dir() or (found.is_file() if folder else found.is_dir()):
+        kind = "folder" if folder else "file"
+        raise InvalidArgument(f"{argument}: expected a {kind} in an existing folder, got {found}")
     if not os.access(found.parent, os.W_OK):
         raise InvalidArgument(f"{argument}: expected a folder that can be written, got {found.parent}")
     return found

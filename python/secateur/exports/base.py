@@ -39,8 +39,9 @@ class ExportReport:
     """What was written, and how it was checked.
 
     ``difference`` is the largest absolute difference between the outputs of ``engine`` and of the model, over random
-    images in batches of ``batch_sizes``; ``version`` is the version of the format, such as ONNX's opset. ``details``
-    holds what else a format tells, as JSON values: what the engine fused, what fewer bits cost.
+    images in batches of ``batch_sizes``; it is None where the engine does not exist on this system, and no batch was
+    compared. ``version`` is the version of the format, such as ONNX's opset. ``details`` holds what else a format
+    tells, as JSON values: what the engine fused, what fewer bits cost. A file may be a folder, as Core ML's packages.
     """
 
     format: str
@@ -49,7 +50,7 @@ class ExportReport:
     version: str
     engine: str
     batch_sizes: tuple[int, ...]
-    difference: float
+    difference: float | None
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,11 +59,10 @@ class ExportReport:
 
     def __str__(self) -> str:
         names = ", ".join(file.name for file in self.files)
-        batches = ", ".join(map(str, self.batch_sizes))
-        line = (
-            f"{self.format} {self.version}: {names}, {self.size / 1e6:,.2f} MB; {self.engine} differs from the model "
-            f"by at most {self.difference:.2g} (batches of {batches})"
-        )
+        line = f"{self.format} {self.version}: {names}, {self.size / 1e6:,.2f} MB; {self.engine}"
+        if self.difference is not None:
+            batches = ", ".join(map(str, self.batch_sizes))
+            line += f" differs from the model by at most {self.difference:.2g} (batches of {batches})"
         details = (f"{key.replace('_', ' ')} {_short(value)}" for key, value in self.details.items())
         return "; ".join([line, *details])
 
@@ -133,16 +133,27 @@ def random_images(model: nn.Module, batch: int) -> Tensor:
     return torch.randn(shape, generator=generator, device="cpu").to(input_dtype(model))
 
 
-def tolerance(wanted: Tensor) -> float:
-    """Return by how much an engine's output may differ from the model's: as much as another order of sums makes."""
-    return _TOLERANCES.get(wanted.dtype, 1e-4) * max(1.0, float(wanted.abs().max()))
+def tolerance(wanted: Tensor, dtype: torch.dtype | None = None) -> float:
+    """Return by how much an engine's output may differ from the model's: as much as another order of sums makes.
+
+    Args:
+        wanted: the model's output.
+        dtype: in which the engine computes, where it is not the output's.
+    """
+    return _TOLERANCES.get(dtype or wanted.dtype, 1e-4) * max(1.0, float(wanted.abs().max()))
 
 
 @torch.inference_mode()
 def largest_difference(
-    model: nn.Module, run: Callable[[Tensor], Tensor], batch_sizes: Sequence[int], engine: str
+    model: nn.Module,
+    run: Callable[[Tensor], Tensor],
+    batch_sizes: Sequence[int],
+    engine: str,
+    dtype: torch.dtype | None = None,
 ) -> float:
     """Return the largest absolute difference between an engine's and the model's outputs on random images.
+
+    ``dtype`` is the one in which the engine computes, where it is not the model's.
 
     Raises:
         Error: the difference is more than rounding, or the engine fails on a batch or returns another shape.
@@ -163,7 +174,7 @@ def largest_difference(
                 f"export: expected outputs of shape {tuple(wanted.shape)} of {engine}, got {tuple(found.shape)}"
             )
         difference = float((found.double() - wanted.double()).abs().max())
-        bar = tolerance(wanted)
+        bar = tolerance(wanted, dtype)
         if not difference <= bar:
             raise Error(
                 f"export: expected {engine} to compute what the model does, got a difference of {difference:.3g} in a "

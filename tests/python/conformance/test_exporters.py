@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import fields, is_dataclass
 
 import numpy as np
@@ -18,6 +19,17 @@ ALL = exporters.names()
 NAMES = [name for name in ALL if installed(name)]
 # These build the model by classes of their own, whose layers are alike.
 ALIKE = {"timm", "transformers"}
+
+
+def size_of(file):
+    return sum(each.stat().st_size for each in (file, *file.rglob("*")) if each.is_file())
+
+
+def is_near(report, batch_sizes):
+    """Whether outputs were compared and are the same; or not compared, where the engine is on macOS alone."""
+    if report.difference is None:
+        return report.format == "coreml" and report.batch_sizes == () and "not run here" in str(report)
+    return report.batch_sizes == batch_sizes and 0 <= report.difference < 1e-4
 
 
 def file_of(name, folder, stem="model"):
@@ -60,10 +72,9 @@ def test_a_transformer_is_exported_and_checked(name, which, made, tmp_path):
     assert report.format == name
     if not exporters.named(name).folder:
         assert report.files[0] == file
-    assert below(tmp_path) == sorted(report.files)
-    assert report.size == sum(file.stat().st_size for file in report.files)
-    assert report.batch_sizes == (1, 3)
-    assert 0 <= report.difference < 1e-4
+    assert below(tmp_path) == sorted(each for file in report.files for each in (below(file) or [file]))
+    assert report.size == sum(size_of(file) for file in report.files)
+    assert is_near(report, (1, 3))
     assert json.loads(json.dumps(report.to_dict()))["format"] == name
     assert report.files[0].name in str(report)
 
@@ -76,7 +87,7 @@ def test_a_convolutional_network_is_exported_and_checked(name, architecture, tmp
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "input_size": (3, 64, 64)}
     sc.prune(model, sc.plan(model, method="magnitude", ratios={"conv": 0.4, "width": 0.2}))
     report = sc.export(model, file_of(name, tmp_path), format=name, batch_sizes=(2, 5))
-    assert report.difference < 1e-4
+    assert is_near(report, (2, 5))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,6 +108,8 @@ def test_options_are_documented_and_checked(name, made, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_differs_is_an_error_and_leaves_no_new_file(name, made, tmp_path, monkeypatch):
     """The model's own answers change between the two: stands for an engine that computes something else."""
+    if name == "coreml" and sys.platform != "darwin":
+        pytest.skip("Core ML is on macOS alone")
     model, drift = made["dense" if name in ALIKE else "exact"], iter(np.linspace(1, 2, 99))
     monkeypatch.setattr(type(model), "forward_head", lambda self, x: self.head(x[:, 0]) + next(drift))
     with pytest.raises(sc.Error):

@@ -15,13 +15,6 @@ from torch import nn
 NAMES = [name for name in RUNTIMES.names() if installed(name)]
 
 
-@pytest.fixture(autouse=True)
-def _installed(request):
-    """OpenVINO is no part of what tests need."""
-    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("runtime") == "openvino":
-        pytest.importorskip("openvino")
-
-
 def pruned(kind="plain"):
     model = make(kind)
     stats = sc.calibrate(model, [images(model, 8)])

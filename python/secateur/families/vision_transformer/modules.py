@@ -2,10 +2,12 @@
 
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from timm.layers import AttentionPoolLatent, maybe_add_mask, resolve_self_attn_mask
+from timm.layers import Attention, AttentionPoolLatent, maybe_add_mask, resolve_self_attn_mask
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -141,6 +143,21 @@ class PrunedAttention(nn.Module):
     def extra_repr(self) -> str:
         """Return the sizes, for print(model)."""
         return f"num_heads={self.num_heads}, qk_dim={self.qk_dim}, v_dim={self.v_dim}, scale={self.scale:.6g}"
+
+
+@contextmanager
+def split_attention(model: nn.Module) -> Iterator[None]:
+    """Let timm's attention modules compute as ``PrunedAttention`` does while the block runs: in at most four axes."""
+    found: list[Any] = [module for module in model.modules() if type(module) is Attention]
+    try:
+        for attn in found:
+            PrunedAttention.adopt(attn, attn.head_dim, attn.head_dim, attn.q_norm, attn.k_norm)
+        yield
+    finally:
+        for attn in found:
+            attn.__class__ = Attention
+            for attribute in ("qk_dim", "v_dim"):
+                vars(attn).pop(attribute, None)
 
 
 class PrunedBlock(Attends, Block):
