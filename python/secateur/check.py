@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, 
 
 from .errors import InvalidArgument
 
-__all__ = ["choice", "fraction", "integer", "number", "options", "packages", "writable"]
+__all__ = ["choice", "fraction", "integer", "new_folder", "number", "options", "packages", "writable"]
 
 
 T = TypeVar("T")
@@ -99,6 +99,22 @@ def writable(argument: str, path: object) -> Path:
     return found
 
 
+def new_folder(argument: str, path: object) -> Path:
+    """Return the path of a folder that can be made: it is new or empty, and the folder around it exists, writable.
+
+    Raises:
+        InvalidArgument: it is something else.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidArgument(f"{argument}: expected a new or empty folder in an existing one, got {path!r}")
+    found = Path(path)
+    if not found.parent.is_dir() or (found.exists() and (not found.is_dir() or any(found.iterdir()))):
+        raise InvalidArgument(f"{argument}: expected a new or empty folder in an existing one, got {found}")
+    if not os.access(found.parent, os.W_OK):
+        raise InvalidArgument(f"{argument}: expected a folder that can be written, got {found.parent}")
+    return found
+
+
 def options(kind: type[T], given: Mapping[str, Any]) -> T:
     """Return a frozen dataclass of options, with defaults for those that are not given.
 
@@ -127,6 +143,8 @@ def packages(argument: str, extra: str, *names: str) -> Any:
 
 
 def _option(name: str, value: Any, kind: Any) -> Any:
+    if kind is Any:  # a class since Python 3.11, but no one's
+        return value
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise InvalidArgument(f"{name}: expected one of {', '.join(map(str, get_args(kind)))}, got {value!r}")

@@ -85,12 +85,13 @@ class Exporter(ABC):
     """An exporter for one file format; a subclass registers itself with ``exports.register``. It has no state.
 
     ``Options`` is a frozen dataclass of its options, derived from ``Checked``. ``suffix`` is the ending that the engine
-    wants of a file's name, if it wants one.
+    wants of a file's name, if it wants one. With ``folder``, the path is that of a folder: new, or an empty one.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type]
     suffix: ClassVar[str] = ""
+    folder: ClassVar[bool] = False
 
     @abstractmethod
     def export(self, model: nn.Module, path: Path, options: Any) -> ExportReport:

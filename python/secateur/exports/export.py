@@ -22,11 +22,13 @@ def export(model: nn.Module, path: str | Path, *, format: str = "onnx", **option
 
     Args:
         model: the model; it maps images (B, C, H, W) to a tensor.
-        path: the file; it is written completely or not at all.
-        format: "onnx"; "torch" for the program of ``torch.export``; or "native" for secateur's own file, as written by
-            ``save``; others can be registered.
+        path: the file; it is written completely or not at all. For "timm-folder" a folder, new or empty.
+        format: "onnx"; "torch" for the program of ``torch.export``; "timm-folder" for config.json and weights, which
+            ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads where secateur is imported; or "native" for
+            secateur's own file, as written by ``save``; others can be registered.
         **options: options of the exporter. All take ``batch_sizes`` for the comparison; "onnx" also ``opset`` (20) and
-            ``external_data`` (False: one file, of less than 2 GB), "native" ``factory``.
+            ``external_data`` (False: one file, of less than 2 GB), "native" and "timm-folder"
+            ``factory``.
 
     Raises:
         InvalidArgument: no such format, an option that does not fit, a folder that cannot be written, or a package
@@ -36,7 +38,8 @@ def export(model: nn.Module, path: str | Path, *, format: str = "onnx", **option
     """
     exporter = exporters.named(format)
     chosen: Any = check.options(exporter.Options, options)
-    file = check.writable("path", path)
+    folder = getattr(exporter, "folder", False)
+    file = check.new_folder("path", path) if folder else check.writable("path", path)
     if not file.name.endswith(getattr(exporter, "suffix", "")):
         raise InvalidArgument(f"path: expected a name that ends in {exporter.suffix} for {format}, got {file.name}")
     place_for(model)
