@@ -76,8 +76,8 @@ def _precision(model: nn.Module) -> dict[str, str]:
 
 
 def _config(model: Any, entry: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return timm's configuration of the pruned model: images as it takes them, and no source of dense weights."""
-    config = {**(without_sources(getattr(model, "pretrained_cfg", None)) or {}), **data_config(model)}
+    """Return timm's configuration of the pruned model, without a source of dense weights."""
+    config = without_sources(getattr(model, "pretrained_cfg", None)) or {}
     config |= {"architecture": entry, "tag": None, "num_classes": arguments.get("num_classes", model.num_classes)}
     if not config.get("classifier"):
         config["classifier"] = classifiers(model)

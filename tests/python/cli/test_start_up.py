@@ -55,8 +55,8 @@ def test_timm_knows_the_entry_points_where_both_are_imported(imports: str) -> No
     """In any order, once, and timm's module is what it is without secateur."""
     code = (
         f"import {imports}, importlib, sys\n"
-        "importlib.reload(secateur)\n"
         "assert timm.list_models('secateur_*') == ['secateur_cnn', 'secateur_swin', 'secateur_vit']\n"
+        "importlib.reload(secateur)\n"
         "assert type(timm.models.__spec__.loader).__name__ == 'SourceFileLoader'\n"
         "assert len([each for each in sys.meta_path if type(each).__module__.startswith('secateur')]) == 1\n"
     )

@@ -192,6 +192,8 @@ def test_what_the_configuration_says(tmp_path):
     assert "timm/dense" not in text
     assert '"url"' not in text
     assert fields["model_args"]["dense"] == "vit_tiny_patch16_224"  # a name of timm's, and no weights by it
+    assert fields["model_args"]["arguments"]["embed_dim"] == 27
+    assert "embed_dim" not in fields["model_args"]
     with pytest.raises(RuntimeError, match="No pretrained weights exist"):
         timm.create_model("secateur_vit", pretrained=True, **fields["model_args"])
 
@@ -253,13 +255,15 @@ def test_what_timm_writes_of_it_is_the_pruned_model(folder, tmp_path):
 def test_the_way_goes_on(folder, tmp_path):
     """It is inspected, cut, saved and exported as the model that secateur loads."""
     x = torch.randn(2, 3, 24, 24)
-    found = built(folder, num_classes=3)
+    found = built(folder, num_classes=3, drop_path_rate=0.2)
     loaded = copy.deepcopy(found)
     assert sc.inspect(found).sizes == {**sc.inspect(pruned(num_classes=3)).sizes}
     assert (sc.inspect(found).architecture, sc.inspect(found).handmade) == ("vit_tiny_patch16_224", False)
     sc.save(found, tmp_path / "saved")
     same(sc.load(tmp_path / "saved"), loaded, x)
     again = cut(sc.load(tmp_path / "saved"), {"ffn": 0.3})
+    assert again.blocks[2].drop_path1.drop_prob == pytest.approx(0.2)
+    assert sc.inspect(found).arguments["drop_path_rate"] == 0.2
     cut(found, {"ffn": 0.3})
     same(found, again, x)
     for number, each in enumerate((found, again)):
@@ -326,6 +330,7 @@ def test_weights_that_timm_reads_otherwise_are_an_error(tmp_path, monkeypatch):
         ({"arguments": {"checkpoint_path": "x"}}, "checkpoint_path"),
         ({"last_block": "half"}, "^last_block: expected one of whole, pooled, got 'half'$"),
         ({"precision": "load"}, "^precision: expected a type of floating-point numbers, got 'load'$"),
+        ({"precision": "int8"}, "^precision: expected a type of floating-point numbers, got 'int8'$"),
         ({"sizes": 3}, "^sizes: expected"),
     ],
 )
@@ -346,3 +351,7 @@ def test_a_bare_name():
     assert made.blocks[3].mlp.fc1.out_features == 5
     assert made.embed_dim == 48
     assert made.pretrained_cfg["input_size"] == (3, 224, 224)
+    assert made.pretrained_cfg["architecture"] == "secateur_vit"
+    arguments = {"num_classes": 9, "img_size": 32, "depth": 2}
+    made = timm.create_model("secateur_vit", dense="vit_tiny_patch16_224", arguments=arguments, sizes={"width": 48})
+    assert made(torch.randn(1, 3, 32, 32)).shape == (1, 9)
