@@ -11,6 +11,8 @@ model = secateur.load(path)
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .timm_models import offer
+
 if TYPE_CHECKING:
     from . import core, data
     from .anatomy.anatomy import Anatomy
@@ -124,6 +126,10 @@ __all__ = [
     "trained_method",
     "trained_methods",
 ]
+
+
+# timm.create_model builds pruned models wherever secateur is imported; timm itself is not imported for that.
+offer()
 
 
 def __getattr__(name: str) -> Any:

@@ -109,15 +109,14 @@ def new_folder(argument: str, path: object) -> Path:
         InvalidArgument: it is something else.
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise InvalidArgument(f"{argument}: expected a new folder in an existing one, got {path!r}")
+        raise InvalidArgument(f"{argument}: expected a new or an empty folder in an existing one, got {path!r}")
     found = Path(path)
-    if found.is_dir() and not any(found.iterdir()) and not found.is_symlink() and found.name:
-        return writable(argument, found / "x").parent
-    if found.exists() or found.is_symlink():
-        raise InvalidArgument(f"{argument}: expected a new or an empty folder, got {found}")
-    if not found.parent.is_dir():
-        raise InvalidArgument(f"{argument}: expected a new folder in an existing one, got {found}")
-    return writable(argument, found)
+    usable = not any(found.iterdir()) if found.is_dir() and not found.is_symlink() else not os.path.lexists(found)
+    if not found.name or not found.parent.is_dir() or not usable:
+        raise InvalidArgument(f"{argument}: expected a new or an empty folder in an existing one, got {found}")
+    if not os.access(found.parent, os.W_OK):
+        raise InvalidArgument(f"{argument}: expected a folder that can be written, got {found.parent}")
+    return found
 
 
 def options(kind: type[T], given: Mapping[str, Any]) -> T:
@@ -148,6 +147,8 @@ def packages(argument: str, extra: str, *names: str) -> Any:
 
 
 def _option(name: str, value: Any, kind: Any) -> Any:
+    if kind is Any:  # a class since Python 3.11, but no one's
+        return value
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise InvalidArgument(f"{name}: expected one of {', '.join(map(str, get_args(kind)))}, got {value!r}")

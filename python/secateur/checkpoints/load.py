@@ -20,6 +20,7 @@ from ..files import documents
 from ..plans.plan import Plan
 from ..runtime import generators
 from ..statistics.statistics import Statistics
+from ..timm_models import DESCRIBING, ENTRY_POINTS
 from .compare import classes_in, named_as, require_fit
 from .contents import Contents, is_own, read
 from .description import Description, checked_arguments, described, from_settings, said_by
@@ -289,4 +290,9 @@ def _configured(fields: Mapping[str, Any], source: str) -> Description:
         raise InvalidArgument(
             f"path: expected model_args in {source} that are an object, got {type(arguments).__name__}"
         )
+    if architecture in ENTRY_POINTS:
+        # What describes the cut is checked where it is applied; the dense model's arguments are among it.
+        dense = arguments.get("arguments")
+        beside = {name: value for name, value in arguments.items() if name not in DESCRIBING}
+        arguments = {**(dense if isinstance(dense, dict) else {}), **beside}
     return Description(architecture, checked_arguments(arguments, source), source)

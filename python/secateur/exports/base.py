@@ -88,7 +88,7 @@ class Exporter(ABC):
     """An exporter for one file format; a subclass registers itself with ``exports.register``. It has no state.
 
     ``Options`` is a frozen dataclass of its options, derived from ``Checked``. ``suffix`` is the ending that the engine
-    wants of a file's name, if it wants one. With ``folder``, the exporter writes a new folder rather than files.
+    wants of a file's name, if it wants one. With ``folder``, what it writes is a folder, new or empty before.
     """
 
     name: ClassVar[str]

@@ -25,8 +25,8 @@ _OF_ACTIVATIONS = ("approximate", "negative_slope", "alpha", "beta", "threshold"
 _COMPUTED = ("eps", "momentum", "scale", "global_pool", "pool_include_prefix")
 _SIZES = ("strict_img_size", "dynamic_img_size", "dynamic_img_pad")
 SETTINGS = frozenset((*_RATES, *_SWITCHES, *_OF_ACTIVATIONS, *_COMPUTED, *_SIZES))
-# They follow from modules, whatever users have made of them.
-_FOLLOWING = frozenset({"training", "num_classes", "in_chans"})
+# They follow from modules, whatever users have made of them; or tell how a model was made.
+_FOLLOWING = frozenset({"training", "num_classes", "in_chans", "secateur_factory"})
 _LINEAR = "torch.nn.Linear"
 # The argument by which a norm has no scale.
 _AFFINE: Mapping[type[nn.Module], str] = {nn.LayerNorm: "elementwise_affine"}

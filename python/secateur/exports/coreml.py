@@ -10,7 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from math import isclose, sqrt
@@ -25,8 +25,8 @@ from .. import check
 from ..data.model_input import input_dtype
 from ..errors import Error, InvalidArgument, Unsupported, first_line
 from ..runtime.quiet import quiet
-from .base import Checked, Exporter, ExportReport, largest_difference, random_images, register
-from .locate import first_difference
+from .base import Checked, Exporter, ExportReport, random_images, register
+from .locate import Run, located_difference
 
 __all__ = ["CoreMl"]
 
@@ -63,12 +63,11 @@ class CoreMl(Exporter):
 
         Args:
             model: in evaluation mode, on the CPU.
-            path: the package, a folder; an older package is replaced.
+            path: the package, a folder.
             options: ``Options``.
 
         Raises:
-            InvalidArgument: a number that does not fit, a folder that is no package, or a package of Python's that is
-                missing.
+            InvalidArgument: a number that does not fit, or a package of Python's that is missing.
             Unsupported: torch or coremltools does not convert the model; or it is not float32.
             Error: the written package does not describe the model's input, or Core ML computes something else.
         """
@@ -76,27 +75,30 @@ class CoreMl(Exporter):
             check.packages("format", "coreml", "coremltools")
         import coremltools
 
-        _check(model, path, options)
+        _check(model, options)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            written = Path(folder) / "new" / path.name
-            written.parent.mkdir()
+            written = Path(folder) / path.name
             _write(model, written, options)
             details = _looked_at(written, options.max_batch)
             sizes, engine, difference = (), "not run here: Core ML needs macOS", None
             if sys.platform == "darwin":
                 sizes, engine = options.batch_sizes, f"Core ML of macOS {platform.mac_ver()[0]}"
-                difference = _checked(model, written, options, engine)
-            if path.exists():  # a folder cannot be replaced in one step
-                path.replace(Path(folder) / path.name)
-            written.replace(path)
+                difference = located_difference(
+                    model,
+                    _running(written),
+                    sizes,
+                    engine,
+                    lambda watched, place: _converted(watched, place / path.name, options),
+                    batch=_example(options),
+                    dtype=getattr(torch, options.precision),
+                )
+            written.replace(path)  # an empty folder gives way
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         version = f"iOS 18 {options.precision}, coremltools {coremltools.__version__}"
         return ExportReport(self.name, (path,), size, version, engine, sizes, difference, details)
 
 
-def _check(model: nn.Module, path: Path, options: Any) -> None:
-    if path.exists() and not (path / _MANIFEST).is_file():
-        raise InvalidArgument(f"path: expected a new name or a package to replace, got the folder {path}")
+def _check(model: nn.Module, options: Any) -> None:
     most = check.integer("max_batch", options.max_batch)
     if max(options.batch_sizes) > most:
         raise InvalidArgument(
@@ -124,8 +126,7 @@ def _write(model: nn.Module, path: Path, options: Any) -> None:
     import coremltools as ct
 
     some = options.max_batch > 1
-    # A batch of 1 would be taken for a constant.
-    example, batch = random_images(model, 2 if some else 1), torch.export.Dim("batch", min=1)
+    example, batch = random_images(model, _example(options)), torch.export.Dim("batch", min=1)
     with _silent(), torch.no_grad():
         try:
             program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},) if some else None)
@@ -157,6 +158,11 @@ def _write(model: nn.Module, path: Path, options: Any) -> None:
         gc.collect()
     if not (path / _MANIFEST).is_file():
         raise Error(f"export: expected coremltools to write {path.name}, got no package")
+
+
+def _example(options: Any) -> int:
+    """A batch of 1 would be taken for a constant, unless there is no other."""
+    return 2 if options.max_batch > 1 else 1
 
 
 def _returns_several(program: torch.export.ExportedProgram) -> bool:
@@ -215,35 +221,12 @@ def _looked_at(path: Path, most: int) -> dict[str, Any]:
     }
 
 
-def _checked(model: nn.Module, path: Path, options: Any, engine: str) -> float:
-    """Return the largest difference of the package from the model."""
-    dtype = getattr(torch, options.precision)
-
-    def one(images: Tensor) -> Any:
-        (output,) = _running(path)(images)
-        return output
-
-    try:
-        return largest_difference(model, one, options.batch_sizes, engine, dtype)
-    except Error as error:
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                place = Path(folder) / path.name
-
-                def load(watched: nn.Module) -> Callable[[Tensor], Any]:
-                    _write(watched, place, options)
-                    return _running(place)
-
-                first = first_difference(model, load, 2 if options.max_batch > 1 else 1) if dtype.itemsize > 2 else None
-        except Exception:  # the search is a favour; what it was for is the error
-            first = None
-        if first is None:
-            raise
-        name, off = first
-        raise type(error)(f"{error}; the first module that differs is {name} (by {off:.3g})") from error
+def _converted(model: nn.Module, path: Path, options: Any) -> Run:
+    _write(model, path, options)
+    return _running(path)
 
 
-def _running(path: Path) -> Callable[[Tensor], list[Any]]:
+def _running(path: Path) -> Run:
     import coremltools as ct
 
     # The GPU sums float32 in lower precision than the processor.

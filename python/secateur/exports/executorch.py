@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,9 +16,9 @@ from ..errors import Error, InvalidArgument, Unsupported, first_line
 from ..families.attention import plain_attention
 from ..runtime.executorch import Engine, engine, instructions, lowered
 from ..runtime.quiet import quiet
-from .base import Checked, Exporter, ExportReport, largest_difference, random_images, register
-from .bits import calibration_images, cost, difference_of_integers
-from .locate import first_difference
+from .base import Checked, Exporter, ExportReport, random_images, register
+from .bits import Bits, calibration_images, cost, difference_of_integers
+from .locate import Run, located_difference
 
 __all__ = ["ExecuTorch"]
 
@@ -77,7 +76,7 @@ class ExecuTorch(Exporter):
         if (dtype := input_dtype(model)) not in _DTYPES:
             got = str(dtype).removeprefix("torch.")
             raise Unsupported(f"dtype: expected float32 or float16 for executorch, got {got}")
-        bits = "int8" if options.int8 else None
+        bits: Bits | None = "int8" if options.int8 else None
         images = calibration_images(model, options, bits, among="int8", calibrated=bits)
         name = f"ExecuTorch {found.version}"
         details: dict[str, Any] = {"batches": f"1 to {options.max_batch}" if options.max_batch > 1 else "1"}
@@ -93,7 +92,7 @@ class ExecuTorch(Exporter):
                 difference = difference_of_integers(exact, run, model, sizes, name, slack=_SLACK)
                 details |= cost(model, run, images, "int8")
             else:
-                difference = _checked(model, found, run, options, name)
+                difference = located_difference(model, run, sizes, name, lambda watched, _: _loaded(watched, found))
             version = _version(written)
             del run  # some systems do not move files that are open
             written.replace(path)
@@ -149,29 +148,14 @@ def _write(program: torch.export.ExportedProgram, path: Path) -> dict[str, int]:
     return {"delegated": calls["delegate"], "operators_outside": calls.total() - calls["delegate"]}
 
 
-def _load(found: Engine, path: Path) -> Callable[[Tensor], Any]:
+def _load(found: Engine, path: Path) -> Run:
     try:
         return found.load(path)
     except Exception as error:  # as above
         raise Error(f"export: expected a file that ExecuTorch loads, got {first_line(error)}") from error
 
 
-def _checked(model: nn.Module, found: Engine, run: Callable[[Tensor], Any], options: Options, name: str) -> float:
-    """Return the largest difference of the file from the model."""
-    try:
-        return largest_difference(model, run, options.batch_sizes, name)
-    except Error as error:
-        try:
-            first = first_difference(model, lambda watched: _loaded(watched, found), 2)
-        except Exception:  # the search is a favour; what it was for is the error
-            first = None
-        if first is None:
-            raise
-        where, off = first
-        raise type(error)(f"{error}; the first module that differs is {where} (by {off:.3g})") from error
-
-
-def _loaded(watched: nn.Module, found: Engine) -> Callable[[Tensor], Any]:
+def _loaded(watched: nn.Module, found: Engine) -> Run:
     return found.load(lowered(_exported(watched, 2)).buffer)
 
 

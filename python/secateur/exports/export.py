@@ -22,16 +22,17 @@ def export(model: nn.Module, path: str | Path, *, format: str = "onnx", **option
 
     Args:
         model: the model; it maps images (B, C, H, W) to a tensor.
-        path: the file, or the new folder of "timm" and "transformers"; it is written completely or not at all. Some
-            formats want an ending: .xml, .pt2, .pte, .param, .tflite or .mlpackage.
+        path: the file, or a new or empty folder for "timm", "transformers", "hub" and "coreml"; it is written
+            completely or not at all. Some formats want an ending: .xml, .pt2, .pte, .param, .tflite or .mlpackage.
         format: "onnx", "openvino", "executorch", "ncnn", "coreml", "litert", "torch" for the program of
-            ``torch.export``, "timm" or "transformers" for folders that these build the model from without secateur, or
-            "native" for secateur's own file, as written by ``save``; others can be registered.
+            ``torch.export``, "timm" or "transformers" for folders that these build the model from without secateur,
+            "hub" for a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads where secateur is
+            imported, or "native" for secateur's own file, as written by ``save``; others can be registered.
         **options: options of the exporter. All take ``batch_sizes`` for the comparison. "onnx" also takes ``opset``
             (20), ``external_data`` (False: one file, of less than 2 GB) and ``int8`` (linear layers alone), with
             ``static``, ``loader`` and ``max_images``; "openvino" ``source``, ``int8``, ``int4``, ``group_size``,
             ``loader`` and ``max_images``; "executorch" ``max_batch`` (8), ``int8``, ``loader`` and ``max_images``;
-            "coreml" ``max_batch`` (64) and ``precision`` ("float32"); "timm" and "native" ``factory``.
+            "coreml" ``max_batch`` (64) and ``precision`` ("float32"); "timm", "hub" and "native" ``factory``.
 
     Raises:
         InvalidArgument: no such format, an option that does not fit, a folder that cannot be written, or a package
@@ -41,7 +42,8 @@ def export(model: nn.Module, path: str | Path, *, format: str = "onnx", **option
     """
     exporter = exporters.named(format)
     chosen: Any = check.options(exporter.Options, options)
-    file = (check.new_folder if getattr(exporter, "folder", False) else check.writable)("path", path)
+    folder = getattr(exporter, "folder", False)
+    file = check.new_folder("path", path) if folder else check.writable("path", path)
     if not file.name.endswith(getattr(exporter, "suffix", "")):
         raise InvalidArgument(f"path: expected a name that ends in {exporter.suffix} for {format}, got {file.name}")
     place_for(model)

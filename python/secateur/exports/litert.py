@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -21,8 +21,8 @@ from ..data.model_input import input_dtype
 from ..errors import Error, Unsupported, first_line
 from ..families.attention import plain_attention
 from ..runtime.quiet import quiet
-from .base import Checked, Exporter, ExportReport, largest_difference, random_images, register
-from .locate import first_difference
+from .base import Checked, Exporter, ExportReport, random_images, register
+from .locate import Run, located_difference
 
 __all__ = ["LiteRt"]
 
@@ -71,7 +71,14 @@ class LiteRt(Exporter):
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             written = Path(folder) / path.name
             _write(model, written, sizes)
-            difference = _checked(model, written, sizes, engine)
+            difference = located_difference(
+                model,
+                _running(written, sizes),
+                sizes,
+                engine,
+                lambda watched, place: _converted(watched, place / path.name, sizes[:1]),
+                batch=sizes[0],
+            )
             operators = _operators(written)
             written.replace(path)
         details = {
@@ -132,34 +139,12 @@ def _write(model: nn.Module, path: Path, sizes: tuple[int, ...]) -> None:
         raise Error(f"export: expected litert-torch to write {path.name}, got no file")
 
 
-def _checked(model: nn.Module, path: Path, sizes: tuple[int, ...], engine: str) -> float:
-    """Return the largest difference of the file from the model."""
-
-    def one(images: Tensor) -> Any:
-        (output,) = _running(path, sizes)(images)
-        return output
-
-    try:
-        return largest_difference(model, one, sizes, engine)
-    except Error as error:
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                place = Path(folder) / path.name
-
-                def load(watched: nn.Module) -> Callable[[Tensor], Any]:
-                    _write(watched, place, sizes[:1])
-                    return _running(place, sizes[:1])
-
-                first = first_difference(model, load, sizes[0])
-        except Exception:  # the search is a favour; what it was for is the error
-            first = None
-        if first is None:
-            raise
-        name, off = first
-        raise type(error)(f"{error}; the first module that differs is {name} (by {off:.3g})") from error
+def _converted(model: nn.Module, path: Path, sizes: tuple[int, ...]) -> Run:
+    _write(model, path, sizes)
+    return _running(path, sizes)
 
 
-def _running(path: Path, sizes: tuple[int, ...]) -> Callable[[Tensor], list[Any]]:
+def _running(path: Path, sizes: tuple[int, ...]) -> Run:
     from ai_edge_litert.interpreter import Interpreter
 
     with _silent():

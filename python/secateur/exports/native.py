@@ -23,6 +23,7 @@ from ..families.classes import decoded, encoded
 from ..families.registry import family_named, family_of
 from ..files import container
 from ..surgery.structure import Structure
+from ..timm_models import ENTRY_POINTS
 from .base import Checked, Exporter, ExportReport, largest_difference, register
 from .changes import Changes, difference_of, settings_of
 
@@ -66,8 +67,7 @@ def save(
         raise InvalidArgument(f"head: expected 'keep' or 'omit', got {head!r}")
     if head == "omit":
         model = _headless(model)
-    family = family_of(model)
-    anatomy = family.inspect(model)
+    family_of(model)
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             where = name or "the model itself"
@@ -76,6 +76,19 @@ def save(
                 stacklevel=2,
             )
             break
+    header, tensors = described(model, factory)
+    container.write(path, "model", header, tensors)
+
+
+def described(model: nn.Module, factory: Any = None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return what a file says of a model, after the model was rebuilt from that and compared, and its tensors.
+
+    Raises:
+        InvalidArgument: as ``save``.
+        Unsupported: as ``save``.
+    """
+    family = family_of(model)
+    anatomy = family.inspect(model)
     tensors = model.state_dict()
     # Buffers that were cut cannot be recomputed.
     tensors |= {name: tensor_of(model, name) for name in anatomy.buffers if name not in tensors}
@@ -121,12 +134,12 @@ def save(
         **structure.to_dict(),
         "changes": changes.to_dict(),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
-        "pretrained_cfg": _without_sources(getattr(model, "pretrained_cfg", None)),
+        "pretrained_cfg": _of_dense(without_sources(getattr(model, "pretrained_cfg", None)), architecture),
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
     recorded = f"model: expected what {architecture} with its recorded arguments is"
     try:
-        rebuilt = _skeleton(header)
+        rebuilt = skeleton(header)
     except InvalidArgument as error:
         raise InvalidArgument(f"{recorded}, got one that they cannot be cut to ({error})") from error
     changes = replace(changes, settings=settings_of(model, rebuilt))
@@ -137,7 +150,7 @@ def save(
         raise InvalidArgument(
             f"{recorded}, got {difference}; put back what it builds before saving, and change it again after loading"
         )
-    container.write(path, "model", header, tensors)
+    return header, tensors
 
 
 @torch.inference_mode(False)  # inference tensors cannot be trained
@@ -156,7 +169,7 @@ def load(path: str | Path, *, verify: bool = True) -> nn.Module:
     expected = f"{Path(path).name}: expected a model that timm {timm.__version__} can build"
     try:
         with container.understood(expected):
-            model = _skeleton(header)
+            model = skeleton(header)
             frozen, config, handmade = set(header["frozen"]), header["pretrained_cfg"], header["handmade"]
     except InvalidArgument as error:
         raise InvalidArgument(f"{expected}, got {str(error).removeprefix(f'{expected}, got ')}") from error
@@ -236,9 +249,14 @@ def _checked(factory: Any, architecture: str) -> tuple[str, Mapping[str, Any]]:
 
 
 @core.host_by_default()
-def _skeleton(header: Mapping[str, Any]) -> nn.Module:
-    """Build the model of a header, without weights."""
-    model = _built(header["family"], header["architecture"], header["arguments"])
+def skeleton(header: Mapping[str, Any], device: str | torch.device = "meta") -> nn.Module:
+    """Build the model of a header, without weights on the meta device, elsewhere with initial values.
+
+    Raises:
+        InvalidArgument: a header that cannot be.
+        Unsupported: an architecture or a family that is not known.
+    """
+    model = _built(header["family"], header["architecture"], header["arguments"], device)
     try:
         changes = Changes.from_dict(header.get("changes", {}))
         changes.replace(model)
@@ -252,8 +270,10 @@ def _skeleton(header: Mapping[str, Any]) -> nn.Module:
 
 
 @core.host_by_default()
-def _built(family: str, architecture: str, arguments: Mapping[str, Any], device: str = "meta") -> nn.Module:
-    """Build the dense model, without weights."""
+def _built(
+    family: str, architecture: str, arguments: Mapping[str, Any], device: str | torch.device = "meta"
+) -> nn.Module:
+    """Build the dense model, without weights by default."""
     arguments = {name: decoded(value) for name, value in arguments.items()}
     depth = arguments.get("depth", 1)
     if isinstance(depth, (int, float)) and depth > _MAX_DEPTH:
@@ -274,10 +294,16 @@ def _is_json(value: Any) -> bool:
     return True
 
 
-def _without_sources(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def without_sources(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return timm's configuration as far as JSON can hold it, without where the dense weights are."""
     if not config:
         return None
     return {name: value for name, value in config.items() if name not in _WEIGHT_SOURCES and _is_json(value)}
+
+
+def _of_dense(config: dict[str, Any] | None, architecture: str) -> dict[str, Any] | None:
+    # That of a model that timm built from a folder names secateur's entry point.
+    return config | {"architecture": architecture} if config and config.get("architecture") in ENTRY_POINTS else config
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 
 from .. import check
 from ..data.model_input import input_dtype
-from ..errors import Error, Unsupported, first_line
+from ..errors import Unsupported, first_line
 from ..families.vision_transformer.modules import split_attention
 from ..runtime.quiet import quiet
-from .base import Checked, Exporter, ExportReport, largest_difference, random_images, register
-from .locate import first_difference
+from .base import Checked, Exporter, ExportReport, random_images, register
+from .locate import Run, located_difference
 
 __all__ = ["Ncnn"]
 
@@ -88,7 +87,9 @@ class Ncnn(Exporter):
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             written = _converted(model, Path(folder))
             operators = _operators(written)
-            difference = _checked(model, written, options.batch_sizes, engine)
+            difference = located_difference(
+                model, _running(written), options.batch_sizes, engine, lambda *given: _running(_converted(*given))
+            )
             # The weights first: a model without them is worse than weights without a model.
             parts = [(written.with_suffix(".bin"), path.with_suffix(".bin")), (written, path)]
             files = tuple(part.replace(place) for part, place in parts)[::-1]
@@ -158,28 +159,7 @@ def _operators(path: Path) -> Counter[str]:
     return Counter(line.split()[0] for line in path.read_text(encoding="utf-8").splitlines()[2:] if line.strip())
 
 
-def _checked(model: nn.Module, path: Path, sizes: tuple[int, ...], engine: str) -> float:
-    """Return the largest difference of the file from the model."""
-
-    def one(images: Tensor) -> Any:
-        outputs = _running(path)(images)
-        return outputs[0] if len(outputs) == 1 else outputs
-
-    try:
-        return largest_difference(model, one, sizes, engine)
-    except Error as error:
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                first = first_difference(model, lambda watched: _running(_converted(watched, Path(folder))), 2)
-        except Exception:  # the search is a favour; what it was for is the error
-            first = None
-        if first is None:
-            raise
-        name, off = first
-        raise type(error)(f"{error}; the first module that differs is {name} (by {off:.3g})") from error
-
-
-def _running(path: Path) -> Callable[[Tensor], list[Any]]:
+def _running(path: Path) -> Run:
     def run(images: Tensor) -> list[Any]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)

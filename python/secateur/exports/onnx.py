@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from .. import check
 from ..errors import Error, InvalidArgument, Unsupported, first_line
 from ..runtime.quiet import quiet
-from .base import Checked, Exporter, ExportReport, largest_difference, random_images, register
+from .base import Checked, Exporter, ExportReport, random_images, register
 from .bits import Bits, calibration_images, cost, difference_of_integers
+from .locate import Run, located_difference
 from .onnx_bits import in_int8
 
 __all__ = ["Onnx", "write"]
@@ -63,7 +64,7 @@ class Onnx(Exporter):
             InvalidArgument: a number that does not fit, options that contradict each other, or a package that is
                 missing.
             Unsupported: torch cannot export the model, or not in this opset.
-            Error: onnxruntime computes something else.
+            Error: onnxruntime computes something else; the text names the first module where it does.
         """
         check.packages("format", "onnx", "onnx", "onnxscript", "onnxruntime")
         opset, sizes = check.integer("opset", options.opset, 18), options.batch_sizes
@@ -81,7 +82,9 @@ class Onnx(Exporter):
             if found != opset:
                 raise Unsupported(f"opset: expected torch {torch.__version__} to write {opset}, got {found}")
             engine, run = _session(written)
-            difference = largest_difference(model, run, sizes, engine)
+            difference = located_difference(
+                model, run, sizes, engine, lambda watched, place: _converted(watched, place / path.name, opset)
+            )
             details: dict[str, Any] = {}
             if bits is not None:
                 source, written = written, Path(folder) / bits / path.name
@@ -174,7 +177,12 @@ def _opset(path: Path) -> int:
     return max((int(each.version) for each in imported if each.domain in ("", "ai.onnx")), default=0)
 
 
-def _session(path: Path, optimized: bool = True) -> tuple[str, Any]:
+def _converted(model: nn.Module, path: Path, opset: int) -> Run:
+    write(model, path, opset, external_data=True)
+    return _session(path)[1]
+
+
+def _session(path: Path, optimized: bool = True) -> tuple[str, Run]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -188,8 +196,8 @@ def _session(path: Path, optimized: bool = True) -> tuple[str, Any]:
         reason = first_line(error)
         raise Unsupported(f"model: expected one that onnxruntime runs, got {reason}") from error
 
-    def run(images: Tensor) -> Tensor:
-        (output,) = session.run(None, {_INPUT: images.numpy()})
-        return torch.from_numpy(output)
+    def run(images: Tensor) -> Any:
+        outputs = [torch.from_numpy(output) for output in session.run(None, {_INPUT: images.numpy()})]
+        return outputs[0] if len(outputs) == 1 else outputs
 
     return f"onnxruntime {onnxruntime.__version__}", run

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from .. import check
 from ..data.model_input import input_dtype
-from ..errors import Error, InvalidArgument, Unsupported
+from ..errors import InvalidArgument, Unsupported
 from ..families.attention import plain_attention
 from ..runtime.quiet import quiet
-from .base import Checked, Exporter, ExportReport, largest_difference, random_images, register
+from .base import Checked, Exporter, ExportReport, random_images, register
 from .bits import Bits, calibration_images, cost, difference_of_integers
-from .locate import first_difference
+from .locate import Run, located_difference
 from .onnx import write
 from .openvino_bits import decompressed, in_int4, in_int8, refuse_groups
 
@@ -95,7 +95,10 @@ class OpenVino(Exporter):
             written = Path(folder) / path.name
             chosen = _best(model, Path(folder), options.source)
             _save(chosen.model, written)
-            difference = _checked(model, chosen.source, written, sizes, engine)
+            convert = _WAYS[chosen.source]
+            difference = located_difference(
+                model, _load(written), sizes, engine, lambda *given: _running(_compiled(convert(*given)))
+            )
             details: dict[str, Any] = {"converted_from": chosen.source} | chosen.counts
             if bits is not None:
                 smaller = in_int8(chosen.model, images) if options.int8 else in_int4(chosen.model, options.group_size)
@@ -190,7 +193,7 @@ def _compiled(model: Any) -> Any:
     return openvino.Core().compile_model(model, "CPU", settings)
 
 
-def _running(compiled: Any) -> Callable[[Tensor], Any]:
+def _running(compiled: Any) -> Run:
     def run(images: Tensor) -> Any:
         outputs = list(compiled(images.numpy(), share_outputs=False).values())
         return outputs[0] if len(outputs) == 1 else outputs
@@ -207,31 +210,13 @@ def _save(model: Any, path: Path) -> None:
     openvino.save_model(model, path, compress_to_fp16=False)  # True is OpenVINO's default
 
 
-def _load(path: Path) -> Callable[[Tensor], Any]:
+def _load(path: Path) -> Run:
     import openvino
 
     try:
         return _running(_compiled(openvino.Core().read_model(path)))
     except Exception as error:  # OpenVINO has exceptions of its own
         raise Unsupported(f"model: expected one that OpenVINO runs, got {_reason(error)}") from error
-
-
-def _checked(model: nn.Module, source: str, path: Path, sizes: tuple[int, ...], engine: str) -> float:
-    """Return the largest difference of the file from the model."""
-    run = _load(path)
-    try:
-        return largest_difference(model, run, sizes, engine)
-    except Error as error:
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                place, convert = Path(folder), _WAYS[source]
-                first = first_difference(model, lambda watched: _running(_compiled(convert(watched, place))), 2)
-        except Exception:  # the search is a favour; what it was for is the error
-            first = None
-        if first is None:
-            raise
-        name, off = first
-        raise type(error)(f"{error}; the first module that differs is {name} (by {off:.3g})") from error
 
 
 def _version(path: Path) -> str:

@@ -11,7 +11,8 @@ from torch import nn
 
 from ..errors import Error, Unsupported, first_line
 from ..runtime.quiet import quiet
-from .base import Checked, Exporter, ExportReport, largest_difference, random_images, register
+from .base import Checked, Exporter, ExportReport, random_images, register
+from .locate import located_difference
 
 __all__ = ["Program"]
 
@@ -34,7 +35,7 @@ class Program(Exporter):
 
         Raises:
             Unsupported: torch cannot export the model for batches of any size.
-            Error: the loaded program computes something else.
+            Error: the loaded program computes something else; the text names the first module where it does.
         """
         program = _exported(model)
         # torch keeps the example in the file.
@@ -43,7 +44,10 @@ class Program(Exporter):
             written = Path(folder) / path.name
             torch.export.save(program, written)
             engine = f"torch {torch.__version__}"
-            difference = largest_difference(model, torch.export.load(written).module(), options.batch_sizes, engine)
+            run = torch.export.load(written).module()
+            difference = located_difference(
+                model, run, options.batch_sizes, engine, lambda watched, _: _exported(watched).module()
+            )
             written.replace(path)
         version = f"{torch.__version__}, cpu"
         return ExportReport(self.name, (path,), path.stat().st_size, version, engine, options.batch_sizes, difference)

@@ -10,7 +10,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..anatomy import Indices, Member, NormSite, Part, Role, parameter_name, unit_entries
+from ..timm_models import DESCRIBING, ENTRY_POINTS
 from .base import NORMS, current_arguments, refuse_computed, unsupported
+from .classes import decoded
 
 __all__ = ["Walk", "has", "identity", "macs_of", "unread"]
 
@@ -97,12 +99,19 @@ def identity(model: nn.Module) -> tuple[str, dict[str, Any], bool]:
     """Return how to build the model's dense form, as timm recorded it; just the class for a model built by hand."""
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     recorded: Any = getattr(model, "_model_args", None)
+    from_entry = architecture in ENTRY_POINTS and recorded is not None
+    if from_entry:
+        architecture = None if recorded.get("handmade") else recorded["dense"]
     if not architecture or recorded is None:
         # A class that replaces the library's names it.
         return getattr(type(model), "dense_class", type(model)).__name__, {}, True
     # timm does not publish the drop rates with a model, but further training needs them.
     drop = {name: value for name, value in recorded.items() if "drop" in name}
     arguments = get_model_args(model, drop)
+    if from_entry:
+        # The dense model's arguments are one of its own; what was given beside them goes before.
+        beside = {name: value for name, value in arguments.items() if name not in DESCRIBING}
+        arguments = {**decoded(recorded["arguments"]), **beside}
     # Modules may have been replaced by hand.
     now = current_arguments(model)
     return architecture, {name: now.get(name, value) for name, value in arguments.items()}, False

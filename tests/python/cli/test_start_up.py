@@ -48,6 +48,22 @@ def test_importing_the_package_imports_no_torch_until_a_name_is_used() -> None:
     assert "secateur.data.loader" in json.loads(report)
 
 
+@pytest.mark.parametrize(
+    "imports", ["secateur, timm", "timm, secateur", "timm.models, secateur", "secateur, timm.models"]
+)
+def test_timm_knows_the_entry_points_where_both_are_imported(imports: str) -> None:
+    """In any order, once, and timm's module is what it is without secateur."""
+    code = (
+        f"import {imports}, importlib, sys\n"
+        "assert timm.list_models('secateur_*') == ['secateur_cnn', 'secateur_swin', 'secateur_vit']\n"
+        "importlib.reload(secateur)\n"
+        "assert type(timm.models.__spec__.loader).__name__ == 'SourceFileLoader'\n"
+        "assert len([each for each in sys.meta_path if type(each).__module__.startswith('secateur')]) == 1\n"
+    )
+    found = imported(f"import warnings\nwarnings.simplefilter('error', UserWarning)\n{code}")
+    assert "secateur.exports.timm_entry" not in found
+
+
 def test_names_for_later_are_there_when_they_are_asked_for() -> None:
     assert sorted(lazy._MODULES) == lazy.__all__
     for name in lazy.__all__:

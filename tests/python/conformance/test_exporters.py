@@ -38,6 +38,7 @@ def file_of(name, folder, stem="model"):
 
 
 def below(folder):
+    """All files, also those of a format that is a folder of files."""
     return sorted(each for each in folder.rglob("*") if each.is_file())
 
 

@@ -68,6 +68,12 @@ def test_a_loaded_model_is_initialised_as_timm_would(name, more, tmp_path):
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+def test_a_factory_is_an_option_of_the_export(tmp_path):
+    model = small_vit()
+    sc.export(model, tmp_path / "model", format="native", factory=("VisionTransformer", {**SMALL, "mlp_ratio": 2.2}))
+    assert torch.equal(sc.load(tmp_path / "model").head.weight, model.head.weight)
+
+
 def rebuilt(model, tmp_path, **arguments):
     sc.save(model, tmp_path / "model.safetensors", **arguments)
     loaded = sc.load(tmp_path / "model.safetensors")
