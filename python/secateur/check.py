@@ -109,11 +109,11 @@ def new_folder(argument: str, path: object) -> Path:
         InvalidArgument: it is something else.
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise InvalidArgument(f"{argument}: expected a new or an empty folder in an existing one, got {path!r}")
+        raise InvalidArgument(f"{argument}: expected a new or empty folder in an existing one, got {path!r}")
     found = Path(path)
     usable = not any(found.iterdir()) if found.is_dir() and not found.is_symlink() else not os.path.lexists(found)
     if not found.name or not found.parent.is_dir() or not usable:
-        raise InvalidArgument(f"{argument}: expected a new or an empty folder in an existing one, got {found}")
+        raise InvalidArgument(f"{argument}: expected a new or empty folder in an existing one, got {found}")
     if not os.access(found.parent, os.W_OK):
         raise InvalidArgument(f"{argument}: expected a folder that can be written, got {found.parent}")
     return found

@@ -157,10 +157,12 @@ def test_a_folder_is_new_or_empty(digits_model, tmp_path):
     (full / "notes").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for path in (full, tmp_path / "file"):
-        with pytest.raises(sc.InvalidArgument, match=f"^path: expected a new or an empty folder, got {path}$"):
+        with pytest.raises(
+            sc.InvalidArgument, match=f"^path: expected a new or empty folder in an existing one, got {path}$"
+        ):
             sc.export(digits_model, path, format="timm")
     for path in (tmp_path / "none" / "x", 3):
-        with pytest.raises(sc.InvalidArgument, match="^path: expected a new folder in an existing one, got "):
+        with pytest.raises(sc.InvalidArgument, match="^path: expected a new or empty folder in an existing one, got "):
             sc.export(digits_model, path, format="timm")
     sc.export(digits_model, empty, format="timm", batch_sizes=(1,))
     assert (full / "notes").read_text() == "mine"
