@@ -111,7 +111,7 @@ def _converted(model: nn.Module, folder: Path) -> Path:
     """
     import pnnx
 
-    # Of one image: the file then takes batches of any size. Made of two, it ends the process that runs it.
+    # Of one image: the file then takes batches of any size.
     example = random_images(model, 1)
     with split_attention(model), quiet(), torch.no_grad():
         try:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,30 @@ def lowered(program: torch.export.ExportedProgram) -> Any:
     from executorch.exir import to_edge_transform_and_lower
 
     with quiet(*_LOGGERS), torch.no_grad():
+        # Of what returns a list of tensors, ExecuTorch asks how long the first is, and fixes the batch by that.
+        program = program.run_decompositions(_PARTS)
         return to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+
+
+def _in_parts(x: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Tensor]:
+    ends = [*accumulate(sizes)]
+    return [torch.ops.aten.slice.Tensor(x, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _in_equal_parts(x: Tensor, size: int, dim: int = 0) -> list[Tensor]:
+    whole = int(x.shape[dim])
+    return _in_parts(x, [min(size, whole - start) for start in range(0, whole, size)], dim)
+
+
+def _in_chunks(x: Tensor, chunks: int, dim: int = 0) -> list[Tensor]:
+    return _in_equal_parts(x, -(-int(x.shape[dim]) // chunks), dim)
+
+
+_PARTS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.split_with_sizes.default: _in_parts,
+    torch.ops.aten.split.Tensor: _in_equal_parts,
+    torch.ops.aten.chunk.default: _in_chunks,
+}
 
 
 def instructions(program: Any) -> Counter[str]:

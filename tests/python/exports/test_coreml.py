@@ -102,16 +102,12 @@ class Drifting(nn.Module):
 
 
 @pytest.mark.usefixtures("on_macos")
-def test_the_module_that_differs_is_named_and_the_older_package_stays(tmp_path):
-    package = tmp_path / "x.mlpackage"
-    package.mkdir()
-    (package / "Manifest.json").write_text("older")
+def test_the_module_that_differs_is_named_and_no_package_is_left(tmp_path):
     model = small_vit()
     model.blocks[1].mlp.drop1 = Drifting()
     with pytest.raises(sc.Error, match=r"; the first module that differs is blocks\.1\.mlp\.drop1 \(by [0-9.]+\)$"):
-        sc.export(model, package, format="coreml", batch_sizes=(2,))
-    assert [each.name for each in tmp_path.iterdir()] == ["x.mlpackage"]
-    assert (package / "Manifest.json").read_text() == "older"
+        sc.export(model, tmp_path / "x.mlpackage", format="coreml", batch_sizes=(2,))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_package_without_a_loadable_model(coreml, tmp_path, monkeypatch):
@@ -137,7 +133,7 @@ def test_what_is_refused(tmp_path):
     (other / "mine").write_text("mine")
     for net, name, given, text in (
         (small_vit(), "x.xml", {}, r"^path: expected a name that ends in \.mlpackage for coreml, got x\.xml$"),
-        (small_vit(), "other.mlpackage", {}, "^path: expected a new name or a package to replace, got the folder "),
+        (small_vit(), "other.mlpackage", {}, "^path: expected a new or empty folder in an existing one, got "),
         (small_vit(), "x.mlpackage", {"max_batch": 3}, r"^batch_sizes: expected at most max_batch \(3\), got 1, 2, 7$"),
         (small_vit().half(), "x.mlpackage", {}, r"^dtype: expected float32 for coreml \(.*\), got float16$"),
         (
@@ -172,5 +168,7 @@ def test_a_missing_package_is_named_with_what_installs_it(tmp_path, monkeypatch)
     with pytest.raises(sc.InvalidArgument, match=text):
         sc.export(small_vit(), tmp_path / "x.mlpackage", format="coreml")
     (tmp_path / "x.mlpackage").write_text("a file")
-    with pytest.raises(sc.InvalidArgument, match="^path: expected a folder in an existing folder, got .*x.mlpackage$"):
+    with pytest.raises(
+        sc.InvalidArgument, match="^path: expected a new or empty folder in an existing one, got .*x.mlpackage$"
+    ):
         sc.export(small_vit(), tmp_path / "x.mlpackage", format="coreml")

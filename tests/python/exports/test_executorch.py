@@ -81,6 +81,32 @@ def test_batches_and_what_the_report_says(tmp_path):
         outputs(tmp_path / "model.pte", torch.randn(6, 3, 12, 12))
 
 
+class Parts(nn.Module):
+    """Parts of channels by every operator that gives a list, also of sizes that differ."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 7, 3), nn.Linear(7, 4)
+
+    def forward(self, x):
+        a, b = self.conv(x).split([2, 5], 1)
+        c, d, e = torch.cat([b, a], 1).split(3, 1)
+        f, g = torch.cat([e, d, c], 1).chunk(2, 1)
+        return self.head(torch.cat([g, f.sigmoid()], 1).mean((2, 3)))
+
+
+@needs_executorch
+def test_what_splits_tensors_takes_batches_of_any_size(tmp_path):
+    torch.manual_seed(0)
+    model, file = Parts().eval(), tmp_path / "x.pte"
+    model.pretrained_cfg = {"input_size": (3, 9, 11)}
+    sc.export(model, file, format="executorch", max_batch=6)
+    for batch in (1, 4, 6):
+        images = torch.randn(batch, 3, 9, 11)
+        with torch.no_grad():
+            assert torch.allclose(outputs(file, images), model(images), rtol=0, atol=1e-5)
+
+
 @needs_executorch
 def test_single_images_of_a_pruned_model(digits_model, digits_images, tmp_path):
     """Queries of other sizes than values, a narrower stream, and a layer less."""
@@ -289,7 +315,8 @@ def test_an_executorch_of_another_torch_and_a_folder_of_its_name(argument, versi
 def test_threads_change_only_while_nothing_is_loaded(packages):
     """Programs hold the address of the threads that they were loaded with."""
     kinds = {name: type(name, (), {}) for name in ("ExecuTorchModule", "ExecuTorchProgram", "ExecuTorchMethod")}
-    count = [4]
+    wanted = torch.get_num_threads()
+    count = [wanted + 3]
     members = {
         "_threadpool_get_thread_count": lambda: count[0],
         "_unsafe_reset_threadpool": lambda wanted: count.__setitem__(0, wanted),
@@ -298,20 +325,20 @@ def test_threads_change_only_while_nothing_is_loaded(packages):
     packages(executorch={}, extension={}, runtime={"Runtime": runtime})
     packages(**{"extension.pybindings": {}, "extension.pybindings.portable_lib": kinds | members})
     late = Engine("9.9")  # others may have loaded programs before
-    with pytest.raises(sc.Unsupported, match="^threads: expected 4, which ExecuTorch has .* got 1$"):
+    with pytest.raises(sc.Unsupported, match=f"^threads: expected {wanted + 3}, which ExecuTorch has .* got {wanted}$"):
         late.use_torchs_threads()
     bindings = sys.modules.pop("executorch.extension.pybindings.portable_lib")
     runtime.get = staticmethod(lambda: sys.modules.__setitem__(bindings.__name__, bindings))
     engine = Engine("9.9")
-    for kind in kinds.values():
-        count[0] = 4
-        alive = kind()
+    for name in kinds:
+        count[0] = wanted + 3
+        alive = kinds[name]()
         with pytest.raises(sc.Unsupported):
             engine.use_torchs_threads()
-        assert count == [4]
+        assert count == [wanted + 3]
         del alive
         engine.use_torchs_threads()
-        assert count == [1]
-        alive = kind()
+        assert count == [wanted]
+        alive = kinds[name]()
         engine.use_torchs_threads()  # nothing to do
         del alive
