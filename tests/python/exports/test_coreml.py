@@ -79,8 +79,9 @@ def test_a_fixed_shape_in_halves(digits_model, digits_images, coreml, tmp_path):
     more = {"max_batch": 1, "batch_sizes": (1,)}
     single = sc.export(digits_model, package, format="coreml", **more)
     assert close(package, digits_model, digits_images[:1])
+    package = tmp_path / "half.mlpackage"
     half = sc.export(digits_model, package, format="coreml", precision="float16", **more)
-    assert [each.name for each in tmp_path.iterdir()] == ["model.mlpackage"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["half.mlpackage", "model.mlpackage"]
     described = coreml.models.MLModel(str(package), skip_model_load=True).get_spec().description
     assert list(described.input[0].type.multiArrayType.shape) == [1, 3, 32, 32]
     assert half.size < 0.7 * single.size
