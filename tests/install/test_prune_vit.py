@@ -520,7 +520,7 @@ def test_what_does_not_fit_is_refused(program, tmp_path):
         ("dense", "buffers", ("--qk", "nan"), "ratios: expected fractions from 0 to below 1, got -?nan"),
         ("dense", "buffers", ("--qk", "half"), "--qk: expected a number, got 'half'"),
         ("dense", "buffers", ("--gamma",), "--gamma: expected a value, got none"),
-        ("dense", "buffers", ("--gamma", 0), "--gamma: expected 1 to 1000000, got 0"),
+        ("dense", "buffers", ("--gamma", 0), "--gamma: expected a whole number from 1 to 1000000, got 0"),
         ("dense", "buffers", ("--all",), "arguments: expected --qk, .*, got --all"),
         ("dense", "buffers", ("more",), "arguments: expected MODEL BUFFERS OUT, got 4 files"),
         (
