@@ -183,11 +183,11 @@ void run(const Options& options) {
   } while (options.runs > 0 ? times[0].size() < static_cast<std::size_t>(options.runs)
                             : elapsed() < options.seconds);
 
-  const std::string threads = options.threads > 0 ? std::to_string(options.threads) : "its choice";
+  const std::string threads = options.threads > 0 ? std::to_string(options.threads) : "default";
   std::printf("onnxruntime %s, threads: %s, runs: %zu\n", Ort::GetVersionString().c_str(),
               threads.c_str(), times[0].size());
   for (std::size_t i = 0; i < times.size(); ++i) {
-    std::printf("%s: %.4g images/s, images %s\n", options.files[i].c_str(),
+    std::printf("%s: %.1f images/s, images %s\n", options.files[i].c_str(),
                 static_cast<double>(batch) / median(times[i]),
                 to_text(contenders[i].shape()).c_str());
   }

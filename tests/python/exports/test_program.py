@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import secateur as sc
@@ -145,7 +146,6 @@ def test_compiled_attention_calls_torchs_flash_kernel(compiled):
     _, file, _ = compiled
     text = code(file)
     assert text.count("aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu(") == 2
-    assert "bmm" not in text
     assert "softmax" not in text
 
 
@@ -158,7 +158,7 @@ def test_compiled_code_takes_torchs_threads_when_it_runs(compiled):
 
 
 def test_compiling_says_nothing(tmp_path):
-    search = os.pathsep.join(path for path in sys.path if path)
+    search = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     done = subprocess.run(
         [sys.executable, "-c", EXPORTS, tmp_path / "model.pt2"],
         capture_output=True,
