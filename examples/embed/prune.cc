@@ -7,12 +7,12 @@
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
-#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <memory>
 
 #include "container.h"
+#include "program.h"
 
 namespace embed {
 namespace {
@@ -21,13 +21,6 @@ namespace {
 constexpr std::uint64_t kPiece = std::uint64_t{8} << 20;
 // Of a row, which is never divided.
 constexpr std::uint64_t kMaxRow = std::uint64_t{32} << 20;
-
-double number(const std::string& option, const std::string& text) {
-  char* end = nullptr;
-  const double value = std::strtod(text.c_str(), &end);
-  if (text.empty() || *end != '\0') refuse(option, "a number", "'" + text + "'");
-  return value;
-}
 
 /// Rows of a tensor's first axis, and the bytes of each.
 struct Rows {
@@ -204,43 +197,26 @@ double peak_memory() {
   return 0;
 }
 
-/// Names out of a file may hold anything: one line of a bearable length, without control
-/// characters.
-std::string printable(std::string text) {
-  constexpr std::size_t kLongest = 1000;
-  if (text.size() > kLongest) text = text.substr(0, kLongest) + "...";
-  for (char& c : text) {
-    if (c < ' ' || c > '~') c = '?';
-  }
-  return text;
-}
-
 }  // namespace
 
 Options parse(const std::vector<std::string>& arguments, const std::vector<std::string>& files) {
   Options options;
-  for (std::size_t i = 0; i < arguments.size(); ++i) {
-    const std::string& word = arguments[i];
-    const auto value = [&]() -> const std::string& {
-      if (i + 1 == arguments.size()) refuse(word, "a value", "none");
-      return arguments[++i];
-    };
+  for (Words words(arguments); words.left();) {
+    const std::string& word = words.next();
     if (word == "--qk") {
-      options.ratios.qk = number(word, value());
+      options.ratios.qk = words.number();
     } else if (word == "--v") {
-      options.ratios.v = number(word, value());
+      options.ratios.v = words.number();
     } else if (word == "--ffn") {
-      options.ratios.ffn = number(word, value());
+      options.ratios.ffn = words.number();
     } else if (word == "--gamma") {
-      const double gamma = number(word, value());
-      if (!(gamma >= 1 && gamma <= 1e6)) refuse(word, "1 to 1000000", arguments[i]);
-      options.gamma = static_cast<std::int64_t>(gamma);
+      options.gamma = words.whole(1000000);
     } else if (word == "--stream") {
       options.stream = true;
     } else if (word == "--no-verify") {
       options.verify = false;
     } else if (word == "--report") {
-      options.report = value();
+      options.report = words.value();
     } else if (word.rfind("--", 0) == 0) {
       refuse("arguments", "--qk, --v, --ffn, --gamma, --stream, --no-verify or --report", word);
     } else {
@@ -294,14 +270,6 @@ void prune(const Options& options, const ScoreQueryKey& score) {
   }
   if (!options.report.empty()) write_report(options.report, choices);
   std::printf("peak memory: %.1f MiB\n", peak_memory());
-}
-
-int run_program(const char* name, const std::function<void()>& program) try {
-  program();
-  return 0;
-} catch (const std::exception& error) {
-  std::fprintf(stderr, "%s: %s\n", name, printable(error.what()).c_str());
-  return 1;
 }
 
 }  // namespace embed

@@ -27,7 +27,4 @@ using ScoreQueryKey = std::function<Scores(const std::vector<Block>& blocks)>;
 /// Writes the smaller model and the report, and prints what stays.
 void prune(const Options& options, const ScoreQueryKey& score);
 
-/// Returns the exit status of a program: 1 after an exception, which is one line on stderr.
-int run_program(const char* name, const std::function<void()>& program);
-
 }  // namespace embed

@@ -8,16 +8,15 @@
 // with one input, (images, channels, height, width) in float32, and queries and keys among its
 // outputs: "blocks.0.q" and "blocks.0.k", ..., (images, tokens, heads, head_dim) each. IMAGES is a
 // .safetensors file with the calibration images, "images". The options are those of prune_vit.
-#include <onnxruntime_cxx_api.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include "graph.h"
+#include "program.h"
 #include "prune.h"
 #include "safetensors.h"
 #include "vit.h"
@@ -28,72 +27,17 @@ namespace {
 // Images of a call where the graph leaves that open.
 constexpr std::int64_t kBatch = 16;
 
-std::optional<secateur::DType> dtype_of(ONNXTensorElementDataType type) {
-  switch (type) {
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
-      return secateur::DType::f32;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
-      return secateur::DType::f16;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
-      return secateur::DType::bf16;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE:
-      return secateur::DType::f64;
-    default:
-      return std::nullopt;
-  }
-}
-
-std::string name_of(ONNXTensorElementDataType type) {
-  const std::optional<secateur::DType> dtype = dtype_of(type);
-  return dtype ? secateur::name(*dtype) : "ONNX's type " + std::to_string(type);
-}
-
-/// "(any, 3, 224, 224)": a graph's sizes are -1 where it leaves them open.
-std::string to_text(const std::vector<std::int64_t>& shape) {
-  std::string text;
-  for (const std::int64_t size : shape) {
-    text += (text.empty() ? "(" : ", ") + (size < 0 ? "any" : std::to_string(size));
-  }
-  return text.empty() ? "()" : text + ")";
-}
-
-/// A graph that onnxruntime runs on the CPU.
-class Graph {
+/// Runs a graph for the queries and keys of blocks.
+class Observer {
  public:
-  explicit Graph(const std::string& path)
-      : name_(File(path).name()), session_(load(env_, path, name_)) {
-    const std::size_t inputs = session_.GetInputCount();
-    if (inputs != 1) refuse(name_, "a graph of one input", std::to_string(inputs));
-    input_ = session_.GetInputNameAllocated(0, allocator_).get();
-    const Ort::TypeInfo info = session_.GetInputTypeInfo(0);
-    const std::string what = name_ + ": " + input_;
-    if (info.GetONNXType() != ONNX_TYPE_TENSOR) refuse(what, "a tensor", "another type");
-    const auto tensor = info.GetTensorTypeAndShapeInfo();
-    if (tensor.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
-      refuse(what, "images of float32", name_of(tensor.GetElementType()));
-    }
-    shape_ = tensor.GetShape();
-    if (shape_.size() != 4) {
-      refuse(what, "images, (images, channels, height, width)", to_text(shape_));
-    }
-  }
-
-  const std::string& name() const { return name_; }
-  /// Of the input; -1 where any size will do.
-  const std::vector<std::int64_t>& shape() const { return shape_; }
-
-  /// Asks for queries and keys of all blocks that have them.
-  void ask_for(const std::vector<Block>& blocks) {
-    std::vector<std::string> there;
-    for (std::size_t i = 0; i < session_.GetOutputCount(); ++i) {
-      there.emplace_back(session_.GetOutputNameAllocated(i, allocator_).get());
-    }
+  Observer(Graph& graph, const std::vector<Block>& blocks) : graph_(graph) {
+    const std::vector<std::string>& there = graph.outputs();
     for (const Block& block : blocks) {
       if (block.heads == 0) continue;
       for (const char* const kind : {".q", ".k"}) {
         const std::string output = block.name + kind;
         if (std::find(there.begin(), there.end(), output) == there.end()) {
-          refuse(name_, "an output " + output, "none of that name");
+          refuse(graph.name(), "an output " + output, "none of that name");
         }
         outputs_.push_back(output);
       }
@@ -104,40 +48,21 @@ class Graph {
   Observed run(float* images, const std::vector<std::int64_t>& shape) {
     std::size_t size = 1;
     for (const std::int64_t n : shape) size *= static_cast<std::size_t>(n);
-    const Ort::Value input =
-        Ort::Value::CreateTensor<float>(memory_, images, size, shape.data(), shape.size());
-    const char* const input_name = input_.c_str();
-    std::vector<const char*> names;
-    for (const std::string& output : outputs_) names.push_back(output.c_str());
     values_.clear();
-    try {
-      values_ = session_.Run(Ort::RunOptions{nullptr}, &input_name, &input, 1, names.data(),
-                             names.size());
-    } catch (const Ort::Exception& error) {
-      refuse(name_, "a graph that runs on images " + to_text(shape), error.what());
-    }
+    values_ = graph_.run(
+        Ort::Value::CreateTensor<float>(memory_, images, size, shape.data(), shape.size()),
+        outputs_);
     Observed observed;
     for (std::size_t i = 0; i < outputs_.size(); ++i) {
       const std::size_t dot = outputs_[i].rfind('.');
       Attention& layer = observed[outputs_[i].substr(0, dot)];
       (outputs_[i].substr(dot) == ".q" ? layer.q : layer.k) =
-          view_of(values_[i], shape[0], name_ + ": " + outputs_[i]);
+          view_of(values_[i], shape[0], graph_.name() + ": " + outputs_[i]);
     }
     return observed;
   }
 
  private:
-  static Ort::Session load(const Ort::Env& env, const std::string& path, const std::string& name) {
-    Ort::SessionOptions options;
-    // Between two batches the processors are the scorer's.
-    options.AddConfigEntry("session.intra_op.allow_spinning", "0");
-    try {
-      return {env, path.c_str(), options};
-    } catch (const Ort::Exception& error) {
-      refuse(name, "a graph that onnxruntime loads", error.what());
-    }
-  }
-
   static secateur::TensorView view_of(const Ort::Value& value, std::int64_t images,
                                       const std::string& what) {
     if (!value.IsTensor()) refuse(what, "a tensor", "another type");
@@ -153,14 +78,8 @@ class Graph {
     return {value.GetTensorRawData(), *dtype, secateur::Dims(shape)};
   }
 
-  std::string name_;
-  // What goes wrong is thrown as well, and is to be one line.
-  Ort::Env env_{ORT_LOGGING_LEVEL_FATAL, "prune_onnx"};
-  Ort::Session session_;
-  Ort::AllocatorWithDefaultOptions allocator_{};
+  Graph& graph_;
   Ort::MemoryInfo memory_ = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-  std::string input_{};
-  std::vector<std::int64_t> shape_{};
   std::vector<std::string> outputs_{};
   std::vector<Ort::Value> values_{};
 };
@@ -194,7 +113,7 @@ Scores scores_of(Graph& graph, const File& file, const std::vector<Block>& block
                  std::int64_t gamma) {
   const Table table = read_table(file);
   const Tensor& images = images_in(table, graph, file.name() + ": images");
-  graph.ask_for(blocks);
+  Observer observer(graph, blocks);
   const Mapping memory(file);
   auto* const first = reinterpret_cast<float*>(memory.at(images));
   const std::int64_t count = images.shape[0];
@@ -204,13 +123,16 @@ Scores scores_of(Graph& graph, const File& file, const std::vector<Block>& block
   for (std::int64_t i = 0; i < count; i += step) {
     std::vector<std::int64_t> shape = images.shape;
     shape[0] = std::min(step, count - i);
-    scorer.add(graph.run(first + i * size, shape));
+    scorer.add(observer.run(first + i * size, shape));
   }
   return scorer.scores();
 }
 
 void run(const Options& options) {
   Graph graph(options.files[1]);
+  if (graph.type() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+    refuse(graph.name() + ": " + graph.input(), "images of float32", name_of(graph.type()));
+  }
   const File images(options.files[2]);
   prune(options, [&](const std::vector<Block>& blocks) {
     return scores_of(graph, images, blocks, options.gamma);

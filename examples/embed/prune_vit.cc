@@ -11,6 +11,7 @@
 // with --v or --ffn what scores them, one layer's weights and their copy in float64.
 #include <string>
 
+#include "program.h"
 #include "prune.h"
 #include "safetensors.h"
 #include "vit.h"

@@ -1,4 +1,4 @@
-"""The programs of examples/embed that prune a ViT from file to file, against secateur's own way there."""
+"""The programs of examples/embed: they prune a ViT from file to file, as secateur does, and time what it exports."""
 
 from __future__ import annotations
 
@@ -321,7 +321,7 @@ def test_graphs_and_images_that_do_not_fit_are_refused(onnx_program, tmp_path):
         ("dense", "any.onnx", "unnamed", "unnamed: images: expected a tensor of that name, got none"),
         ("dense", "any.onnx", "none.onnx", "none.onnx: expected .*, got .*"),
         ("dense", "any.onnx", "nan", r"blocks\.0\.qk q: expected finite values, got nan at \(image \d, .*\)"),
-        ("dense", "two.onnx", "nan", r"blocks\.0\.qk q: expected finite values, got nan at \(image 0, .*\)"),
+        ("dense", "two.onnx", "nan", r"blocks\.0\.qk q: expected finite values, got nan at \(image 1, .*\)"),
         ("dense", "other.onnx", "six", r"other\.onnx: expected an output blocks\.1\.k, got none of that name"),
         ("dense", "int.onnx", "six", r"int\.onnx: blocks\.1\.k: expected .*bfloat16, got ONNX's type 7"),
         ("dense", "turned.onnx", "six", r"blocks\.1\.qk q: expected .*3, 13.*, got \(2, 17, 13, 3\)"),
@@ -338,6 +338,118 @@ def test_graphs_and_images_that_do_not_fit_are_refused(onnx_program, tmp_path):
         assert re.fullmatch(expected, text), text
     assert refused(onnx_program, *words[1:]) == "arguments: expected MODEL GRAPH IMAGES OUT, got 3 files"
     assert sorted(tmp_path.iterdir()) == files
+
+
+# --- Exported files, timed in onnxruntime -----------------------------------------------------------------------------
+
+
+class Work(nn.Module):
+    """As many products of 192 by 192 as asked for, and a graph that takes any type."""
+
+    def __init__(self, products: int) -> None:
+        super().__init__()
+        self.products = products
+
+    def forward(self, batch: Tensor) -> tuple[Tensor]:
+        square = batch.flatten(1).sum(1)[:, None, None] * torch.full((192, 192), 1e-3, dtype=batch.dtype)
+        weight = torch.full((192, 192), 1e-3, dtype=batch.dtype)
+        for _ in range(self.products):
+            square = square @ weight
+        return (square.sum((1, 2)),)
+
+
+@pytest.fixture
+def run_onnx(onnx_program: Path) -> Path:
+    return onnx_program.with_name("run_onnx")
+
+
+def timed(output: str) -> tuple[str, list[tuple[str, float, str]], float | None]:
+    head, *lines = output.splitlines()
+    found = [re.fullmatch(r"(.+): ([\d.]+) images/s, images \((.+)\)", line) for line in lines[:2]]
+    files = [(match[1], float(match[2]), match[3]) for match in found if match]
+    ratio = re.fullmatch(r"ratio: ([\d.]+), the median of pairs", lines[-1])
+    assert len(lines) == len(files) + bool(ratio)
+    return head, files, float(ratio[1]) if ratio else None
+
+
+def test_exports_are_timed_alone_and_in_turn(run_onnx, tmp_path):
+    """A graph of 60 products takes many times as long as one of 2; the same graph, as long as itself."""
+    small, large = (exported(Work(n), images(2), tmp_path / f"{n}.onnx", names=[], free=True) for n in (2, 60))
+    engine = r"onnxruntime \d+\.\d+\.\d+"
+    head, (found,), ratio = timed(run(run_onnx, small, "--runs", 3))
+    assert re.fullmatch(rf"{engine}, threads: default, runs: 3", head)
+    assert found[0] == str(small)
+    assert found[2] == "1, 3, 32, 32"
+    assert ratio is None
+
+    head, (first, second), ratio = timed(run(run_onnx, small, large, "--batch", 5, "--threads", 1, "--runs", 7))
+    assert re.fullmatch(rf"{engine}, threads: 1, runs: 7", head)
+    assert first[2] == second[2] == "5, 3, 32, 32"
+    assert first[1] > 3 * second[1] > 0
+    assert ratio > 3
+    *_, reverse = timed(run(run_onnx, large, small, "--batch", 5, "--threads", 1, "--runs", 7))
+    assert reverse < 1 / 3
+    # Images, not batches.
+    _, (single,), _ = timed(run(run_onnx, small, "--threads", 1, "--runs", 7))
+    _, (many,), _ = timed(run(run_onnx, small, "--threads", 1, "--runs", 7, "--batch", 17))
+    assert 0.2 < many[1] / single[1] < 20
+
+
+def test_a_duration_in_seconds(run_onnx, tmp_path):
+    graph = exported(Work(1), images(2), tmp_path / "1.onnx", names=[], free=True)
+    runs = [
+        int(timed(run(run_onnx, graph, "--threads", 1, "--seconds", seconds))[0].split()[-1])
+        for seconds in (0.001, 1.5)
+    ]
+    assert runs[0] == 1
+    # Each of at least 20 ms, with what a busy machine adds or saves.
+    assert 5 <= runs[1] <= 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=["float16", "float64"])
+def test_images_are_of_the_graphs_type_and_batch(run_onnx, tmp_path, dtype):
+    graph = exported(Slices(), images(3, dtype), tmp_path / "three.onnx")
+    free = exported(Slices(), images(3, dtype), tmp_path / "free.onnx", free=True)
+    _, files, _ = timed(run(run_onnx, free, graph, "--runs", 1))
+    assert [shape for *_, shape in files] == ["3, 3, 32, 32"] * 2
+
+
+def test_exports_that_cannot_be_timed_are_refused(run_onnx, tmp_path):
+    batch = images(4)
+    exported(Slices(), batch[:2], tmp_path / "two.onnx")
+    exported(Slices(), batch[:3], tmp_path / "three.onnx")
+    exported(Slices(), batch[:2], tmp_path / "any.onnx", free=True)
+    for name, axis in ("broken", 0), ("sides", 3), ("huge", 1):
+        graph = onnx.load(tmp_path / "two.onnx")
+        size = graph.graph.input[0].type.tensor_type.shape.dim[axis]
+        if name == "huge":
+            size.dim_value = 1 << 40
+        else:
+            size.dim_param = "n"
+        onnx.save(graph, tmp_path / f"{name}.onnx")
+    (tmp_path / "none.onnx").write_bytes(b"\x1b[2J\n" * 10)
+    for words, expected in (
+        (["no.onnx"], r"\S*no\.onnx: expected a file that can be read, got No such file or directory"),
+        (["any.onnx", "no.onnx"], r"\S*no\.onnx: expected a file that can be read, got No such file or directory"),
+        (["none.onnx"], r"none\.onnx: expected a graph that onnxruntime loads, got .+"),
+        (["two.onnx", "--batch", 3], r"two\.onnx: expected a graph for batches of 3, got one for batches of 2"),
+        (["two.onnx", "three.onnx"], r"three\.onnx: expected a graph for batches of 2, got one for batches of 3"),
+        (["broken.onnx", "--batch", 3], r"broken\.onnx: expected a graph that runs on images \(3, 3, .*\), got .+"),
+        (["sides.onnx"], r"sides\.onnx: batch: expected channels, height and width of one size, got \(2, 3, 32, any\)"),
+        (["huge.onnx"], r"huge\.onnx: expected .+|huge\.onnx: batch: expected 1 to 2\^30 values a batch, got .+"),
+        ([], r"arguments: expected MODEL \[DENSE\], got 0 files"),
+        (["any.onnx"] * 3, r"arguments: expected MODEL \[DENSE\], got 3 files"),
+        (["any.onnx", "--batch", 0], r"--batch: expected a whole number from 1 to 1000000, got 0"),
+        (["any.onnx", "--batch", 2.5], r"--batch: expected a whole number from 1 to 1000000, got 2\.5"),
+        (["any.onnx", "--threads", "two"], r"--threads: expected a number, got 'two'"),
+        (["any.onnx", "--threads"], r"--threads: expected a value, got none"),
+        (["any.onnx", "--seconds", -1], r"--seconds: expected more than 0 and at most 1000000, got -1\.0*"),
+        (["any.onnx", "--seconds", "nan"], r"--seconds: expected more than 0 and at most 1000000, got nan"),
+        (["any.onnx", "--runs", 2, "--seconds", 1], r"arguments: expected --seconds or --runs, got both"),
+        (["any.onnx", "--size", 2], r"arguments: expected --batch, --threads, --seconds or --runs, got --size"),
+    ):
+        text = refused(run_onnx, *[tmp_path / word if str(word).endswith(".onnx") else word for word in words])
+        assert re.fullmatch(expected, text), text
 
 
 # --- Larger than memory -----------------------------------------------------------------------------------------------
@@ -520,7 +632,7 @@ def test_what_does_not_fit_is_refused(program, tmp_path):
         ("dense", "buffers", ("--qk", "nan"), "ratios: expected fractions from 0 to below 1, got -?nan"),
         ("dense", "buffers", ("--qk", "half"), "--qk: expected a number, got 'half'"),
         ("dense", "buffers", ("--gamma",), "--gamma: expected a value, got none"),
-        ("dense", "buffers", ("--gamma", 0), "--gamma: expected 1 to 1000000, got 0"),
+        ("dense", "buffers", ("--gamma", 0), "--gamma: expected a whole number from 1 to 1000000, got 0"),
         ("dense", "buffers", ("--all",), "arguments: expected --qk, .*, got --all"),
         ("dense", "buffers", ("more",), "arguments: expected MODEL BUFFERS OUT, got 4 files"),
         (

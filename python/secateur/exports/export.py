@@ -32,7 +32,8 @@ def export(model: nn.Module, path: str | Path, *, format: str = "onnx", **option
             (20), ``external_data`` (False: one file, of less than 2 GB) and ``int8`` (linear layers alone), with
             ``static``, ``loader`` and ``max_images``; "openvino" ``source``, ``int8``, ``int4``, ``group_size``,
             ``loader`` and ``max_images``; "executorch" ``max_batch`` (8), ``int8``, ``loader`` and ``max_images``;
-            "coreml" ``max_batch`` (64) and ``precision`` ("float32"); "timm", "hub" and "native" ``factory``.
+            "coreml" ``max_batch`` (64) and ``precision`` ("float32"); "torch" ``compiled`` (False; True has AOTInductor
+            compile it for processors like this one); "timm", "hub" and "native" ``factory``.
 
     Raises:
         InvalidArgument: no such format, an option that does not fit, a folder that cannot be written, or a package

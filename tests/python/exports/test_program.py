@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import secateur as sc
@@ -86,3 +88,115 @@ def test_an_older_file_stays_where_the_export_fails(tmp_path, by):
         sc.export(Chosen(by).eval(), file, format="torch")
     assert file.read_text() == "older"
     assert list(tmp_path.iterdir()) == [file]
+
+
+# --- Compiled by AOTInductor ------------------------------------------------------------------------------------------
+
+COMPILED = """
+import sys, torch
+sys.modules["secateur"] = sys.modules["timm"] = None
+file, images, outputs = sys.argv[1:]
+run = torch._inductor.aoti_load_package(file)
+images, wanted = torch.load(images), torch.load(outputs)
+for batch in (33, 1, 5):
+    with torch.no_grad():
+        assert float((run(images[:batch]) - wanted[:batch]).abs().max()) < 1e-5
+"""
+
+EXPORTS = """
+import sys
+import test_program, secateur as sc
+sc.export(test_program.pruned(), sys.argv[1], format="torch", compiled=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    model, file = pruned(), tmp_path_factory.mktemp("compiled") / "model.pt2"
+    return model, file, sc.export(model, file, format="torch", compiled=True)
+
+
+def code(file):
+    """What torch compiled: C++, which is in the package."""
+    with zipfile.ZipFile(file) as archive:
+        return "".join(archive.read(name).decode() for name in archive.namelist() if name.endswith(".cpp"))
+
+
+def test_a_compiled_package_runs_without_secateur_and_timm(compiled, tmp_path):
+    model, file, report = compiled
+    assert report.version.startswith(f"{torch.__version__}, compiled for cpu")
+    # What torch's vector library uses here, by the name that AOTInductor gives it.
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        assert torch.backends.cpu.get_cpu_capability() in report.version
+    assert report.batch_sizes == (1, 2, 7)
+    assert 0 < report.difference < 1e-5
+    assert report.size == file.stat().st_size
+    assert list(file.parent.iterdir()) == [file]
+    images = torch.randn(33, 3, 12, 12)
+    torch.save(images, tmp_path / "images.pt")
+    with torch.no_grad():
+        torch.save(model(images), tmp_path / "outputs.pt")
+    names = [file, tmp_path / "images.pt", tmp_path / "outputs.pt"]
+    done = subprocess.run([sys.executable, "-c", COMPILED, *names], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_compiled_attention_calls_torchs_flash_kernel(compiled):
+    """Queries and values are of unequal sizes, for which torch has the slow path alone."""
+    _, file, _ = compiled
+    text = code(file)
+    assert text.count("aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu(") == 2
+    assert "softmax" not in text
+
+
+def test_compiled_code_takes_torchs_threads_when_it_runs(compiled):
+    """By default torch writes the number at export into the code."""
+    _, file, _ = compiled
+    text = code(file)
+    assert "#pragma omp parallel" in text
+    assert "num_threads(" not in text.replace("num_threads(max_threads)", "")
+
+
+def test_compiling_says_nothing(tmp_path):
+    search = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", EXPORTS, tmp_path / "model.pt2"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": search},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_missing_compiler_is_told_before_anything_is_written(tmp_path):
+    file = tmp_path / "model.pt2"
+    file.write_text("older")
+    expected = r"^compiled: expected a C\+\+ compiler, g\+\+ or the one that CXX names, got none \([^\n]+\)$"
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(sc.InvalidArgument, match=expected),
+    ):
+        sc.export(small_vit(), file, format="torch", compiled=True)
+    assert file.read_text() == "older"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_package_that_computes_something_else_is_no_file(tmp_path, monkeypatch):
+    load = torch._inductor.aoti_load_package
+
+    class Off:
+        def __init__(self, path):
+            self.run = load(path)
+
+        def get_metadata(self):
+            return {}
+
+        def __call__(self, images):
+            outputs = self.run(images)
+            return outputs * 1.01 if isinstance(outputs, torch.Tensor) else [each * 1.01 for each in outputs]
+
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", Off)
+    with pytest.raises(sc.Error, match="compute what the model does.*; the first module that differs is patch_embed"):
+        sc.export(small_vit(), tmp_path / "model.pt2", format="torch", compiled=True)
+    assert list(tmp_path.iterdir()) == []
