@@ -6,13 +6,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final, Literal
 
 from .. import check
 from ..anatomy import KINDS, Anatomy, Group
 from ..anatomy.kinds import current, renamed
 from ..errors import InvalidArgument, Unsupported
 
+# For ``round_to``: the steps of a latency table, which take its place before anything is rounded.
+AUTO: Final = "auto"
 # Hardware-friendly sizes, used by plans for a target.
 TARGET_MULTIPLES = {kind: traits.multiple for kind, traits in KINDS.items()}
 
@@ -42,7 +44,7 @@ def limits_of(
     groups: Iterable[str] | None,
     freeze: Iterable[str],
     min_keep: Mapping[str, int] | None,
-    round_to: int | Mapping[str, int] | None,
+    round_to: int | Literal["auto"] | Mapping[str, int] | None,
 ) -> dict[str, Any]:
     """Collect these arguments of ``plan`` for the functions here, with names as lists that can be read repeatedly.
 
@@ -55,6 +57,25 @@ def limits_of(
         "min_keep": {} if min_keep is None else min_keep,
         "round_to": round_to,
     }
+
+
+def check_rounding(round_to: object, latency_table: object, *, measured: bool = False) -> None:
+    """Refuse words other than "auto", and "auto" without a table to take steps from, unless one will be ``measured``.
+
+    Raises:
+        InvalidArgument: another word, or no table.
+    """
+    if isinstance(round_to, str) and round_to != AUTO:
+        raise InvalidArgument(f'round_to: expected an integer, a dict or "auto", got {round_to!r}')
+    if round_to == AUTO and latency_table is None and not measured:
+        raise InvalidArgument('round_to: expected latency_table= with "auto", from measure_latency, got none')
+
+
+def recorded(round_to: int | Mapping[str, int] | None) -> int | dict[str, int] | None:
+    """Return multiples as JSON can hold them."""
+    if isinstance(round_to, Mapping):
+        return {current(name): int(multiple) for name, multiple in round_to.items()}
+    return None if round_to is None else int(round_to)
 
 
 class FreeGroups:

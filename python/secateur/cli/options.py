@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -35,12 +35,16 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def number_or_object(text: str) -> int | dict[str, int]:
-    """Parse an integer, or else a JSON object.
+def multiples(text: str | None) -> int | Literal["auto"] | dict[str, int] | None:
+    """Parse --round-to: an integer, "auto", or else a JSON object; None if it is not given.
 
     Raises:
-        typer.BadParameter: it is neither.
+        typer.BadParameter: it is none of these.
     """
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
     try:
         return int(text)
     except ValueError:
@@ -151,7 +155,17 @@ Freeze = Annotated[str, typer.Option("--freeze", help="Kinds, groups or patterns
 MinKeep = Annotated[
     str | None, typer.Option("--min-keep", metavar="JSON", help='Fewest units to keep, as {"ffn": 64}.')
 ]
-RoundTo = Annotated[str | None, typer.Option("--round-to", metavar="N|JSON", help="Kept counts are multiples of this.")]
+RoundTo = Annotated[
+    str | None,
+    typer.Option(
+        "--round-to",
+        metavar="N|JSON|auto",
+        help="Kept counts are multiples of this; auto: of the steps that a latency table found.",
+    ),
+]
+StepsTable = Annotated[
+    Path | None, typer.Option("--latency-table", help="The file of bench --table, for the steps of --round-to auto.")
+]
 Allocation = Annotated[
     str | None,
     typer.Option(

@@ -29,8 +29,8 @@ from .options import (
     Threads,
     UseEma,
     json_object,
+    multiples,
     names,
-    number_or_object,
 )
 from .output import collected, named
 from .typed_options import parsed
@@ -60,7 +60,7 @@ def plan(
         float | None, typer.Option(help="Fraction of a batch's time to keep; checked by measuring.")
     ] = None,
     latency_table: Annotated[
-        Path | None, typer.Option(help="The file of bench --table; without it a table is measured first.")
+        Path | None, typer.Option(help="The file of bench --table; without it, --target-latency measures one.")
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Batch size of --target-latency; the table's by default, or 1.")
@@ -90,8 +90,10 @@ def plan(
     targets = target_macs, target_params, target_latency
     if (ratios is None) == (targets == (None, None, None)):
         raise typer.BadParameter("expected either --ratios, or --target-macs, --target-params and/or --target-latency")
-    if target_latency is None and (latency_table, batch_size, runtime) != (None, None, None):
-        raise typer.BadParameter("--latency-table, --batch-size and --runtime need --target-latency")
+    if target_latency is None and (batch_size, runtime) != (None, None):
+        raise typer.BadParameter("--batch-size and --runtime need --target-latency")
+    if target_latency is None and latency_table is not None and round_to != "auto":
+        raise typer.BadParameter("--latency-table needs --target-latency or --round-to auto")
     flags = {"similarity": similarity, "selection": selection, "head_score": head_score}
     with collected(as_json) as output:
         chosen_method = lazy.method_named(method)
@@ -113,7 +115,7 @@ def plan(
             groups=kinds,
             freeze=names(freeze),
             min_keep=None if min_keep is None else json_object(min_keep),
-            round_to=None if round_to is None else number_or_object(round_to),
+            round_to=multiples(round_to),
             strict=strict,
             allocation=allocation,
             latency_table=latency_table,

@@ -32,13 +32,14 @@ from .options import (
     RoundTo,
     Seed,
     Split,
+    StepsTable,
     Threads,
     Unreadable,
     UseEma,
     Workers,
     json_object,
+    multiples,
     names,
-    number_or_object,
 )
 from .output import collected, named
 from .typed_options import parsed
@@ -115,6 +116,7 @@ def prune(
     min_keep: MinKeep = None,
     round_to: RoundTo = None,
     allocation: Allocation = None,
+    latency_table: StepsTable = None,
     one_shot: Annotated[
         bool,
         typer.Option("--one-shot", help="Plan and cut all blocks at once, from one calibration of the dense model."),
@@ -175,8 +177,9 @@ def prune(
                 "groups": None if groups is None else names(groups),
                 "freeze": names(freeze),
                 "min_keep": None if min_keep is None else json_object(min_keep),
-                "round_to": None if round_to is None else number_or_object(round_to),
+                "round_to": multiples(round_to),
                 "allocation": allocation,
+                "latency_table": latency_table,
             }
             if planned is None and (one_shot or not lazy.method_named(chosen).changes_weights):
                 how = {"layout": layout, "last_block": last_block}

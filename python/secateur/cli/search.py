@@ -35,14 +35,15 @@ from .options import (
     Seed,
     Split,
     Stats,
+    StepsTable,
     Threads,
     Unreadable,
     UseEma,
     Workers,
     file_to_write,
     json_object,
+    multiples,
     names,
-    number_or_object,
 )
 from .output import collected, named
 from .typed_options import parsed
@@ -90,6 +91,7 @@ def search(
     min_keep: MinKeep = None,
     round_to: RoundTo = None,
     allocation: Allocation = None,
+    latency_table: StepsTable = None,
     finetune: Annotated[
         str | None, typer.Option(metavar="JSON", help='Train the model of each round, as {"epochs": 1, "lr": 1e-4}.')
     ] = None,
@@ -154,8 +156,9 @@ def search(
             groups=kinds,
             freeze=names(freeze),
             min_keep=None if min_keep is None else json_object(min_keep),
-            round_to=None if round_to is None else number_or_object(round_to),
+            round_to=multiples(round_to),
             allocation=allocation,
+            latency_table=latency_table,
             finetune=tuning,
             train_loader=training,
             calibration_loader=calibration,

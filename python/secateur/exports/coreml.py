@@ -229,8 +229,11 @@ def _converted(model: nn.Module, path: Path, options: Any) -> Run:
 def _running(path: Path) -> Run:
     import coremltools as ct
 
-    # The GPU sums float32 in lower precision than the processor.
-    model = _loaded(path, compute_units=ct.ComputeUnit.CPU_ONLY)
+    try:
+        # The GPU sums float32 in lower precision than the processor.
+        model = _loaded(path, compute_units=ct.ComputeUnit.CPU_ONLY)
+    except Exception as error:  # coremltools raises what it likes
+        raise Error(f"export: expected a package that Core ML loads, got {first_line(error)}") from error
     names = [output.name for output in model.get_spec().description.output]
 
     def run(images: Tensor) -> list[Any]:

@@ -145,10 +145,18 @@ def _converted(model: nn.Module, path: Path, sizes: tuple[int, ...]) -> Run:
 
 
 def _running(path: Path, sizes: tuple[int, ...]) -> Run:
+    """Load the file.
+
+    Raises:
+        Error: LiteRT does not take it.
+    """
     from ai_edge_litert.interpreter import Interpreter
 
     with _silent():
-        interpreter = Interpreter(model_path=str(path), num_threads=torch.get_num_threads())
+        try:
+            interpreter = Interpreter(model_path=str(path), num_threads=torch.get_num_threads())
+        except Exception as error:  # LiteRT raises what it likes
+            raise Error(f"export: expected a file that LiteRT loads, got {first_line(error)}") from error
 
     def run(images: Tensor) -> list[Any]:
         with _silent():

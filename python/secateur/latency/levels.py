@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from .. import check
-from ..anatomy import Anatomy, Group
+from ..anatomy import Anatomy, Group, Layer
 from ..anatomy.costs import Tokens
 from ..anatomy.kinds import current
 from ..errors import InvalidArgument
@@ -17,6 +19,8 @@ from .table import ALIGNED, TOKENS
 # sizes of a layer can change. Time is linear in the number of heads, except for the part that does not depend on them.
 _FRACTIONS = {2: (0.125, 0.25, 0.5, 0.75, 1.0), 3: (0.25, 0.5, 0.75, 1.0), 4: (0.25, 0.5, 1.0)}
 _UNEVEN = {2: (0.25, 0.625, 1.0), 3: (0.375, 1.0), 4: (0.375, 1.0)}
+# Randomly cut models that the sum of layers is compared with: each group keeps a fraction between these.
+_SHARES = ((0.1, 0.6), (0.4, 1.0), (0.2, 0.8), (0.2, 0.5))
 # Shares of the patches.
 _TOKENS = (0.25, 0.5, 1.0)
 
@@ -68,6 +72,18 @@ class Levels:
     def tokens(self, tokens: Tokens) -> tuple[int, ...]:
         """Return the numbers of tokens to measure, all of them last."""
         return tuple(sorted({tokens.prefix + max(2, round(part * tokens.patches)) for part in _TOKENS}))
+
+    def together(self, layer: Layer) -> list[tuple[str, ...]]:
+        """Return the kinds of neurons of a layer that plans will cut, those together that keep one size.
+
+        Unequal queries and values may take another kernel, so that their times say nothing about steps.
+        """
+        found: dict[tuple[str, int], list[str]] = {}
+        for kind, name in layer.groups.items():
+            group = self.anatomy.group(name)
+            if kind in self.named and not (group.traits.counted or group.traits.shared):
+                found.setdefault((group.traits.steps_with or kind, group.size), []).append(kind)
+        return [tuple(kinds) for kinds in found.values()]
 
     def steps(self, group: Group) -> list[int]:
         """Return the sizes that a plan may choose for a group, between the least and the greatest that are measured."""
@@ -123,3 +139,35 @@ def _sizes(kind: str, sizes: object) -> Sequence[object]:
 
 def _up_to(sizes: Iterable[int], size: int) -> tuple[int, ...]:
     return tuple(sorted({each for each in sizes if each < size} | {size}))
+
+
+def merged_in(anatomy: Anatomy) -> list[str]:
+    """Return the groups of tokens that a block would merge: a pooled last block does not."""
+    names = list(anatomy.tokens)
+    return names[:-1] if anatomy.default_last_block == "pooled" else names
+
+
+def random_cuts(anatomy: Anatomy, levels: Levels) -> list[dict[str, int]]:
+    """Draw sizes as in plans, separately for each block, with equal query/key and value sizes within a layer."""
+    random = np.random.default_rng(0)
+    merged = merged_in(anatomy) if levels.merging else []
+    cuts: list[dict[str, int]] = []
+    for number, (low, high) in enumerate(_SHARES):
+        sizes: dict[str, int] = {}
+        for group in anatomy.groups:
+            options = levels.steps(group)
+            if group.name in merged and number % 2:
+                # As in plans, about the same number in each block.
+                sizes[group.name] = max(1, group.size - round(random.uniform(0.03, 0.09) * 2 * group.size))
+                continue
+            end = max(1, math.ceil(high * len(options)))
+            options = options[min(end - 1, int(low * len(options))) : end]
+            layer = anatomy.layers.get(anatomy.layer_of.get(group.name, ""))
+            followed = None if layer is None or group.traits.steps_with is None else group.traits.steps_with
+            queries = 0 if followed is None or layer is None else sizes.get(layer.groups[followed], 0)
+            # Width affects all costs, so it is cut in every other model only.
+            if options != [group.size] and (not group.traits.shared or number % 2):
+                sizes[group.name] = queries if queries in options else int(random.choice(options))
+        if sizes:
+            cuts.append(sizes)
+    return cuts

@@ -26,10 +26,11 @@ from ..runtime.devices import place_for
 from ..runtime.progress import Advance, progress
 from ..surgery.structure import Structure
 from .bench import bench
-from .levels import Levels, levels_for
+from .levels import Levels, levels_for, merged_in, random_cuts
 from .machine import Machine
 from .runtimes.base import Runtime
 from .runtimes.registry import chosen
+from .steps import step_of
 from .stopwatch import Times, in_turn, prepared, warm
 from .table import LAST_BLOCK, MERGES, PRESENT, TOKENS, Grid, LatencyTable, Layer
 
@@ -41,8 +42,6 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.
 # On a busy machine, runs are repeated until the relative error of the median is about _SURE: at most _MOST_REPEATS
 # times, and within the seconds for a layer, or for the whole models, by which all layers are corrected.
 _SURE, _MOST_REPEATS, _LAYER_S, _MODELS_S = 0.02, 4, 1.5, 30.0
-# Randomly cut models that the sum of layers is compared with: each group keeps a fraction between these.
-_SHARES = ((0.1, 0.6), (0.4, 1.0), (0.2, 0.8), (0.2, 0.5))
 
 
 @core.host_by_default()
@@ -57,6 +56,7 @@ def measure_latency(
     groups: Iterable[str] | None = None,
     grid: Mapping[str, Sequence[int]] | None = None,
     repeats: int = 7,
+    steps: bool = True,
 ) -> LatencyTable:
     """Measure a table that predicts how long the model takes on this machine when cut to any sizes.
 
@@ -83,6 +83,8 @@ def measure_latency(
             quarter to all of the units, in multiples of 8 per head and 32 elsewhere. The present size of a layer is
             added. Layers with given sizes are not measured at uneven sizes in addition.
         repeats: pairs for each entry; up to four times as many if they differ much, as on a busy machine.
+        steps: also find which multiples of kept counts this engine rewards, for ``plan(round_to="auto")``: of the kinds
+            "qk" and "v" (together where they have one size) and "ffn", at the largest layer of each.
 
     Raises:
         InvalidArgument: an argument that does not fit, or a model without weights.
@@ -98,10 +100,12 @@ def measure_latency(
     levels = levels_for(anatomy, groups, grid)
     dense = copy.deepcopy(model).requires_grad_(False).to(place, wanted).eval()
     layers = _distinct(family, dense, anatomy, levels)
-    cuts = _random_cuts(anatomy, levels)
-    with progress(sum(layer.count for layer in layers) + 1, "latency table", unit="layers") as advance:
+    cuts = random_cuts(anatomy, levels)
+    with progress(sum(layer.count for layer in layers) + 1 + steps, "latency table", unit="layers") as advance:
         clock = _Clock(layers[0].dense(batch_size), repeats, engine, advance)
         measured = [layer.measure(clock, batch_size) for layer in layers]
+        found = _steps(layers, anatomy, levels, clock, batch_size) if steps else None
+        advance(steps)
         images = torch.randn(batch_size, *anatomy.input_size, generator=_generator(), device="cpu").to(place, wanted)
         whole, ratios = clock.beside(dense, [_shaped(dense, sizes) for sizes in cuts], images)
     table = LatencyTable(
@@ -115,8 +119,33 @@ def measure_latency(
         layers=tuple(each.times(clock.seconds) for each in measured),
         scale=1.0,
         overhead=0.0,
+        steps=found,
     )
     return _calibrated(table, anatomy, whole, list(zip(cuts, ratios, strict=True)))
+
+
+def _steps(
+    sources: Sequence[_Source], anatomy: Anatomy, levels: Levels, clock: _Clock, batch_size: int
+) -> dict[str, int]:
+    """Return the step of each kind of neurons that plans will cut, at its largest layer."""
+    largest: dict[str, tuple[_Source, tuple[str, ...]]] = {}
+    for source in sources:
+        if source.layer is None or source.merges:
+            continue
+        for kinds in levels.together(source.layer):
+            for kind in kinds:
+                if kind not in largest or source.axes[kind][-1] > largest[kind][0].axes[kind][-1]:
+                    largest[kind] = source, kinds
+    known: dict[tuple[int, tuple[str, ...]], int] = {}
+    found = {}
+    for kind, (source, kinds) in largest.items():
+        key = id(source), kinds
+        if key not in known:
+            assert source.layer is not None
+            multiple = math.lcm(*(anatomy.group(source.layer.groups[each]).multiple for each in kinds))
+            known[key] = source.step(kinds, multiple, clock, batch_size)
+        found[kind] = known[key]
+    return found
 
 
 def _calibrated(
@@ -160,24 +189,28 @@ class _Clock:
     def __init__(self, reference: tuple[nn.Module, Tensor], repeats: int, runtime: Runtime, advance: Advance) -> None:
         self._repeats, self._runtime, self._advance = repeats, runtime, advance
         self._seconds: list[float] = []
-        self._reference = self._prepared(*reference)
+        self._reference = self.prepared(*reference)
         # An engine that compiles or exports would do so with every copy of a layer.
         self._copied = self._reference[0] is reference[0]
 
     def ratio(self, module: nn.Module, x: Tensor) -> float:
         """Return the median of the paired ratios of a module's time to the reference's."""
-        times = self._in_turn([self._prepared(module, x), self._reference], _LAYER_S)
+        times = self._in_turn([self.prepared(module, x), self._reference], _LAYER_S)
         self._seconds += times[:, 1].tolist()
         self._advance(1)
         return float(np.median(times[:, 0] / times[:, 1]))
 
     def beside(self, model: nn.Module, others: Sequence[nn.Module], images: Tensor) -> tuple[float, list[float]]:
         """Return the seconds per batch of a model, and the median paired ratios of the other models' times to it."""
-        times = self._in_turn([self._prepared(each, images) for each in (*others, model)], _MODELS_S)
+        times = self._in_turn([self.prepared(each, images) for each in (*others, model)], _MODELS_S)
         self._advance(1)
         return float(np.median(times[:, -1])), np.median(times[:, :-1] / times[:, -1:], axis=0).tolist()
 
-    def _prepared(self, module: nn.Module, x: Tensor) -> _Run:
+    def side_by_side(self, timed: Sequence[_Run]) -> Times:
+        """Return the seconds of all in turn, (repeats, modules)."""
+        return self._in_turn(timed, _LAYER_S)
+
+    def prepared(self, module: nn.Module, x: Tensor) -> _Run:
         with torch.inference_mode():
             return prepared(self._runtime, module.eval(), x, "model"), x
 
@@ -197,7 +230,7 @@ class _Clock:
         """Return how many copies of a layer to run one after the other: enough for a sample, but at most ``most``."""
         if not self._copied:
             return 1
-        run, _ = self._prepared(module, x)
+        run, _ = self.prepared(module, x)
         with torch.inference_mode():
             return min(most, warm(run, x, 1))
 
@@ -268,6 +301,19 @@ class _Source:
 
         return Layer(self.places, grid(self.axes), grid(self.uneven) if self.uneven else None)
 
+    def step(self, axes: Sequence[str], multiple: int, clock: _Clock, batch_size: int) -> int:
+        """Return the step of sizes that the engine rewards along these axes, which keep one size."""
+        dense = {axis: levels[-1] for axis, levels in self.axes.items()}
+        runs: dict[int, _Run] = {}
+
+        def seconds(sizes: Sequence[int]) -> Times:
+            for size in sizes:
+                if size not in runs:
+                    runs[size] = clock.prepared(*self.cut({**dense, **dict.fromkeys(axes, size)}, batch_size))
+            return clock.side_by_side([runs[size] for size in sizes])
+
+        return step_of(dense[axes[0]], seconds, multiple)
+
 
 def _distinct(family: Family, dense: nn.Module, anatomy: Anatomy, levels: Levels) -> list[_Source]:
     """Return every kind of layer once: the first block's attention first, the parts around the blocks last."""
@@ -301,22 +347,16 @@ def _distinct(family: Family, dense: nn.Module, anatomy: Anatomy, levels: Levels
                 family, dense, block, layer, (place,), axes, uneven, (number,), "pooled" if pooled else "whole"
             )
     sources = list(found.values())
-    if levels.merging and _merged_in(anatomy):
+    if levels.merging and merged_in(anatomy):
         sources.append(_merging(family, dense, anatomy, levels, widths))
     axes, uneven = levels.of(dict(zip(widths, widths, strict=True)), widths)
     return [*sources, _Source(family, dense, None, None, (), axes, uneven, anatomy.input_size)]
 
 
-def _merged_in(anatomy: Anatomy) -> list[str]:
-    """Return the groups of tokens that a block would merge: a pooled last block does not."""
-    names = list(anatomy.tokens)
-    return names[:-1] if anatomy.default_last_block == "pooled" else names
-
-
 def _merging(family: Family, dense: nn.Module, anatomy: Anatomy, levels: Levels, widths: Mapping[str, int]) -> _Source:
     """Return the merging of tokens in any block, at different numbers of tokens before it."""
     places = []
-    for name in _merged_in(anatomy):
+    for name in merged_in(anatomy):
         layer = anatomy.layers[anatomy.tokens[name].merges[-1].layer]
         places.append({PRESENT: layer.name, TOKENS: layer.name, MERGES: name})
     (first,) = (each for each in anatomy.attention if each.name == places[0][PRESENT])
@@ -330,32 +370,6 @@ def _counterpart(alone: Anatomy, layer: AnatomyLayer) -> AnatomyLayer:
     """Return the same layer in a model that consists only of its block."""
     (found,) = (each for each in alone.layers.values() if each.kind == layer.kind)
     return found
-
-
-def _random_cuts(anatomy: Anatomy, levels: Levels) -> list[dict[str, int]]:
-    """Draw sizes as in plans, separately for each block, with equal query/key and value sizes within a layer."""
-    random = np.random.default_rng(0)
-    merged = _merged_in(anatomy) if levels.merging else []
-    cuts: list[dict[str, int]] = []
-    for number, (low, high) in enumerate(_SHARES):
-        sizes: dict[str, int] = {}
-        for group in anatomy.groups:
-            options = levels.steps(group)
-            if group.name in merged and number % 2:
-                # As in plans, about the same number in each block.
-                sizes[group.name] = max(1, group.size - round(random.uniform(0.03, 0.09) * 2 * group.size))
-                continue
-            end = max(1, math.ceil(high * len(options)))
-            options = options[min(end - 1, int(low * len(options))) : end]
-            layer = anatomy.layers.get(anatomy.layer_of.get(group.name, ""))
-            followed = None if layer is None or group.traits.steps_with is None else group.traits.steps_with
-            queries = 0 if followed is None or layer is None else sizes.get(layer.groups[followed], 0)
-            # Width affects all costs, so it is cut in every other model only.
-            if options != [group.size] and (not group.traits.shared or number % 2):
-                sizes[group.name] = queries if queries in options else int(random.choice(options))
-        if sizes:
-            cuts.append(sizes)
-    return cuts
 
 
 def _unsure(times: Times) -> bool:

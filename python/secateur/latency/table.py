@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import check
-from ..anatomy import Anatomy, LastBlock
+from ..anatomy import KINDS, Anatomy, LastBlock
 from ..anatomy.costs import Sizes
 from ..anatomy.fingerprint import Fingerprint
 from ..errors import InvalidArgument
@@ -25,8 +25,8 @@ from .machine import Machine
 __all__ = ["LatencyTable"]
 
 # Format 2 added uneven sizes and places that may be empty; format 3 added engines, of which older formats had two;
-# format 4 added tokens and the two forms of the last block.
-_FORMAT = 4
+# format 4 added tokens and the two forms of the last block; format 5 added steps.
+_FORMAT = 5
 # Keys in a place of a layer: the group that says whether the layer is present; the layer of the model whose number of
 # tokens it gets; the form of the last block that it is part of; and the group of tokens of which it merges some.
 PRESENT, TOKENS, LAST_BLOCK, MERGES = "present", "tokens", "last_block", "merges"
@@ -165,7 +165,8 @@ class LatencyTable:
     one more axis, and the merging of tokens is a layer. The model takes ``scale`` times their sum plus ``overhead``
     seconds, as fitted on the dense model and some randomly cut ones. All times are for one batch of ``batch_size``
     images of ``input_size`` (channels, height, width) in ``dtype``, run by the engine ``runtime`` of version
-    ``runtime_version``.
+    ``runtime_version``. ``steps`` maps kinds of neurons to the step that their kept counts should be multiples of on
+    this engine, per head for queries, keys and values; None if they were not measured.
     """
 
     model: Fingerprint
@@ -178,6 +179,7 @@ class LatencyTable:
     layers: tuple[Layer, ...]
     scale: float
     overhead: float
+    steps: Mapping[str, int] | None = None
 
     @property
     def compiled(self) -> bool:
@@ -308,6 +310,7 @@ class LatencyTable:
             "layers": [layer.to_dict() for layer in self.layers],
             "scale": self.scale,
             "overhead": self.overhead,
+            "steps": None if self.steps is None else dict(self.steps),
         }
         outer = {"secateur": "latency table", "format": _FORMAT, "sha256": _digest(values), "table": values}
         with container.replacing(Path(path)) as temporary:
@@ -349,6 +352,7 @@ class LatencyTable:
                 layers=tuple(Layer.from_dict(each) for each in values["layers"]),
                 scale=float(values["scale"]),
                 overhead=float(values["overhead"]),
+                steps=_steps(values.get("steps")),
             )
         except UnicodeDecodeError as error:
             raise InvalidArgument(
@@ -363,7 +367,18 @@ class LatencyTable:
         count = sum(grid.seconds.size for grid in grids)
         version = "" if self.runtime_version == self.machine.pytorch else f" {self.runtime_version}"
         times = f"{self.model.architecture}: {count} layer times, {shape} {self.dtype}"
-        return f"{times}, by {self.runtime}{version}, on {self.machine}"
+        steps = "; steps " + ", ".join(f"{kind} {step}" for kind, step in self.steps.items()) if self.steps else ""
+        return f"{times}, by {self.runtime}{version}, on {self.machine}{steps}"
+
+
+def _steps(values: Any) -> dict[str, int] | None:
+    """Read steps, in the order of the kinds; formats before 5 have none."""
+    if values is None:
+        return None
+    unknown = [kind for kind in values if kind not in KINDS]
+    if unknown:
+        raise ValueError(f"steps of {unknown[0]!r}, which is no kind")
+    return {kind: check.integer(f"steps[{kind!r}]", values[kind]) for kind in KINDS if kind in values}
 
 
 def _digest(values: Mapping[str, Any]) -> str:

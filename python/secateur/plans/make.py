@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from ..anatomy import Anatomy, Group
 from ..anatomy.fingerprint import Fingerprint
 from ..budgets.allocate import allocate, free_groups
 from ..budgets.budget import Allocation
-from ..budgets.limits import limits_of
+from ..budgets.limits import AUTO, check_rounding, limits_of, recorded
 from ..budgets.ratios import counts_from_ratios
 from ..budgets.target import Target
 from ..calibration.cuts import measured_name
@@ -30,7 +30,7 @@ from ..statistics.statistics import Statistics
 from ..statistics.sufficiency import GOOD, images_for
 from .losses import Losses, Merging, losses_of, merging_of, removal_of, with_tokens
 from .measured import Choice, Measured
-from .on_the_clock import LatencyReport, loaded, sizes_on_the_clock, table_for
+from .on_the_clock import LatencyReport, loaded, sizes_on_the_clock, table_for, with_steps
 from .plan import Plan
 
 # What the warning begins with, as a regular expression.
@@ -50,7 +50,7 @@ def plan(
     groups: Iterable[str] | None = None,
     freeze: Iterable[str] = (),
     min_keep: Mapping[str, int] | None = None,
-    round_to: int | Mapping[str, int] | None = None,
+    round_to: int | Literal["auto"] | Mapping[str, int] | None = None,
     allocation: str | None = None,
     loader: Iterable[Any] | None = None,
     latency_table: LatencyTable | str | Path | None = None,
@@ -89,7 +89,7 @@ def plan(
         min_keep: fewest units to keep, by kind or group.
         round_to: kept counts are multiples of this (per head for query/key and value), an int or a dict by kind or
             group; the default is 1 with ratios, and with a target 8 per head and 32 otherwise. A group may always stay
-            whole.
+            whole. "auto" takes the steps of the latency table, for the kinds that it has; others keep the default.
         allocation: how a target is divided among the groups. "measured" chooses the counts with the least total loss,
             where a group's loss is what its cut by this method was measured to cost (``calibrate(sensitivity=True)``);
             "error" takes its error at that size times the sensitivity of the output to it instead
@@ -101,7 +101,7 @@ def plan(
             again, as long as the measured loss of the whole plan falls; ``Plan.measured`` reports that loss.
         latency_table: the result of ``measure_latency``, or its file; it holds batch size, type and engine. Without
             one, a target for latency measures one first, on the model's device and in its type, for the groups that may
-            be cut.
+            be cut. With ``round_to="auto"`` it also goes with another budget, for its steps alone.
         batch_size: images per batch for a target for latency; the default is the table's, or else 1. A table of another
             batch size is refused.
         runtime: the engine for a target for latency, as for ``bench``; the default is the table's, or else "torch". A
@@ -120,7 +120,7 @@ def plan(
     criterion = method_named(method)
     if not isinstance(stats, Statistics) and (stats is not None or criterion.needs):
         raise InvalidArgument(f"stats: expected Statistics from calibrate, got {type(stats).__name__}")
-    check_budget(target, ratios, allocation, latency_table, batch_size, runtime)
+    check_budget(target, ratios, allocation, latency_table, batch_size, runtime, round_to)
     chosen = options_of(criterion, options)
     anatomy = family_of(model).inspect(model)
     fingerprint = Fingerprint.of(model, anatomy)
@@ -131,14 +131,15 @@ def plan(
         raise InvalidArgument(f"strict: expected True for {method!r}, which changes weights, got False")
     if criterion.changes_weights:
         warn_of_few(stats, method)
-    limits = limits_of(groups, freeze, min_keep, round_to)
+    table = loaded(latency_table)
+    limits = with_steps(limits_of(groups, freeze, min_keep, round_to), table, anatomy)
     cut = measured_name(criterion, chosen)
     measures = target is not None and allocation in (None, "measured")
-    table = loaded(latency_table)
     if target is not None and measures and (loader is not None or (cut in stats.cuts and stats.merged)):
         limits = with_tokens(model, anatomy, target, limits, table)
     if target is not None and target.latency is not None:
         table = table_for(model, anatomy, target, limits, table, batch_size, runtime)
+        limits = with_steps(limits, table)
     with core.torch_threads():
         prepared = criterion.prepare(Bound(model, anatomy, stats, chosen))
     free = anatomy.groups if target is None else free_groups(anatomy, limits)
@@ -164,7 +165,12 @@ def plan(
     sizes = found.allocation.sizes
     return Plan(
         method=method,
-        options={**asdict(chosen), "target": None if target is None else vars(target), "gamma": stats.settings.gamma},
+        options={
+            **asdict(chosen),
+            "target": None if target is None else vars(target),
+            "round_to": recorded(limits["round_to"]),
+            "gamma": stats.settings.gamma,
+        },
         fingerprint=fingerprint,
         keep=found.decision.keep,
         params=(anatomy.params, found.params),
@@ -232,6 +238,7 @@ def check_budget(
     latency_table: Any = None,
     batch_size: Any = None,
     runtime: Any = None,
+    round_to: Any = None,
 ) -> None:
     """Refuse anything but exactly one of target and ratios, and arguments that do not go with it.
 
@@ -247,15 +254,30 @@ def check_budget(
     check_allocation(allocation)
     if allocation is not None and ratios is not None:
         raise InvalidArgument(f"allocation: expected none with ratios, got {allocation!r}")
-    if target is None or target.latency is None:
-        for name, value in (("latency_table", latency_table), ("batch_size", batch_size), ("runtime", runtime)):
+    timed = target is not None and target.latency is not None
+    check_rounding(round_to, latency_table, measured=timed)
+    if not timed:
+        if round_to != AUTO and latency_table is not None:
+            raise InvalidArgument(
+                f'latency_table: expected none without Target(latency=) or round_to="auto", got {latency_table!r}'
+            )
+        for name, value in (("batch_size", batch_size), ("runtime", runtime)):
             if value is not None:
                 raise InvalidArgument(f"{name}: expected none without Target(latency=), got {value!r}")
-    if not isinstance(latency_table, (LatencyTable, str, Path, type(None))):
-        raise InvalidArgument(f"latency_table: expected a LatencyTable or its file, got {latency_table!r}")
+    check_table(latency_table)
     check.integer("batch_size", batch_size, optional=True)
     if runtime is not None:
         RUNTIMES.named(runtime)
+
+
+def check_table(latency_table: object) -> None:
+    """Refuse anything but a latency table, its file and None.
+
+    Raises:
+        InvalidArgument: something else.
+    """
+    if not isinstance(latency_table, (LatencyTable, str, Path, type(None))):
+        raise InvalidArgument(f"latency_table: expected a LatencyTable or its file, got {latency_table!r}")
 
 
 def check_allocation(allocation: object, known: tuple[str, ...] = ("measured", "error", "uniform")) -> None:

@@ -15,6 +15,7 @@ from ..anatomy import Anatomy, Group
 from ..anatomy.costs import Cost
 from ..budgets.allocate import allocate, check_target
 from ..budgets.budget import Allocation
+from ..budgets.limits import AUTO
 from ..budgets.target import Target
 from ..calibration.schedules import kept_tokens, schedules
 from ..errors import InvalidArgument
@@ -177,17 +178,44 @@ def table_for(
     runtime: str | None,
 ) -> LatencyTable:
     """Return the given table, or measure one now; refuse a target that the table says cannot be met."""
-    free = check_target(anatomy, target, **limits)
+    # What cannot be met by any sizes cannot be met by multiples.
+    free = check_target(anatomy, target, **any_multiple(limits))
     if given is None:
         kinds = dict.fromkeys(group.kind for group in free)
-        table = measure_latency(model, batch_size=batch_size or 1, runtime=runtime, groups=kinds)
+        table = measure_latency(
+            model, batch_size=batch_size or 1, runtime=runtime, groups=kinds, steps=limits["round_to"] == AUTO
+        )
     else:
         table = given
         table.require(anatomy, batch_size, runtime)
+    limits = with_steps(limits, table)
     # Before hours of work, check with the smallest sizes that the table has every size and the target is within reach.
     merging = [kept_tokens(anatomy, merged) for merged in schedules(anatomy)] if any(g.of_tokens for g in free) else []
     check_target(anatomy, target, **limits, merging=merging, latency=Latency(table, anatomy))
     return table
+
+
+def with_steps(limits: Mapping[str, Any], table: LatencyTable | None, anatomy: Anatomy | None = None) -> dict[str, Any]:
+    """Return limits with the table's steps where ``round_to`` is "auto"; without a table yet, they stay as they are.
+
+    Raises:
+        InvalidArgument: the table has no steps, or is of another model than that of ``anatomy``.
+    """
+    if limits["round_to"] != AUTO or table is None:
+        return dict(limits)
+    if anatomy is not None:
+        table.require(anatomy)
+    if table.steps is None:
+        raise InvalidArgument(
+            'latency_table: expected one that knows steps for round_to="auto", got one without; '
+            "measure it again with measure_latency"
+        )
+    return {**limits, "round_to": dict(table.steps)}
+
+
+def any_multiple(limits: Mapping[str, Any]) -> dict[str, Any]:
+    """Return limits that allow every size where the steps of "auto" are not measured yet."""
+    return {**limits, "round_to": 1 if limits["round_to"] == AUTO else limits["round_to"]}
 
 
 def loaded(table: LatencyTable | str | Path | None) -> LatencyTable | None:

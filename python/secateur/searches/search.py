@@ -8,7 +8,8 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from .. import check
 from ..anatomy.fingerprint import Fingerprint
 from ..budgets.allocate import check_target
+from ..budgets.limits import AUTO, check_rounding
 from ..budgets.target import Target
 from ..data.loader import in_batches
 from ..data.model_input import images_in
@@ -24,8 +26,10 @@ from ..errors import InvalidArgument
 from ..families.base import classifies
 from ..families.registry import family_of
 from ..files import container
+from ..latency.table import LatencyTable
 from ..methods.registry import method_named, options_of
-from ..plans.make import check_allocation
+from ..plans.make import check_allocation, check_table
+from ..plans.on_the_clock import loaded, with_steps
 from ..runtime.progress import progress
 from ..statistics.statistics import Statistics
 from ..training import checkpoint as resumption
@@ -63,8 +67,9 @@ def search(
     groups: Iterable[str] | None = None,
     freeze: Iterable[str] = (),
     min_keep: Mapping[str, int] | None = None,
-    round_to: int | Mapping[str, int] | None = None,
+    round_to: int | Literal["auto"] | Mapping[str, int] | None = None,
     allocation: str | None = None,
+    latency_table: LatencyTable | str | Path | None = None,
     finetune: Tuning | None = None,
     train_loader: Iterable[Any] | None = None,
     calibration_loader: Iterable[Any] | None = None,
@@ -107,6 +112,7 @@ def search(
         min_keep: as for ``plan``.
         round_to: as for ``plan``.
         allocation: as for ``plan``.
+        latency_table: for ``round_to="auto"``, whose steps it has: the result of ``measure_latency``, or its file.
         finetune: arguments of ``finetune``, such as {"epochs": 1, "lr": 1e-4}: every round's copy is trained on
             ``train_loader`` with the dense model as teacher (or another ``teacher``, or None). Or a function that
             trains a model in place. With ``checkpoint_every`` among the arguments, and ``resume``, a round's training
@@ -139,10 +145,15 @@ def search(
         raise InvalidArgument("finetune['checkpoint_every']: expected resume=, beside which it is written, got none")
     path = None if resume is None else check.writable("resume", resume)
     check_allocation(allocation)
+    check_rounding(round_to, latency_table)
+    check_table(latency_table)
+    if latency_table is not None and round_to != AUTO:
+        raise InvalidArgument(f'latency_table: expected none without round_to="auto", got {latency_table!r}')
     limits: dict[str, Any] = {"groups": _listed(groups), "freeze": _listed(freeze)}
     limits |= {"min_keep": min_keep, "round_to": round_to}
     method_options = asdict(options_of(method_named(method), options))
     anatomy = family_of(model).inspect(model)
+    limits = with_steps(limits, loaded(latency_table), anatomy)
     loader = in_batches(loader, model)
     if calibration_loader is not None:
         calibration_loader = in_batches(calibration_loader, model, labels=False)

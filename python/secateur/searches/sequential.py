@@ -17,7 +17,7 @@ from .. import check, core
 from ..anatomy import Anatomy
 from ..anatomy.fingerprint import Fingerprint
 from ..budgets.allocate import free_groups
-from ..budgets.limits import limits_of
+from ..budgets.limits import AUTO, limits_of
 from ..budgets.target import Target
 from ..calibration.calibrate import calibrate, calibrate_block
 from ..data.loader import ImageLoader, in_batches
@@ -31,7 +31,7 @@ from ..methods.registry import method_named, options_of
 from ..plans.losses import with_tokens
 from ..plans.make import FEW, check_budget, plan, sizes_for
 from ..plans.measured import Measured
-from ..plans.on_the_clock import loaded, table_for
+from ..plans.on_the_clock import loaded, table_for, with_steps
 from ..plans.plan import Plan
 from ..plans.prune import prune
 from ..plans.report import Report
@@ -66,7 +66,7 @@ def prune_sequential(
     groups: Iterable[str] | None = None,
     freeze: Iterable[str] = (),
     min_keep: Mapping[str, int] | None = None,
-    round_to: int | Mapping[str, int] | None = None,
+    round_to: int | Literal["auto"] | Mapping[str, int] | None = None,
     allocation: str | None = None,
     latency_table: LatencyTable | str | Path | None = None,
     batch_size: int | None = None,
@@ -145,7 +145,7 @@ def prune_sequential(
     refuse_iterator(loader)
     max_images = check.integer("max_images", max_images, optional=True)
     token_fraction = check.fraction("token_fraction", token_fraction, open_low=True)
-    _check(target, ratios, sizes_of, allocation, latency_table, batch_size, runtime)
+    _check(target, ratios, sizes_of, allocation, latency_table, batch_size, runtime, round_to)
     check.choice("target_stream", target_stream, get_args(TargetStream))
     check.choice("streams", streams, get_args(Keep))
     criterion = method_named(method)
@@ -157,7 +157,9 @@ def prune_sequential(
     anatomy = family.inspect(model)
     refuse_live_wrapper(model)
     loader = in_batches(loader, model, labels=False)
-    limits = limits_of(groups, freeze, min_keep, round_to)
+    # Loaded here for its steps alone, and otherwise not before it is needed.
+    steps = loaded(latency_table) if round_to == AUTO else None
+    limits = with_steps(limits_of(groups, freeze, min_keep, round_to), steps, anatomy)
     towards = target_stream == "dense" and criterion.changes_weights and _runs_by_layer(model)
     if resume is not None and not towards:
         raise InvalidArgument("resume: expected none unless blocks are fitted to the dense stream, got a file")
@@ -173,8 +175,11 @@ def prune_sequential(
         if target is not None and target.latency is not None:
             # Before hours of work, since it says what can be reached.
             table = table_for(model, anatomy, target, wanted, table, batch_size, runtime)
+            wanted = with_steps(wanted, table)
+        else:
+            table = None
         if target is None or allocation == "uniform":
-            return sizes_for(model, anatomy, target, ratios, limits, table=table)[0].sizes
+            return sizes_for(model, anatomy, target, ratios, wanted, table=table)[0].sizes
         stats = calibrate(
             model,
             loader,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from ..anatomy import Anatomy, Group, Kind
 from ..anatomy.fingerprint import Fingerprint
 from ..budgets.allocate import check_target
 from ..budgets.budget import Allocation
-from ..budgets.limits import limits_of
+from ..budgets.limits import AUTO, limits_of, recorded
 from ..budgets.ratios import counts_from_ratios
 from ..budgets.target import Target
 from ..errors import InvalidArgument
@@ -24,7 +24,7 @@ from ..families.registry import inspect
 from ..latency.table import LatencyTable
 from ..methods.base import Decision, NoOptions
 from ..plans.make import check_allocation, check_budget, sizes_for
-from ..plans.on_the_clock import LatencyReport, loaded, table_for
+from ..plans.on_the_clock import LatencyReport, any_multiple, loaded, table_for, with_steps
 from ..plans.plan import Plan
 from ..statistics.settings import Float
 from ..training.hooks import LoopHook
@@ -45,7 +45,7 @@ class Wanted:
     groups: Iterable[str] | None = None
     freeze: Iterable[str] = ()
     min_keep: Mapping[str, int] | None = None
-    round_to: int | Mapping[str, int] | None = None
+    round_to: int | Literal["auto"] | Mapping[str, int] | None = None
     allocation: str | None = None
     latency_table: LatencyTable | str | Path | None = None
     batch_size: int | None = None
@@ -53,13 +53,20 @@ class Wanted:
 
     def __post_init__(self) -> None:
         check_allocation(self.allocation, ("error", "uniform"))
-        check_budget(self.target, self.ratios, self.allocation, self.latency_table, self.batch_size, self.runtime)
-        for name, value in self.limits().items():
+        timing = self.latency_table, self.batch_size, self.runtime
+        check_budget(self.target, self.ratios, self.allocation, *timing, self.round_to)
+        if self.round_to == AUTO:
+            object.__setattr__(self, "latency_table", loaded(self.latency_table))
+        for name, value in limits_of(self.groups, self.freeze, self.min_keep, self.round_to).items():
             object.__setattr__(self, name, value)
+        self.limits()
 
-    def limits(self) -> dict[str, Any]:
-        """Which groups may be cut, and to which counts."""
-        return limits_of(self.groups, self.freeze, self.min_keep, self.round_to)
+    def limits(self, anatomy: Anatomy | None = None) -> dict[str, Any]:
+        """Which groups may be cut, and to which counts: "auto" if the table with the steps is still to be measured."""
+        limits = limits_of(self.groups, self.freeze, self.min_keep, self.round_to)
+        return (
+            with_steps(limits, self.latency_table, anatomy) if isinstance(self.latency_table, LatencyTable) else limits
+        )
 
     def cut(self, anatomy: Anatomy) -> list[Group]:
         """The groups that may lose units.
@@ -68,22 +75,26 @@ class Wanted:
             InvalidArgument: a name that does not fit the model, or a budget that cannot be met.
             Unsupported: a kind that the model cannot lose.
         """
+        limits = self.limits(anatomy)
         if self.target is not None:
-            return check_target(anatomy, self.target, **self.limits())
+            # What is out of reach of all sizes is out of reach of multiples that are not measured yet.
+            return check_target(anatomy, self.target, **any_multiple(limits))
         assert self.ratios is not None
-        sizes = counts_from_ratios(anatomy, self.ratios, **self.limits())
+        sizes = counts_from_ratios(anatomy, self.ratios, **limits)
         return [group for group in anatomy.groups if sizes[group.name] < group.size]
 
     def sizes(
         self, model: nn.Module, anatomy: Anatomy, method: TrainedMethod
-    ) -> tuple[Allocation, LatencyReport | None]:
-        """The units of each group that stay, and what became of a target for latency, which is measured."""
-        table = None
+    ) -> tuple[Allocation, LatencyReport | None, dict[str, Any]]:
+        """The units of each group that stay, what became of a target for latency, which is measured, and the limits."""
+        table, limits = None, self.limits(anatomy)
         if self.target is not None and self.target.latency is not None:
             where = loaded(self.latency_table), self.batch_size, self.runtime
-            table = table_for(model, anatomy, self.target, self.limits(), *where)
+            table = table_for(model, anatomy, self.target, limits, *where)
+            limits = with_steps(limits, table)
         losses = method.losses if self.allocation == "error" else None
-        return sizes_for(model, anatomy, self.target, self.ratios, self.limits(), losses=losses, table=table)
+        found, latency = sizes_for(model, anatomy, self.target, self.ratios, limits, losses=losses, table=table)
+        return found, latency, limits
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values: what a run must be continued with."""
@@ -181,11 +192,15 @@ class TrainedMethod(LoopHook):
         fingerprint = Fingerprint.of(model, anatomy)
         self._fingerprint.require(fingerprint, "model", strict=True)
         self._require_kinds(wanted.cut(anatomy))
-        allocation, latency = wanted.sizes(model, anatomy, self)
+        allocation, latency, limits = wanted.sizes(model, anatomy, self)
         decision = self.decide(model, anatomy, allocation.sizes)
         return Plan(
             method=self.name,
-            options={**asdict(self.options), "target": None if wanted.target is None else vars(wanted.target)},
+            options={
+                **asdict(self.options),
+                "target": None if wanted.target is None else vars(wanted.target),
+                "round_to": recorded(limits["round_to"]),
+            },
             fingerprint=fingerprint,
             keep=decision.keep,
             params=(anatomy.params, anatomy.params_at(allocation.sizes)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..budgets.target import Target
 from ..errors import InvalidArgument
@@ -34,7 +34,7 @@ def trained_method(
     groups: Iterable[str] | None = None,
     freeze: Iterable[str] = (),
     min_keep: Mapping[str, int] | None = None,
-    round_to: int | Mapping[str, int] | None = None,
+    round_to: int | Literal["auto"] | Mapping[str, int] | None = None,
     allocation: str | None = None,
     latency_table: LatencyTable | str | Path | None = None,
     batch_size: int | None = None,

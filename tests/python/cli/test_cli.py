@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -585,6 +586,42 @@ def test_search(
         code, _, err = run("search", *arguments, *wrong)
         assert code == expected_code, err
         assert message in " ".join(err.replace("│", " ").split())
+
+
+def test_rounding_by_the_steps_of_a_table(
+    run: Run, run_json: Callable[..., dict[str, object]], state: Path, tmp_path: Path
+) -> None:
+    """plan, prune and search --round-to auto: the same sizes as with the table's numbers."""
+    model = [*MODEL, "--checkpoint", state]
+    table, stats, plan = (tmp_path / name for name in ("table.json", "s.st", "p.json"))
+    assert run("bench", *model, "--table", table, "--groups", "ffn", "--repeats", 1)[0] == 0
+    measured = secateur.LatencyTable.load(table)
+    assert measured.steps is not None
+    replace(measured, steps={"ffn": 20}).save(table)
+    run_json("calibrate", *model, "--data", "digits", "--max-images", 8, "--collect", "scores", "--out", stats)
+    auto = ["--round-to", "auto", "--latency-table", table]
+    data = ["--data", "digits", "--max-images", 16]
+    cut = ["--groups", "ffn", "--method", "snp", "--out", plan]
+    for how in (
+        ["plan", *model, "--stats", stats, "--target-macs", 0.8, *cut],
+        ["prune", *model, *data, "--target-macs", 0.8, *cut],
+        ["prune", *model, *data, "--target-macs", 0.8, "--one-shot", *cut],
+        ["search", *model, *data, "--stats", stats, "--macs", 0.8, "--step", 0.2, "--rounds", 1, *cut],
+    ):
+        found, expected = run_json(*how, *auto), run_json(*how, "--round-to", '{"ffn": 20}')
+        assert found == expected
+    run_json("plan", *model, "--stats", stats, "--target-macs", 0.8, *cut, *auto)
+    chosen = secateur.Plan.load(plan)
+    assert chosen.options["round_to"] == {"ffn": 20}
+    assert chosen.keep
+    assert all(kept.shape[1] % 20 == 0 for kept in chosen.keep.values())
+    for wrong, text in (
+        (["--round-to", "auto"], 'round_to: expected latency_table= with "auto"'),
+        (auto[2:], "--round-to auto"),
+    ):
+        code, _, err = run("plan", *model, "--stats", stats, "--target-macs", 0.8, *cut, *wrong)
+        assert code in (1, 2)
+        assert text in " ".join(err.replace("│", " ").split())
 
 
 def test_a_budget_in_time(

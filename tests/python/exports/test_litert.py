@@ -186,7 +186,7 @@ def test_what_the_report_says(tmp_path, monkeypatch, capfd):
             sc.Unsupported,
             "^model: expected one that litert-torch converts, got no lo",
         ),
-        ({"loads": False}, sc.Error, "^export: expected LiteRT 7 to take a batch of 1, got not a flatbuffer$"),
+        ({"loads": False}, sc.Error, "^export: expected a file that LiteRT loads, got not a flatbuffer$"),
         (
             {"number": 1.1},
             sc.Error,

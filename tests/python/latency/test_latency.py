@@ -19,7 +19,7 @@ from secateur.families.registry import family_of
 from secateur.families.vision_transformer.family import PlainViT
 from secateur.latency import measure as timing
 from secateur.latency import table as latency
-from secateur.latency.levels import levels_for
+from secateur.latency.levels import levels_for, random_cuts
 from secateur.latency.machine import Machine
 from secateur.latency.predict import Latency
 from secateur.latency.runtimes.registry import RUNTIMES
@@ -280,7 +280,7 @@ def test_heads_are_an_axis_of_one_level_unless_they_are_asked_for():
     assert {axis: len(levels) for axis, levels in attention.axes.items()}["heads"] == 3
     assert "present" not in attention.axes
     assert set(rest.axes) == {"width"}
-    cuts = timing._random_cuts(anatomy, levels_for(anatomy, ("qk", "v", "heads", "block"), None))
+    cuts = random_cuts(anatomy, levels_for(anatomy, ("qk", "v", "heads", "block"), None))
     assert all(not name.endswith((".attn", ".mlp", ".ffn")) for sizes in cuts for name in sizes)
     assert any(sizes["blocks.0.heads"] < 6 for sizes in cuts)
 
@@ -732,7 +732,7 @@ def test_uneven_sizes_come_back_from_a_file_and_older_files_have_none(tmp_path):
     ("change", "text"),
     [
         (lambda outer: outer.update(secateur="plan"), "got another kind of file"),
-        (lambda outer: outer.update(format=99), "got format 99, newer than 4: update secateur"),
+        (lambda outer: outer.update(format=99), "got format 99, newer than 5: update secateur"),
         (lambda outer: outer["table"].update(scale=3.0), "got one that does not match its checksum"),
         (lambda outer: outer.pop("table"), "expected a secateur latency table"),
         (lambda outer: outer.update(format="x"), "expected a secateur latency table"),
