@@ -182,7 +182,7 @@ def test_prune_in_the_stock_layout(
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in digits_model.state_dict().items())
     pruned.unlink()
     error = failure(run, "prune", "--checkpoint", dense, "--plan", plan, "--layout", "flat", "--out", pruned)
-    assert error == "secateur: layout: expected one of exact, stock, got 'flat'\n"
+    assert error == "secateur: layout: expected one of exact, stock, auto, got 'flat'\n"
     assert not pruned.exists()
 
 
