@@ -88,7 +88,7 @@ def exported(model: nn.Module, format_: str, folder: Path) -> Row:
     options: dict[str, Any] = {"batch_sizes": (1,) if format_ == "litert" else (1, 2, 7)}
     try:
         report = sc.export(model, path, format=format_, **options)
-    except sc.Unsupported as error:
+    except sc.Error as error:  # also of files that differ: they are removed
         return {"export": f"refused: {error}"}
     found: Row = {"export": "converted, not run here" if report.difference is None else "equal"}
     told = dict(report.details)
@@ -187,11 +187,13 @@ def measured(options: argparse.Namespace, done: list[Row]) -> None:
         done += rows
 
 
-def show(rows: list[Row]) -> None:
+def show(options: argparse.Namespace, rows: list[Row]) -> None:
     machines = sorted({f"{row['processor']}, {row['threads']} threads, timm {row['timm']}" for row in rows})
     print("; ".join(machines), f"\ntorch {', '.join(sorted({row['torch'] for row in rows}))}\n", sep="")
     print("| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", sep="\n")
     for name, _, runtime in engines():
+        if options.engines and name not in options.engines and all(row["engine"] != name for row in rows):
+            continue
         title = name if runtime in (None, name) else f"{name}, in {runtime}"
         found = [row for row in rows if row["engine"] == name]
         if not found:
@@ -207,7 +209,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
     measured(options, done)
-    show(done)
+    show(options, done)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def prune(
         str | None,
         typer.Option(
             "--engine",
-            help="With --layout auto, what the model will run in: a runtime of bench or a format of export [torch].",
+            help="With --layout auto, what the model will run in: a runtime or a format (torch by default).",
         ),
     ] = None,
     last_block: Annotated[
@@ -156,7 +156,8 @@ def prune(
         if plan is not None:
             with named("--plan"):
                 planned = sc.Plan.load(plan)
-        how: dict[str, Any] = {"layout": layout, "engine": engine, "last_block": last_block}
+        # Refused before images are read.
+        how: dict[str, Any] = {"layout": lazy.chosen_layout(layout, engine), "last_block": last_block}
         like = lazy.said(planned, f"--plan {plan}")
         net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs, use_ema, like=like)
         if data is None:

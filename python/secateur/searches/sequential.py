@@ -130,7 +130,7 @@ def prune_sequential(
         max_images: the largest number of images; None for all.
         token_fraction: as for ``calibrate``.
         layout: as for ``prune``.
-        engine: as for ``prune``; whatever ``runtime`` is.
+        engine: as for ``prune``; ``runtime`` does not stand for it.
         last_block: as for ``prune``.
         **options: options of the method.
 
