@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from ..runtime.devices import place_for
     from ..runtime.ranks import first, joined
     from ..searches.result import check_figure
+    from ..surgery.stock_layout import chosen_layout
     from .digits import demo
     from .model import model_from, said
 
 _MODULES = {
     "check_figure": "secateur.searches.result",
+    "chosen_layout": "secateur.surgery.stock_layout",
     "demo": "secateur.cli.digits",
     "exporters": "secateur.exports.base",
     "first": "secateur.runtime.ranks",
@@ -31,6 +33,7 @@ _MODULES = {
 }
 __all__ = [
     "check_figure",
+    "chosen_layout",
     "demo",
     "exporters",
     "first",

@@ -69,9 +69,17 @@ def prune(
     layout: Annotated[
         str,
         typer.Option(
-            "--layout", help="exact: attention of the kept sizes; stock: timm's own modules, padded with zeros."
+            "--layout",
+            help="exact: attention of the kept sizes; stock: timm's own modules, padded with zeros; auto: by --engine.",
         ),
     ] = "exact",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine",
+            help="With --layout auto, what the model will run in: a runtime or a format (torch by default).",
+        ),
+    ] = None,
     last_block: Annotated[
         str | None,
         typer.Option(
@@ -150,11 +158,13 @@ def prune(
         if plan is not None:
             with named("--plan"):
                 planned = sc.Plan.load(plan)
+        # Refused before images are read.
+        how: dict[str, Any] = {"layout": lazy.chosen_layout(layout, engine), "last_block": last_block}
         like = lazy.said(planned, f"--plan {plan}")
         net = lazy.model_from(model, checkpoint, pretrained, num_classes, model_kwargs, use_ema, like=like)
         if data is None:
             assert planned is not None
-            report = sc.prune(net, planned, layout=layout, last_block=last_block, strict=strict)
+            report = sc.prune(net, planned, **how, strict=strict)
         else:
             chosen = method or ("project" if planned is None else planned.method)
             options = parsed(lazy.method_named(chosen), option)
@@ -182,7 +192,6 @@ def prune(
                 "latency_table": latency_table,
             }
             if planned is None and (one_shot or not lazy.method_named(chosen).changes_weights):
-                how = {"layout": layout, "last_block": last_block}
                 report = _at_once(net, images, chosen, wanted, options, max_images, how)
             else:
                 kind: Any = streams  # the function checks it
@@ -195,8 +204,7 @@ def prune(
                     streams=kind,
                     resume=resume,
                     max_images=max_images,
-                    layout=layout,
-                    last_block=last_block,
+                    **how,
                     **options,
                 )
         with ranks.together():

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import check
+from ..anatomy import Layout
 from ..data.model_input import data_config, input_dtype
+from ..engines import EXPORTERS
 from ..errors import Error, InvalidArgument, first_line
-from ..registry import Registry
 
 __all__ = [
     "Checked",
@@ -89,12 +90,14 @@ class Exporter(ABC):
 
     ``Options`` is a frozen dataclass of its options, derived from ``Checked``. ``suffix`` is the ending that the engine
     wants of a file's name, if it wants one. With ``folder``, what it writes is a folder, new or empty before.
+    ``layout`` is the one that suits the engine; ``prune(layout="auto", engine=name)`` chooses it.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type]
     suffix: ClassVar[str] = ""
     folder: ClassVar[bool] = False
+    layout: ClassVar[Layout] = "exact"
 
     @abstractmethod
     def export(self, model: nn.Module, path: Path, options: Any) -> ExportReport:
@@ -122,7 +125,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         made.replace(path)
 
 
-exporters: Registry[Exporter] = Registry("format", "secateur.exports", "secateur.exporters", members=("export",))
+exporters = EXPORTERS
 register = exporters.register
 
 

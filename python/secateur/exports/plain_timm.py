@@ -47,6 +47,8 @@ class PlainTimm(Exporter):
 
     name = "timm"
     folder = True
+    # What the folder holds.
+    layout = "stock"
     Options: ClassVar[type] = Options
 
     def export(self, model: nn.Module, path: Path, options: Any) -> ExportReport:

@@ -28,6 +28,8 @@ class Transformers(Exporter):
 
     name = "transformers"
     folder = True
+    # What the folder holds.
+    layout = "stock"
     Options: ClassVar[type] = Checked
 
     def export(self, model: nn.Module, path: Path, options: Any) -> ExportReport:

@@ -11,7 +11,7 @@ from ..errors import InvalidArgument
 from ..families.registry import family_of
 from ..families.wrapped import refuse_live_wrapper
 from ..surgery.cut import cut
-from ..surgery.stock_layout import check_layout, pad_heads
+from ..surgery.stock_layout import chosen_layout, pad_heads
 from ..surgery.structure import check_last_block, set_norms
 from ..surgery.verify import verify_cut
 from .plan import Plan
@@ -24,6 +24,7 @@ def prune(
     plan: Plan | None = None,
     *,
     layout: str = "exact",
+    engine: str | None = None,
     last_block: str | None = None,
     strict: bool = True,
 ) -> Report:
@@ -41,6 +42,9 @@ def prune(
             have the same size per head, the larger of the two, padded with zeros, which the report counts. The query
             weights are multiplied by √(size / dense size), so that timm's 1/√size amounts to the dense model's scale.
             The ``params`` and ``macs`` of plans do not count the zeros, and merging tokens makes blocks secateur's.
+            "auto": the one of the two that suits ``engine``, as was measured and its exporter or runtime says.
+        engine: with ``layout="auto"``, what the model will run in or be exported to: the name of a runtime of
+            ``bench`` or of a format of ``export``, which need not be installed. "torch" by default.
         last_block: "pooled": the last block computes queries, projection and FFN for the prefix tokens only, and keys
             and values for all, which changes the model's output by rounding alone. ``forward_features`` and
             ``forward_intermediates`` still return all tokens. "whole": it computes all tokens. The default is "pooled"
@@ -52,14 +56,15 @@ def prune(
             no weight leaves its device.
 
     Raises:
-        InvalidArgument: not the plan's model, or a plan whose indices do not fit; nothing is changed.
+        InvalidArgument: not the plan's model, or a plan whose indices do not fit; no such layout or engine; or an
+            engine without ``layout="auto"``. Nothing is changed.
         Unsupported: the model is not of a supported family; or ``last_block="pooled"`` for a model whose output depends
             on all tokens; or its stock layout would compute something else (query/key
             norms over cut channels, an inner norm over padded values, an attention pool over a cut width); or its
             family's cuts are verified, and the cut model differs from the dense one with the same units masked (the
             text names the groups that do not fit). Nothing is changed.
     """
-    check_layout(layout)
+    layout = chosen_layout(layout, engine)
     if not isinstance(plan, (Plan, type(None))):
         raise InvalidArgument(f"plan: expected a Plan, got {type(plan).__name__}")
     family = family_of(model)

@@ -37,7 +37,7 @@ from ..plans.prune import prune
 from ..plans.report import Report
 from ..runtime.ranks import joined
 from ..statistics.streams import Keep, calibrate_norms
-from ..surgery.stock_layout import check_layout
+from ..surgery.stock_layout import chosen_layout
 from ..surgery.structure import check_last_block
 from .sequential_file import Progress, SequentialFile
 from .towards_dense import Course
@@ -74,6 +74,7 @@ def prune_sequential(
     max_images: int | None = 1024,
     token_fraction: float = 1.0,
     layout: str = "exact",
+    engine: str | None = None,
     last_block: str | None = None,
     **options: Any,
 ) -> Report:
@@ -129,6 +130,7 @@ def prune_sequential(
         max_images: the largest number of images; None for all.
         token_fraction: as for ``calibrate``.
         layout: as for ``prune``.
+        engine: as for ``prune``; ``runtime`` does not stand for it.
         last_block: as for ``prune``.
         **options: options of the method.
 
@@ -139,7 +141,7 @@ def prune_sequential(
             ranks, ``resume`` with a loader not made by `data.loader`.
         NumericalError: NaN or Inf in an image or a layer.
     """
-    check_layout(layout)
+    layout = chosen_layout(layout, engine)
     if last_block is not None:
         check_last_block(last_block)
     refuse_iterator(loader)

@@ -10,21 +10,32 @@ import torch
 from torch import nn
 
 from ..anatomy import Anatomy, Layer, Layout
+from ..engines import preferred_layout
 from ..errors import InvalidArgument
 
-__all__ = ["LAYOUTS", "check_layout", "pad_heads"]
+__all__ = ["LAYOUTS", "chosen_layout", "pad_heads"]
 
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 
-def check_layout(layout: object) -> None:
-    """Refuse an unknown layout.
+def chosen_layout(layout: object, engine: object = None) -> str:
+    """Return the layout, or the engine's if it is "auto"; torch is the engine where none is given.
 
     Raises:
-        InvalidArgument: there is no such layout.
+        InvalidArgument: no such layout or engine, an engine without "auto", or an engine that prefers no layout there
+            is.
     """
-    if layout not in LAYOUTS:
-        raise InvalidArgument(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if layout != "auto":
+        if layout not in LAYOUTS:
+            raise InvalidArgument(f"layout: expected one of {', '.join((*LAYOUTS, 'auto'))}, got {layout!r}")
+        if engine is not None:
+            raise InvalidArgument(f"engine: expected none unless layout is 'auto', got {engine!r} with {layout!r}")
+        return str(layout)
+    name = "torch" if engine is None else engine
+    preferred = preferred_layout(name)
+    if preferred not in LAYOUTS:
+        raise InvalidArgument(f"engine: expected {name!r} to prefer one of {', '.join(LAYOUTS)}, got {preferred!r}")
+    return preferred
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -183,8 +184,36 @@ def test_prune_in_the_stock_layout(
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in digits_model.state_dict().items())
     pruned.unlink()
     error = failure(run, "prune", "--checkpoint", dense, "--plan", plan, "--layout", "flat", "--out", pruned)
-    assert error == "secateur: layout: expected one of exact, stock, got 'flat'\n"
+    assert error == "secateur: layout: expected one of exact, stock, auto, got 'flat'\n"
     assert not pruned.exists()
+
+
+@pytest.mark.parametrize("way", ["plan", "at once", "by block"])
+def test_prune_in_the_layout_of_an_engine(
+    run: Run, run_json: Callable[..., dict[str, object]], dense: Path, tmp_path: Path, way: str
+) -> None:
+    """--engine is prune's, whichever function cuts."""
+    ratios = '{"qk": 0.5, "v": 0.3}'
+    given: list[object] = ["--data", "digits", "--max-images", 40, "--ratios", ratios, "--method", "magnitude"]
+    if way == "by block":
+        given[-1] = "project"
+    elif way == "plan":
+        model = secateur.load(dense)
+        secateur.plan(model, method="magnitude", ratios=json.loads(ratios)).save(tmp_path / "p.json")
+        given = ["--plan", tmp_path / "p.json"]
+    files = [tmp_path / "auto.st", tmp_path / "stock.st"]
+    for file, how in zip(files, (["auto", "--engine", "timm"], ["stock"]), strict=True):
+        run_json("prune", "--checkpoint", dense, *given, "--layout", *how, "--out", file)
+    assert type(secateur.load(files[0]).blocks[0].attn) is timm.layers.Attention
+    found, wanted = (secateur.load(file).state_dict() for file in files)
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+    for how, text in (
+        (["auto", "--engine", "tpu"], "expected one of coreml, .*, transformers, got 'tpu'"),
+        (["stock", "--engine", "onnx"], "expected none unless layout is 'auto', got 'onnx' with 'stock'"),
+    ):
+        error = failure(run, "prune", "--checkpoint", dense, *given, "--layout", *how, "--out", tmp_path / "no.st")
+        assert re.fullmatch(f"secateur: engine: {text}\n", error)
+    assert not (tmp_path / "no.st").exists()
 
 
 def test_inspect_is_for_people_and_machines(run: Run, dense: Path, digits_model: nn.Module) -> None:

@@ -327,7 +327,7 @@ def test_only_what_changed_is_replaced(digits_model):
 
 def test_wrong_arguments(digits_model):
     plan = plan_of(digits_model, {})
-    with pytest.raises(sc.InvalidArgument, match="layout: expected one of exact, stock, got 'sparse'"):
+    with pytest.raises(sc.InvalidArgument, match="layout: expected one of exact, stock, auto, got 'sparse'"):
         sc.prune(digits_model, plan, layout="sparse")
     with pytest.raises(sc.InvalidArgument, match="plan: expected a Plan, got dict"):
         sc.prune(digits_model, {})

@@ -19,7 +19,8 @@ _DTYPES = (torch.float32, torch.float16)
 class Runtime(Protocol):
     """An engine; a class registers itself with ``runtimes.registry.register``. One instance, no state.
 
-    ``name`` is what arguments take and files hold.
+    ``name`` is what arguments take and files hold. A class may have ``layout``, the one that suits the engine
+    ("exact" if it has none); ``prune(layout="auto", engine=name)`` chooses it, unless an exporter has the same name.
     """
 
     name: str

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from ...engines import RUNTIMES
 from ...errors import InvalidArgument
-from ...registry import Registry
 from .base import Runtime
 
 __all__ = ["RUNTIMES", "chosen", "register"]
 
-RUNTIMES: Registry[Runtime] = Registry("runtime", __package__, "secateur.runtimes", members=("prepare", "version"))
 R = TypeVar("R", bound=type[Runtime])
 
 
