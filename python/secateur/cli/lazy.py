@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import set_num_threads
 
-    from ..exports.base import exporters
+    from ..exports.base import exporters, path_for
     from ..methods.registry import method_named
     from ..runtime.devices import place_for
     from ..runtime.ranks import first, joined
@@ -27,6 +27,7 @@ _MODULES = {
     "joined": "secateur.runtime.ranks",
     "method_named": "secateur.methods.registry",
     "model_from": "secateur.cli.model",
+    "path_for": "secateur.exports.base",
     "place_for": "secateur.runtime.devices",
     "said": "secateur.cli.model",
     "set_num_threads": "torch",
@@ -40,6 +41,7 @@ __all__ = [
     "joined",
     "method_named",
     "model_from",
+    "path_for",
     "place_for",
     "said",
     "set_num_threads",

@@ -25,6 +25,7 @@ __all__ = [
     "Exporter",
     "exporters",
     "largest_difference",
+    "path_for",
     "random_images",
     "register",
     "tolerance",
@@ -112,6 +113,21 @@ class Exporter(ABC):
             Unsupported: the format cannot hold the model.
             Error: the loaded file computes something else.
         """
+
+
+def path_for(exporter: Exporter, argument: str, path: object) -> Path:
+    """Return where an exporter is to write: a file, or a new or empty folder.
+
+    Raises:
+        InvalidArgument: it cannot be written, or has not the ending that the engine wants.
+    """
+    place = check.new_folder if getattr(exporter, "folder", False) else check.writable
+    found, suffix = place(argument, path), getattr(exporter, "suffix", "")
+    if not found.name.endswith(suffix):
+        raise InvalidArgument(
+            f"{argument}: expected a name that ends in {suffix} for {exporter.name}, got {found.name}"
+        )
+    return found
 
 
 @contextmanager

@@ -8,9 +8,8 @@ from typing import Any
 from torch import nn
 
 from .. import check
-from ..errors import InvalidArgument
 from ..runtime.devices import borrowed, place_for
-from .base import ExportReport, exporters
+from .base import ExportReport, exporters, path_for
 
 __all__ = ["export"]
 
@@ -43,10 +42,7 @@ def export(model: nn.Module, path: str | Path, *, format: str = "onnx", **option
     """
     exporter = exporters.named(format)
     chosen: Any = check.options(exporter.Options, options)
-    folder = getattr(exporter, "folder", False)
-    file = check.new_folder("path", path) if folder else check.writable("path", path)
-    if not file.name.endswith(getattr(exporter, "suffix", "")):
-        raise InvalidArgument(f"path: expected a name that ends in {exporter.suffix} for {format}, got {file.name}")
+    file = path_for(exporter, "path", path)
     place_for(model)
     with borrowed(model, "cpu"):
         return exporter.export(model, file, chosen)

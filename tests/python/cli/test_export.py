@@ -11,6 +11,7 @@ import pytest
 import secateur as sc
 import timm
 import torch
+from PIL import Image
 from secateur.cli.app import main
 from secateur.exports.base import exporters
 
@@ -84,3 +85,37 @@ def test_what_is_refused(run: Run, pruned: Path, tmp_path: Path) -> None:
     assert code == 1
     assert error.startswith("secateur: --out: expected a file in an existing folder")
     assert not out.exists()
+
+
+def test_int8_with_images_of_a_folder(run: Run, pruned: Path, tmp_path: Path) -> None:
+    """The ranges come from the folder's images, as many as are asked for."""
+    pytest.importorskip("onnxruntime")
+    for name in "ab":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(5):
+            pixels = np.random.default_rng(number).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
+    command = ["export", "--checkpoint", pruned, "--out", tmp_path / "x.onnx", "--data", tmp_path / "images"]
+    code, text, error = run(*command, "--option", "int8=true", "--option", "static=true", "--max-images", 7, "--json")
+    assert code == 0, error
+    details = json.loads(text)["details"]
+    assert (details["weights"], details["images"]) == ("int8", 7)
+    assert 0 < details["relative_error"] < 0.2
+    code, text, error = run(*command, "--json")
+    assert (code, text) == (1, "")
+    assert error.startswith("secateur: loader: expected None without int8, got one")
+    command = ["export", "--checkpoint", pruned, "--format", "native", "--out", tmp_path / "x", "--data", tmp_path]
+    code, text, error = run(*command)
+    assert (code, text) == (2, "")
+    assert "expected no --data for native, which has no fewer bits" in error
+
+
+def test_a_folder_is_new_or_empty(run: Run, pruned: Path, tmp_path: Path) -> None:
+    common = ["export", "--checkpoint", pruned, "--format", "hub", "--out"]
+    (tmp_path / "empty").mkdir()
+    assert run(*common, tmp_path / "empty")[0] == 0
+    held = sorted(each.name for each in (tmp_path / "empty").iterdir())
+    assert held == ["config.json", "model.safetensors"]
+    code, _, error = run(*common, tmp_path / "empty")
+    assert code == 1
+    assert error.startswith("secateur: --out: expected a new or empty folder in an existing one, got ")
