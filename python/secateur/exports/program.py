@@ -19,7 +19,7 @@ __all__ = ["Program"]
 
 # What torch says while it compiles: of CUDA's tools, and of what it tries.
 _LOGGERS = ("torch.utils.cpp_extension", "torch._inductor", "torch._dynamo", "torch.export")
-# torch writes its present number of threads into the code otherwise.
+# Otherwise torch writes its present number of threads into the code, unless it is the machine's.
 _SETTINGS = {"cpp.dynamic_threads": True}
 
 
