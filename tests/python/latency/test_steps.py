@@ -385,7 +385,7 @@ def test_a_search_takes_steps(digits_model, digits_images, stats, table, tmp_pat
 
 def test_a_trained_method_takes_steps(digits_model, digits_images, table):
     gates = sc.trained_method("gates", target=sc.Target(macs=0.6), groups=["ffn"], round_to="auto", latency_table=table)
-    sc.finetune(digits_model, [digits_images[:8]], teacher=copy.deepcopy(digits_model), steps=2, hooks=[gates])
+    sc.finetune(digits_model, [digits_images[:8]], teacher=copy.deepcopy(digits_model), steps=2, alpha=1, hooks=[gates])
     plan = gates.plan()
     assert plan.keep
     assert all(kept.shape[1] % 24 == 0 for kept in plan.keep.values())
