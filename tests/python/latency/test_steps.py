@@ -13,6 +13,7 @@ import secateur as sc
 import torch
 from secateur.latency import measure as timing
 from secateur.latency import table as tables
+from secateur.latency.machine import Machine
 from secateur.latency.steps import step_of
 from secateur.plans import on_the_clock
 from timm.models.vision_transformer import VisionTransformer
@@ -192,7 +193,9 @@ def table(make_digits_model):
         patch.setattr(timing, "in_turn", in_turn)
         found = sc.measure_latency(make_digits_model(), repeats=1)
     assert found.steps == {"qk": 1, "v": 1, "ffn": 1}
-    return replace(found, steps={"qk": 5, "v": 5, "ffn": 24})
+    # The fixtures set two threads for every test.
+    machine = replace(Machine.here(torch.device("cpu")), threads=2)
+    return replace(found, steps={"qk": 5, "v": 5, "ffn": 24}, machine=machine)
 
 
 def test_steps_come_back_from_a_file(table, tmp_path):
