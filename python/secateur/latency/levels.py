@@ -74,14 +74,14 @@ class Levels:
         return tuple(sorted({tokens.prefix + max(2, round(part * tokens.patches)) for part in _TOKENS}))
 
     def together(self, layer: Layer) -> list[tuple[str, ...]]:
-        """Return the kinds of neurons of a layer that plans will cut, those together that keep one size.
+        """Return the kinds of neurons of a layer, those together that step together from one size.
 
         Unequal queries and values may take another kernel, so that their times say nothing about steps.
         """
         found: dict[tuple[str, int], list[str]] = {}
         for kind, name in layer.groups.items():
             group = self.anatomy.group(name)
-            if kind in self.named and not (group.traits.counted or group.traits.shared):
+            if not (group.traits.counted or group.traits.shared):
                 found.setdefault((group.traits.steps_with or kind, group.size), []).append(kind)
         return [tuple(kinds) for kinds in found.values()]
 

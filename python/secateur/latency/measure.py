@@ -133,7 +133,7 @@ def _steps(
         if source.layer is None or source.merges:
             continue
         for kinds in levels.together(source.layer):
-            for kind in kinds:
+            for kind in (each for each in kinds if each in levels.named):
                 if kind not in largest or source.axes[kind][-1] > largest[kind][0].axes[kind][-1]:
                     largest[kind] = source, kinds
     known: dict[tuple[int, tuple[str, ...]], int] = {}

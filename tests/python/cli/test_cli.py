@@ -632,14 +632,14 @@ def test_rounding_by_the_steps_of_a_table(
     data = ["--data", "digits", "--max-images", 16]
     cut = ["--groups", "ffn", "--method", "snp", "--out", plan]
     for how in (
-        ["plan", *model, "--stats", stats, "--target-macs", 0.8, *cut],
-        ["prune", *model, *data, "--target-macs", 0.8, *cut],
-        ["prune", *model, *data, "--target-macs", 0.8, "--one-shot", *cut],
-        ["search", *model, *data, "--stats", stats, "--macs", 0.8, "--step", 0.2, "--rounds", 1, *cut],
+        ["plan", *model, "--stats", stats, "--target-macs", 0.6, *cut],
+        ["prune", *model, *data, "--target-macs", 0.6, *cut],
+        ["prune", *model, *data, "--target-macs", 0.6, "--one-shot", *cut],
+        ["search", *model, *data, "--stats", stats, "--macs", 0.6, "--step", 0.4, "--rounds", 1, *cut],
     ):
         found, expected = run_json(*how, *auto), run_json(*how, "--round-to", '{"ffn": 20}')
         assert found == expected
-    run_json("plan", *model, "--stats", stats, "--target-macs", 0.8, *cut, *auto)
+    run_json("plan", *model, "--stats", stats, "--target-macs", 0.6, *cut, *auto)
     chosen = secateur.Plan.load(plan)
     assert chosen.options["round_to"] == {"ffn": 20}
     assert chosen.keep
@@ -648,7 +648,7 @@ def test_rounding_by_the_steps_of_a_table(
         (["--round-to", "auto"], 'round_to: expected latency_table= with "auto"'),
         (auto[2:], "--round-to auto"),
     ):
-        code, _, err = run("plan", *model, "--stats", stats, "--target-macs", 0.8, *cut, *wrong)
+        code, _, err = run("plan", *model, "--stats", stats, "--target-macs", 0.6, *cut, *wrong)
         assert code in (1, 2)
         assert text in " ".join(err.replace("│", " ").split())
 

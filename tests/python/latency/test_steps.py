@@ -13,6 +13,7 @@ import secateur as sc
 import torch
 from secateur.latency import measure as timing
 from secateur.latency import table as tables
+from secateur.latency.machine import Machine
 from secateur.latency.steps import step_of
 from secateur.plans import on_the_clock
 from timm.models.vision_transformer import VisionTransformer
@@ -120,7 +121,7 @@ def clock_of_steps(monkeypatch):
         hidden = [shape[0] for name, shape in shapes.items() if name.endswith("fc1.weight")]
         if hidden and not any("attn" in name or "qkv" in name for name in shapes):
             return sum(1000.0 * 8 * -(-units // 8) for units in hidden)
-        unequal = any(getattr(m, "key_dim", 0) != getattr(m, "value_dim", 0) for m in module.modules())
+        unequal = any(getattr(m, "qk_dim", 0) != getattr(m, "v_dim", 0) for m in module.modules())
         return float(sum(shape.numel() for shape in shapes.values())) * (1.5 if unequal else 1.0)
 
     def in_turn(models, inputs, loops, repeats, advance):
@@ -149,16 +150,19 @@ def test_a_table_finds_the_steps_of_its_kinds(clock_of_steps):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_steps_change_nothing_else_in_a_table_and_cost_little(clock_of_steps):
-    model = small()
+def test_steps_change_nothing_else_in_a_table_and_cost_little(clock_of_steps, monkeypatch):
+    model, prepared, ready = small(), [], timing.prepared
+    monkeypatch.setattr(timing, "prepared", lambda *arguments: prepared.append(1) or ready(*arguments))
     without = sc.measure_latency(model, groups=("qk", "v", "ffn"), repeats=1, steps=False)
-    timed = len(clock_of_steps)
+    timed, made = len(clock_of_steps), len(prepared)
     assert without.steps is None
     assert "steps" not in str(without)
     clock_of_steps.clear()
+    prepared.clear()
     table = sc.measure_latency(model, groups=("qk", "v", "ffn"), repeats=1)
-    # Even with a step of 8 to find: one kind at three sizes, another at up to three in each of six runs.
-    assert 0 < len(clock_of_steps) - timed <= 1 + 6
+    # Attention, without a step, at three sizes; the FFN at 64, 65, 66, 68, 72 and 96, and then at 71 too.
+    assert len(prepared) - made == 3 + 7
+    assert len(clock_of_steps) - timed == 1 + 5
     sizes, anatomy = {"blocks.0.ffn": 61, "blocks.1.qk": 5, "blocks.1.v": 5}, sc.inspect(model)
     assert table.predict(anatomy, sizes) == without.predict(anatomy, sizes)
 
@@ -189,7 +193,9 @@ def table(make_digits_model):
         patch.setattr(timing, "in_turn", in_turn)
         found = sc.measure_latency(make_digits_model(), repeats=1)
     assert found.steps == {"qk": 1, "v": 1, "ffn": 1}
-    return replace(found, steps={"qk": 5, "v": 5, "ffn": 24})
+    # The fixtures set two threads for every test.
+    machine = replace(Machine.here(torch.device("cpu")), threads=2)
+    return replace(found, steps={"qk": 5, "v": 5, "ffn": 24}, machine=machine)
 
 
 def test_steps_come_back_from_a_file(table, tmp_path):
@@ -383,9 +389,20 @@ def test_a_search_takes_steps(digits_model, digits_images, stats, table, tmp_pat
         )
 
 
+def test_a_trained_method_measures_steps(digits_model, digits_images, table, monkeypatch):
+    monkeypatch.setattr(on_the_clock, "measure_latency", lambda _model, **how: table if how["steps"] else None)
+    monkeypatch.setattr(on_the_clock, "measured_ratio", lambda *_: (0.58, (0.57, 0.59)))
+    gates = sc.trained_method("gates", target=sc.Target(latency=0.6), groups=["ffn"], round_to="auto")
+    sc.finetune(digits_model, [digits_images[:8]], teacher=copy.deepcopy(digits_model), steps=2, alpha=1, hooks=[gates])
+    plan = gates.plan()
+    assert plan.keep
+    assert all(kept.shape[1] % 24 == 0 for kept in plan.keep.values())
+    assert plan.options["round_to"] == table.steps
+
+
 def test_a_trained_method_takes_steps(digits_model, digits_images, table):
     gates = sc.trained_method("gates", target=sc.Target(macs=0.6), groups=["ffn"], round_to="auto", latency_table=table)
-    sc.finetune(digits_model, [digits_images[:8]], teacher=copy.deepcopy(digits_model), steps=2, hooks=[gates])
+    sc.finetune(digits_model, [digits_images[:8]], teacher=copy.deepcopy(digits_model), steps=2, alpha=1, hooks=[gates])
     plan = gates.plan()
     assert plan.keep
     assert all(kept.shape[1] % 24 == 0 for kept in plan.keep.values())
