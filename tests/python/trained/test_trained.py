@@ -80,7 +80,7 @@ def test_a_method_from_outside_trains_and_plans() -> None:
     assert (found.steps, first.steps) == (6, 6)
     assert first.trained == ["blocks.0.v", "blocks.1.v", "blocks.1.ffn"]
     plan = first.plan()
-    assert (plan.method, plan.options) == ("first", {"factor": 2.0, "target": None})
+    assert (plan.method, plan.options) == ("first", {"factor": 2.0, "target": None, "round_to": None})
     assert {name: keep.shape for name, keep in plan.keep.items()} == {
         "blocks.0.v": (3, 4),
         "blocks.1.v": (3, 4),
