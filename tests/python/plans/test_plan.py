@@ -233,6 +233,7 @@ def test_the_plan_is_readable_json(digits_model, stats, tmp_path):
         "similarity": "weights",
         "head_score": "neurons",
         "target": {"macs": 0.5, "params": None, "latency": None},
+        "round_to": None,
     }
     assert len(plan["keep"]["blocks.0.qk"]) == 3
 

@@ -660,5 +660,5 @@ def test_block_by_block(digits_model, digits_images):
 
     with pytest.raises(sc.Unsupported, match=r"blocks\.0\.attn\.q_norm: expected"):
         sc.prune_sequential(make("qk_norm"), Unread(), ratios=ratios, layout="stock")
-    with pytest.raises(sc.InvalidArgument, match="layout: expected one of exact, stock, got 'flat'"):
+    with pytest.raises(sc.InvalidArgument, match="layout: expected one of exact, stock, auto, got 'flat'"):
         sc.prune_sequential(make("plain"), Unread(), ratios=ratios, layout="flat")
