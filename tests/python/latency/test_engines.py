@@ -156,9 +156,11 @@ def test_every_layer_and_whole_model_is_measured_on_the_engine(spy):
 
 
 def test_the_reference_is_prepared_once(spy):
-    few = sc.measure_latency(small(), groups=("ffn",), grid={"ffn": [20]}, repeats=1, runtime="spy")
+    few = sc.measure_latency(small(), groups=("ffn",), grid={"ffn": [20]}, repeats=1, runtime="spy", steps=False)
     first = len(spy.prepared)
-    many = sc.measure_latency(small(), groups=("ffn",), grid={"ffn": [10, 20, 30]}, repeats=1, runtime="spy")
+    many = sc.measure_latency(
+        small(), groups=("ffn",), grid={"ffn": [10, 20, 30]}, repeats=1, runtime="spy", steps=False
+    )
     for ffn in (2, 3):
         assert many.layers[ffn].grid.seconds.size - few.layers[ffn].grid.seconds.size == 2
     assert len(spy.prepared) - first == first + 4
