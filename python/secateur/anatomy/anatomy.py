@@ -279,5 +279,16 @@ class Anatomy:
         notes = [f"residual width {group.size}" + (f" ({group.name})" if len(widths) > 1 else "") for group in widths]
         notes += [f"without {', '.join(self.absent)}"] if self.absent else []
         notes += ["the last block computes prefix tokens only"] if self.last_block == "pooled" else []
-        notes += [f"{kind} cannot be cut: {reason}" for kind, reason in self.refused.items()]
+        alike: dict[str, list[str]] = {}
+        for kind, reason in self.refused.items():
+            # Of many modules, the reason begins with the name of each.
+            alike.setdefault(reason.removeprefix(f"{kind}: "), []).append(kind)
+        notes += [f"{_few(kinds)} cannot be cut: {reason}" for reason, kinds in alike.items()]
         return "\n".join([title, render(table), *notes])
+
+
+def _few(names: list[str], most: int = 6) -> str:
+    """Join names; of very many the first ones, and how many there are besides."""
+    shown = names if len(names) <= most else names[: most // 2]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

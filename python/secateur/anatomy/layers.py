@@ -91,6 +91,7 @@ class Layer:
     ``score_norm`` is their type, None unless both have the same type and a scale; ``inner`` is a norm directly before
     the writer. ``fixed`` maps parts whose basis must not be rotated to the reason. ``softmax_scale`` multiplies the
     scores. The ``layout`` of attention is "stock" if the module is the library's own class, cut or not, else "exact".
+    ``channel_axis`` is that of what the writer returns: 1 where it is a convolution.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Layer:
     post_norm: bool = False
     softmax_scale: float = 1.0
     layout: Layout | None = None
+    channel_axis: int = -1
 
     @property
     def before_writer(self) -> Tap:

@@ -43,12 +43,14 @@ _NOT_ARCHITECTURE = ("checkpoint_path", "cache_dir", "features_only", "scriptabl
 class Family(ABC):
     """A family of models; a subclass registers itself with ``families.register``.
 
-    ``name`` is written to files. ``models`` are accepted by exact class, since a subclass may compute anything. With
+    ``name`` is written to files. ``models`` are accepted by exact class, since a subclass may compute anything;
+    ``others`` says in an error's text what else is, if ``accepts`` takes more. With
     ``verified``, ``prune`` compares every cut model with the dense one before it returns.
     """
 
     name: ClassVar[str]
     models: ClassVar[tuple[type[nn.Module], ...]]
+    others: ClassVar[str] = ""
     verified: ClassVar[bool] = False
 
     def accepts(self, model: nn.Module) -> bool:

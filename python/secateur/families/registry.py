@@ -43,7 +43,7 @@ def family_of(model: nn.Module) -> Family:
     family = _accepting(model)
     if family is None:
         models = [cls for each in families for cls in each.models]
-        classes = " or ".join(sorted(cls.__name__ for cls in models))
+        classes = " or ".join([*sorted(cls.__name__ for cls in models), *(each.others for each in families if each.others)])
         got = described(model, models, lambda module: _accepting(module) is not None, inspect)
         raise Unsupported(f"model: expected timm's {classes}, by exact class, got {got}")
     refuse_foreign(model)
@@ -51,7 +51,9 @@ def family_of(model: nn.Module) -> Family:
 
 
 def _accepting(model: nn.Module) -> Family | None:
-    return next((family for family in families if family.accepts(model)), None)
+    # A family that names the class goes before one that looks at what is inside.
+    found = sorted(families, key=lambda family: type(model) not in family.models)
+    return next((family for family in found if family.accepts(model)), None)
 
 
 def family_named(name: str) -> Family:

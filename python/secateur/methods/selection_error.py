@@ -45,7 +45,7 @@ def of_selection(
 def writer_metric(model: nn.Module, anatomy: Anatomy, layer: Layer) -> Tensor:
     """Return the weight of a layer's writer, (width, inputs), as the next norm sees it: scaled and centred."""
     weights = Weights(model, anatomy)
-    weight = weights.weight(layer.writer)
+    weight = weights.matrix(layer.writer)
     factor = weights.scale(layer.scale)
     weight = weight * (factor[:, None] if isinstance(factor, Tensor) else factor)
     stream = anatomy.streams.get(layer.stream)

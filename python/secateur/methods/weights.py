@@ -35,6 +35,15 @@ class Weights:
             return self._model.get_parameter(name).detach().to("cpu", torch.float64)
         return self._changed[name]
 
+    def matrix(self, module: str) -> Tensor:
+        """Return the weight of a linear layer or 1x1 convolution, (outputs, inputs)."""
+        weight = self.weight(module)
+        return weight.reshape(weight.shape[:2])
+
+    def set_matrix(self, module: str, value: Tensor) -> None:
+        """Draft new values for the weight of a linear layer or 1x1 convolution, (outputs, inputs)."""
+        self.set(module, value.reshape(self.weight(module).shape))
+
     def bias(self, module: str) -> Tensor:
         """Return a layer's bias, or zeros if it has none."""
         layer: Any = self._model.get_submodule(module)

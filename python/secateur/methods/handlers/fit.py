@@ -173,7 +173,7 @@ class Fit:
     def compensate(self, weights: Weights, layer: Layer, kept: Tensor) -> None:
         """Refit the layer's writer: kept inputs take over what the removed ones contributed, the bias its mean."""
         module, moments = layer.writer, self.before_writer(layer)
-        weight = weights.weight(module)
+        weight = weights.matrix(module)
         cut = torch.ones(weight.shape[1], dtype=torch.bool)
         cut[kept] = False
         cut = cut.nonzero().flatten()
@@ -196,7 +196,7 @@ class Fit:
         gained = solve(Moment(part, lost), ridge).mT
         refitted = torch.zeros_like(weight)
         refitted[:, kept] = (weight[:, kept] + gained) * divisor
-        weights.set(module, refitted)
+        weights.set_matrix(module, refitted)
         weights.set(module, bias - gained @ mean, "bias")
 
     def _renormalised(

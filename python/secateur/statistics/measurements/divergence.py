@@ -102,7 +102,7 @@ def _trials(anatomy: Anatomy) -> list[_Trial]:
             removed(layer.name, block, layer.branch)
     for layer in anatomy.layers_of("ffn"):
         block = anatomy.block_of(layer)
-        disturbed(layer.groups["ffn"], block, (layer.writer, _noise(None, centred=True)))
+        disturbed(layer.groups["ffn"], block, (layer.writer, _noise(None, centred=True, axis=layer.channel_axis)))
         if layer.name in anatomy.sizes:
             removed(layer.name, block, layer.branch)
     for width in anatomy.widths:
@@ -112,14 +112,14 @@ def _trials(anatomy: Anatomy) -> list[_Trial]:
     return trials
 
 
-def _noise(channels: slice | None, *, centred: bool) -> _Change:
+def _noise(channels: slice | None, *, centred: bool, axis: int = -1) -> _Change:
     def disturb(output: Tensor, generator: torch.Generator) -> Tensor:
-        part = output if channels is None else output[..., channels]
+        part = output.movedim(axis, -1) if channels is None else output[..., channels]
         rows = part.reshape(-1, part.shape[-1])
         order = torch.randperm(len(rows), generator=generator).to(rows.device)
         noise = rows[order] - rows.mean(0) if centred else rows[order]
         changed = output.clone()
-        (changed if channels is None else changed[..., channels]).add_(_SHARE * noise.reshape(part.shape))
+        (changed.movedim(axis, -1) if channels is None else changed[..., channels]).add_(_SHARE * noise.reshape(part.shape))
         return changed
 
     return disturb

@@ -7,7 +7,6 @@ known exactly keeps all that it takes as it is. Dependency graphs for pruning: F
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, count
 from math import prod
@@ -17,22 +16,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from timm.layers import BlurPool2d
-from timm.models.efficientnet import EfficientNet
-from timm.models.resnet import ResNet
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..anatomy import Anatomy, Group, Indices, Member, Part, Role
-from ..anatomy.costs import FixedProduct, Product, WeightProduct
-from ..errors import Unsupported
-from .base import Family, fit_modules, image_channels, refuse_computed, refuse_tied
-from .registry import register
-from .walk import identity
+from ...anatomy import Anatomy, Group, Indices, Member, Part, Role
+from ...anatomy.costs import FixedProduct, Product, WeightProduct
+from ...errors import Unsupported
+from ..base import image_channels, refuse_computed, refuse_tied
+from ..walk import identity
+from .run import Following, follow, pointwise, tensors_in
 
-__all__ = ["Traced"]
+__all__ = ["inspect", "widths"]
 
 # Two images: with one, a view that mixes images and channels would look like one that does not.
 _BATCH = 2
@@ -41,8 +35,6 @@ _LEAST = 2
 _RETURNED = "the model returns it"
 
 _aten = torch.ops.aten
-# What torch does not tag as pointwise in every version.
-_POINTWISE = {_aten.hardswish, _aten.hardswish_, _aten.mish, _aten.mish_, _aten._prelu_kernel, _aten.expand}
 _POOLS = {_aten.max_pool2d_with_indices, _aten.adaptive_max_pool2d, _aten.avg_pool2d, _aten._adaptive_avg_pool2d}
 _POOLS |= {_aten.reflection_pad2d, _aten.replication_pad2d}
 _REDUCTIONS = {_aten.mean, _aten.sum, _aten.amax, _aten.amin}
@@ -51,56 +43,39 @@ _NORMS = {_aten.native_batch_norm, _aten._native_batch_norm_legit, _aten._native
 _SUMS = {_aten.add, _aten.add_, _aten.sub, _aten.sub_}
 
 
-@register
-class Traced(Family):
-    """ResNet (with ResNeXt, SENet, antialiased and deep-stem variants) and EfficientNet (with MobileNetV2, MnasNet)."""
+def inspect(model: nn.Module, family: str) -> Anatomy:
+    """Follow a model's channels, in images of its ``pretrained_cfg["input_size"]``, or of 224 x 224 pixels.
 
-    name = "traced"
-    models = (ResNet, EfficientNet)
-    verified = True
+    Raises:
+        Unsupported: tensors that are tied or computed by hooks, a model that cannot run without values, or one in
+            which no channels can be followed.
+    """
+    walk = _run(model)
+    groups, refused = walk.groups()
+    if not groups:
+        reason = next(iter(refused.values()), "it has none that are written and read")
+        raise Unsupported(f"model: expected {type(model).__name__} with channels to cut: {reason}")
+    architecture, arguments, handmade = identity(model)
+    cut = {member.tensor for group in groups for member in group.members}
+    return Anatomy(
+        family=family,
+        architecture=architecture,
+        arguments=arguments,
+        input_size=_input_size(model),
+        groups=groups,
+        layers={},
+        norms=(),
+        products=tuple(walk.products),
+        shapes={name: tuple(tensor.shape) for name, tensor in model.named_parameters()},
+        buffers={name: tuple(tensor.shape) for name, tensor in model.named_buffers() if name in cut},
+        refused=refused,
+        handmade=handmade,
+    )
 
-    def inspect(self, model: nn.Module) -> Anatomy:
-        """Follow the model's channels, in images of its ``pretrained_cfg["input_size"]``, or of 224 x 224 pixels.
 
-        Raises:
-            Unsupported: tensors that are tied or computed by hooks, a model that cannot run without values, or one in
-                which no channels can be followed.
-        """
-        walk = _run(model)
-        groups, refused = walk.groups()
-        if not groups:
-            reason = next(iter(refused.values()), "it has none that are written and read")
-            raise Unsupported(f"model: expected {type(model).__name__} with channels to cut: {reason}")
-        architecture, arguments, handmade = identity(model)
-        cut = {member.tensor for group in groups for member in group.members}
-        return Anatomy(
-            family=self.name,
-            architecture=architecture,
-            arguments=arguments,
-            input_size=_input_size(model),
-            groups=groups,
-            layers={},
-            norms=(),
-            products=tuple(walk.products),
-            shapes={name: tuple(tensor.shape) for name, tensor in model.named_parameters()},
-            buffers={name: tuple(tensor.shape) for name, tensor in model.named_buffers() if name in cut},
-            refused=refused,
-            handmade=handmade,
-        )
-
-    def adapt(self, model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
-        """Make modules, and what the model says about its channels, fit parameters and buffers that were just cut."""
-        del anatomy, sizes
-        fit_modules(model)
-        for module in model.modules():
-            if isinstance(module, BlurPool2d) and module.channels is not None:
-                module.channels = len(module.get_buffer("filt"))
-        channels = _run(model).channels
-        described: Any = model
-        described.num_features, described.head_hidden_size = channels["global_pool"]
-        for info in described.feature_info:
-            if info["module"] in channels:
-                info["num_chs"] = channels[info["module"]][info.get("hook_type") != "forward_pre"]
+def widths(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Map each module to the number of channels that enter it and that it returns."""
+    return _run(model).channels
 
 
 def _input_size(model: Any) -> tuple[int, int, int]:
@@ -122,11 +97,11 @@ class _Lost(Exception):
     """An operation cannot be followed."""
 
 
-class _Walk(TorchDispatchMode):
+class _Walk(Following):
     """Follows units from operation to operation. A tensor in neither table never changes, whatever is cut."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.weights = {id(t): _Weight(name, tuple(range(t.dim()))) for name, t in weights.items()}
         self.values: dict[int, _Value] = {}
         self.alive: list[Any] = []  # an id is a tensor's only as long as the tensor lives
@@ -137,12 +112,11 @@ class _Walk(TorchDispatchMode):
         self.summed: list[Indices] = []
         self.products: list[Product] = []
         self.channels: dict[str, tuple[int, int]] = {}  # of what enters a module and of what it returns
-        self.where: list[str] = [""]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        taken, made = _tensors((args, kwargs)), _tensors(out)
+        taken, made = tensors_in((args, kwargs)), tensors_in(out)
         self.alive.append((taken, made))
         packet, counted, value = func.overloadpacket, len(self.products), None
         if any(id(tensor) in self.values or id(tensor) in self.weights for tensor in taken):
@@ -161,6 +135,10 @@ class _Walk(TorchDispatchMode):
                 self.values[id(tensor)] = value if index == 0 else _Value(None, value.units)
         return out
 
+    def left(self, name: str, args: tuple[Any, ...], out: Any) -> None:
+        if args and all(isinstance(tensor, Tensor) and tensor.dim() > 1 for tensor in (args[0], out)):
+            self.channels[name] = (args[0].shape[1], out.shape[1])
+
     def follow(self, func: Any, packet: Any, args: Any, taken: list[Tensor], made: list[Tensor]) -> _Value | _Weight:
         """What an operation makes of units."""
         x, weight = self.values.get(id(taken[0])), self.weights.get(id(taken[0]))
@@ -169,7 +147,7 @@ class _Walk(TorchDispatchMode):
             return self.convolution(*args, out=made[0])
         if packet in (_aten.addmm, _aten.mm):
             return self.linear(*(args if packet is _aten.addmm else (None, *args)), out=made[0])
-        if torch.Tag.pointwise in func.tags or packet in _POINTWISE:
+        if pointwise(func):
             return self.pointwise(taken, made[0], summed=packet in _SUMS)
         if weight is not None and packet in _VIEWS | {_aten.t}:
             axes = weight.axes[::-1] if packet is _aten.t else _squeezed(weight.axes, taken[0].shape, made[0].shape)
@@ -323,38 +301,14 @@ def _run(model: nn.Module) -> _Walk:
             if isinstance(getattr(module, parameter, None), Tensor) and parameter not in module._buffers:
                 refuse_computed(name, module, parameter)
     refuse_tied(model)
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-    walk = _Walk({})
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            probe: Any = copy.deepcopy(model, memo).eval()
-            probe.set_grad_checkpointing(False)
-            walk = _Walk(dict((*probe.named_parameters(), *probe.named_buffers())))
-            for name, module in probe.named_modules():
-                _watch(walk, name, module)
-            images = torch.empty(_BATCH, *_input_size(model), dtype=next(probe.parameters()).dtype, device="meta")
-            with walk:
-                out = probe(images)
-    except Exception as error:  # whatever a stranger's module raises
-        where, reason = walk.where[-1] or "model", str(error).partition("\n")[0]
-        raise Unsupported(f"{where}: cannot run without values: {reason}") from error
-    walk.freeze(_tensors(out), _RETURNED)
+    walk, out = follow(model, (_BATCH, *_input_size(model)), _started)
+    walk.freeze(tensors_in(out), _RETURNED)
     return walk
 
 
-def _watch(walk: _Walk, name: str, module: Any) -> None:
-    def leaving(_: nn.Module, args: Any, out: Any) -> None:
-        walk.where.pop()
-        if args and all(isinstance(tensor, Tensor) and tensor.dim() > 1 for tensor in (args[0], out)):
-            walk.channels[name] = (args[0].shape[1], out.shape[1])
-
-    module._forward_hooks.clear()
-    module._forward_pre_hooks.clear()
-    module.register_forward_pre_hook(lambda *_: walk.where.append(name))
-    module.register_forward_hook(leaving)
+def _started(probe: nn.Module, images: Tensor) -> _Walk:
+    del images
+    return _Walk(dict((*probe.named_parameters(), *probe.named_buffers())))
 
 
 def _entries(roots: Indices, units: Sequence[int], copies: int) -> Indices:
@@ -394,7 +348,3 @@ def _viewed(value: _Value, before: Sequence[int], after: Sequence[int]) -> _Valu
 def _require(followed: bool) -> None:
     if not followed:
         raise _Lost
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
