@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..anatomy import Anatomy, Group, Indices, tensor_of
 from ..errors import Unsupported
-from ..families.base import Family
+from ..families.base import Family, fit_modules
 from .cut import cut
 
 __all__ = ["verify_cut"]
@@ -24,8 +26,8 @@ _TOLERANCE = 1e-10
 def verify_cut(model: nn.Module, family: Family, anatomy: Anatomy, keep: Mapping[str, Indices]) -> None:
     """Compare a cut copy of a model with a masked one, on random images, in float64 and in evaluation mode.
 
-    A unit is masked at its consumers: the entries of all its ``reader`` members are set to zero. Neither the model nor
-    the states of torch's generators are changed.
+    A unit is masked at its consumers: the entries of all its ``reader`` members are set to zero. A norm over units is
+    taken over those that stay. Neither the model nor the states of torch's generators are changed.
 
     Args:
         model: the model, on any device. At most two copies of its weights are made in float64, one at a time.
@@ -58,10 +60,12 @@ def _difference(
         images = torch.randn(2, *anatomy.input_size, dtype=torch.float64, generator=generator).to(device)
         for group in groups:
             roles = {member.role for member in group.members}
-            if group.traits.whole or "norm" in roles or "reader" not in roles:
+            if group.traits.whole or ("norm" in roles and group.heads > 1) or "reader" not in roles:
                 return f"{group.name}, which zeros at its readers do not mask"
-            _mask(probe, group, keep[group.name])
-        expected = _outputs(probe(images))
+        with ExitStack() as masks:
+            for group in groups:
+                _mask(probe, group, keep[group.name], masks)
+            expected = _outputs(probe(images))
         try:
             # A cut removes exactly what is masked, so the masked copy itself can be cut.
             cut(probe, family, anatomy, {group.name: keep[group.name] for group in groups}, {})
@@ -90,12 +94,29 @@ def _probe(model: nn.Module, generator: torch.Generator) -> nn.Module:
     return probe
 
 
-def _mask(model: nn.Module, group: Group, kept: Indices) -> None:
+def _mask(model: nn.Module, group: Group, kept: Indices, masks: ExitStack) -> None:
     removed = np.ones((group.heads, group.size), dtype=bool)
     np.put_along_axis(removed, kept, False, axis=1)
-    for member in (member for member in group.members if member.role == "reader"):
+    readers = [member for member in group.members if member.role == "reader"]
+    for member in readers:
         tensor = tensor_of(model, member.tensor)
         tensor.index_fill_(member.axis, torch.from_numpy(member.entries[removed].ravel()).to(tensor.device), 0)
+    for name in dict.fromkeys(member.module for member in group.members if member.role == "norm"):
+        # Its channels are in the order in which the reader takes them, whatever its own members say.
+        weight = tensor_of(model, readers[0].tensor)
+        staying = torch.from_numpy(readers[0].entries[~removed].ravel()).to(weight.device)
+        hook = partial(_normed, staying, 1 if weight.ndim == 4 else -1)
+        masks.enter_context(model.get_submodule(name).register_forward_hook(hook))
+
+
+def _normed(kept: Tensor, axis: int, norm: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    """Return what a norm makes of the channels that stay, and zeros for the others."""
+    part = copy.deepcopy(norm)
+    part._forward_hooks.clear()
+    for parameter in part.parameters():
+        parameter.data = parameter.index_select(0, kept)
+    fit_modules(part)
+    return torch.zeros_like(out).index_copy_(axis, kept, part(args[0].index_select(axis, kept)))
 
 
 def _outputs(tree: Any) -> list[Tensor]:

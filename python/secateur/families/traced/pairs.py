@@ -165,7 +165,7 @@ class _Inspection(Walk):
                 raise Unsupported(f"{tensor}: expected a parameter of its own, got one tied to {self.shared[tensor]}")
         parent, _, child = name.rpartition(".")
         group = f"{parent}.ffn" if child == "mlp" else f"{name}.ffn"
-        return _Pair(Group(group, "ffn", len(self.pairs), size, tuple(members)), inner, image)
+        return _Pair(Group(group, "ffn", None, size, tuple(members)), inner, image)
 
     def whole(self, name: str, size: int, *, reads: bool = False) -> None:
         """Refuse a layer that splits its inputs into groups, looks at neighbours or is of another size."""
