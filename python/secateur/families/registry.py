@@ -43,7 +43,9 @@ def family_of(model: nn.Module) -> Family:
     family = _accepting(model)
     if family is None:
         models = [cls for each in families for cls in each.models]
-        classes = " or ".join([*sorted(cls.__name__ for cls in models), *(each.others for each in families if each.others)])
+        classes = " or ".join(
+            [*sorted(cls.__name__ for cls in models), *(each.others for each in families if each.others)]
+        )
         got = described(model, models, lambda module: _accepting(module) is not None, inspect)
         raise Unsupported(f"model: expected timm's {classes}, by exact class, got {got}")
     refuse_foreign(model)

@@ -140,13 +140,13 @@ class _Inspection(Walk):
         gated = cls is GluMlp
         rows = unit_entries(size, copies=2, stride=size) if gated else unit_entries(size)
         units, members, inner = unit_entries(size), list[Member](), None
-        for branch in _BRANCHES[cls]:
-            self.whole(f"{name}.{branch}", rows.size)
-            self.rows(f"{name}.{branch}", members, "writer", "hidden", rows)
         for child in ("drop", "drop1", "drop2", "gate"):
             part = getattr(module, child, None)
             if part is not None and type(part) not in _NOTHING:
                 raise unsupported(f"{name}.{child}", part, "nn.Dropout or nn.Identity")
+        for branch in _BRANCHES[cls]:
+            self.whole(f"{name}.{branch}", rows.size)
+            self.rows(f"{name}.{branch}", members, "writer", "hidden", rows)
         if cls is GlobalResponseNormMlp:
             if type(module.grn) is not GlobalResponseNorm:
                 raise unsupported(f"{name}.grn", module.grn, "GlobalResponseNorm")

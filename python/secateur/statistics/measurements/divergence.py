@@ -119,7 +119,9 @@ def _noise(channels: slice | None, *, centred: bool, axis: int = -1) -> _Change:
         order = torch.randperm(len(rows), generator=generator).to(rows.device)
         noise = rows[order] - rows.mean(0) if centred else rows[order]
         changed = output.clone()
-        (changed.movedim(axis, -1) if channels is None else changed[..., channels]).add_(_SHARE * noise.reshape(part.shape))
+        (changed.movedim(axis, -1) if channels is None else changed[..., channels]).add_(
+            _SHARE * noise.reshape(part.shape)
+        )
         return changed
 
     return disturb
