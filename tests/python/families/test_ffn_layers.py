@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -191,6 +192,10 @@ def test_layers_that_do_not_see_images_are_refused():
     assert all("does not depend on the images" in reason for reason in reasons)
 
 
+def keep_rows(seen, name, axis, _module, args):
+    seen[name] = args[0].movedim(axis, -1).flatten(0, -2)
+
+
 def test_statistics_are_of_hidden_units():
     """In convolutions and windows too: rows are positions of an image, channels are hidden units."""
     for kind in ("convnext of convolutions", "mobilevit", "volo", "mixer"):
@@ -200,11 +205,7 @@ def test_statistics_are_of_hidden_units():
         for layer in anatomy.layers.values():
             fc2 = model.get_submodule(layer.writer)
             axis = 1 if isinstance(fc2, nn.Conv2d) else -1
-            fc2.register_forward_pre_hook(
-                lambda _m, args, n=layer.groups["ffn"], a=axis: seen.__setitem__(
-                    n, args[0].movedim(a, -1).flatten(0, -2)
-                )
-            )
+            fc2.register_forward_pre_hook(partial(keep_rows, seen, layer.groups["ffn"], axis))
         stats = sc.calibrate(model, [images])
         for name, rows in seen.items():
             rows = rows.double()

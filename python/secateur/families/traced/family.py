@@ -41,7 +41,9 @@ class Traced(Family):
             Unsupported: tensors that are tied or computed by hooks, a model that cannot run without values, or one in
                 which nothing can be cut.
         """
-        return (channels if type(model) in self.models else pairs).inspect(model, self.name)
+        if type(model) in self.models:
+            return channels.inspect(model, self.name)
+        return pairs.inspect(model, self.name)
 
     def adapt(self, model: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
         """Make modules, and what the model says about its channels, fit parameters and buffers that were just cut."""

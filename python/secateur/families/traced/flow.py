@@ -53,11 +53,11 @@ class Flow(Following):
             layer, name = self._owners.get(id(tensor), ("", ""))
             if layer and name.rpartition(".")[0] != here:
                 self._refuse(layer, f"{here or 'model'}: it uses {name} itself")
-        layer = next((each for each in self.where if each in self._layers), None)
-        if layer is not None and here.startswith(f"{layer}.act"):
+        within = next((each for each in self.where if each in self._layers), None)
+        if within is not None and here.startswith(f"{within}.act"):
             alone = pointwise(func) and all(t.numel() == 1 for t in taken if id(t) in self._own)
             if not alone:
-                self._refuse(layer, f"{here}: {func.overloadpacket.__name__} does not act on each unit alone")
+                self._refuse(within, f"{here}: {func.overloadpacket.__name__} does not act on each unit alone")
         if func.overloadpacket in flop_registry:
             macs = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out) // 2
             self._macs[here] = self._macs.get(here, 0) + (macs // _IMAGES if of_images else macs)
@@ -80,7 +80,7 @@ class Flow(Following):
             self.folded[layer] = len(hidden) // _IMAGES
 
     def products(self, cut: Mapping[str, int]) -> Iterator[Product]:
-        """Yield what is multiplied, with its weight for the modules ``cut``, which map to the sizes of their weights."""
+        """Yield what is multiplied; for the modules ``cut``, mapped to the numbers of their weights, with these."""
         for name, macs in self._macs.items():
             yield WeightProduct(name, macs // cut[name]) if name in cut else FixedProduct(name, macs)
 
@@ -106,4 +106,4 @@ def flow(model: nn.Module, input_size: tuple[int, int, int], layers: Mapping[str
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
