@@ -20,11 +20,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def images_of(anatomy, number):
-    """Images in [-1, 1]."""
-    return torch.rand(number, *anatomy.input_size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
 def random_keep(model, seed=0):
     rng = np.random.default_rng(seed)
     return {
@@ -72,7 +67,7 @@ def test_a_cut_is_the_masked_dense_model(kind):
     assert {"qk", "v", "heads", "width", "layer", "conv"} <= anatomy.refused.keys()
     pruned = copy.deepcopy(dense)
     report = sc.prune(pruned, plan_of(dense, keep))
-    images = images_of(anatomy, 2).double()
+    images = timm_ffn.images(dense, 2).double()
     with torch.no_grad():
         expected, found = masked(dense, keep)(images), pruned(images)
         assert (dense(images) - expected).abs().max() > 1e-4 * expected.abs().max()
@@ -104,7 +99,7 @@ def test_the_whole_way(tmp_path):
     for kind in timm_ffn.MODELS:
         model = timm_ffn.make(kind)
         anatomy = sc.inspect(model)
-        images = images_of(anatomy, 6)
+        images = timm_ffn.images(model, 6)
         stats = sc.calibrate(model, [images])
         if anatomy.macs_at(dict.fromkeys(anatomy.sizes, 1)) < 0.75 * anatomy.macs:
             plan = sc.plan(model, stats, method="refit", target=sc.Target(macs=0.8), round_to=1)
@@ -217,7 +212,7 @@ def test_statistics_are_of_hidden_units():
     for kind in ("convnext of convolutions", "mobilevit", "volo", "mixer"):
         model = timm_ffn.make(kind)
         anatomy = sc.inspect(model)
-        images, seen = images_of(anatomy, 2), {}
+        images, seen = timm_ffn.images(model, 2), {}
         for layer in anatomy.layers.values():
             fc2 = model.get_submodule(layer.writer)
             axis = 1 if isinstance(fc2, nn.Conv2d) else -1
@@ -232,7 +227,7 @@ def test_statistics_are_of_hidden_units():
 def test_refits_lose_less_than_selection():
     for kind in ("beit", "convnext of convolutions", "eva02, with inner norms", "convnextv2"):
         model = timm_ffn.make(kind)
-        images = images_of(sc.inspect(model), 64)
+        images = timm_ffn.images(model, 64)
         stats, lost = sc.calibrate(model, [images]), {}
         for method in ("random", "refit"):
             pruned = copy.deepcopy(model)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import secateur as sc
 import timm
 import torch
+from secateur.data.model_input import data_config
 
 # A name, the arguments that make it small, and the size of images.
 MODELS = {
@@ -120,3 +122,10 @@ def live(model, size, seed=0):
             if name.rpartition(".")[2] in ("running_mean", "running_var"):
                 buffer.add_(torch.rand(buffer.shape, generator=generator) * 0.5)
     return model.eval()
+
+
+def images(model, number, seed=0):
+    """Images of random pixels, normalised as the model's data configuration says."""
+    config, generator = data_config(model), torch.Generator().manual_seed(seed)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    return (torch.rand(number, *sc.inspect(model).input_size, generator=generator) - mean) / std

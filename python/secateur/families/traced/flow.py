@@ -60,7 +60,9 @@ class Flow(Following):
                 self._refuse(within, f"{here}: {func.overloadpacket.__name__} does not act on each unit alone")
         if func.overloadpacket in flop_registry:
             macs = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out) // 2
-            self._macs[here] = self._macs.get(here, 0) + (macs // _IMAGES if of_images else macs)
+            # Some position embeddings are computed again for each image.
+            each = of_images or made[0].shape[:1] == (_IMAGES,)
+            self._macs[here] = self._macs.get(here, 0) + (macs // _IMAGES if each else macs)
         return out
 
     def left(self, name: str, args: tuple[Any, ...], out: Any) -> None:

@@ -235,7 +235,8 @@ def _others(model: nn.Module) -> dict[str, str]:
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
-    recorded = (getattr(model, "_model_args", None) or {}).get("kwargs", {}).get("img_size")
+    # Not every class keeps the size that it was built for.
+    recorded = identity(model)[1].get("img_size")
     channels, height, width = data_config(model)["input_size"]
     if recorded is not None:
         height, width = (recorded, recorded) if isinstance(recorded, int) else recorded
