@@ -14,6 +14,7 @@ import timm_ffn
 import torch
 from launch import run_script
 from pruning import plan_of, set_fused
+from secateur.statistics.measurements.divergence import _noise
 from timm.layers import GlobalResponseNormMlp, GluMlp, SwiGLU
 from timm.models.beit import Beit
 from torch import nn
@@ -248,3 +249,25 @@ def test_classes_are_taken_by_exact_type():
     assert type(timm_ffn.make("eva02, with inner norms").blocks[0].mlp) is SwiGLU
     assert sc.inspect(timm.create_model("vit_tiny_patch16_224", device="meta")).family == "vision_transformer"
     assert sc.inspect(timm.create_model("swin_tiny_patch4_window7_224", device="meta")).family == "swin"
+
+
+def test_noise_in_convolutions_stays_in_its_channel():
+    """What differs from channel to channel, and from nowhere else, is no variance."""
+    output = torch.arange(5.0)[None, :, None, None].expand(2, 5, 3, 4)
+    changed = _noise(None, centred=True, axis=1)(output, torch.Generator().manual_seed(0))
+    assert torch.allclose(changed, output)
+
+
+@pytest.mark.parametrize("sensitivity", [True, "noise"])
+def test_losses_are_measured(sensitivity):
+    model = timm_ffn.make("convnext of convolutions")
+    stats = sc.calibrate(model, [timm_ffn.images(model, 8)], sensitivity=sensitivity)
+    plan = sc.plan(model, stats, target=sc.Target(macs=0.8), round_to=1)
+    assert plan.macs[1] <= 0.8 * plan.macs[0]
+    sc.prune(model, plan)
+
+
+def test_block_by_block_is_refused():
+    model = timm_ffn.make("convnext of convolutions")
+    with pytest.raises(sc.errors.Error):
+        sc.prune_sequential(model, [timm_ffn.images(model, 8)], ratios={"ffn": 0.5})
