@@ -2,10 +2,12 @@
 
 pip install ".[bench]" && python benchmarks/python/bench_engines.py
 Formats whose packages are not installed are left out, with a line that says so; times of pruned models on an engine are
-those of bench_speedup.py --runtime. Models have random weights.
+those of bench_speedup.py --runtime, but for 8 bits. Models have random weights, but for the table int8.
 
 formats  each export is equal to the model on batches of 1, 2 and 7 images, or refused by name; anything else is silent
 own      the same models by the converters' own calls, as their documentation writes them, checked the same way
+speed    --speed-model in 8 bits, dense and pruned to half of the MACs, against the dense one in float32 on the same
+         engine: medians of 15 paired runs
 int8     top-1 of --weights, dense and pruned (--pruned, a file of `save`), in float32 and in 8 bits by --int8, on
          --validation, with ranges from --calibration
 """
@@ -16,10 +18,12 @@ import argparse
 import copy
 import io
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +60,13 @@ console = Console(width=160)
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--tables", nargs="+", choices=("formats", "own", "int8"), default=["formats", "own"])
+    add("--tables", nargs="+", choices=("formats", "own", "speed", "int8"), default=["formats", "own"])
     add("--formats", nargs="+", help="all unless given")
     add("--models", nargs="+", choices=MODELS, default=list(MODELS))
     add("--int8", nargs="+", default=["openvino"], help="formats of the table int8")
+    add("--speed-model", default="deit_small_patch16_224", help="timm's name of the model of the table speed")
+    add("--runtimes", nargs="+", default=["openvino", "onnxruntime"], help="of the table speed")
+    add("--batches", nargs="+", type=int, default=[1, 16], help="of the table speed")
     for name in ("--weights", "--pruned", "--calibration", "--validation", "--wnids"):
         add(name, type=Path, help="of the table int8, as of bench_real.py")
     add("--model", default="vit_tiny_patch16_224", help="timm's name of the model of --weights")
@@ -220,18 +227,44 @@ def int8_rows(options: argparse.Namespace, done: list[dict[str, Any]]) -> None:
             write(options, done, {**key, "top1": 100 * float(right.float().mean()), "details": details})
 
 
+def speed_rows(options: argparse.Namespace, done: list[dict[str, Any]]) -> None:
+    torch.manual_seed(0)
+    dense = timm.create_model(options.speed_model).eval()
+    pruned = copy.deepcopy(dense)
+    plan = sc.plan(pruned, method="magnitude", target=sc.Target(macs=0.5), allocation="uniform")
+    sc.prune(pruned, plan)
+    models = {"dense": dense, "pruned": pruned}
+    for runtime, batch, (what, bits) in product(
+        options.runtimes, options.batches, (("pruned", ""), ("dense", "-int8"), ("pruned", "-int8"))
+    ):
+        key = {"table": "speed", "model": options.speed_model, "cut": what, "format": runtime + bits, "batch": batch}
+        if any(all(row.get(k) == v for k, v in key.items()) for row in done):
+            continue
+        found = sc.bench(
+            models[what], dense, batch_size=batch, runtime=runtime + bits, reference_runtime=runtime, threads=THREADS
+        )
+        times = {"speedup": found.speedup, "quartiles": found.speedup_quartiles, "milliseconds": found.milliseconds}
+        write(options, done, {**key, **times, "macs": plan.macs[1] / plan.macs[0], "units": integer_units()})
+
+
+def integer_units() -> str:
+    """What the processor multiplies integers of 8 bits with."""
+    found = re.findall(r"\b(?:amx_int8|avx512_vnni|avx_vnni)\b", Path("/proc/cpuinfo").read_text())
+    return ", ".join(sorted(set(found))) or "none"
+
+
 def write(options: argparse.Namespace, done: list[dict[str, Any]], row: dict[str, Any]) -> None:
     row |= {"processor": processor(), "torch": torch.__version__}
     done.append(row)
     with options.out.open("a") as file:
         file.write(json.dumps(row) + "\n")
-    names = ("table", "model", "cut", "layout", "format", "result", "top1", "text", "details")
+    names = ("table", "model", "cut", "layout", "format", "result", "batch", "speedup", "top1", "text", "details")
     print("; ".join(str(row[name]) for name in names if row.get(name)), flush=True)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     console.print(f"{processor()}, {THREADS} threads, torch {torch.__version__}, timm {timm.__version__}")
-    formats = sorted({(row["table"], row["format"]) for row in rows if row["table"] != "int8"})
+    formats = sorted({(row["table"], row["format"]) for row in rows if row["table"] in ("formats", "own")})
     view = Table(title="what became of each export")
     results = sorted({row["result"] for row in rows if "result" in row})
     for column in ("", "format", *results):
@@ -245,6 +278,13 @@ def show(rows: list[dict[str, Any]]) -> None:
         if row.get("result") not in (None, "equal"):
             where = " ".join(str(row[name]) for name in ("table", "model", "cut", "layout", "format"))
             console.print(f"{where}: {row['result']}: {row.get('text', '')}", highlight=False)
+        if row["table"] == "speed":
+            low, high = row["quartiles"]
+            console.print(
+                f"{row['model']}, {row['cut']}, {row['format']}, batch {row['batch']}: {row['speedup']:.2f} "
+                f"({low:.2f} … {high:.2f}) times as fast as dense float32; {row['units']}",
+                highlight=False,
+            )
         if row["table"] == "int8":
             console.print(f"{row['model']}, {row['format']}: top-1 {row['top1']:.2f} % of {row['images']} images")
 
@@ -254,8 +294,8 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
     for table in options.tables:
-        if table == "int8":
-            int8_rows(options, done)
+        if table in ("speed", "int8"):
+            (speed_rows if table == "speed" else int8_rows)(options, done)
         else:
             rows_of(table, options, done)
     show(done)

@@ -209,9 +209,13 @@ def macs_table(run: Run) -> None:
             def measure(
                 name: str = name, budget: float = budget, groups: tuple[str, ...] = groups, batch: int = batch
             ) -> Row:
-                # Nothing but their measured loss tells whole layers apart.
                 stats = run.stats(name, sensitivity="layer" in groups)
-                plan = sc.plan(run.model(name), stats, method="snp", target=sc.Target(macs=budget), groups=groups)
+                # Nothing but their measured loss tells whole layers apart.
+                allocation = "error" if "layer" in groups else None
+                target = sc.Target(macs=budget)
+                plan = sc.plan(
+                    run.model(name), stats, method="snp", target=target, groups=groups, allocation=allocation
+                )
                 return paired(run, name, plan, batch)
 
             key = {"table": "macs", "model": name, "target": f"macs {budget:g}", "groups": "+".join(groups)}

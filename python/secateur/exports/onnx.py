@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from .. import check
 from ..errors import Error, InvalidArgument, Unsupported, first_line
+from ..runtime.onnxruntime import in_int8
 from ..runtime.quiet import quiet
 from .base import Checked, Exporter, ExportReport, random_images, register
 from .bits import Bits, calibration_images, cost, difference_of_integers
 from .locate import Run, located_difference
-from .onnx_bits import in_int8
 
 __all__ = ["Onnx", "write"]
 
