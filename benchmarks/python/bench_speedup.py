@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import secateur as sc
@@ -122,7 +122,8 @@ class Run:
         if not path.is_file():
             images = torch.rand(count, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
             collect = "all" if sensitivity else "scores"
-            sc.calibrate(self.model(name), [images], collect=collect, sensitivity=sensitivity).save(path)
+            measured: Literal["noise", False] = "noise" if sensitivity else False
+            sc.calibrate(self.model(name), [images], collect=collect, sensitivity=measured).save(path)
         return sc.Statistics.load(path)
 
     def table(self, name: str, batch: int) -> sc.LatencyTable:
