@@ -93,7 +93,7 @@ class Onnx(Exporter):
                 layers = in_int8(source, written, _INPUT, ranges, options.external_data)
                 engine, run = _session(written)
                 # Without optimisation, quantized numbers become floats again before they are multiplied.
-                exact = _session(written, optimized=False)[1] if options.static else model
+                exact = _session(written, optimized=False)[1]
                 difference = difference_of_integers(exact, run, model, sizes, engine, _SLACK)
                 details = cost(model, run, images, bits) | {"linear_layers": layers}
             # The weights first: a model without them is worse than weights without a model.
