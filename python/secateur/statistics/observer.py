@@ -18,6 +18,8 @@ from ..errors import InvalidArgument
 from ..runtime.ranks import Ranks
 from .collectors import Accumulator, Position, collectors
 from .collectors.base import wait_for_all
+from .gradients import Gradients
+from .objective import Objective
 from .rows import RowWeights, after_layers
 from .settings import FOLDS, Float, Settings
 from .statistics import IMAGES, Statistics
@@ -35,9 +37,18 @@ class Observer:
     """The accumulators of everything that is observed, and their position."""
 
     def __init__(
-        self, anatomy: Anatomy, settings: Settings, *, only: int | None = None, norms: bool | None = None
+        self,
+        anatomy: Anatomy,
+        settings: Settings,
+        *,
+        only: int | None = None,
+        norms: bool | None = None,
+        objective: Objective | None = None,
     ) -> None:
-        """Observe the whole model, or the layers of block ``only``, or with ``norms`` the norms (and one attention)."""
+        """Observe the whole model, or the layers of block ``only``, or with ``norms`` the norms (and one attention).
+
+        With an ``objective``, its gradients are gathered too.
+        """
         self.position = Position()
         # Gives tokens their weights, where `Settings.row_weights` asks for them.
         self.weights: RowWeights | None = None
@@ -72,6 +83,9 @@ class Observer:
         if set(maps) != {1}:
             # The scorers' own counts are of maps, and any of them may be asked.
             self._accumulators.append(_Count())
+
+        self.gradients = None if objective is None else Gradients(anatomy, objective)
+        self._accumulators += [] if self.gradients is None else [self.gradients]
 
     @property
     def images(self) -> int:
@@ -134,7 +148,7 @@ class Observer:
         """
         settings = statistics.settings
         self.settings.fingerprint.require(settings.fingerprint, "resume", strict=True)
-        for name in ("gamma", "collect", "token_fraction", "data", "row_weights"):
+        for name in ("gamma", "collect", "token_fraction", "data", "row_weights", "gradients"):
             mine, found = getattr(self.settings, name), getattr(settings, name)
             if mine != found:
                 raise InvalidArgument(f"resume: expected a file of {name} = {mine!r}, got {found!r}")
