@@ -53,6 +53,7 @@ class Observer:
         # Gives tokens their weights, where `Settings.row_weights` asks for them.
         self.weights: RowWeights | None = None
         self.whole = True
+        self._paused = False
         self.settings = settings
         self.sensitivity: dict[str, Float] = {}
         first = next((anatomy.block_of(layer) for layer in anatomy.attention), None)
@@ -185,7 +186,18 @@ class Observer:
             if isinstance(accumulator, _Count):
                 accumulator.add(self.position, images)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Observe nothing while the block runs: a second pass of the same images must not count."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def _seen(self, accumulator: Accumulator, pending: dict[int, Tensor], number: int, seen: Tensor) -> None:
+        if self._paused:
+            return
         pending[number] = accumulator.taps[number].read(seen)
         if number == len(accumulator.taps) - 1:
             tensors = [pending[each] for each in range(len(accumulator.taps))]
@@ -197,6 +209,8 @@ class Observer:
 
     def _weigh(self, weights: RowWeights, layer: str, stream: Tensor) -> None:
         """Add what was read in a layer, now that the stream after it is known."""
+        if self._paused:
+            return
         self.position.weights = weights.of(layer, stream)
         for accumulator, tensors in self._read:
             accumulator.update(self.position, tensors)

@@ -73,7 +73,7 @@ def run(
         shown = progress(total, "calibrate", silent=ranks.rank > 0)
         rounds = rounds_of(model, loader, max_images, seen, ranks, labels=labels)
         if observer.gradients is not None:
-            rounds = _checked(model, observer.gradients, rounds, ranks)
+            rounds = _checked(model, observer, observer.gradients, rounds, ranks)
         if observer.settings.row_weights:
             assert family is not None
             assert anatomy is not None
@@ -94,7 +94,9 @@ def run(
                 with ranks.together(), observer.batch(start + skip, end):
                     if skip < len(images):
                         if observer.gradients is not None:
-                            observer.gradients.add(model, images[skip:], share.part(skip, len(images)), start + skip)
+                            with observer.paused():
+                                part = share.part(skip, len(images))
+                                observer.gradients.add(model, images[skip:], part, start + skip)
                         _forward(model, observer, images[skip:])
                         observer.count(len(images) - skip)
                 if every and path is not None and (index + 1) % every == 0:
@@ -139,12 +141,14 @@ def _weighing(
     return chain(early, rounds)
 
 
-def _checked(model: nn.Module, gradients: Gradients, rounds: Iterator[Round], ranks: Ranks) -> Iterator[Round]:
+def _checked(
+    model: nn.Module, observer: Observer, gradients: Gradients, rounds: Iterator[Round], ranks: Ranks
+) -> Iterator[Round]:
     """Try the loss on the first image, before any work."""
     tried = False
     for each in rounds:
         if not tried:
-            with ranks.together():
+            with ranks.together(), observer.paused():
                 if len(each.images) > 0:
                     gradients.check(model, each.images, each.share)
             tried = True

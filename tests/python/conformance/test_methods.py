@@ -23,7 +23,8 @@ def test_it_says_what_it_is(name):
     assert method.name == name
     assert method.paper
     assert is_dataclass(method.Options)
-    assert set(method.needs) <= {"scores", "moments"}
+    assert set(method.needs) <= {"scores", "moments", "gradients"}
+    assert method.source
     for field in fields(method.Options):
         assert field.metadata["help"], f"{name}: {field.name} has no help"
     assert options_of(method, {}) == method.Options()
@@ -88,6 +89,11 @@ def test_every_value_of_every_option_works(name, trained_double):
         for value in get_args(hint) or (3,):
             plan = sc.plan(dense, stats, method=name, ratios=RATIOS, **{option: value})
             assert plan.options[option] == value
+
+
+@pytest.mark.parametrize("name", sc.methods())
+def test_it_cuts_the_kinds_that_it_names(name, trained_double):
+    assert prepared(*trained_double, name).kinds == set(method_named(name).cuts)
 
 
 @pytest.mark.parametrize("name", sc.methods())
