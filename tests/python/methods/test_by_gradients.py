@@ -49,7 +49,7 @@ def test_readers_are_summed_before_the_square():
     for image in x:
         factor = torch.ones(27, dtype=torch.float64, requires_grad=True)
         readers = (model.blocks[0].attn.qkv, model.blocks[0].mlp.fc1, model.head)
-        handles = [each.register_forward_pre_hook(lambda _m, args: (args[0] * factor,)) for each in readers]
+        handles = [each.register_forward_pre_hook(lambda _m, args, f=factor: (args[0] * f,)) for each in readers]
         out = model(image[None])
         terms.append(torch.autograd.grad(functional.cross_entropy(out, out.argmax(1)), factor)[0].square())
         for handle in handles:
