@@ -27,6 +27,11 @@ _CHUNK = 16
 Products = dict[str, Tensor]
 
 
+def observed(group: str) -> str:
+    """Return under which name a group's sums are stored, apart from what collectors store of it."""
+    return f"{group}:gradients"
+
+
 class Gradients:
     """Per image, x · ∂L/∂x of every channel, summed over positions, and its squares summed over images.
 
@@ -49,7 +54,7 @@ class Gradients:
         self._inputs = sorted({name for each in self._groups for name in each.inputs})
         self._taps = [each.tap for each in self._groups if each.tap is not None]
         self._sums = {
-            f"{fold}/{each.group.name}/{name}": np.zeros((each.group.heads, each.group.size))
+            f"{fold}/{observed(each.group.name)}/{name}": np.zeros((each.group.heads, each.group.size))
             for fold in FOLDS
             for each in self._groups
             for name in each.names
@@ -102,7 +107,7 @@ class Gradients:
             scores = each.scores(outputs, inputs, tapped)
             if not all(bool(part.isfinite().all()) for part in scores.values()):
                 raise NumericalError(f"{each.group.name}: expected finite gradients, got NaN or Inf")
-            found |= {f"{each.group.name}/{name}": part for name, part in scores.items()}
+            found |= {f"{observed(each.group.name)}/{name}": part for name, part in scores.items()}
         return found
 
     def _products(self, model: nn.Module, images: Tensor, share: Share) -> tuple[Products, Products, Products]:

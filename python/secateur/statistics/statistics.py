@@ -198,9 +198,9 @@ class Statistics:
         Raises:
             InvalidArgument: not collected (``calibrate(gradients=True)``).
         """
-        if not self.settings.gradients or f"{FOLDS[0]}/{group}/{what}" not in self.tensors:
+        if not self.settings.gradients or f"{FOLDS[0]}/{group}:gradients/{what}" not in self.tensors:
             raise InvalidArgument(f"stats: expected the gradients of {group!r}, got none: calibrate(gradients=True)")
-        mean: Float = self._sum(group, what, None) / self.images
+        mean: Float = self._sum(f"{group}:gradients", what, None) / self.images
         return mean
 
     def head_importance(self, group: str) -> Float:

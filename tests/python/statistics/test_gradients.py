@@ -252,7 +252,10 @@ BAD = [
     ({"amp": "float16"}, "amp: expected 'bfloat16' or None, got 'float16'"),
     ({"loss": "labels"}, "loader: expected (images, targets) for loss='labels', got images alone"),
     ({"loss": lambda o, _: o}, "loss: expected a scalar tensor, the mean over the batch, got shape (1, 5)"),
-    ({"loss": lambda o, _: float(o.sum())}, "loss: expected a scalar tensor, the mean over the batch, got float"),
+    (
+        {"loss": lambda o, _: float(o.detach().sum())},
+        "loss: expected a scalar tensor, the mean over the batch, got float",
+    ),
     ({"loss": lambda o, _: o.detach().sum()}, "loss: expected a scalar with a gradient, got one without"),
     ({"loss": broken}, "loss: expected a function of (outputs, batch), got KeyError: 'boxes'"),
 ]
