@@ -40,6 +40,18 @@ def test_heads_by_their_own_sums(found):
             assert np.array_equal(plan.keep[heads], kept(scores, 2))
 
 
+def test_heads_of_michel_are_those_of_the_gate(found):
+    model, stats = found
+    plan = sc.plan(model, stats, method="michel", ratios={"heads": 0.34})
+    for index in range(3):
+        heads = f"blocks.{index}.heads"
+        assert np.array_equal(plan.keep[heads], kept(stats.gradients(heads, "gate"), 2))
+    with pytest.raises(
+        sc.InvalidArgument, match=r"^groups: expected kinds that this method cuts \(heads, layer\), got"
+    ):
+        sc.plan(model, stats, method="michel", ratios={"ffn": 0.5})
+
+
 def test_readers_are_summed_before_the_square():
     """A channel that two layers use with opposite signs is worth nothing to fisher, but each row counts in taylor."""
     model = small_vit(depth=1).double()
