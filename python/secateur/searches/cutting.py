@@ -17,6 +17,7 @@ from ..families.registry import family_of
 from ..plans.make import plan
 from ..plans.plan import Plan
 from ..plans.prune import prune
+from ..statistics.objective import Objective
 from ..statistics.statistics import Statistics
 from ..training.finetune import finetune as finetune_
 
@@ -102,6 +103,7 @@ class Tuned:
 
     def calibrate(self, model: nn.Module, like: Statistics) -> Statistics:
         """Collect the statistics of a trained copy with the settings used for the dense model."""
+        objective = Objective.named(like.settings.gradients)
         methods = [cut.removeprefix("cut:") for cut in like.cuts]
         return calibrate(
             model,
@@ -112,6 +114,9 @@ class Tuned:
             token_fraction=like.settings.token_fraction,
             sensitivity=True if methods else "noise" if like.sensitive else False,
             methods=methods or None,
+            gradients=objective is not None,
+            loss=None if objective is None else objective.loss,
+            amp=None if objective is None else objective.amp,
         )
 
 

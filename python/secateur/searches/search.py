@@ -31,6 +31,7 @@ from ..methods.registry import method_named, options_of
 from ..plans.make import check_allocation, check_table
 from ..plans.on_the_clock import loaded, with_steps
 from ..runtime.progress import progress
+from ..statistics import objective as objectives
 from ..statistics.statistics import Statistics
 from ..training import checkpoint as resumption
 from ..training.finetune import finetune as finetune_
@@ -156,7 +157,9 @@ def search(
     limits = with_steps(limits, loaded(latency_table), anatomy)
     loader = in_batches(loader, model)
     if calibration_loader is not None:
-        calibration_loader = in_batches(calibration_loader, model, labels=False)
+        again = objectives.Objective.named(stats.settings.gradients)
+        labels = again is not None and again.loss is not None
+        calibration_loader = in_batches(calibration_loader, model, labels=labels)
     if not classifies(model):
         raise InvalidArgument("model: expected a classifier, got one without classes")
     fingerprint = Fingerprint.of(model, anatomy)

@@ -190,14 +190,31 @@ class Statistics:
         found = {int(name.removeprefix(start)): sums for name, sums in self.tensors.items() if name.startswith(start)}
         return {size: float(found[size][0] / found[size][-1]) for size in sorted(found)}
 
+    def gradients(self, group: str, what: Literal["taylor", "fisher", "gate"]) -> Float:
+        """Return the mean over images of what gradients say about each unit, (heads, size).
+
+        "taylor" and "fisher" are squared; see ``statistics.gradients.Gradients``.
+
+        Raises:
+            InvalidArgument: not collected (``calibrate(gradients=True)``).
+        """
+        if not self.settings.gradients or f"{FOLDS[0]}/{group}:gradients/{what}" not in self.tensors:
+            raise InvalidArgument(f"stats: expected the gradients of {group!r}, got none: calibrate(gradients=True)")
+        mean: Float = self._sum(f"{group}:gradients", what, None) / self.images
+        return mean
+
     def head_importance(self, group: str) -> Float:
         """Return E |Att_h · ∂L/∂Att_h| for each head of a group of heads ("blocks.0.heads"), (heads,).
 
-        Michel et al., 2019, arXiv:1905.10650; L is the cross-entropy of the model's own prediction.
+        Michel et al., 2019, arXiv:1905.10650. Over all images and of their loss with ``calibrate(gradients=True)``;
+        else over the first 128, and L is the cross-entropy of the model's own prediction.
 
         Raises:
-            InvalidArgument: not collected (``calibrate(head_gradients=True)``).
+            InvalidArgument: not collected (``calibrate(head_gradients=True)`` or ``calibrate(gradients=True)``).
         """
+        if self.settings.gradients:
+            found: Float = self.gradients(group, "gate")[0]
+            return found
         return self._per_image(group, "gradient")
 
     def _per_image(self, group: str, what: str) -> Float:

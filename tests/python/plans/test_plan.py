@@ -221,7 +221,7 @@ def test_a_plan_that_does_not_fit_changes_nothing(digits_model, stats, keep, tex
 
 
 def test_methods():
-    assert sc.methods() == ["magnitude", "project", "random", "refit", "snp"]
+    assert sc.methods() == ["fisher", "magnitude", "michel", "project", "random", "refit", "snp", "taylor"]
 
 
 def test_the_plan_is_readable_json(digits_model, stats, tmp_path):

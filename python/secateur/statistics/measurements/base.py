@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ __all__ = [
     "Measurement",
     "Work",
     "as_tensor",
+    "differentiable",
     "divergence",
     "double",
     "hooked",
@@ -107,6 +108,15 @@ def as_tensor(output: Any) -> Tensor:
     if not isinstance(parts, (list, tuple)) or not parts:
         raise Unsupported(f"model: expected outputs of tensors, got {type(output).__name__}")
     return torch.cat([as_tensor(part).flatten(1) for part in parts], 1)
+
+
+def differentiable(model: nn.Module) -> Callable[[Tensor], Any]:
+    """Return the model's forward pass, with copies of what was made in inference mode and cannot take part."""
+    state = [*model.named_parameters(), *model.named_buffers()]
+    copies = {name: value.clone() for name, value in state if value.is_inference()}
+    if not copies:
+        return model
+    return lambda images: torch.func.functional_call(model, copies, (images,))
 
 
 def double(output: Any) -> Tensor:
