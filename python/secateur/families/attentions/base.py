@@ -1,0 +1,222 @@
+"""An entry of the attention table, and the registry that finds it by the exact class of a module."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...anatomy import Group, Layer, Tap, parameter_name
+from ...anatomy.costs import AttentionProduct, Product, WeightProduct
+from ...errors import InvalidArgument, Unsupported
+from ...registry import Registry
+from .parts import Parts
+
+__all__ = ["Attention", "Call", "Described", "attention_entry", "register"]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments with which a model calls an attention module, for ``images`` images at once.
+
+    Only the shapes of tensors count, so those of the meta device will do.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    images: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the module's input."""
+        return tuple(self.args[0].shape)
+
+    def given(self, index: int, name: str) -> Any:
+        """Return an argument by its position or its name, None if it is not given."""
+        return self.args[index] if len(self.args) > index else self.kwargs.get(name)
+
+
+@dataclass(frozen=True, eq=False)
+class Described:
+    """What an attention module can lose.
+
+    ``groups`` are those of kind "qk", "v" and "heads", named after the module, which has no group of kind "layer" here.
+    ``products`` are its costs, ``layer`` says where its tensors are observed; None where neither scores nor values are
+    what other classes have. ``refused`` maps each kind that it cannot lose to the reason. ``buffers`` maps each buffer
+    that loses entries to its shape; ``prepare`` adds those that the library's class does not have.
+    """
+
+    groups: tuple[Group, ...]
+    products: tuple[Product, ...]
+    layer: Layer | None
+    refused: Mapping[str, str]
+    buffers: Mapping[str, tuple[int, ...]]
+
+
+class Attention(ABC):
+    """What is known of some attention classes; a subclass registers itself with ``register``.
+
+    ``modules`` maps each of the library's classes to the class that a module becomes when it is cut, None where its own
+    holds any sizes. They are accepted by exact class, since a subclass may compute anything.
+    """
+
+    name: ClassVar[str]
+    modules: ClassVar[Mapping[type[nn.Module], type[nn.Module] | None]]
+
+    def accepts(self, module: nn.Module) -> bool:
+        """Return whether this entry describes the module."""
+        return type(module) in self.modules or type(module) in self.modules.values()
+
+    @abstractmethod
+    def parts(self, module: Any, call: Call) -> Parts:
+        """Return which rows, columns and other entries belong to the units of each kind, by names within the module."""
+
+    def keys(self, module: Any, call: Call) -> int:
+        """Return the number of keys that a query sees."""
+        del module
+        return call.shape[-2]
+
+    def queries(self, module: Any, call: Call, positions: Mapping[str, int], parts: Parts) -> int:
+        """Return the number of queries for one image, in all windows."""
+        del module, call
+        return positions[parts.writer]
+
+    def prepare(self, module: Any) -> None:
+        """Add the buffers that members name and the library's class does not have; called before a cut."""
+
+    @abstractmethod
+    def fit(self, module: Any, sizes: Mapping[str, int]) -> None:
+        """Make the module compute with parameters and buffers that were just cut.
+
+        Args:
+            module: a module whose tensors have ``sizes``; it remains the same object.
+            sizes: units that remain, by kind: "qk" and "v" per head, "heads"; kinds without a group keep their size.
+        """
+
+    def describe(self, module: nn.Module, name: str, call: Call, block: int | None = None) -> Described:
+        """Describe what a module called ``name`` can lose.
+
+        Args:
+            module: a module of one of the entry's classes. It is not changed.
+            name: its name in the model, with which all other names begin.
+            call: how the model calls it.
+            block: the number of the block that it is in.
+
+        Raises:
+            Unsupported: a module within it is of a class that is not known, or its tensors are computed by hooks.
+        """
+        try:
+            parts = self.parts(module, call)
+        except Unsupported as error:
+            raise Unsupported(f"{name}.{error}") from error
+        groups = {kind: f"{name}.{kind}" for kind in ("qk", "v", "heads") if kind not in parts.refused}
+        within = groups.get("heads")
+        made = []
+        for kind, group in groups.items():
+            members = tuple(replace(m, tensor=parameter_name(name, m.tensor)) for m in parts.members[kind])
+            if kind == "heads":
+                made.append(Group(group, "heads", block, parts.heads, members))
+            elif kind in parts.tied:  # all heads keep the same units
+                made.append(Group(group, kind, block, parts.sizes[kind], members))  # type: ignore[arg-type]
+            else:
+                size, heads = parts.sizes[kind], parts.heads
+                made.append(Group(group, kind, block, size, members, heads, within=within))  # type: ignore[arg-type]
+        positions = _positions(module, call)
+        for tap in parts.taps.values():
+            # Where a bias is apart, timm takes the weight without calling the layer; it sees the same tokens.
+            positions.setdefault(tap.module, positions[parts.writer])
+        products: list[Product] = [WeightProduct(parameter_name(name, each), n) for each, n in positions.items()]
+        heads, qk, v = (groups.get(kind, size) for kind, size in zip(("heads", "qk", "v"), parts.counted, strict=True))
+        queries = self.queries(module, call, positions, parts)
+        products.append(AttentionProduct(name, queries, self.keys(module, call), heads, qk, v))
+        return Described(
+            groups=tuple(made),
+            products=tuple(products),
+            layer=self._layer(module, name, call, parts, groups) if parts.scored else None,
+            refused=dict(parts.refused),
+            buffers={parameter_name(name, each): shape for each, shape in parts.buffers.items()},
+        )
+
+    def _layer(self, module: Any, name: str, call: Call, parts: Parts, groups: Mapping[str, str]) -> Layer:
+        taps = {}
+        for part, tap in parts.taps.items():
+            group = groups.get("qk" if part in ("query", "key") else "v", name)
+            stored = parameter_name(name, parts.writer) if part == "output" else f"{name} v" if part == "value" else group
+            label = name if part in ("query", "key") else stored
+            windows = call.shape[0] // call.images
+            each = {"maps_per_image": windows} if part in ("query", "key") else {"view": _joined(tap.view, windows)}
+            taps[part] = replace(tap, name=stored, label=label, module=parameter_name(name, tap.module), **each)
+        return Layer(
+            name=name,
+            kind="attention",
+            groups=groups,
+            taps=taps,
+            writer=parameter_name(name, parts.writer),
+            branch=name,
+            norms={part: parameter_name(name, norm) for part, norm in parts.norms.items()},
+            inner=None if parts.inner is None else replace(parts.inner, name=parameter_name(name, parts.inner.name)),
+            fixed=dict(parts.fixed),
+            softmax_scale=parts.scale,
+            layout="stock" if type(module) in self.modules else "exact",
+        )
+
+
+def _joined(view: Callable[[Tensor], Tensor], windows: int) -> Callable[[Tensor], Tensor]:
+    """Let a view of (B · windows, N, C) be one of all tokens of an image, (B, windows · N, C)."""
+    if windows == 1:
+        return view
+
+    def joined(x: Tensor) -> Tensor:
+        y = view(x)
+        return y.reshape(-1, windows * y.shape[1], y.shape[2])
+
+    return joined
+
+
+def _positions(module: nn.Module, call: Call) -> dict[str, int]:
+    """Count at how many places of one image each linear layer and convolution is applied, by running only shapes."""
+    def meta(x: Any) -> Any:
+        return x.detach().to("meta") if isinstance(x, Tensor) else x
+
+    made: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        made[id(tensor)] = meta(tensor)
+        if isinstance(tensor, nn.Parameter):
+            made[id(tensor)] = nn.Parameter(made[id(tensor)], tensor.requires_grad)
+    bare, found, removed = copy.deepcopy(module, made), dict[str, int](), list[Any]()
+
+    def count(name: str, channels_last: bool) -> Any:
+        def hook(_: Any, __: Any, out: Tensor) -> None:
+            channels = out.shape[-1] if channels_last else out.shape[1]
+            found[name] = found.get(name, 0) + out.numel() // channels // call.images
+
+        return hook
+
+    for name, child in bare.named_modules():
+        if isinstance(child, (nn.Linear, nn.Conv2d)):
+            removed.append(child.register_forward_hook(count(name, isinstance(child, nn.Linear))))
+    with torch.no_grad():
+        bare(*map(meta, call.args), **{name: meta(value) for name, value in call.kwargs.items()})
+    return found
+
+
+entries: Registry[Attention] = Registry(
+    "attention", "secateur.families.attentions", "secateur.attentions", members=("modules", "parts", "fit")
+)
+register = entries.register
+
+
+def attention_entry(module: nn.Module) -> Attention | None:
+    """Return the entry of a module's class, or None if the table has none.
+
+    Raises:
+        InvalidArgument: not an nn.Module.
+    """
+    if not isinstance(module, nn.Module):
+        raise InvalidArgument(f"module: expected nn.Module, got {type(module).__name__}")
+    return next((entry for entry in entries if entry.accepts(module)), None)
