@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...anatomy import Group, Layer, Tap, parameter_name
-from ...anatomy.costs import AttentionProduct, Product, WeightProduct
+from ...anatomy.costs import AttentionProduct, PartProduct, Product, WeightProduct
 from ...errors import InvalidArgument, Unsupported
 from ...registry import Registry
 from .parts import Parts
@@ -62,11 +62,13 @@ class Attention(ABC):
     """What is known of some attention classes; a subclass registers itself with ``register``.
 
     ``modules`` maps each of the library's classes to the class that a module becomes when it is cut, None where its own
-    holds any sizes. They are accepted by exact class, since a subclass may compute anything.
+    holds any sizes. They are accepted by exact class, since a subclass may compute anything. ``once`` names modules
+    within that run once for all images.
     """
 
     name: ClassVar[str]
     modules: ClassVar[Mapping[type[nn.Module], type[nn.Module] | None]]
+    once: ClassVar[tuple[str, ...]] = ()
 
     def accepts(self, module: nn.Module) -> bool:
         """Return whether this entry describes the module."""
@@ -76,9 +78,9 @@ class Attention(ABC):
     def parts(self, module: Any, call: Call) -> Parts:
         """Return which rows, columns and other entries belong to the units of each kind, by names within the module."""
 
-    def keys(self, module: Any, call: Call) -> int:
-        """Return the number of keys that a query sees."""
-        del module
+    def keys(self, module: Any, call: Call, positions: Mapping[str, int]) -> int:
+        """Return the number of keys that a query sees; ``positions`` counts at how many places layers are applied."""
+        del module, positions
         return call.shape[-2]
 
     def queries(self, module: Any, call: Call, positions: Mapping[str, int], parts: Parts) -> int:
@@ -86,8 +88,11 @@ class Attention(ABC):
         del module, call
         return positions[parts.writer]
 
-    def prepare(self, module: Any) -> None:
-        """Add the buffers that members name and the library's class does not have; called before a cut."""
+    def prepare(self, module: Any, call: Call) -> None:
+        """Add the buffers that members name and the library's class does not have; called before a cut.
+
+        They are no part of the module's state until it is cut.
+        """
 
     @abstractmethod
     def fit(self, module: Any, sizes: Mapping[str, int]) -> None:
@@ -96,6 +101,7 @@ class Attention(ABC):
         Args:
             module: a module whose tensors have ``sizes``; it remains the same object.
             sizes: units that remain, by kind: "qk" and "v" per head, "heads"; kinds without a group keep their size.
+                It is called after every cut of a model, also where the module lost nothing.
         """
 
     def describe(self, module: nn.Module, name: str, call: Call, block: int | None = None) -> Described:
@@ -126,14 +132,21 @@ class Attention(ABC):
             else:
                 size, heads = parts.sizes[kind], parts.heads
                 made.append(Group(group, kind, block, size, members, heads, within=within))  # type: ignore[arg-type]
-        positions = _positions(module, call)
+        positions = _positions(module, call, self.once)
         for tap in parts.taps.values():
             # Where a bias is apart, timm takes the weight without calling the layer; it sees the same tokens.
             positions.setdefault(tap.module, positions[parts.writer])
         products: list[Product] = [WeightProduct(parameter_name(name, each), n) for each, n in positions.items()]
-        heads, qk, v = (groups.get(kind, size) for kind, size in zip(("heads", "qk", "v"), parts.counted, strict=True))
-        queries = self.queries(module, call, positions, parts)
-        products.append(AttentionProduct(name, queries, self.keys(module, call), heads, qk, v))
+        counts = {"heads": parts.heads, **parts.sizes}
+        heads, qk, v = (groups.get(kind, counts[kind]) for kind in parts.counted)
+        queries, keys = self.queries(module, call, positions, parts), self.keys(module, call, positions)
+        products.append(AttentionProduct(name, queries * parts.shared_by, keys, heads, qk, v))
+        # A rotary pair is one unit, but two channels.
+        rest = (PartProduct(name, queries * parts.shared_by * keys, (heads, qk)) for _ in range(1, parts.channels))
+        products.extend(rest)
+        for each, positions_of, kinds in parts.products:
+            factors = tuple(groups.get(kind, counts[kind]) for kind in kinds)
+            products.append(PartProduct(parameter_name(name, each), positions_of, factors))
         return Described(
             groups=tuple(made),
             products=tuple(products),
@@ -143,7 +156,7 @@ class Attention(ABC):
         )
 
     def _layer(self, module: Any, name: str, call: Call, parts: Parts, groups: Mapping[str, str]) -> Layer:
-        taps = {}
+        taps, inner = {}, parts.inner_site
         for part, tap in parts.taps.items():
             group = groups.get("qk" if part in ("query", "key") else "v", name)
             stored = parameter_name(name, parts.writer) if part == "output" else f"{name} v" if part == "value" else group
@@ -159,7 +172,7 @@ class Attention(ABC):
             writer=parameter_name(name, parts.writer),
             branch=name,
             norms={part: parameter_name(name, norm) for part, norm in parts.norms.items()},
-            inner=None if parts.inner is None else replace(parts.inner, name=parameter_name(name, parts.inner.name)),
+            inner=None if inner is None else replace(inner, name=parameter_name(name, inner.name)),
             fixed=dict(parts.fixed),
             softmax_scale=parts.scale,
             layout="stock" if type(module) in self.modules else "exact",
@@ -178,8 +191,9 @@ def _joined(view: Callable[[Tensor], Tensor], windows: int) -> Callable[[Tensor]
     return joined
 
 
-def _positions(module: nn.Module, call: Call) -> dict[str, int]:
+def _positions(module: nn.Module, call: Call, once: tuple[str, ...]) -> dict[str, int]:
     """Count at how many places of one image each linear layer and convolution is applied, by running only shapes."""
+
     def meta(x: Any) -> Any:
         return x.detach().to("meta") if isinstance(x, Tensor) else x
 
@@ -188,18 +202,19 @@ def _positions(module: nn.Module, call: Call) -> dict[str, int]:
         made[id(tensor)] = meta(tensor)
         if isinstance(tensor, nn.Parameter):
             made[id(tensor)] = nn.Parameter(made[id(tensor)], tensor.requires_grad)
-    bare, found, removed = copy.deepcopy(module, made), dict[str, int](), list[Any]()
+    bare, found = copy.deepcopy(module, made), dict[str, int]()
 
     def count(name: str, channels_last: bool) -> Any:
         def hook(_: Any, __: Any, out: Tensor) -> None:
             channels = out.shape[-1] if channels_last else out.shape[1]
-            found[name] = found.get(name, 0) + out.numel() // channels // call.images
+            images = 1 if name.startswith(once) else call.images
+            found[name] = found.get(name, 0) + out.numel() // channels // images
 
         return hook
 
     for name, child in bare.named_modules():
         if isinstance(child, (nn.Linear, nn.Conv2d)):
-            removed.append(child.register_forward_hook(count(name, isinstance(child, nn.Linear))))
+            child.register_forward_hook(count(name, isinstance(child, nn.Linear)))
     with torch.no_grad():
         bare(*map(meta, call.args), **{name: meta(value) for name, value in call.kwargs.items()})
     return found

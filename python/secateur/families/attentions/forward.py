@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..attention import attend_padded
+from ..base import fit_modules
 from .base import Attention
 from .parts import Parts, fit_bias, fit_head_norms
 
@@ -125,16 +126,8 @@ class Resized(Attention):
         fit_head_norms(module, self.head_norms, heads, qk)
         for name in self.biases:
             fit_bias(getattr(module, name), heads)
-        for name in ("proj", "qkv", "q", "k", "v", "kv"):
-            _fit_linear(getattr(module, name, None))
+        fit_modules(module)
         self.resize(module, heads, qk, v)
 
     def resize(self, module: Any, heads: int, qk: int, v: int) -> None:
         """Set what else depends on the sizes."""
-
-
-def _fit_linear(layer: Any) -> None:
-    if type(layer) is nn.Linear:
-        layer.out_features, layer.in_features = layer.weight.shape
-    elif type(layer) is nn.Conv2d and layer.groups == 1:
-        layer.out_channels, layer.in_channels = layer.weight.shape[:2]

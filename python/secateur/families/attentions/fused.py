@@ -4,6 +4,7 @@
 
 from typing import Any, Optional
 
+import numpy as np
 import timm.layers
 import torch
 from timm.models import (
@@ -23,7 +24,7 @@ from timm.models import (
 )
 from torch import nn
 
-from ...anatomy import unit_entries
+from ...anatomy import Member, unit_entries
 from ...errors import Unsupported
 from ..swin import PrunedWindowAttention
 from ..vision_transformer.modules import PrunedAttention
@@ -31,7 +32,7 @@ from .base import Call, register
 from .forward import Resized, Sized
 from .parts import Parts
 
-__all__ = ["Beit", "Fused", "Global", "Plain", "RelPos", "SwinWindows", "WithQueryPool"]
+__all__ = ["Beit", "Blocks", "Fused", "Global", "Plain", "RelPos", "SwinWindows", "WithQueryPool"]
 
 
 class OverTokens(Sized):
@@ -192,14 +193,6 @@ class Plain(Resized):
     def resize(self, module: Any, heads: int, qk: int, v: int) -> None:
         """Set timm's names of the sizes."""
         module.head_dim, module.attn_dim = qk, heads * v
-        _fit_values(module, heads * v)
-
-
-def _fit_values(module: Any, size: int) -> None:
-    if getattr(module.norm, "normalized_shape", None) is not None:
-        module.norm.normalized_shape = (size,)
-    if module.gate is not None:
-        module.gate.out_features = size
 
 
 @register
@@ -210,7 +203,6 @@ class Fused(Resized):
     modules = {
         metaformer.Attention: PrunedMetaFormerAttention,
         davit.WindowAttention: PrunedDaVitWindowAttention,
-        nest.Attention: PrunedNestAttention,
         volo.Attention: PrunedVoloAttention,
         fastvit.Attention: PrunedFastVitAttention,
         visformer.Attention: PrunedVisformerAttention,
@@ -223,10 +215,10 @@ class Fused(Resized):
         parts = self.new(module)
         parts.fused()
         parts.read()
-        parts.scored = not isinstance(module, (nest.Attention, twins.LocallyGroupedAttn))  # windows within the module
+        parts.scored = not isinstance(module, twins.LocallyGroupedAttn)  # windows within the module
         return parts
 
-    def keys(self, module: Any, call: Call) -> int:
+    def keys(self, module: Any, call: Call, positions: Any) -> int:
         """All tokens, or those of a window."""
         if isinstance(module, twins.LocallyGroupedAttn):
             return int(module.ws) ** 2
@@ -245,6 +237,48 @@ class Fused(Resized):
         for name, size in (("head_dim", qk), ("attention_dim", heads * v)):
             if hasattr(module, name):
                 setattr(module, name, size)
+
+
+@register
+class Blocks(Resized):
+    """NesT: blocks of an image, whose values lie channel by channel, with all heads of each, before the projection.
+
+    A cut puts them head by head, since heads may then keep different channels.
+    """
+
+    name = "blocks"
+    modules = {nest.Attention: PrunedNestAttention}
+
+    def parts(self, module: Any, call: Call) -> Parts:
+        """The rows of one linear layer; the projection's columns in timm's order, or in that after a cut."""
+        del call
+        parts = self.new(module)
+        parts.fused()
+        heads, v = parts.heads, parts.sizes["v"]
+        if type(module) is nest.Attention:
+            units = unit_entries(v, heads)
+            places = (units - v * np.arange(heads)[:, None, None]) * heads + np.arange(heads)[:, None, None]
+            parts.read(entries=places)
+            parts.members["v"].append(Member("columns", 0, places, "output", "elementwise"))
+            parts.buffers["columns"] = (heads * v,)
+        else:
+            parts.read()
+        parts.scored = False  # blocks within the module
+        return parts
+
+    def prepare(self, module: Any, call: Call) -> None:
+        """Add the place of each column of the projection if they lay head by head."""
+        if type(module) is nest.Attention and not hasattr(module, "columns"):
+            order = torch.arange(module.proj.in_features, device=module.proj.weight.device)
+            order = order.view(module.num_heads, -1).t().flatten()
+            module.register_buffer("columns", order, persistent=False)
+
+    @torch.no_grad()
+    def resize(self, module: Any, heads: int, qk: int, v: int) -> None:
+        """Put the columns of the projection head by head, once."""
+        if hasattr(module, "columns"):
+            module.proj.weight.copy_(module.proj.weight[:, module.columns.argsort()])
+            del module.columns
 
 
 @register
@@ -291,7 +325,7 @@ class WithQueryPool(Resized):
         parts.scored = False  # pooled queries, and tokens of windows that are not neighbours, are seen nowhere
         return parts
 
-    def keys(self, module: Any, call: Call) -> int:
+    def keys(self, module: Any, call: Call, positions: Any) -> int:
         """All tokens before pooling, or those of a mask unit."""
         if isinstance(module, hieradet_sam2.MultiScaleAttention):
             return call.shape[1] * call.shape[2]
@@ -309,6 +343,7 @@ class Global(Resized):
 
     name = "global query"
     modules = {gcvit.WindowAttentionGlobal: PrunedWindowAttentionGlobal}
+    once = ("rel_pos.",)
     biases = ("rel_pos",)
 
     def head_dim(self, module: Any, heads: int) -> int:
@@ -341,6 +376,7 @@ class RelPos(Resized):
     """VisionTransformerRelPos: norms of queries and keys, a bias of its own or one shared by layers."""
 
     name = "relative positions"
+    once = ("rel_pos.",)
     modules = {vision_transformer_relpos.RelPosAttention: PrunedRelPosAttention}
     head_norms = ("q_norm", "k_norm")
     biases = ("rel_pos",)

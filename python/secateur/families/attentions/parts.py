@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from ...anatomy import Indices, Member, NormSite, Part, Role, Tap, shared_entries, unit_entries
+from ...anatomy import Indices, Member, NormSite, Part, Role, Tap, unit_entries
 from ..base import NORMS, refuse_computed, unsupported
 from ..vision_transformer.modules import HeadNorm
 from ..walk import Walk
@@ -45,7 +45,10 @@ class Parts(Walk):
     def __init__(self, module: nn.Module, heads: int, qk: int, v: int, scale: float = 1.0) -> None:
         super().__init__(module)
         self.heads, self.sizes, self.scale = heads, {"qk": qk, "v": v}, scale
-        self.counted: tuple[int, int, int] = (heads, qk, v)
+        # The kinds of what is counted as heads, query/key and value channels in the products with the scores.
+        self.counted: tuple[str, str, str] = ("heads", "qk", "v")
+        self.channels, self.shared_by = 1, 1  # channels of a unit of "qk"; query heads that share keys and values
+        self.products: list[tuple[str, int, tuple[str, ...]]] = []  # MACs beside weights and scores, by kinds
         self.members: dict[str, list[Member]] = {"qk": [], "v": [], "heads": []}
         self.tied: set[str] = set()  # kinds whose units are the same in all heads
         self.refused: dict[str, str] = {}
@@ -53,7 +56,7 @@ class Parts(Walk):
         self.taps: dict[Part, Tap] = {}
         self.norms: dict[Part, str] = {}
         self.fixed: dict[Part, str] = {}
-        self.inner: NormSite | None = None
+        self.inner_site: NormSite | None = None
         self.writer, self.scored = "", True
 
     def write(self, part: Part, linear: str, entries: Indices, bias: str | None = None) -> None:
@@ -95,34 +98,31 @@ class Parts(Walk):
         """Add a tensor with one entry per head."""
         self.along("heads", tensor, axis, unit_entries(self.heads), "bias_table")
 
-    def head_norm(self, part: Part, name: str) -> None:
-        """Add a norm of queries or keys, which all heads share until it is cut."""
+    def head_norm(self, part: Part, name: str, entries: Indices | None = None) -> None:
+        """Add a norm of queries or keys, which all heads share until it is cut; ``entries`` if channels form pairs."""
         norm: Any = self.model.get_submodule(name)
         if type(norm) is nn.Identity:
             return
-        heads, size = self.heads, self.sizes["qk"]
+        entries = unit_entries(self.sizes["qk"], self.heads) if entries is None else entries
         if type(norm) is HeadNorm:
-            self.norm_members(name, norm, self.members["qk"], part, unit_entries(size, heads))
-        elif self.norm(name, self.members["qk"], part, shared_entries(size, heads)) is None:
-            return
+            self.norm_members(name, norm, self.members["qk"], part, entries)
+        else:
+            self.norm(name, self.members["qk"], part, np.tile(entries[:1], (self.heads, 1, 1)))
         self.norms[part] = name
         self.fixed[part] = f"{name}: a norm is between projection and product"
 
-    def inner_norm(self, name: str) -> None:
+    def inner_norm(self, name: str, entries: Indices | None = None) -> None:
         """Add a norm over all values, directly before the projection."""
-        self.norm(name, self.members["v"], "output", unit_entries(self.sizes["v"], self.heads))
-        self.inner = self.inner_site(name)
+        entries = unit_entries(self.sizes["v"], self.heads) if entries is None else entries
+        self.norm(name, self.members["v"], "output", entries)
+        self.inner_site = self.inner(name, entries.size)
 
-    def inner_site(self, name: str) -> NormSite | None:
-        """Return the norm over all values, or None."""
-        return super().inner(name, self.heads * self.sizes["v"])
-
-    def gate(self, name: str) -> None:
-        """Add a linear layer whose outputs multiply the values."""
-        if self.model.get_submodule(name.rpartition(".")[0]) and getattr(self.model, name, None) is not None:
-            units = unit_entries(self.sizes["v"], self.heads)
-            self.rows(name, self.members["v"], "elementwise", "output", units)
-            self.inner = None
+    def gate(self, name: str, entries: Indices | None = None) -> None:
+        """Add a linear layer whose outputs multiply the values, if there is one."""
+        if getattr(self.model, name, None) is not None:
+            entries = unit_entries(self.sizes["v"], self.heads) if entries is None else entries
+            self.rows(name, self.members["v"], "elementwise", "output", entries)
+            self.inner_site = None
             self.fixed["value"] = f"{name}: it multiplies the values"
 
     def batch_norm(self, part: Part, name: str, entries: Indices) -> None:
@@ -142,6 +142,8 @@ class Parts(Walk):
             self.of_heads(f"{name}.relative_position_bias_table", 1)
         elif type(bias) is timm.layers.RelPosBiasTf:
             self.of_heads(f"{name}.relative_position_bias_table", 0)
+            (rows, _, across), (columns, _, along) = bias.height_lookup.shape, bias.width_lookup.shape
+            self.products.append((name, rows * rows * along * (across + columns * columns), ("heads",)))
         elif type(bias) is timm.layers.RelPosMlp:
             self.rows(f"{name}.mlp.fc2", self.members["heads"], "elementwise", "bias_table", unit_entries(self.heads))
         else:
