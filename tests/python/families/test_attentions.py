@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from functools import partial
 
 import numpy as np
@@ -10,25 +11,51 @@ import pytest
 import secateur as sc
 import torch
 import timm.layers
-from attention_cases import Case, apart, by_head, fused, randomise, structured
+from attention_cases import (
+    Case,
+    Column,
+    apart,
+    by_head,
+    fused,
+    in_all_heads,
+    randomise,
+    rotary,
+    rows_of_a_map,
+    structured,
+    together,
+    with_biases,
+)
 from secateur.anatomy import Anatomy
 from secateur.families.attentions import Call, attention_entry
 from secateur.surgery.cut import cut
 from timm.layers import LayerNorm, RelPosBias, RelPosBiasTf, RelPosMlp, RmsNorm
 from timm.models import (
     beit,
+    cait,
+    crossvit,
     davit,
+    edgenext,
+    efficientformer,
+    eva,
     fastvit,
     gcvit,
     hiera,
     hieradet_sam2,
+    levit,
+    maxxvit,
     metaformer,
+    mvitv2,
     nest,
+    pvt_v2,
     swin_transformer,
+    swin_transformer_v2,
+    tiny_vit,
+    tnt,
     twins,
     vision_transformer_relpos,
     visformer,
     volo,
+    xcit,
 )
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,6 +72,8 @@ def case(name, build, *inputs, where=None, **more):
     return Case(name, build, lambda: inputs or (x(*TOKENS),), where or fused(), **more)
 
 
+OF_KV = apart(query="q", key="kv", value=("kv", 1))
+POOLS = {"kernel_q": (3, 3), "kernel_kv": (3, 3)}
 NORMED = {"norms": {"query": "q_norm", "key": "k_norm"}}
 ATTENTION = partial(timm.layers.Attention, 18, 3)
 CASES = [
@@ -131,6 +160,212 @@ CASES = [
         kinds=("qk", "v"),
         refused=("heads",),
     ),
+    case("PVTv2", partial(pvt_v2.Attention, 18, 3), x(2, 15, 18), (3, 5), where=OF_KV),
+    case("PVTv2-reduced", partial(pvt_v2.Attention, 18, 3, sr_ratio=2), x(2, 35, 18), (5, 7), where=OF_KV),
+    case("PVTv2-pooled", partial(pvt_v2.Attention, 18, 3, linear_attn=True), x(2, 99, 18), (9, 11), where=OF_KV),
+    case("Twins-global", partial(twins.GlobalSubSampleAttn, 18, 3, sr_ratio=2), x(2, 35, 18), (5, 7), where=OF_KV),
+    case("CaiT-class", partial(cait.ClassAttn, 18, 3, qkv_bias=True), where=apart(query="q", key="k", value="v")),
+    case("VOLO-class", partial(volo.ClassAttention, 18, 3), where=OF_KV),
+    case("VOLO-class-wide", partial(volo.ClassAttention, 18, 3, head_dim=7), where=OF_KV, sizes=(3, 7, 7)),
+    case("CrossViT", partial(crossvit.CrossAttention, 18, 3), where=apart(query="wq", key="wk", value="wv")),
+    case(
+        "TNT",
+        partial(tnt.Attention, 18, 12, 3, qkv_bias=True),
+        where=apart(query="qk", key=("qk", 1), value="v"),
+        sizes=(3, 4, 6),
+    ),
+    *(
+        case(f"MaxxVit-{name}", partial(maxxvit.AttentionCl, 18, dim_head=6, **more), x(8, 3, 5, 18), where=where)
+        for name, more, where in (
+            ("last", {}, by_head()),
+            ("fused", {"head_first": False, "bias": False}, fused()),
+            ("swin", {"rel_pos_cls": partial(RelPosBias, window_size=(3, 5))}, by_head()),
+            ("tf", {"rel_pos_cls": partial(RelPosBiasTf, window_size=(3, 5))}, by_head()),
+            ("wide", {"dim_out": 24, "rel_pos_cls": partial(RelPosMlp, window_size=(3, 5))}, by_head()),
+        )
+        if name != "wide"
+    ),
+    case(
+        "MaxxVit-wide",
+        partial(maxxvit.AttentionCl, 12, 18, dim_head=6, rel_pos_cls=partial(RelPosMlp, window_size=(3, 5))),
+        x(8, 3, 5, 12),
+        where=by_head(),
+    ),
+    case("MaxxVit-first", partial(maxxvit.Attention2d, 18, dim_head=6), x(8, 18, 3, 5), where=by_head()),
+    case(
+        "MaxxVit-first-bias",
+        partial(
+            maxxvit.Attention2d,
+            18,
+            11,
+            dim_head=6,
+            head_first=False,
+            expand_first=False,
+            rel_pos_cls=partial(RelPosBias, window_size=(3, 5)),
+        ),
+        x(8, 18, 3, 5),
+    ),
+    case(
+        "MaxxVit-shared",
+        partial(maxxvit.Attention2d, 18, dim_head=6),
+        x(2, 18, 3, 5),
+        x(1, 3, 15, 15),
+        where=by_head(),
+        kinds=("qk", "v"),
+        refused=("heads",),
+    ),
+    case(
+        "EfficientFormer",
+        partial(efficientformer.Attention, 18, 5, 3, 1.5, (3, 5)),
+        where=by_head(),
+        sizes=(3, 5, 7),
+    ),
+    case("TinyViT", partial(tiny_vit.Attention, 18, 6, 3, 1, (3, 5)), x(8, 15, 18), where=by_head()),
+    case("LeViT", partial(levit.Attention, 18, 5, 3, 1.5, (3, 5)), where=by_head("qkv.linear"), sizes=(3, 5, 7)),
+    case(
+        "LeViT-conv",
+        partial(levit.Attention, 18, 5, 3, 1.5, (3, 5), use_conv=True),
+        x(2, 18, 3, 5),
+        where=by_head("qkv.linear"),
+        sizes=(3, 5, 7),
+    ),
+    case("SwinV2", partial(swin_transformer_v2.WindowAttention, 18, (3, 5), 3, qkv_bias=False), x(8, 15, 18)),
+    case(
+        "SwinV2-mask",
+        partial(swin_transformer_v2.WindowAttention, 18, (3, 5), 3),
+        x(8, 15, 18),
+        x(4, 15, 15),
+        where=fused(biases=APART),
+    ),
+    case(
+        "CaiT-talking",
+        partial(cait.TalkingHeadAttn, 18, 3, qkv_bias=True),
+        kinds=("qk", "v"),
+        refused=("heads",),
+    ),
+    *(
+        case(name, build, where=rows_of_a_map, kinds=("v", "heads"), refused=("qk",), tapped=False)
+        for name, build in (
+            ("XCiT", partial(xcit.XCA, 18, 3)),
+            ("XCiT-bias", partial(xcit.XCA, 18, 3, qkv_bias=True)),
+            ("EdgeNeXt", partial(edgenext.CrossCovarianceAttn, 18, 3, qkv_bias=True)),
+            ("DaViT-channels", partial(davit.ChannelAttention, 18, 3, qkv_bias=True)),
+            ("DaViT-channels-2", partial(davit.ChannelAttentionV2, 18, 3)),
+            ("DaViT-channels-2-fixed", partial(davit.ChannelAttentionV2, 18, 3, dynamic_scale=False)),
+        )
+    ),
+    *(
+        case(
+            f"MobileNetV4{name}",
+            partial(timm.layers.MultiQueryAttention2d, 18, 11, 3, 6, 7, **more),
+            x(2, 18, 6, 10),
+            where=in_all_heads,
+            sizes=(3, 6, 7),
+            kinds=("qk", "v"),
+            refused=("heads",),
+        )
+        for name, more in (
+            ("", {}),
+            ("-bias", {"use_bias": True}),
+            ("-strides", {"query_strides": 2, "kv_stride": 2}),
+        )
+    ),
+    *(
+        case(
+            f"MViTv2-{name}",
+            partial(mvitv2.MultiScaleAttention, 11, 18, (6, 6), 3, **more),
+            x(2, 37 if more.get("has_cls_token", True) else 36, 11),
+            (6, 6),
+            where=together if more.get("residual_pooling", True) else fused(),
+            kinds=("v", "heads") if more.get("residual_pooling", True) else ("qk", "v", "heads"),
+            refused=("qk",) if more.get("residual_pooling", True) else (),
+            joined=more.get("residual_pooling", True),
+            norms={"query": "norm_q", "key": "norm_k", "value": "norm_v"} if "kernel_q" in more else {},
+            tapped=False,
+        )
+        for name, more in (
+            ("plain", {}),
+            ("pooled", {**POOLS, "stride_q": (2, 2)}),
+            ("no-class", {**POOLS, "has_cls_token": False, "stride_kv": (2, 2)}),
+            ("not-residual", {**POOLS, "residual_pooling": False, "stride_kv": (3, 3)}),
+            ("no-positions", {**POOLS, "rel_pos_type": "", "residual_pooling": False, "qkv_bias": False}),
+        )
+    ),
+    *(
+        case(
+            f"{cls.__name__}-{name}",
+            partial(cls, 24, 3, **more),
+            x(2, 15, 24),
+            x(*rope),
+            where=rotary(
+                {"query": ("qkv", 0), "key": ("qkv", 24), "value": ("qkv", 48)}
+                if more.get("qkv_fused", True)
+                else {"query": ("q_proj", 0), "key": ("k_proj", 0), "value": ("v_proj", 0)},
+                half=more.get("rotate_half", False),
+            ),
+            sizes=(3, 4, 8),
+            pairs="half" if more.get("rotate_half", False) else "next",
+            kinds=("qk", "v", "heads") if len(rope) == 2 else ("qk", "v"),
+            refused=() if len(rope) == 2 else ("heads",),
+            inner="norm" if more.get("scale_norm") else None,
+            norms={"query": "q_norm", "key": "k_norm"} if more.get("qk_norm") else {},
+        )
+        for cls in (eva.EvaAttention, timm.layers.AttentionRope)
+        for name, more, rope in (
+            ("plain", {"scale_norm": False, "qkv_bias": False}, (14, 16)),
+            ("half", {"scale_norm": False, "rotate_half": True, "qkv_bias": False, "gated": True}, (14, 16)),
+            ("mixed", {"scale_norm": False, "qkv_bias": False, "qkv_fused": False}, (3, 14, 16)),
+            (
+                "norms",
+                {"scale_norm": True, "qk_norm": True, "norm_layer": LayerNorm, "qkv_fused": False, "num_prefix_tokens": 1},
+                (14, 16),
+            ),
+            (
+                "half-norms",
+                {"scale_norm": True, "qk_norm": True, "norm_layer": RmsNorm, "rotate_half": True, "qkv_bias": False},
+                (14, 16),
+            ),
+        )
+    ),
+    *(
+        case(
+            f"EvaAttention-biases-{separate}",
+            partial(eva.EvaAttention, 24, 3, scale_norm=False, qkv_bias_separate=separate),
+            x(2, 15, 24),
+            x(14, 16),
+            where=with_biases(
+                rotary({"query": ("qkv", 0), "key": ("qkv", 24), "value": ("qkv", 48)}, half=False), APART
+            ),
+            sizes=(3, 4, 8),
+            pairs="next",
+        )
+        for separate in (False, True)
+    ),
+    case("EvaAttention-without", partial(eva.EvaAttention, 18, 3, scale_norm=False, qkv_bias=False)),
+    case(
+        "AttentionRope-grouped",
+        partial(
+            timm.layers.AttentionRope,
+            20,
+            6,
+            attn_head_dim=8,
+            num_kv_heads=3,
+            qkv_fused=False,
+            qk_norm=True,
+            scale_norm=True,
+            norm_layer=LayerNorm,
+            gated=True,
+            rotate_half=True,
+        ),
+        x(2, 15, 20),
+        x(14, 16),
+        where=rotary({"query": ("q_proj", 0), "key": ("k_proj", 0), "value": ("v_proj", 0)}, half=True, shared=2),
+        sizes=(3, 4, 8),
+        pairs="half",
+        shared=2,
+        inner="norm",
+        **NORMED,
+    ),
 ]
 
 
@@ -143,7 +378,7 @@ class OverKept(nn.Module):
 
     def forward(self, x):
         kept = self.kept if self.kept.ndim == 1 else self.kept[:, None]
-        count = kept.sum(-1, keepdim=True)
+        count = kept.sum(-1, keepdim=True).clamp(min=1)
         mean = (x * kept).sum(-1, keepdim=True) / count if isinstance(self.norm, nn.LayerNorm) else 0.0
         centred = (x - mean) * kept
         y = centred / ((centred**2).sum(-1, keepdim=True) / count + self.norm.eps).sqrt()
@@ -155,6 +390,9 @@ class OverKept(nn.Module):
 
 
 def zero(module, place):
+    if isinstance(place, Column):
+        module.get_submodule(place.layer).weight[:, place.index] = 0
+        return
     linear, row, bias = place
     layer = module.get_submodule(linear)
     layer.weight[row] = 0
@@ -187,16 +425,20 @@ def masked(module, case, keep):
                 if gone and (kind in keep or "heads" in keep):
                     for place in case.where(case.sizes, part, head, unit):
                         zero(module, place)
-    kept = torch.zeros(heads, qk, dtype=torch.bool)
-    for head in range(heads):
-        kept[head, units["qk"][head]] = True
-    for name in case.norms.values():
+    for part, name in case.norms.items():
+        kind = "v" if part == "value" or case.joined else "qk"
+        channels = [case.channels(unit) if kind == "qk" else [unit] for unit in range(v if kind == "v" else qk)]
+        kept = torch.zeros(heads, sum(map(len, channels)), dtype=torch.bool)
+        for head in here:
+            kept[head, [channel for unit in units[kind][head] for channel in channels[unit]]] = True
+        kept = kept.repeat_interleave(case.shared if part == "query" else 1, dim=0)
         setattr(module, name, OverKept(getattr(module, name), kept))
     if case.inner:
         kept = torch.zeros(heads, v, dtype=torch.bool)
         for head in here:
             kept[head, units["v"][head]] = True
-        setattr(module, case.inner, OverKept(getattr(module, case.inner), kept.flatten()))
+        kept = kept.repeat_interleave(case.shared, dim=0).flatten()
+        setattr(module, case.inner, OverKept(getattr(module, case.inner), kept))
     return module
 
 
@@ -291,6 +533,72 @@ def test_a_cut_computes_what_the_masked_module_does(case, weights):
                 module.fused_attn = is_fused
             after, _, _ = cut_alone(case, module, keep)
             torch.testing.assert_close(output(after, case), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_cut_module_can_be_copied_pickled_trained_and_given_its_weights(case):
+    module = randomise(case.build())
+    _, found = described(case, module)
+    keep = removed(case, found)
+    after, _, _ = cut_alone(case, module, keep)
+    other, _, _ = cut_alone(case, randomise(case.build(), seed=9), {kind: first(each) for kind, each in keep.items()})
+    other.load_state_dict(after.state_dict())
+    expected = output(after, case)
+    for each in (copy.deepcopy(after), pickle.loads(pickle.dumps(after)), other):
+        assert type(each) is type(after)
+        torch.testing.assert_close(output(each, case), expected, rtol=0, atol=0)
+    torch.manual_seed(0)
+    expected = output(masked(module, case, keep).train(), case)
+    torch.manual_seed(0)
+    torch.testing.assert_close(output(after.train(), case), expected, rtol=1e-10, atol=1e-10)
+    given = case.inputs()
+    given[0].requires_grad_()
+    out = after(*given)
+    (out[0] if isinstance(out, tuple) else out).square().sum().backward()
+    assert all(p.grad is not None for name, p in after.named_parameters())
+
+
+def first(indices):
+    """As many units, the first ones."""
+    return np.tile(np.arange(indices.shape[1]), (len(indices), 1))
+
+
+@pytest.mark.parametrize("case", [each for each in CASES if each.tapped], ids=str)
+def test_taps_see_the_unit_that_is_zero(case):
+    module = randomise(case.build())
+    _, found = described(case, module)
+    if found.layer is None:
+        pytest.skip("neither scores nor values are observed")
+    heads, qk, v = case.sizes
+    for part in ("query", "key", "value"):
+        size = v if part == "value" else qk
+        for head in range(heads):
+            for unit in (0, size - 1):
+                bare = copy.deepcopy(module)
+                with torch.no_grad():
+                    for place in case.where(case.sizes, part, head, unit):
+                        zero(bare, place)
+                seen = observed(bare, found.layer, case)
+                axes = tuple(range(seen[part].ndim - (1 if part == "value" else 2)))
+                gone = (seen[part] == 0).all(dim=axes).flatten()
+                assert gone.nonzero().flatten().tolist() == [head * size + unit]
+                if part == "value" and not case.inner:
+                    assert (seen["output"] == 0).all(dim=(0, 1)).nonzero().flatten().tolist() == [head * v + unit]
+
+
+def observed(module, layer, case):
+    """What each tap sees."""
+    seen, hooks = {}, []
+    for part, tap in layer.taps.items():
+        at = module.get_submodule(tap.module.removeprefix("attn."))
+
+        def hook(_, given, out, part=part, tap=tap):
+            seen[part] = tap.read(given[0] if tap.at == "input" else out)
+
+        hooks.append(at.register_forward_hook(hook))
+    output(module, case)
+    assert all(len(x) % case.images == 0 for x in seen.values())
+    return seen
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

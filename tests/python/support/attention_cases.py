@@ -27,7 +27,7 @@ def by_head(linear: str = "qkv", order=("query", "key", "value")):
     """[queries keys values of head 0 | of head 1 | …]."""
 
     def where(sizes, part, head, unit):
-        heads, qk, v = sizes
+        _, qk, v = sizes
         widths = {"query": qk, "key": qk, "value": v}
         stride = sum(widths[each] for each in order)
         before = sum(widths[each] for each in order[: order.index(part)])
@@ -37,7 +37,7 @@ def by_head(linear: str = "qkv", order=("query", "key", "value")):
 
 
 def apart(**linears):
-    """Each part has a layer of its own, or those named ``key`` and ``value`` share one: (name, offset in heads · qk)."""
+    """Each part has a layer of its own, or a part of one: (name, heads · qk rows before it, so many times)."""
 
     def where(sizes, part, head, unit):
         heads, qk, v = sizes
@@ -49,9 +49,64 @@ def apart(**linears):
     return where
 
 
+def rotary(linears, half: bool, shared: int = 1):
+    """Pairs of channels, with ``shared`` heads of queries for one of keys; linears as for ``apart``, all starting at 0."""
+
+    def where(sizes, part, head, unit):
+        _, qk, v = sizes
+        linear, start = linears[part]
+        if part == "value":
+            return [(linear, start + head * v + unit, None)]
+        channels = [unit, unit + qk] if half else [2 * unit, 2 * unit + 1]
+        heads = range(head * shared, (head + 1) * shared) if part == "query" else [head]
+        return [(linear, start + each * 2 * qk + channel, None) for each in heads for channel in channels]
+
+    return where
+
+
+def with_biases(where, biases):
+    """The same rows in biases apart, which begin at the first row of their part."""
+
+    def both(sizes, part, head, unit):
+        places = where(sizes, part, head, unit)
+        first = min(where(sizes, part, 0, 0))[1]
+        return [(linear, row, (biases[part], row - first)) for linear, row, _ in places]
+
+    return both
+
+
+@dataclass
+class Column:
+    """A column of a layer, which reads a unit."""
+
+    layer: str
+    index: int
+
+
+def rows_of_a_map(sizes, part, head, unit):
+    """Attention between channels: without the row, its output is not read."""
+    return [Column("proj", head * sizes[2] + unit)] if part == "value" else []
+
+
+def together(sizes, part, head, unit):
+    """Queries, keys and values of one channel, where queries are added to the outputs."""
+    heads, _, size = sizes
+    return [("qkv", (each * heads + head) * size + unit, None) for each in range(3)] if part == "value" else []
+
+
+def in_all_heads(sizes, part, head, unit):
+    """One head of keys and values for all heads of queries."""
+    row = head * sizes[1] + unit if part == "query" else unit
+    return [(f"{part}.proj", row, None)]
+
+
 @dataclass
 class Case:
-    """One module: how it is built, its inputs, and where its parts are."""
+    """One module: how it is built, its inputs, and where its parts are.
+
+    ``sizes`` are heads, and units of queries and values per head. ``pairs`` says which channels rotate together, and
+    ``shared`` how many heads of queries have the same keys. If ``joined``, queries and keys leave with values.
+    """
 
     name: str
     build: Callable[[], nn.Module]
@@ -62,8 +117,16 @@ class Case:
     kinds: tuple[str, ...] = ("qk", "v", "heads")
     norms: dict[str, str] = field(default_factory=dict)
     inner: str | None = None
-    writer: str = "proj"
+    pairs: str = ""
+    shared: int = 1
+    joined: bool = False
+    tapped: bool = True
     refused: tuple[str, ...] = ()
+
+    def channels(self, unit: int) -> list[int]:
+        """Channels of a head's unit of kind "qk"."""
+        size = self.sizes[1]
+        return {"": [unit], "half": [unit, unit + size], "next": [2 * unit, 2 * unit + 1]}[self.pairs]
 
     def __str__(self) -> str:
         return self.name

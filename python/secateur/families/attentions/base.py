@@ -15,7 +15,7 @@ from ...anatomy import Group, Layer, Tap, parameter_name
 from ...anatomy.costs import AttentionProduct, PartProduct, Product, WeightProduct
 from ...errors import InvalidArgument, Unsupported
 from ...registry import Registry
-from .parts import Parts
+from .parts import Parts, UnitKind
 
 __all__ = ["Attention", "Call", "Described", "attention_entry", "register"]
 
@@ -120,7 +120,12 @@ class Attention(ABC):
             parts = self.parts(module, call)
         except Unsupported as error:
             raise Unsupported(f"{name}.{error}") from error
-        groups = {kind: f"{name}.{kind}" for kind in ("qk", "v", "heads") if kind not in parts.refused}
+        kinds: tuple[UnitKind, ...] = ("qk", "v", "heads")
+        groups = {kind: f"{name}.{kind}" for kind in kinds if kind not in parts.refused}
+        for kind in parts.refused.keys() & {"qk", "v"} if "heads" in groups else ():
+            # What cannot leave unit by unit leaves with its head.
+            whole = [replace(m, entries=m.entries.reshape(1, parts.heads, -1)) for m in parts.members[kind]]
+            parts.members["heads"].extend(whole)
         within = groups.get("heads")
         made = []
         for kind, group in groups.items():
@@ -136,24 +141,46 @@ class Attention(ABC):
         for tap in parts.taps.values():
             # Where a bias is apart, timm takes the weight without calling the layer; it sees the same tokens.
             positions.setdefault(tap.module, positions[parts.writer])
-        products: list[Product] = [WeightProduct(parameter_name(name, each), n) for each, n in positions.items()]
-        counts = {"heads": parts.heads, **parts.sizes}
-        heads, qk, v = (groups.get(kind, counts[kind]) for kind in parts.counted)
-        queries, keys = self.queries(module, call, positions, parts), self.keys(module, call, positions)
-        products.append(AttentionProduct(name, queries * parts.shared_by, keys, heads, qk, v))
-        # A rotary pair is one unit, but two channels.
-        rest = (PartProduct(name, queries * parts.shared_by * keys, (heads, qk)) for _ in range(1, parts.channels))
-        products.extend(rest)
-        for each, positions_of, kinds in parts.products:
-            factors = tuple(groups.get(kind, counts[kind]) for kind in kinds)
-            products.append(PartProduct(parameter_name(name, each), positions_of, factors))
         return Described(
             groups=tuple(made),
-            products=tuple(products),
+            products=self._products(module, name, call, parts, groups, positions),
             layer=self._layer(module, name, call, parts, groups) if parts.scored else None,
             refused=dict(parts.refused),
             buffers={parameter_name(name, each): shape for each, shape in parts.buffers.items()},
         )
+
+    def _products(
+        self,
+        module: Any,
+        name: str,
+        call: Call,
+        parts: Parts,
+        groups: Mapping[str, str],
+        positions: Mapping[str, int],
+    ) -> tuple[Product, ...]:
+        def factor(kind: str) -> int | str:
+            kind = parts.in_place_of.get(kind, kind)
+            return groups.get(kind, parts.heads if kind == "heads" else parts.sizes[kind])
+
+        heads, qk, v = map(factor, ("heads", "qk", "v"))
+        products: list[Product] = []
+        for each, places in positions.items():
+            if each in parts.depthwise:
+                # Its kernels are shared by all heads or each head's own: as many products.
+                kind, weight = parts.depthwise[each], module.get_submodule(each).weight
+                places = places * weight.numel() // (parts.heads * parts.sizes[kind])
+                products.append(PartProduct(parameter_name(name, each), places, (heads, factor(kind))))
+            else:
+                products.append(WeightProduct(parameter_name(name, each), places))
+        queries = self.queries(module, call, positions, parts) * parts.shared_by
+        keys = self.keys(module, call, positions)
+        products.append(AttentionProduct(name, queries, keys, heads, qk, v))
+        # A rotary pair is one unit, but two channels.
+        products += [PartProduct(name, queries * keys, (heads, qk)) for _ in range(1, parts.channels)]
+        for each, places, kinds in parts.products:
+            where = parameter_name(name, each) if each else name
+            products.append(PartProduct(where, places, tuple(map(factor, kinds))))
+        return tuple(products)
 
     def _layer(self, module: Any, name: str, call: Call, parts: Parts, groups: Mapping[str, str]) -> Layer:
         taps, inner = {}, parts.inner_site

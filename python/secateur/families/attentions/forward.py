@@ -122,7 +122,8 @@ class Resized(Attention):
             module.__class__ = own
         for name in self.heads_in:
             setattr(module, name, heads)
-        module.qk_dim, module.v_dim = qk, v
+        if type(module) not in self.modules:  # the library's own computes them
+            module.qk_dim, module.v_dim = qk, v
         fit_head_norms(module, self.head_norms, heads, qk)
         for name in self.biases:
             fit_bias(getattr(module, name), heads)

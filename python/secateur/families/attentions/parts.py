@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from ...anatomy import Indices, Member, NormSite, Part, Role, Tap, unit_entries
+from ...anatomy import Indices, Member, NormSite, Part, Role, Tap, shared_entries, tensor_of, unit_entries
 from ..base import NORMS, refuse_computed, unsupported
 from ..vision_transformer.modules import HeadNorm
 from ..walk import Walk
 
-__all__ = ["Parts", "fit_bias", "fit_head_norms", "in_heads"]
+__all__ = ["Parts", "UnitKind", "fit_bias", "fit_head_norms", "in_heads"]
 
 UnitKind = Literal["qk", "v", "heads"]
 _KIND: dict[Part, UnitKind] = {"query": "qk", "key": "qk", "value": "v", "output": "v"}
@@ -27,7 +27,7 @@ def in_heads(heads: int, *sizes: int) -> list[Indices]:
     starts, stride = np.cumsum([0, *sizes]), sum(sizes)
     return [
         (stride * np.arange(heads)[:, None] + start + np.arange(size))[..., None].astype(np.int64)
-        for start, size in zip(starts, sizes, strict=False)
+        for start, size in zip(starts, sizes, strict=False)  # the last start is the end
     ]
 
 
@@ -45,9 +45,9 @@ class Parts(Walk):
     def __init__(self, module: nn.Module, heads: int, qk: int, v: int, scale: float = 1.0) -> None:
         super().__init__(module)
         self.heads, self.sizes, self.scale = heads, {"qk": qk, "v": v}, scale
-        # The kinds of what is counted as heads, query/key and value channels in the products with the scores.
-        self.counted: tuple[str, str, str] = ("heads", "qk", "v")
+        self.in_place_of: dict[str, str] = {}  # kinds without a group, whose channels are as many as another's
         self.channels, self.shared_by = 1, 1  # channels of a unit of "qk"; query heads that share keys and values
+        self.depthwise: dict[str, UnitKind] = {}  # convolutions of all heads' channels, with one kernel for each
         self.products: list[tuple[str, int, tuple[str, ...]]] = []  # MACs beside weights and scores, by kinds
         self.members: dict[str, list[Member]] = {"qk": [], "v": [], "heads": []}
         self.tied: set[str] = set()  # kinds whose units are the same in all heads
@@ -75,6 +75,12 @@ class Parts(Walk):
         ):
             self.write(part, linear, unit_entries(size, heads, start=start), bias)  # type: ignore[arg-type]
 
+    def by_head(self, linear: str) -> None:
+        """Add rows that lie head by head, each with its queries, keys and values."""
+        qk, v = self.sizes.values()
+        for part, entries in zip(("query", "key", "value"), in_heads(self.heads, qk, qk, v), strict=True):
+            self.write(part, linear, entries)  # type: ignore[arg-type]
+
     def read(self, linear: str = "proj", entries: Indices | None = None) -> None:
         """Add the columns that read values, head by head unless told otherwise."""
         entries = unit_entries(self.sizes["v"], self.heads) if entries is None else entries
@@ -94,6 +100,22 @@ class Parts(Walk):
             refuse_computed(module, holder, leaf)
         self.members[kind].append(Member(tensor, axis, entries, part, role))
 
+    def per_head(self, part: Part, tensor: str, axis: int) -> None:
+        """Add an axis that all heads share until it is cut; then each has its own channels."""
+        size = self.sizes[_KIND[part]]
+        own = tensor_of(self.model, tensor).shape[axis] == self.heads * size
+        self.along(
+            _KIND[part], tensor, axis, unit_entries(size, self.heads) if own else shared_entries(size, self.heads), part
+        )
+
+    def own_kernels(self, part: Part, conv: str) -> None:
+        """Add the kernels of a depthwise convolution over the channels of each head."""
+        layer = self.linear(conv)
+        self.per_head(part, f"{conv}.weight", 0)
+        if layer.bias is not None:
+            self.per_head(part, f"{conv}.bias", 0)
+        self.depthwise[conv] = _KIND[part]
+
     def of_heads(self, tensor: str, axis: int) -> None:
         """Add a tensor with one entry per head."""
         self.along("heads", tensor, axis, unit_entries(self.heads), "bias_table")
@@ -103,11 +125,12 @@ class Parts(Walk):
         norm: Any = self.model.get_submodule(name)
         if type(norm) is nn.Identity:
             return
-        entries = unit_entries(self.sizes["qk"], self.heads) if entries is None else entries
+        kind = _KIND[part]
+        entries = unit_entries(self.sizes[kind], self.heads) if entries is None else entries
         if type(norm) is HeadNorm:
-            self.norm_members(name, norm, self.members["qk"], part, entries)
+            self.norm_members(name, norm, self.members[kind], part, entries)
         else:
-            self.norm(name, self.members["qk"], part, np.tile(entries[:1], (self.heads, 1, 1)))
+            self.norm(name, self.members[kind], part, np.tile(entries[:1], (self.heads, 1, 1)))
         self.norms[part] = name
         self.fixed[part] = f"{name}: a norm is between projection and product"
 
