@@ -135,7 +135,8 @@ class Case:
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     """Random parameters everywhere, in float64: biases, tables, norms and statistics too."""
     generator = torch.Generator().manual_seed(seed)
-    module = module.double().eval()
+    module = module.double()
+    module.eval()  # some of timm's return nothing
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if not tensor.is_floating_point() or "coord" in name or "lookup" in name:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...anatomy import Group, Layer, Tap, parameter_name
+from ...anatomy import Group, Layer, parameter_name
 from ...anatomy.costs import AttentionProduct, PartProduct, Product, WeightProduct
 from ...errors import InvalidArgument, Unsupported
 from ...registry import Registry
@@ -186,7 +186,9 @@ class Attention(ABC):
         taps, inner = {}, parts.inner_site
         for part, tap in parts.taps.items():
             group = groups.get("qk" if part in ("query", "key") else "v", name)
-            stored = parameter_name(name, parts.writer) if part == "output" else f"{name} v" if part == "value" else group
+            stored = (
+                parameter_name(name, parts.writer) if part == "output" else f"{name} v" if part == "value" else group
+            )
             label = name if part in ("query", "key") else stored
             windows = call.shape[0] // call.images
             each = {"maps_per_image": windows} if part in ("query", "key") else {"view": _joined(tap.view, windows)}

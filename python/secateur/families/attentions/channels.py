@@ -7,6 +7,7 @@ masked module computes the same. So columns stay.
 
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,6 +132,11 @@ class Channels(Resized):
             parts.of_heads("temperature", 0)
         parts.in_place_of["qk"], parts.scored = "v", False
         return parts
+
+    def fit(self, module: Any, sizes: Mapping[str, int]) -> None:
+        """Set the sizes of the module and its class."""
+        columns = (len(module.qkv.weight) // sizes["heads"] - sizes["v"]) // 2
+        super().fit(module, {**sizes, "qk": columns})
 
     def keys(self, module: Any, call: Call, positions: Any) -> int:
         """The columns of the map, which every place of the input contributes to."""

@@ -64,7 +64,10 @@ class PrunedMultiScaleAttention(Sized, mvitv2.MultiScaleAttention):
         first = int(self.has_cls_token)
         queries = q[:, :, first:].unflatten(2, q_size)
         added = []
-        for axis, table, letters in ((0, self.rel_pos_h, "bnyxc,nykc->bnyxk"), (1, self.rel_pos_w, "bnyxc,nxkc->bnyxk")):
+        for axis, table, letters in (
+            (0, self.rel_pos_h, "bnyxc,nykc->bnyxk"),
+            (1, self.rel_pos_w, "bnyxc,nxkc->bnyxk"),
+        ):
             steps = max(k_size[axis] / q_size[axis], 1.0), max(q_size[axis] / k_size[axis], 1.0)
             of_queries = torch.arange(q_size[axis], device=q.device)[:, None] * steps[0]
             of_keys = torch.arange(k_size[axis], device=q.device)[None] * steps[1]

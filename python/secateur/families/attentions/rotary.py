@@ -31,7 +31,7 @@ class _Rotating(Sized):
         q_norm: nn.Module
         k_norm: nn.Module
         norm: nn.Module
-        gate: Optional[nn.Module]
+        gate: nn.Module | None
         q_proj: nn.Module
         k_proj: nn.Module
         v_proj: nn.Module
