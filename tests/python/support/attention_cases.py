@@ -50,7 +50,7 @@ def apart(**linears):
 
 
 def rotary(linears, half: bool, shared: int = 1):
-    """Pairs of channels, with ``shared`` heads of queries for one of keys; linears as for ``apart``, all starting at 0."""
+    """Pairs of channels, with ``shared`` heads of queries for one of keys; each linear layer with its first row."""
 
     def where(sizes, part, head, unit):
         _, qk, v = sizes

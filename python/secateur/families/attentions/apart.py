@@ -110,7 +110,6 @@ class Reduced(Resized):
 
     def parts(self, module: Any, call: Call) -> Parts:
         """The rows of two linear layers."""
-        del call
         parts = self.new(module)
         _write(parts, _Layers("q", "kv", "kv"))
         return parts
@@ -142,7 +141,6 @@ class ClassToken(Resized):
 
     def parts(self, module: Any, call: Call) -> Parts:
         """The rows of two or three linear layers."""
-        del call
         parts = self.new(module)
         cut = self.modules.get(type(module)) or type(module)
         _write(parts, _Layers(*cut.layers))  # type: ignore[attr-defined]
@@ -168,7 +166,6 @@ class OwnValues(Resized):
 
     def parts(self, module: Any, call: Call) -> Parts:
         """The rows of two linear layers."""
-        del call
         parts = self.new(module)
         _write(parts, _Layers("qk", "qk", "v"))
         return parts

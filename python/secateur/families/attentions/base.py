@@ -93,6 +93,7 @@ class Attention(ABC):
 
         They are no part of the module's state until it is cut.
         """
+        del module, call
 
     @abstractmethod
     def fit(self, module: Any, sizes: Mapping[str, int]) -> None:

@@ -66,7 +66,6 @@ class SwinWindows(Resized):
 
     def parts(self, module: Any, call: Call) -> Parts:
         """As in the Swin family."""
-        del call
         parts = self.new(module)
         parts.fused()
         parts.read()

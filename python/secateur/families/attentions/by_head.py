@@ -107,7 +107,6 @@ class OfPlaces(Resized):
 
     def parts(self, module: Any, call: Call) -> Parts:
         """The rows of one layer, with a batch norm in LeViT, and a row of biases for each head."""
-        del call
         parts = self.new(module)
         if isinstance(module, levit.Attention):
             parts.by_head("qkv.linear")

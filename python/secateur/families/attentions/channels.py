@@ -38,7 +38,7 @@ class _OfChannels(nn.Module):
         proj: nn.Module
 
     def maps(self, x: torch.Tensor, rows: int) -> list[torch.Tensor]:
-        """Return the three parts of ``qkv``, (B, heads, channels, N) each; ``rows`` is the number of the shorter one."""
+        """Return the three parts of ``qkv``, (B, heads, channels, N) each; ``rows`` says which is shorter."""
         sizes = [self.num_heads * (self.v_dim if part == rows else self.qk_dim) for part in range(3)]
         parts = self.qkv(x).transpose(1, 2).split(sizes, dim=1)
         return [part.unflatten(1, (self.num_heads, -1)) for part in parts]
@@ -116,7 +116,6 @@ class Channels(Resized):
 
     def parts(self, module: Any, call: Call) -> Parts:
         """The rows of the part that makes the rows of the map, and the projection's columns."""
-        del call
         parts = self.new(module)
         heads, columns, rows = self.sizes(module)
         makes: Part = "key" if isinstance(module, davit.ChannelAttention) else "query"

@@ -68,7 +68,6 @@ class Cosine(Resized):
 
     def parts(self, module: Any, call: Call) -> Parts:
         """The rows of one linear layer, its three biases, and a temperature and a row of the network for each head."""
-        del call
         parts = self.new(module)
         parts.fused(biases=("q_bias", "k_bias", "v_bias"))
         parts.read()
@@ -89,7 +88,6 @@ class Talking(Resized):
 
     def parts(self, module: Any, call: Call) -> Parts:
         """The rows of one linear layer."""
-        del call
         parts = self.new(module)
         parts.fused()
         parts.read()

@@ -134,7 +134,6 @@ class Plain(Resized):
 
     def parts(self, module: Any, call: Call) -> Parts:
         """As in the VisionTransformer family."""
-        del call
         parts = self.new(module)
         parts.fused()
         parts.head_norm("query", "q_norm")
@@ -165,7 +164,6 @@ class Fused(Resized):
 
     def parts(self, module: Any, call: Call) -> Parts:
         """The rows of one linear layer or convolution."""
-        del call
         parts = self.new(module)
         parts.fused()
         parts.read()
@@ -205,7 +203,6 @@ class Blocks(Resized):
 
     def parts(self, module: Any, call: Call) -> Parts:
         """The rows of one linear layer; the projection's columns in timm's order, or in that after a cut."""
-        del call
         parts = self.new(module)
         parts.fused()
         heads, v = parts.heads, parts.sizes["v"]
@@ -255,7 +252,6 @@ class WithQueryPool(Resized):
 
     def parts(self, module: Any, call: Call) -> Parts:
         """The rows of one linear layer."""
-        del call
         parts = self.new(module)
         parts.fused()
         parts.read()

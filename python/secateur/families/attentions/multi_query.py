@@ -50,7 +50,6 @@ class MultiQuery(Resized):
 
     def parts(self, module: Any, call: Call) -> Parts:
         """The rows of one convolution for all heads, of one for keys and of one for values."""
-        del call
         parts = self.new(module)
         heads, (qk, v) = parts.heads, parts.sizes.values()
         parts.write("query", "query.proj", _in_all_heads(qk, heads))
