@@ -11,7 +11,7 @@ from torch import nn
 from ...anatomy import unit_entries
 from .base import Call, register
 from .forward import Resized, Sized
-from .parts import Parts
+from .parts import Parts, rows_of
 
 __all__ = ["ClassToken", "OwnValues", "Reduced"]
 
@@ -106,7 +106,7 @@ class Reduced(Resized):
 
     def head_dim(self, module: Any, heads: int) -> int:
         """Return the channels per head."""
-        return len(module.q.weight) // heads
+        return rows_of(module, "q") // heads
 
     def parts(self, module: Any, call: Call) -> Parts:
         """The rows of two linear layers."""
@@ -137,7 +137,7 @@ class ClassToken(Resized):
 
     def head_dim(self, module: Any, heads: int) -> int:
         """Return the channels per head."""
-        return len((module.wq if hasattr(module, "wq") else module.q).weight) // heads
+        return rows_of(module, "wq" if hasattr(module, "wq") else "q") // heads
 
     def parts(self, module: Any, call: Call) -> Parts:
         """The rows of two or three linear layers."""
@@ -162,7 +162,7 @@ class OwnValues(Resized):
     def sizes(self, module: Any) -> tuple[int, int, int]:
         """Return (heads, qk, v)."""
         heads = int(module.num_heads)
-        return heads, len(module.qk.weight) // (2 * heads), len(module.v.weight) // heads
+        return heads, rows_of(module, "qk") // (2 * heads), rows_of(module, "v") // heads
 
     def parts(self, module: Any, call: Call) -> Parts:
         """The rows of two linear layers."""

@@ -11,7 +11,7 @@ from torch import nn
 from ..attention import attend_padded
 from ..base import fit_modules
 from .base import Attention
-from .parts import Parts, fit_bias, fit_head_norms
+from .parts import Parts, fit_bias, fit_head_norms, rows_of
 
 __all__ = ["Resized", "Sized"]
 
@@ -100,7 +100,7 @@ class Resized(Attention):
 
     def head_dim(self, module: Any, heads: int) -> int:
         """Return the channels per head of the library's own class."""
-        return len(module.qkv.weight) // (3 * heads)
+        return rows_of(module, "qkv") // (3 * heads)
 
     def new(self, module: Any) -> Parts:
         """Return an empty collection for a module, with its scale."""

@@ -16,7 +16,7 @@ from ..base import NORMS, refuse_computed, unsupported
 from ..vision_transformer.modules import HeadNorm
 from ..walk import Walk
 
-__all__ = ["Parts", "UnitKind", "fit_bias", "fit_head_norms", "in_heads"]
+__all__ = ["Parts", "UnitKind", "fit_bias", "fit_head_norms", "in_heads", "rows_of"]
 
 UnitKind = Literal["qk", "v", "heads"]
 _KIND: dict[Part, UnitKind] = {"query": "qk", "key": "qk", "value": "v", "output": "v"}
@@ -207,6 +207,15 @@ class _View:
 
 def _unit_length(view: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: F.normalize(view(x), dim=-1)
+
+
+def rows_of(module: nn.Module, name: str) -> int:
+    """Return the number of rows of a linear layer or convolution within a module.
+
+    Raises:
+        Unsupported: it is of another class, or a hook computes its weight.
+    """
+    return len(Walk(module).linear(name).weight)
 
 
 def fit_head_norms(module: Any, names: Sequence[str], heads: int, size: int) -> None:
