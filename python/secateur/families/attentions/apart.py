@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from timm.models import cait, crossvit, pvt_v2, tnt, twins, volo
-from torch import nn
 
 from ...anatomy import unit_entries
 from .base import Call, register
@@ -20,10 +19,11 @@ class _FromReduced(Sized):
     """Attention of all tokens to those of a smaller map."""
 
     if TYPE_CHECKING:
-        q: nn.Module
-        kv: nn.Module
+        q: Any
+        kv: Any
         sr: Any
         norm: Any
+        act: Any
 
     def forward(self, x: torch.Tensor, feat_size: Any) -> torch.Tensor:
         """Attend over (B, N, C), whose tokens are ``feat_size`` (height, width)."""
@@ -32,7 +32,7 @@ class _FromReduced(Sized):
             x = x.transpose(1, 2).unflatten(2, (feat_size[0], feat_size[1]))
             pool = getattr(self, "pool", None)
             x = self.norm(self.sr(x if pool is None else pool(x)).flatten(2).transpose(1, 2))
-            x = x if pool is None else self.act(x)  # type: ignore[operator]
+            x = x if pool is None else self.act(x)
         k, v = self.kv(x).split([self.num_heads * self.qk_dim, self.num_heads * self.v_dim], dim=-1)
         return self.project(self.attend(q, self.of_heads(k, self.qk_dim), self.of_heads(v, self.v_dim)))
 
@@ -142,8 +142,8 @@ class ClassToken(Resized):
     def parts(self, module: Any, call: Call) -> Parts:
         """The rows of two or three linear layers."""
         parts = self.new(module)
-        cut = self.modules.get(type(module)) or type(module)
-        _write(parts, _Layers(*cut.layers))  # type: ignore[attr-defined]
+        cut: Any = self.modules.get(type(module)) or type(module)
+        _write(parts, _Layers(*cut.layers))
         return parts
 
     def resize(self, module: Any, heads: int, qk: int, v: int) -> None:

@@ -122,22 +122,23 @@ class Attention(ABC):
         except Unsupported as error:
             raise Unsupported(f"{name}.{error}") from error
         kinds: tuple[UnitKind, ...] = ("qk", "v", "heads")
-        groups = {kind: f"{name}.{kind}" for kind in kinds if kind not in parts.refused}
+        groups: dict[str, str] = {kind: f"{name}.{kind}" for kind in kinds if kind not in parts.refused}
         for kind in parts.refused.keys() & {"qk", "v"} if "heads" in groups else ():
             # What cannot leave unit by unit leaves with its head.
             whole = [replace(m, entries=m.entries.reshape(1, parts.heads, -1)) for m in parts.members[kind]]
             parts.members["heads"].extend(whole)
         within = groups.get("heads")
         made = []
-        for kind, group in groups.items():
+        for kind in (each for each in kinds if each in groups):
+            group = groups[kind]
             members = tuple(replace(m, tensor=parameter_name(name, m.tensor)) for m in parts.members[kind])
             if kind == "heads":
                 made.append(Group(group, "heads", block, parts.heads, members))
             elif kind in parts.tied:  # all heads keep the same units
-                made.append(Group(group, kind, block, parts.sizes[kind], members))  # type: ignore[arg-type]
+                made.append(Group(group, kind, block, parts.sizes[kind], members))
             else:
                 size, heads = parts.sizes[kind], parts.heads
-                made.append(Group(group, kind, block, size, members, heads, within=within))  # type: ignore[arg-type]
+                made.append(Group(group, kind, block, size, members, heads, within=within))
         positions = _positions(module, call, self.once)
         for tap in parts.taps.values():
             # Where a bias is apart, timm takes the weight without calling the layer; it sees the same tokens.

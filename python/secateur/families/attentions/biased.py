@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
 
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from timm.models import beit, gcvit, swin_transformer, vision_transformer_relpos
@@ -34,6 +34,9 @@ class PrunedWindowAttentionGlobal(Sized, gcvit.WindowAttentionGlobal):
 
 class PrunedRelPosAttention(Sized, vision_transformer_relpos.RelPosAttention):
     """timm's ``RelPosAttention`` with heads of any sizes."""
+
+    if TYPE_CHECKING:
+        rel_pos: Any
 
     def forward(self, x: torch.Tensor, shared_rel_pos: Optional[torch.Tensor] = None) -> torch.Tensor:  # noqa: UP045
         """Attend over (B, N, C) with a bias of its own, or else the shared one."""

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from timm.models import efficientformer, levit, maxxvit, tiny_vit
-from torch import nn
 
 from .base import Call, register
 from .forward import Resized, Sized
-from .parts import Parts, in_heads
+from .parts import Parts
 
 __all__ = ["MaxxVit", "OfPlaces"]
 
@@ -50,7 +49,7 @@ class PrunedTinyVitAttention(Sized, tiny_vit.Attention):
     """timm's ``Attention`` of TinyViT with heads of any sizes: its fused kernel has a scale of its own."""
 
     if TYPE_CHECKING:
-        norm: nn.Module
+        norm: Any
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend over (B, N, C)."""
@@ -110,8 +109,7 @@ class OfPlaces(Resized):
         parts = self.new(module)
         if isinstance(module, levit.Attention):
             parts.by_head("qkv.linear")
-            for part, entries in zip(("query", "key", "value"), in_heads(parts.heads, *_widths(parts)), strict=True):
-                parts.batch_norm(part, "qkv.bn", entries)  # type: ignore[arg-type]
+            parts.by_head_norm("qkv.bn")
             parts.read("proj.ln.linear")
             parts.fixed["value"] = parts.fixed["output"] = "proj.act: an activation is before the projection"
             parts.scored = False  # what meets is behind a batch norm
@@ -123,7 +121,7 @@ class OfPlaces(Resized):
 
     def keys(self, module: Any, call: Call, positions: Any) -> int:
         """All places."""
-        return module.attention_bias_idxs.shape[-1]
+        return int(module.attention_bias_idxs.shape[-1])
 
     def resize(self, module: Any, heads: int, qk: int, v: int) -> None:
         """Set timm's names of the sizes; the scale remains the dense model's."""
@@ -131,7 +129,3 @@ class OfPlaces(Resized):
         if hasattr(module, "out_dim"):
             module.out_dim = heads * v
         module.attention_bias_cache = {}
-
-
-def _widths(parts: Parts) -> tuple[int, int, int]:
-    return parts.sizes["qk"], parts.sizes["qk"], parts.sizes["v"]

@@ -34,8 +34,8 @@ class _OfChannels(nn.Module):
 
     if TYPE_CHECKING:
         num_heads: int
-        qkv: nn.Module
-        proj: nn.Module
+        qkv: Any
+        proj: Any
 
     def maps(self, x: torch.Tensor, rows: int) -> list[torch.Tensor]:
         """Return the three parts of ``qkv``, (B, heads, channels, N) each; ``rows`` says which is shorter."""
@@ -51,9 +51,9 @@ class _OfChannels(nn.Module):
 
 class _CrossCovariance(_OfChannels):
     if TYPE_CHECKING:
-        temperature: torch.Tensor
-        attn_drop: nn.Module
-        proj_drop: nn.Module
+        temperature: Any
+        attn_drop: Any
+        proj_drop: Any
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend over the channels of (B, N, C)."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from timm.models import cait, swin_transformer_v2
-from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from ...anatomy import unit_entries
@@ -20,6 +19,10 @@ __all__ = ["Cosine", "Talking"]
 
 class PrunedWindowAttentionV2(Sized, swin_transformer_v2.WindowAttention):
     """timm's ``WindowAttention`` of Swin V2 with heads of any sizes."""
+
+    if TYPE_CHECKING:
+        cpb_mlp: Any
+        relative_position_index: Any
 
     def forward(self, x: torch.Tensor, mask: Optional[torch.Tensor] = None) -> torch.Tensor:  # noqa: UP045
         """Attend within windows, (B · windows, N, C); ``mask`` (windows, N, N) as in timm's ``WindowAttention``."""
@@ -42,9 +45,9 @@ class PrunedTalkingHeadAttn(Sized, cait.TalkingHeadAttn):
     """timm's ``TalkingHeadAttn`` with qk_dim query/key and v_dim value channels per head."""
 
     if TYPE_CHECKING:
-        proj_l: nn.Module
-        proj_w: nn.Module
-        attn_drop: nn.Module
+        proj_l: Any
+        proj_w: Any
+        attn_drop: Any
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend over (B, N, C)."""

@@ -28,13 +28,17 @@ class Sized(nn.Module):
     if TYPE_CHECKING:
         num_heads: int
         scale: float
-        qkv: nn.Module
-        proj: nn.Module
-        proj_drop: nn.Module
+        qkv: Any
+        proj: Any
+        proj_drop: Any
+        q_bias: Any
+        k_bias: Any
+        v_bias: Any
 
     def of_heads(self, x: torch.Tensor, size: int) -> torch.Tensor:
         """(B, N, heads · size) to (B, heads, N, size)."""
-        return x.unflatten(-1, (-1, size)).transpose(1, 2)
+        y: torch.Tensor = x.unflatten(-1, (-1, size)).transpose(1, 2)
+        return y
 
     def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Split (B, N, heads · (2 qk_dim + v_dim)): queries, keys and values in turn, each head by head."""

@@ -50,7 +50,8 @@ class PrunedNestAttention(OverTokens, nest.Attention):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend within blocks, (B, blocks, N, C)."""
-        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        y: torch.Tensor = super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return y
 
 
 class PrunedVoloAttention(OverTokens, volo.Attention):
@@ -58,7 +59,8 @@ class PrunedVoloAttention(OverTokens, volo.Attention):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend over all places of (B, H, W, C)."""
-        return super().forward(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+        y: torch.Tensor = super().forward(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+        return y
 
 
 class PrunedFastVitAttention(OverTokens, fastvit.Attention):
@@ -66,7 +68,8 @@ class PrunedFastVitAttention(OverTokens, fastvit.Attention):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend over all places of (B, C, H, W)."""
-        return super().forward(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+        y: torch.Tensor = super().forward(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+        return y
 
 
 class PrunedVisformerAttention(Sized, visformer.Attention):

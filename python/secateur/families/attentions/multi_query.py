@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Optional
 import numpy as np
 import torch
 from timm.layers import MultiQueryAttention2d
-from torch import nn
 
 from ...anatomy import Indices
 from .base import Call, register
@@ -21,10 +20,10 @@ class PrunedMultiQueryAttention2d(Sized, MultiQueryAttention2d):
     """timm's ``MultiQueryAttention2d`` with heads of any sizes: its fused kernel has a scale of its own."""
 
     if TYPE_CHECKING:
-        query: nn.Module
-        key: nn.Module
-        value: nn.Module
-        output: nn.Module
+        query: Any
+        key: Any
+        value: Any
+        output: Any
         query_strides: tuple[int, int]
 
     def forward(self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None) -> torch.Tensor:  # noqa: UP045

@@ -27,8 +27,8 @@ class PrunedMultiScaleAttention(Sized, mvitv2.MultiScaleAttention):
         has_cls_token: bool
         residual_pooling: bool
         rel_pos_type: str
-        rel_pos_h: torch.Tensor
-        rel_pos_w: torch.Tensor
+        rel_pos_h: Any
+        rel_pos_w: Any
 
     def forward(self, x: torch.Tensor, feat_size: Any) -> tuple[torch.Tensor, list[int]]:
         """Attend over (B, N, C), whose tokens are ``feat_size`` (height, width); return the size after it as well."""

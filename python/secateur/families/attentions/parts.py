@@ -16,13 +16,13 @@ from ..base import NORMS, refuse_computed, unsupported
 from ..vision_transformer.modules import HeadNorm
 from ..walk import Walk
 
-__all__ = ["Parts", "UnitKind", "fit_bias", "fit_head_norms", "in_heads", "rows_of"]
+__all__ = ["Parts", "UnitKind", "fit_bias", "fit_head_norms", "rows_of"]
 
 UnitKind = Literal["qk", "v", "heads"]
 _KIND: dict[Part, UnitKind] = {"query": "qk", "key": "qk", "value": "v", "output": "v"}
 
 
-def in_heads(heads: int, *sizes: int) -> list[Indices]:
+def _heads_with_all(heads: int, *sizes: int) -> list[Indices]:
     """Return the entries of parts that lie head by head, each head with all parts: (heads, size, 1) for each size."""
     starts, stride = np.cumsum([0, *sizes]), sum(sizes)
     return [
@@ -77,9 +77,18 @@ class Parts(Walk):
 
     def by_head(self, linear: str) -> None:
         """Add rows that lie head by head, each with its queries, keys and values."""
+        for part, entries in self._in_heads():
+            self.write(part, linear, entries)
+
+    def by_head_norm(self, name: str) -> None:
+        """Add a batch norm after rows that lie head by head."""
+        for part, entries in self._in_heads():
+            self.batch_norm(part, name, entries)
+
+    def _in_heads(self) -> list[tuple[Part, Indices]]:
         qk, v = self.sizes.values()
-        for part, entries in zip(("query", "key", "value"), in_heads(self.heads, qk, qk, v), strict=True):
-            self.write(part, linear, entries)  # type: ignore[arg-type]
+        query, key, value = _heads_with_all(self.heads, qk, qk, v)
+        return [("query", query), ("key", key), ("value", value)]
 
     def read(self, linear: str = "proj", entries: Indices | None = None) -> None:
         """Add the columns that read values, head by head unless told otherwise."""
@@ -165,12 +174,16 @@ class Parts(Walk):
             self.of_heads(f"{name}.relative_position_bias_table", 1)
         elif type(bias) is timm.layers.RelPosBiasTf:
             self.of_heads(f"{name}.relative_position_bias_table", 0)
-            (rows, _, across), (columns, _, along) = bias.height_lookup.shape, bias.width_lookup.shape
+            (rows, _, across), (columns, _, along) = self._lookups(name)
             self.products.append((name, rows * rows * along * (across + columns * columns), ("heads",)))
         elif type(bias) is timm.layers.RelPosMlp:
             self.rows(f"{name}.mlp.fc2", self.members["heads"], "elementwise", "bias_table", unit_entries(self.heads))
         else:
             raise unsupported(name, bias, "RelPosBias, RelPosBiasTf or RelPosMlp")
+
+    def _lookups(self, name: str) -> list[tuple[int, ...]]:
+        bias: Any = self.model.get_submodule(name)
+        return [tuple(table.shape) for table in (bias.height_lookup, bias.width_lookup)]
 
     def observe(self, part: Part, linear: str, at: Literal["input", "output"], entries: Indices) -> None:
         """Observe a part at a linear layer or convolution: queries and keys by head, others (B, N, channels)."""
@@ -221,9 +234,9 @@ def rows_of(module: nn.Module, name: str) -> int:
 def fit_head_norms(module: Any, names: Sequence[str], heads: int, size: int) -> None:
     """Let norms of queries and keys be over ``size`` channels of each of ``heads`` heads, in place of timm's."""
     for name in names:
-        norm = getattr(module, name)
-        if isinstance(norm, HeadNorm):
-            norm.heads, norm.size = heads, size
+        norm: Any = getattr(module, name)
+        if type(norm) is HeadNorm:
+            vars(norm).update(heads=heads, size=size)
         elif type(norm) in NORMS and tuple(norm.normalized_shape) != (size,):
             bias, upcast = getattr(norm, "bias", None), type(norm).__name__.endswith("Fp32")
             made = HeadNorm(heads, size, norm.eps, NORMS[type(norm)], upcast, norm.weight, bias)

@@ -10,7 +10,6 @@ import timm.layers
 import torch
 from timm.layers import apply_rot_embed_cat
 from timm.models import eva
-from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from ...anatomy import Indices, Member, unit_entries
@@ -28,13 +27,14 @@ class _Rotating(Sized):
 
     if TYPE_CHECKING:
         num_prefix_tokens: int
-        q_norm: nn.Module
-        k_norm: nn.Module
-        norm: nn.Module
-        gate: nn.Module | None
-        q_proj: nn.Module
-        k_proj: nn.Module
-        v_proj: nn.Module
+        q_norm: Any
+        k_norm: Any
+        norm: Any
+        gate: Any
+        rope_channels: Any
+        q_proj: Any
+        k_proj: Any
+        v_proj: Any
 
     def forward(
         self,
@@ -49,7 +49,7 @@ class _Rotating(Sized):
             bias = getattr(self, "q_bias", None)
             if bias is not None:
                 bias = torch.cat([getattr(self, name) for name in _FUSED_BIASES])
-                q, k, v = self.split(F.linear(x, self.qkv.weight, bias))  # type: ignore[arg-type]
+                q, k, v = self.split(F.linear(x, self.qkv.weight, bias))
             else:
                 q, k, v = self.split(self.qkv(x))
         else:
@@ -85,7 +85,7 @@ class _Rotating(Sized):
         if rope.shape[-1] == 2 * self.qk_dim:
             return rope
         rope = rope if rope.ndim > 2 else rope[None]
-        index = self.rope_channels.view([1] * (rope.ndim - 3) + [-1, 1, self.qk_dim])  # type: ignore[operator]
+        index = self.rope_channels.view([1] * (rope.ndim - 3) + [-1, 1, self.qk_dim])
         sines, cosines = rope.chunk(2, dim=-1)
         return torch.cat([torch.take_along_dim(each, index, dim=-1) for each in (sines, cosines)], dim=-1)
 
