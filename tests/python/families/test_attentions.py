@@ -28,6 +28,7 @@ from attention_cases import (
 )
 from secateur.anatomy import Anatomy
 from secateur.families.attentions import Call, attention_entry, attention_refused
+from secateur.families.attentions.base import entries
 from secateur.surgery.cut import cut
 from timm.layers import LayerNorm, RelPosBias, RelPosBiasTf, RelPosMlp, RmsNorm
 from timm.models import (
@@ -633,6 +634,11 @@ def test_a_module_can_be_cut_again(case):
     entry, again = described(case, once)
     assert attention_entry(module) is entry
     assert {g.kind: g.size for g in again.groups} == {kind: indices.shape[1] for kind, indices in keep.items()}
+
+
+def test_every_class_of_the_table_has_a_case():
+    known = {cls for entry in entries if type(entry).__module__.startswith("secateur.") for cls in entry.modules}
+    assert known == {type(case.build()) for case in CASES}
 
 
 def test_a_class_is_accepted_by_exact_type():
