@@ -146,8 +146,10 @@ class Prepared:
                 continue
             for kind in sorted(layer.groups, key=_ORDER.index):
                 group = anatomy.group(layer.groups[kind])
-                handler = self._handler(group) if sizes[group.name] < group.size or group.within in keep else None
                 smaller = sizes[group.name] < group.size
+                # A method of heads alone has nothing to do with the neurons of heads that leave.
+                follows = self._handlers.get(group.kind) if group.within in keep else None
+                handler = self._handler(group) if smaller else follows
                 if handler is not None and (smaller or handler.follows_heads):
                     kept = handler.cut(weights, group, sizes[group.name])
                     if smaller:

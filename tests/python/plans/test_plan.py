@@ -174,7 +174,7 @@ def test_other_dimensions_are_refused_even_if_not_strict(digits_model, stats):
         ({"ratios": 0.5}, "ratios: expected a dict, a name or a path, got 0.5"),
         (
             {"ratios": {"qk": 0.1}, "method": "magic"},
-            "method: expected one of magnitude, project, random, refit, snp, got 'magic'",
+            "method: expected one of fisher, magnitude, michel, project, random, refit, snp, taylor, got 'magic'",
         ),
         (
             {"ratios": {"qk": 0.1}, "similarity": "looks"},
