@@ -15,8 +15,9 @@ from .. import core
 from ..anatomy import Anatomy, Group, Member, Tap
 from ..errors import NumericalError, Unsupported
 from .collectors import Position
-from .measurements.base import differentiable, hooked
+from .measurements.base import hooked
 from .objective import Objective, Share
+from .outputs import differentiable
 from .settings import FOLDS
 
 __all__ = ["Gradients"]
@@ -176,9 +177,9 @@ class _Sums:
         self._readers = [(each.module, _entries(each)) for each in group.of("reader")]
         self._heads: str | None = None
         layer = anatomy.layers.get(anatomy.layer_of.get(group.name, ""))
-        if layer is not None and group.kind == "qk":
+        if layer is not None and layer.groups.get("qk") == group.name:
             self.tap = layer.taps["query"]
-        if layer is not None and group.kind == "heads":
+        if layer is not None and layer.groups.get("heads") == group.name:
             self._heads = layer.writer
         self.outputs = [module for module, _ in self._writers]
         self.inputs = [module for module, _ in self._readers] + ([self._heads] if self._heads else [])

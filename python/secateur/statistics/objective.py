@@ -17,7 +17,7 @@ from ..data.loader import refuse_unlabelled
 from ..data.model_input import split_batch
 from ..errors import Error, InvalidArgument, first_line
 from ..families.base import classifies
-from .measurements.base import double
+from .outputs import double
 
 __all__ = ["Loss", "Objective", "Share", "own_answers"]
 

@@ -16,6 +16,7 @@ from .. import core
 from ..anatomy.fingerprint import Fingerprint
 from ..errors import InvalidArgument
 from ..files import container
+from .agreement import Agreement, agreement_of
 from .collectors import collectors
 from .settings import FOLDS, Float, Settings
 from .sufficiency import images_for, median_excess
@@ -39,18 +40,6 @@ class Moments:
         """The centred second moment, (d, d)."""
         covariance: Float = np.outer(self.mean, self.mean)
         return np.subtract(self.second, covariance, out=covariance)
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far two estimates of a group's importance agree.
-
-    ``spearman`` is the rank correlation over a head's neurons, averaged over heads; ``overlap`` is the share of the
-    lower half that both would prune.
-    """
-
-    spearman: float
-    overlap: float
 
 
 class Statistics:
@@ -267,7 +256,7 @@ class Statistics:
                     pair = (self.importance(group, "even"), self.importance(group, "odd"))
                 else:
                     pair = (self.importance(group), other.importance(group))
-                found[group] = _agreement(*pair)
+                found[group] = agreement_of(*pair)
         return found
 
     @cached_property
@@ -388,17 +377,3 @@ def unpack(packed: Float, out: Float | None = None, divisor: float = 1.0) -> Flo
     full = np.empty((*packed.shape[:-1], size, size)) if out is None else out
     core.unpack(np.ascontiguousarray(packed), full, divisor)
     return full
-
-
-def _agreement(first: Float, second: Float) -> Agreement:
-    correlations, overlaps = [], []
-    for mine, theirs in zip(first, second, strict=True):
-        ranks, other = _ranks(mine), _ranks(theirs)
-        half = max(1, len(mine) // 2)
-        correlations.append(1.0 if len(mine) < 2 else float(np.corrcoef(ranks, other)[0, 1]))
-        overlaps.append(float(np.mean((ranks < half)[other < half])))
-    return Agreement(float(np.mean(correlations)), float(np.mean(overlaps)))
-
-
-def _ranks(scores: Float) -> Float:
-    return np.argsort(np.argsort(scores, kind="stable"), kind="stable").astype(np.float64)

@@ -12,9 +12,10 @@ from torch.nn import functional
 from ... import core
 from ...anatomy import Layer
 from ...families.base import classifies
+from ..outputs import differentiable, double
 from ..rows import after_layers, spread
 from ..settings import Float
-from .base import Work, differentiable, double, hooked, register
+from .base import Work, hooked, register
 
 __all__ = ["Rows"]
 
