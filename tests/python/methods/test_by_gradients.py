@@ -21,10 +21,10 @@ def found():
     return model, sc.calibrate(model, [each.double() for each in small_batches()], gradients=True)
 
 
-@pytest.mark.parametrize(("method", "options"), [("taylor", {}), ("fisher", {}), ("fisher", {"cost": "macs"})])
-def test_the_largest_stay(found, method, options):
+@pytest.mark.parametrize("method", ["taylor", "fisher"])
+def test_the_largest_stay(found, method):
     model, stats = found
-    plan = sc.plan(model, stats, method=method, ratios={"qk": 0.4, "v": 0.3, "ffn": 0.5, "width": 0.2}, **options)
+    plan = sc.plan(model, stats, method=method, ratios={"qk": 0.4, "v": 0.3, "ffn": 0.5, "width": 0.2})
     assert len(plan.keep) == 10
     for name, units in plan.keep.items():
         assert np.array_equal(units, kept(stats.gradients(name, method), units.shape[1]))
