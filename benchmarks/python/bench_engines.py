@@ -35,7 +35,7 @@ import secateur as sc
 import timm
 import torch
 from conftest import THREADS, processor
-from pictures import Batches, read
+from pictures import Batches, Pictures, read
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -216,23 +216,31 @@ def int8_rows(options: argparse.Namespace, done: list[dict[str, Any]]) -> None:
     )
     models = {"dense": dense} | ({"pruned": sc.load(options.pruned)} if options.pruned else {})
     for what, model in models.items():
+        exact: Tensor | None = None
         for format_ in ("float32", *options.int8):
             key = {"table": "int8", "model": what, "format": format_, "images": len(validation)}
             if any(all(row.get(k) == v for k, v in key.items()) for row in done):
                 continue
-            run: Callable[[Tensor], Any] = model
             details: dict[str, Any] = {}
             with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+                exact = hits(model, validation) if exact is None else exact
+                found = exact
                 if format_ != "float32":
                     path = Path(folder) / f"model{exporters.named(format_).suffix}"
                     with torch.inference_mode(False):
                         batches = [images for images, _ in Batches(calibration)]
                         details = dict(sc.export(model, path, format=format_, int8=True, loader=batches).details)
-                    run = RUN[format_](path)
-                right = torch.cat(
-                    [torch.as_tensor(run(images)).argmax(1) == labels for images, labels in Batches(validation)]
-                )
-            write(options, done, {**key, "top1": 100 * float(right.float().mean()), "details": details})
+                    found = hits(RUN[format_](path), validation)
+            off = 100 * (exact - found)
+            lost = {"lost": float(off.mean()), "standard_error": float(off.std() / len(off) ** 0.5)}
+            write(options, done, {**key, "top1": 100 * float(found.mean()), **lost, "details": details})
+
+
+def hits(run: Callable[[Tensor], Any], pictures: Pictures) -> Tensor:
+    """1 for each image whose class is the first answer, else 0."""
+    return torch.cat(
+        [(torch.as_tensor(run(images)).argmax(1) == labels).float() for images, labels in Batches(pictures)]
+    )
 
 
 def pruned_to(dense: nn.Module, kept: float) -> tuple[nn.Module, float]:
@@ -388,7 +396,11 @@ def show(rows: list[dict[str, Any]]) -> None:
             for kind, (before, after) in sorted(row["milliseconds"].items(), key=lambda each: -each[1][0]):
                 console.print(f"  {kind}: {before:.2f} to {after:.2f} ms", highlight=False)
         if row["table"] == "int8":
-            console.print(f"{row['model']}, {row['format']}: top-1 {row['top1']:.2f} % of {row['images']} images")
+            console.print(
+                f"{row['model']}, {row['format']}: top-1 {row['top1']:.2f} % of {row['images']} images, "
+                f"{row['lost']:.2f} ± {row['standard_error']:.2f} points lost to 8 bits",
+                highlight=False,
+            )
 
 
 def main() -> None:
