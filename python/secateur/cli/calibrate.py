@@ -84,7 +84,9 @@ def calibrate(
         str | None,
         typer.Option(help="What gradients are of: labels, for their cross-entropy; else the model's own answers."),
     ] = None,
-    amp: Annotated[str | None, typer.Option(help="bfloat16: gather gradients under autocast.")] = None,
+    amp: Annotated[
+        str | None, typer.Option(help="Type of the forward passes of gradients: bfloat16, under autocast.")
+    ] = None,
     resume: Resume = None,
     checkpoint_every: Every = None,
     device: Device = None,
