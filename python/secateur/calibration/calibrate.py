@@ -88,10 +88,10 @@ def calibrate(
         gradients: also gather gradients of all images, one forward and one backward pass each, for the methods that
             need them; see ``statistics.gradients.Gradients``. Gradients of weights are neither needed nor changed.
         loss: what ``gradients`` are of: a function of the model's outputs and the loader's batch, tensors on the
-            model's device, that returns the mean over the batch; "labels" for the cross-entropy with the loader's
-            targets; by default the cross-entropy with the model's own answers, or half the squared features without a
-            classifier. Batches are passed in parts of at most 16 images, and the loss is tried on one image before
-            any work.
+            model's device, that returns the plain mean of the images' losses; "labels" for the cross-entropy with the
+            loader's targets; by default the cross-entropy with the model's own answers, or half the squared features
+            without a classifier. Batches are passed in parts of at most 16 images, and the loss is tried on one image
+            before any work.
         amp: "bfloat16" runs the forward passes of ``gradients`` under torch.autocast; weights in float32 only.
         resume: a statistics file. If it exists, its images are skipped in the loader, which must yield the same images
             in the same order, and its sums are continued. The result is written to it; so are the sums so far when the
@@ -246,7 +246,8 @@ def _further(
             found.append(Cuts(method, options_of(method, {}), sampler=sampler))
         found.append(MergingSchedules(sampler))
     found += [measurements.named("divergence")] if sensitivity == "noise" else []
-    return found + ([measurements.named("gradient")] if head_gradients else [])
+    # With all gradients, those of heads are among them.
+    return found + ([measurements.named("gradient")] if head_gradients and not gradients else [])
 
 
 def _agree(ranks: Ranks, settings: Settings) -> None:

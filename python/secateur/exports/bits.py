@@ -107,8 +107,9 @@ def cost(model: nn.Module, run: Callable[[Tensor], Any], images: list[Tensor], b
     judged = images or list(random_images(model, 2).split(1))
     wanted = torch.cat([model(image) for image in judged])
     found = torch.cat([torch.as_tensor(run(image)) for image in judged])
-    error = float((found - wanted).norm() / wanted.norm())
-    if not error <= (_MOST_LOST if images else _MOST_LOST_AT_RANDOM):
+    off, size = float((found - wanted).norm()), float(wanted.norm())
+    error = off / size if off else 0.0
+    if not off <= (_MOST_LOST if images else _MOST_LOST_AT_RANDOM) * size:
         which = f"{len(images)} images" if images else "random images"
         raise Error(f"export: expected {bits} to keep the outputs, got a relative error of {error:.2g} on {which}")
     if images:

@@ -92,7 +92,7 @@ class Onnx(Exporter):
                 ranges = images if options.static else None
                 layers = in_int8(source, written, _INPUT, ranges, options.external_data)
                 engine, run = _session(written)
-                # Without optimisation, quantized numbers become floats again before they are multiplied.
+                # Without optimisation, each operator runs as the file has it. What 8 bits cost is a check of its own.
                 exact = _session(written, optimized=False)[1]
                 difference = difference_of_integers(exact, run, model, sizes, engine, _SLACK)
                 details = cost(model, run, images, bits) | {"linear_layers": layers}

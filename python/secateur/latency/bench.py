@@ -108,7 +108,7 @@ def bench(
     engine = chosen(runtime, compile)
     if reference_runtime is not None and reference is None:
         raise InvalidArgument(f"reference_runtime: expected None without a reference, got {reference_runtime!r}")
-    engines = [engine, engine if reference_runtime is None else chosen(reference_runtime)]
+    engines = [engine, engine if reference_runtime is None else chosen(reference_runtime, argument="reference_runtime")]
     model, reference = runnable(model), None if reference is None else runnable(reference, "reference")
     place = place_for(model, device)
     if reference is not None:

@@ -78,8 +78,10 @@ class Tuned:
         how: Tuning,
         train_loader: Iterable[Any] | None,
         calibration_loader: Iterable[Any] | None,
+        gradients: Objective | None = None,
     ) -> None:
         assert calibration_loader is not None
+        self._gradients = gradients
         self.train_loader, self.calibration_loader = train_loader, calibration_loader
         self._call = how if callable(how) else None
         self._arguments: dict[str, Any] = {} if callable(how) else {"teacher": dense, **how}
@@ -103,7 +105,7 @@ class Tuned:
 
     def calibrate(self, model: nn.Module, like: Statistics) -> Statistics:
         """Collect the statistics of a trained copy with the settings used for the dense model."""
-        objective = Objective.named(like.settings.gradients)
+        objective = self._gradients
         methods = [cut.removeprefix("cut:") for cut in like.cuts]
         return calibrate(
             model,

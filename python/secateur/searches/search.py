@@ -157,7 +157,8 @@ def search(
     limits = with_steps(limits, loaded(latency_table), anatomy)
     loader = in_batches(loader, model)
     if calibration_loader is not None:
-        again = objectives.Objective.named(stats.settings.gradients)
+        needed = stats.settings.gradients if "gradients" in method_named(method).needs else ""
+        again = objectives.Objective.named(needed)
         labels = again is not None and again.loss is not None
         calibration_loader = in_batches(calibration_loader, model, labels=labels)
     if not classifies(model):
@@ -169,7 +170,7 @@ def search(
     cutting = Cutting(
         model, anatomy, stats, objective.cost, {"method": method, **limits, "allocation": allocation, **method_options}
     )
-    tuning = None if finetune is None else Tuned(model, finetune, train_loader, calibration_loader)
+    tuning = None if finetune is None else Tuned(model, finetune, train_loader, calibration_loader, again)
     course = Course(cutting, tuning, objective, loader, Stepper(step))
     settings = {
         "objective": settings_of(objective),

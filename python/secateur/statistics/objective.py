@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..data.forms import named, without_labels
+from ..data.forms import lists_images, named, without_labels
 from ..data.loader import refuse_unlabelled
 from ..data.model_input import split_batch
 from ..errors import Error, InvalidArgument, first_line
@@ -50,12 +50,30 @@ class Share:
 
     def on(self, device: torch.device) -> Any:
         """Return these images with all that belongs to them, in the loader's own form, tensors on the device."""
-        return _sliced(self.batch, self.size, slice(self.start, self.stop), device)
+        with torch.inference_mode(False):
+            return _part_of(self.batch, self.size, slice(self.start, self.stop), device)
+
+    def targets(self, model: nn.Module, device: torch.device) -> Tensor:
+        """Return the targets of these images.
+
+        Raises:
+            InvalidArgument: there are none.
+        """
+        _, targets = split_batch(self.batch, model=model)
+        if targets is None:
+            raise InvalidArgument(
+                f"loader: expected (images, targets) for loss='labels', got {without_labels(self.batch)}"
+            )
+        with torch.inference_mode(False):
+            found: Tensor = _moved(targets[self.start : self.stop], device)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
 class Objective:
     """A loss, and the type for autocast.
+
+    Of a function, statistics keep only the name: two of one name are not told apart.
 
     ``loss`` is None for `own_answers`, "labels" for the cross-entropy with the loader's targets, or a function of the
     model's outputs and the loader's batch that returns a mean over the batch. ``amp`` is "bfloat16" or None.
@@ -104,7 +122,8 @@ class Objective:
     def name(self) -> str:
         """What statistics record: sums of different losses must not be added up."""
         if callable(self.loss):
-            found = f"{getattr(self.loss, '__module__', '')}.{getattr(self.loss, '__qualname__', type(self.loss))}"
+            named_ = self.loss if hasattr(self.loss, "__qualname__") else type(self.loss)
+            found = f"{named_.__module__}.{named_.__qualname__}"
         else:
             found = self.loss or _OWN
         return found if self.amp is None else f"{found}, {self.amp}"
@@ -121,16 +140,12 @@ class Objective:
         """
         if self.loss is None:
             return own_answers(model, outputs)
-        batch = share.on(device)
         if not callable(self.loss):
-            _, targets = split_batch(batch, model=model)
-            if targets is None:
-                raise InvalidArgument(
-                    f"loader: expected (images, targets) for loss='labels', got {without_labels(batch)}"
-                )
-            return _by_labels(outputs, targets.to(device))
+            return _by_labels(outputs, share.targets(model, device))
+        batch = share.on(device)
         try:
-            loss = self.loss(outputs, batch)
+            with self.autocast(device):
+                loss = self.loss(outputs, batch)
         except Error:
             raise
         except Exception as error:  # code of others can raise anything
@@ -163,23 +178,46 @@ def _classes_fit(logits: Tensor, targets: Tensor) -> bool:
     return targets.shape == logits.shape[:1] and bool(inside.all())
 
 
-def _sliced(value: Any, size: int, part: slice, device: torch.device) -> Any:
+def _part_of(batch: Any, size: int, part: slice, device: torch.device) -> Any:
+    """Take some images of a batch with all that belongs to them."""
+    if lists_images(batch) and len(batch) == size:
+        return type(batch)(_moved(each, device) for each in batch[part])
+    return _columns(batch, size, part, device, outermost=True)
+
+
+def _columns(value: Any, size: int, part: slice, device: torch.device, *, outermost: bool = False) -> Any:
     """Take a part of everything that has one entry for each image."""
-    if isinstance(value, Tensor):
-        return (value[part] if value.ndim > 0 and len(value) == size else value).to(device)
-    if isinstance(value, np.ndarray):
-        return value[part] if value.ndim > 0 and len(value) == size else value
+
+    def within(each: Any) -> Any:
+        return _columns(each, size, part, device)
+
+    if isinstance(value, (Tensor, np.ndarray)):
+        return _moved(value[part] if value.ndim > 0 and len(value) == size else value, device)
     if isinstance(value, Mapping):
-        return {name: _sliced(each, size, part, device) for name, each in value.items()}
+        return {name: within(each) for name, each in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _sliced(getattr(value, f.name), size, part, device) for f in fields(value)})
+        return replace(value, **{each.name: within(getattr(value, each.name)) for each in fields(value)})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_sliced(each, size, part, device) for each in value))
+        return type(value)(*map(within, value))
     if not isinstance(value, (tuple, list)):
         by_name = named(value)
-        return value if by_name is None else _sliced(by_name, size, part, device)
-    # A list of single images, or of what belongs to each, has as many entries; columns may only happen to.
-    of_images = len(value) == size and not any(isinstance(each, Tensor) and each.ndim > 3 for each in value)
-    if of_images:
-        return type(value)(value[part])
-    return type(value)(_sliced(each, size, part, device) for each in value)
+        return value if by_name is None else within(by_name)
+    # What belongs to each image is listed; a tuple within a batch holds columns, if they are as long.
+    holds_columns = isinstance(value, tuple) and all(isinstance(e, Tensor) and e.shape[:1] == (size,) for e in value)
+    if len(value) == size and not outermost and not holds_columns:
+        return type(value)(_moved(each, device) for each in value[part])
+    return type(value)(map(within, value))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return all tensors on the device; autograd can save none that was made in inference mode."""
+    if isinstance(value, Tensor):
+        moved = value.to(device)
+        return moved.clone() if moved.is_inference() else moved
+    if isinstance(value, Mapping):
+        return {name: _moved(each, device) for name, each in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_moved(each, device) for each in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_moved(each, device) for each in value)
+    return value

@@ -73,7 +73,7 @@ def run(
         shown = progress(total, "calibrate", silent=ranks.rank > 0)
         rounds = rounds_of(model, loader, max_images, seen, ranks, labels=labels)
         if observer.gradients is not None:
-            rounds = _checked(model, observer, observer.gradients, rounds, ranks)
+            rounds = _checked(model, observer, observer.gradients, rounds, ranks, seen)
         if observer.settings.row_weights:
             assert family is not None
             assert anatomy is not None
@@ -142,15 +142,16 @@ def _weighing(
 
 
 def _checked(
-    model: nn.Module, observer: Observer, gradients: Gradients, rounds: Iterator[Round], ranks: Ranks
+    model: nn.Module, observer: Observer, gradients: Gradients, rounds: Iterator[Round], ranks: Ranks, seen: int
 ) -> Iterator[Round]:
-    """Try the loss on the first image, before any work."""
+    """Try the loss on the first image that is not skipped, before any work."""
     tried = False
     for each in rounds:
-        if not tried:
+        if not tried and each.stop > seen:
+            skip = max(0, seen - each.start)
             with ranks.together(), observer.paused():
-                if len(each.images) > 0:
-                    gradients.check(model, each.images, each.share)
+                if skip < len(each.images):
+                    gradients.check(model, each.images[skip:], each.share.part(skip, len(each.images)))
             tried = True
         yield each
 

@@ -167,6 +167,14 @@ def test_a_channel_that_is_large_costs_much_and_is_no_fault_of_the_engine(tmp_pa
     assert report.details["relative_error"] == pytest.approx(relative(found, expected), rel=1e-3)
 
 
+def test_outputs_of_zero_are_kept(tmp_path):
+    """Heads are zero before they are trained."""
+    model = small_vit()
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    assert sc.export(model, tmp_path / "x.onnx", int8=True).difference == 0
+
+
 def test_a_file_that_computes_something_else_than_its_integers_say(tmp_path, monkeypatch):
     """Here what they are compared with is shifted: stands for an engine that reads integers wrongly."""
     from secateur.exports import onnx as exporter

@@ -146,7 +146,7 @@ def test_each_model_is_run_by_its_own_engine(monkeypatch: pytest.MonkeyPatch) ->
         return model
 
     monkeypatch.setattr(module, "prepared", prepared)
-    monkeypatch.setattr(module, "chosen", lambda name, *_: SimpleNamespace(name=name or "torch"))
+    monkeypatch.setattr(module, "chosen", lambda name, *_, **__: SimpleNamespace(name=name or "torch"))
     models = Sleeper(0), Sleeper(0)
     found = bench(*models, batch_size=1, input_size=4, repeats=1, runtime="a", reference_runtime="b")
     assert ready == [("model by a", models[0]), ("reference by b", models[1])]
@@ -184,6 +184,10 @@ def test_text_is_one_line_of_the_figures() -> None:
         ({"reference": "vit"}, "reference: expected an nn.Module, got str"),
         ({"input_size": 0}, "input_size: expected a side, .*, got 0"),
         ({"reference_runtime": "torch"}, "reference_runtime: expected None without a reference, got 'torch'"),
+        (
+            {"reference": nn.Identity(), "reference_runtime": "none"},
+            "reference_runtime: expected one of .*, got 'none'",
+        ),
     ],
 )
 def test_refusals(arguments: dict[str, object], text: str) -> None:

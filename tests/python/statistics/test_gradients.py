@@ -10,6 +10,7 @@ from models import images, make
 from small_vits import small_batches, small_vit
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 KINDS = ["plain", "registers_layer_scale", "qk_norm", "inner_norms", "swiglu_packed", "swiglu_split", "gate", "fc_norm"]
 
@@ -219,6 +220,74 @@ def test_stopped_and_continued_gives_the_bits_of_one_run(tmp_path):
         sc.Statistics.merge([part[0], sc.calibrate(model, [x])])
 
 
+def batches_of(x, y, form):
+    """Two images and what belongs to them, in a form that could be taken for another."""
+    arrays = {
+        "loader": DataLoader(TensorDataset(x, y), batch_size=2),
+        "array": [(x[:2].numpy(), y[:2]), (x[2:].numpy(), y[2:])],
+        "named": [({"pixel_values": x[:2]}, y[:2]), ({"pixel_values": x[2:]}, y[2:])],
+    }
+    return arrays[form]
+
+
+@pytest.mark.parametrize("form", ["loader", "array", "named"])
+@pytest.mark.parametrize(
+    "loss", ["labels", lambda out, batch: functional.cross_entropy(out, torch.as_tensor(batch[1]))]
+)
+def test_two_images_are_no_two_columns(form, loss):
+    """Collated tensors were made in inference mode, which autograd cannot save."""
+    model = small_vit().double()
+    x, y = labelled(4)
+    stats = sc.calibrate(model, batches_of(x.double(), y, form), gradients=True, loss=loss)
+    terms = []
+    for image, label in zip(x.double(), y, strict=True):
+        loss_of = functional.cross_entropy(model(image[None]), label[None])
+        terms.append(rows_squared(model, [model.patch_embed.proj, model.blocks[1].mlp.fc1], loss_of)[1])
+    np.testing.assert_allclose(stats.gradients("blocks.1.ffn", "taylor")[0], torch.stack(terms).mean(0), rtol=1e-8)
+
+
+def test_what_a_loss_gets_of_a_batch():
+    """Of a part of the batch all that belongs to its images, and nothing else."""
+    model, seen = small_vit(), []
+    x, y = labelled(18)
+
+    def loss(out, batch):
+        seen.append(batch)
+        return functional.cross_entropy(out, batch[1])
+
+    boxes = [{"box": torch.full((each % 3, 4), float(each))} for each in range(18)]
+    sc.calibrate(model, [(x, y, boxes, (y, x[:, 0]), "day")], gradients=True, loss=loss)
+    assert [len(each[0]) for each in seen] == [1, 16, 2]
+    images, labels, found, (again, channel), word = seen[-1]
+    assert torch.equal(images, x[16:])
+    assert torch.equal(labels, y[16:])
+    assert [float(each["box"].sum()) for each in found] == [16 * 4, 17 * 4 * 2]
+    assert torch.equal(again, y[16:])
+    assert torch.equal(channel, x[16:, 0])
+    assert word == "day"
+
+
+def test_images_that_are_counted_are_not_looked_at_again(tmp_path):
+    model = small_vit()
+    x = torch.cat(small_batches(12))
+    sc.calibrate(model, [x[:6]], gradients=True, resume=tmp_path / "x.stats")
+    gone = torch.full_like(x[:6], torch.nan)
+    found = sc.calibrate(model, [torch.cat([gone, x[6:9]]), x[9:]], gradients=True, resume=tmp_path / "x.stats")
+    same(found, sc.calibrate(model, [x], gradients=True), rtol=1e-5)
+
+
+def test_the_loss_is_computed_under_autocast():
+    """Where cross-entropy is of float32."""
+    seen = []
+
+    def loss(out, _batch):
+        seen.append(functional.cross_entropy(out, out.argmax(1)))
+        return seen[-1]
+
+    sc.calibrate(small_vit(), small_batches(4), gradients=True, loss=loss, amp="bfloat16")
+    assert {each.dtype for each in seen} == {torch.float32}
+
+
 def test_autocast_changes_little():
     model = small_vit()
     x = torch.cat(small_batches(32))
@@ -293,7 +362,7 @@ def test_gradients_that_are_not_finite_are_named():
 def test_methods_say_what_is_missing():
     model = small_vit()
     stats = sc.calibrate(model, small_batches())
-    text = r"^stats: expected the gradients of 'blocks\.0\.qk', got none: calibrate\(gradients=True\)$"
+    text = r"^stats: expected gradients for 'taylor', calibrate\(gradients=True\), got statistics without$"
     with pytest.raises(sc.InvalidArgument, match=text):
         sc.plan(model, stats, method="taylor", ratios={"qk": 0.5})
     text = "^methods: expected some that need no gradients, got 'taylor'; use gradients=True$"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ... import core
 from ...anatomy import Anatomy
 from ..objective import own_answers
+from ..outputs import differentiable
 from ..settings import Float
 from .base import Work, hooked, register
 
@@ -62,7 +63,7 @@ def _of_single_images(model: nn.Module, anatomy: Anatomy, images: Tensor) -> dic
         for layer in anatomy.attention
     ]
     with torch.inference_mode(False), torch.enable_grad(), hooked(hooks):
-        loss = own_answers(model, model(images.clone()))
+        loss = own_answers(model, differentiable(model)(images.clone()))
         with core.subnormals_flushed(images.device):
             gradients = torch.autograd.grad(loss, list(outputs.values()))
     found = {}
