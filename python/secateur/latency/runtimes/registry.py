@@ -35,6 +35,4 @@ def chosen(
     if compile and runtime is not None:
         raise InvalidArgument(f"compile, runtime: expected one of them, got compile=True and runtime={runtime!r}")
     name = "torch.compile" if compile else "torch" if runtime is None else runtime
-    if name not in RUNTIMES.names():
-        raise InvalidArgument(f"{argument}: expected one of {', '.join(RUNTIMES.names())}, got {name!r}")
-    return RUNTIMES.named(name)
+    return RUNTIMES.named(name, argument)
