@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,12 +45,22 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_UN)  # a child may have the file open as well
 
 
+def _shared_folder(config: pytest.Config) -> Path:
+    """A folder of all workers; with ``-p no:cacheprovider`` there is no cache to hold it."""
+    cache: pytest.Cache | None = getattr(config, "cache", None)
+    if cache is not None:
+        return cache.mkdir("secateur")
+    folder = Path(tempfile.gettempdir(), f"secateur-{os.environ['PYTEST_XDIST_TESTRUNUID']}")
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Share the room with other workers' tests, or have it alone; who waits at the door is let in first."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return (yield)
-    folder = item.config.cache.mkdir("secateur")
+    folder = _shared_folder(item.config)
     with contextlib.ExitStack() as room:
         with locked(folder / "door"):
             room.enter_context(locked(folder / "room", shared=item.get_closest_marker("alone") is None))

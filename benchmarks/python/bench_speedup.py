@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import secateur as sc
@@ -122,7 +122,8 @@ class Run:
         if not path.is_file():
             images = torch.rand(count, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
             collect = "all" if sensitivity else "scores"
-            sc.calibrate(self.model(name), [images], collect=collect, sensitivity=sensitivity).save(path)
+            measured: Literal["noise", False] = "noise" if sensitivity else False
+            sc.calibrate(self.model(name), [images], collect=collect, sensitivity=measured).save(path)
         return sc.Statistics.load(path)
 
     def table(self, name: str, batch: int) -> sc.LatencyTable:
@@ -209,9 +210,13 @@ def macs_table(run: Run) -> None:
             def measure(
                 name: str = name, budget: float = budget, groups: tuple[str, ...] = groups, batch: int = batch
             ) -> Row:
-                # Nothing but their measured loss tells whole layers apart.
                 stats = run.stats(name, sensitivity="layer" in groups)
-                plan = sc.plan(run.model(name), stats, method="snp", target=sc.Target(macs=budget), groups=groups)
+                # Nothing but their measured loss tells whole layers apart.
+                allocation = "error" if "layer" in groups else None
+                target = sc.Target(macs=budget)
+                plan = sc.plan(
+                    run.model(name), stats, method="snp", target=target, groups=groups, allocation=allocation
+                )
                 return paired(run, name, plan, batch)
 
             key = {"table": "macs", "model": name, "target": f"macs {budget:g}", "groups": "+".join(groups)}

@@ -67,8 +67,8 @@ class Registry(Generic[T]):
         self._import_package()
         return sorted({*self._found, *self._entry_points()})
 
-    def named(self, name: object) -> T:
-        """Return the instance with this name.
+    def named(self, name: object, argument: str | None = None) -> T:
+        """Return the instance with this name; errors are of ``argument``, by default the registry's own.
 
         Raises:
             InvalidArgument: there is none; or an entry point of this name cannot be imported, registers no class of
@@ -79,7 +79,7 @@ class Registry(Generic[T]):
             self._load(name)
             if name in self._found:
                 return self._found[name]
-        raise InvalidArgument(f"{self._argument}: expected one of {', '.join(self.names())}, got {name!r}")
+        raise InvalidArgument(f"{argument or self._argument}: expected one of {', '.join(self.names())}, got {name!r}")
 
     def __iter__(self) -> Iterator[T]:
         """Iterate over all instances in the order of registration; entry points come last and are then imported."""

@@ -49,7 +49,7 @@ def digits_statistics(make_digits_model: MakeModel, digits_loader: ImageLoader) 
 def trained_double(make_digits_model: MakeModel, digits_images: Tensor) -> tuple[nn.Module, sc.Statistics]:
     """Return the trained model in float64 and all statistics of `digits_images`; nobody may change them."""
     model = make_digits_model().double()
-    return model, sc.calibrate(model, digits_images.double().split(16), sensitivity="noise", head_gradients=True)
+    return model, sc.calibrate(model, digits_images.double().split(16), sensitivity="noise", gradients=True)
 
 
 @pytest.fixture(scope="session")

@@ -199,7 +199,7 @@ class Anatomy:
             heads = group.heads if group.within is None else sizes.get(group.within, group.heads)
             if member.shared:
                 # A norm that all heads share is copied to each head once it is cut.
-                shape[member.axis] = kept
+                shape[member.axis] = kept * member.copies
                 extra = 1 + (kept != group.size) * (heads - 1)
             else:
                 shape[member.axis] -= (group.size * group.heads - kept * heads) * member.copies

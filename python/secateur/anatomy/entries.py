@@ -35,8 +35,8 @@ def kept_along_axes(anatomy: Anatomy, name: str, keep: Mapping[str, Indices]) ->
         heads, units = kept_units(group, keep)
         entries = torch.from_numpy(member.entries)
         if member.shared:
-            # All heads shared one entry; now each head has its own.
-            axes[member.axis] = entries[0, units[heads], 0].flatten()
+            # All heads shared the entries; now each head has its own, in their order.
+            axes[member.axis] = entries[0, units[heads]].flatten(1).sort(dim=1).values.flatten()
             continue
         mask = masks.setdefault(member.axis, torch.ones(shape[member.axis], dtype=torch.bool))
         mask[entries.flatten()] = False

@@ -18,6 +18,7 @@ from ..families.registry import family_of
 from ..methods.registry import method_named, options_of
 from ..runtime.ranks import Ranks, joined
 from ..statistics.measurements import Measurement, measurements
+from ..statistics.objective import Loss, Objective
 from ..statistics.observer import Observer
 from ..statistics.passes import run
 from ..statistics.settings import Collect, Settings
@@ -41,14 +42,17 @@ def calibrate(
     sensitivity: bool | Literal["noise"] = False,
     methods: Iterable[str] | None = None,
     head_gradients: bool = False,
+    gradients: bool = False,
+    loss: Loss = None,
+    amp: str | None = None,
     resume: str | Path | None = None,
     checkpoint_every: int | None = None,
 ) -> Statistics:
     """Collect statistics of a model over images. It needs no labels and does not change the model.
 
-    Gradients are computed only with ``head_gradients``. Query/key importance is SNP's (Shim et al., SNP, ECCV 2024,
-    arXiv:2404.11630): per image, how much each neuron's rank-one map agrees with the leading ``gamma`` singular
-    directions of the head's attention scores.
+    Gradients are computed only with ``head_gradients`` and ``gradients``. Query/key importance is SNP's (Shim et al.,
+    SNP, ECCV 2024, arXiv:2404.11630): per image, how much each neuron's rank-one map agrees with the leading ``gamma``
+    singular directions of the head's attention scores.
 
     Under torchrun, or in any initialised process group, all ranks must call this with the same arguments and the same
     weights, each on its own device. Each rank runs its share of the images, and all return the sums over all images,
@@ -81,6 +85,14 @@ def calibrate(
         methods: the methods whose cuts are measured, with their default options; by default "project", or "snp" with
             collect="scores".
         head_gradients: also score heads by gradients, on the same images; see ``Statistics.head_importance``.
+        gradients: also gather gradients of all images, one forward and one backward pass each, for the methods that
+            need them; see ``statistics.gradients.Gradients``. Gradients of weights are neither needed nor changed.
+        loss: what ``gradients`` are of: a function of the model's outputs and the loader's batch, tensors on the
+            model's device, that returns the plain mean of the images' losses; "labels" for the cross-entropy with the
+            loader's targets; by default the cross-entropy with the model's own answers, or half the squared features
+            without a classifier. Batches are passed in parts of at most 16 images, and the loss is tried on one image
+            before any work.
+        amp: "bfloat16" runs the forward passes of ``gradients`` under torch.autocast; weights in float32 only.
         resume: a statistics file. If it exists, its images are skipped in the loader, which must yield the same images
             in the same order, and its sums are continued. The result is written to it; so are the sums so far when the
             loader fails, an image holds NaN or Inf, or the run is interrupted between two batches. On several ranks the
@@ -110,14 +122,15 @@ def calibrate(
             gamma = check.integer("gamma", gamma)
             checkpoint_every = check.integer("checkpoint_every", checkpoint_every, optional=True)
             token_fraction = check.fraction("token_fraction", token_fraction, open_low=True)
-            loader = in_batches(loader, model, labels=False)
+            loader = in_batches(loader, model, labels=loss is not None)
             _check(loader, collect, resume, checkpoint_every)
+            objective = _objective(model, loader, gradients, loss, amp)
             if row_weights is None:
                 row_weights = sensitivity is True and collect == "all" and _has_stream(model, family)
             elif row_weights:
                 _check_weights(model, family, collect)
             names = _names(methods)
-            further = _further(sensitivity, names, collect, head_gradients)
+            further = _further(sensitivity, names, collect, head_gradients, gradients)
             path = None if resume is None else check.writable("resume", resume)
             settings = Settings(
                 fingerprint=Fingerprint.of(model, anatomy),
@@ -127,8 +140,9 @@ def calibrate(
                 dtype="",
                 data=_data_configuration(model),
                 row_weights=bool(row_weights),
+                gradients="" if objective is None else objective.name,
             )
-            observer = Observer(anatomy, settings)
+            observer = Observer(anatomy, settings, objective=objective)
             if ranks.size > 1 and path is not None and not isinstance(loader, ImageLoader):
                 # Such a loader does not tell which images the other ranks would have had.
                 raise Unsupported(
@@ -155,6 +169,7 @@ def calibrate(
             path=path,
             every=checkpoint_every,
             ranks=ranks,
+            labels=loss is not None,
         )
 
 
@@ -170,6 +185,20 @@ def _check(
         raise InvalidArgument("checkpoint_every: expected resume= to name the file to write, got none")
     if not isinstance(loader, Iterable):
         raise InvalidArgument(f"loader: expected batches of images, got {type(loader).__name__}")
+
+
+def _objective(
+    model: nn.Module, loader: Iterable[Any], gradients: bool, loss: Loss, amp: str | None
+) -> Objective | None:
+    """Return what gradients are taken of, None if they are not asked for."""
+    if not gradients:
+        for name, value in (("loss", loss), ("amp", amp)):
+            if value is not None:
+                raise InvalidArgument(f"{name}: expected None without gradients=True, got {value!r}")
+        return None
+    objective = Objective(loss, amp)
+    objective.check(model, loader)
+    return objective
 
 
 def _check_weights(model: nn.Module, family: Family, collect: str) -> None:
@@ -195,7 +224,9 @@ def _names(methods: Iterable[str] | None) -> list[str] | None:
     return None if methods is None else list(methods)
 
 
-def _further(sensitivity: object, methods: list[str] | None, collect: str, head_gradients: bool) -> list[Measurement]:
+def _further(
+    sensitivity: object, methods: list[str] | None, collect: str, head_gradients: bool, gradients: bool
+) -> list[Measurement]:
     """Return the measurements that are asked for."""
     if sensitivity not in (True, False, "noise"):
         raise InvalidArgument(f"sensitivity: expected True, False or 'noise', got {sensitivity!r}")
@@ -208,10 +239,15 @@ def _further(sensitivity: object, methods: list[str] | None, collect: str, head_
             method = method_named(name)
             if "moments" in method.needs and collect != "all":
                 raise InvalidArgument(f"methods: expected some that need scores only, got {name!r}; use collect='all'")
+            if "gradients" in method.needs and not gradients:
+                raise InvalidArgument(
+                    f"methods: expected some that need no gradients, got {name!r}; use gradients=True"
+                )
             found.append(Cuts(method, options_of(method, {}), sampler=sampler))
         found.append(MergingSchedules(sampler))
     found += [measurements.named("divergence")] if sensitivity == "noise" else []
-    return found + ([measurements.named("gradient")] if head_gradients else [])
+    # With all gradients, those of heads are among them.
+    return found + ([measurements.named("gradient")] if head_gradients and not gradients else [])
 
 
 def _agree(ranks: Ranks, settings: Settings) -> None:

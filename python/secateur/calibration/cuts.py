@@ -14,7 +14,8 @@ from ..errors import Unsupported
 from ..families.base import Family
 from ..methods.base import Bound, Method, Prepared
 from ..statistics.measurements import Work
-from ..statistics.measurements.base import divergence, double, hooked
+from ..statistics.measurements.base import divergence, hooked
+from ..statistics.outputs import double
 from ..statistics.settings import Float
 from ..surgery.trial import cut_copy
 from .sample import Sampler, summed

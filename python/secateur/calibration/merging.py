@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..anatomy import Group
 from ..statistics.measurements import Work
-from ..statistics.measurements.base import divergence, double
+from ..statistics.measurements.base import divergence
+from ..statistics.outputs import double
 from ..statistics.settings import Float
 from ..statistics.statistics import MERGED, merged_name
 from ..surgery.trial import cut_copy

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..families.base import classifies
 from ..statistics.measurements import Work
-from ..statistics.measurements.base import divergence, double
+from ..statistics.measurements.base import divergence
+from ..statistics.outputs import double
 from ..statistics.settings import Float
 from ..surgery.trial import cut_copy
 from .schedules import kept_tokens, merged_by

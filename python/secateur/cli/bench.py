@@ -69,6 +69,9 @@ def bench(
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Time the models as compiled by torch.compile.")] = False,
     runtime: Runtime = None,
+    reference_runtime: Annotated[
+        str | None, typer.Option(help="Engine that runs the reference; that of --runtime by default.")
+    ] = None,
     threads: Threads = None,
     device: Device = None,
     as_json: Json = False,
@@ -78,6 +81,8 @@ def bench(
         raise typer.BadParameter("--table goes without --reference and --input-size: it is about one model as it is")
     if table is None and (dtype is not None or groups is not None):
         raise typer.BadParameter("--dtype and --groups need --table")
+    if table is not None and reference_runtime is not None:
+        raise typer.BadParameter("--reference-runtime goes without --table")
     if compiled and runtime is not None:
         raise typer.BadParameter("expected --compile or --runtime, got both")
     with collected(as_json) as output:
@@ -116,5 +121,6 @@ def bench(
             device=device,
             compile=compiled,
             runtime=runtime,
+            reference_runtime=reference_runtime,
         )
         output.show(str(found), **asdict(found))

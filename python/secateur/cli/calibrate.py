@@ -76,6 +76,17 @@ def calibrate(
         bool,
         typer.Option("--head-gradients", help="Also score heads by gradients, for plan --option head_score=michel."),
     ] = False,
+    gradients: Annotated[
+        bool,
+        typer.Option("--gradients", help="Also gather gradients, for methods that need them (see secateur methods)."),
+    ] = False,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="What gradients are of: labels, for their cross-entropy; else the model's own answers."),
+    ] = None,
+    amp: Annotated[
+        str | None, typer.Option(help="Type of the forward passes of gradients: bfloat16, under autocast.")
+    ] = None,
     resume: Resume = None,
     checkpoint_every: Every = None,
     device: Device = None,
@@ -104,6 +115,7 @@ def calibrate(
             max_unreadable=max_unreadable,
         )
         kind: Any = collect  # the function checks it
+        what: Any = loss
         stats = sc.calibrate(
             net,
             images,
@@ -115,6 +127,9 @@ def calibrate(
             sensitivity="noise" if noise else sensitivity,
             methods=None if methods is None else names(methods),
             head_gradients=head_gradients,
+            gradients=gradients,
+            loss=what,
+            amp=amp,
             resume=resume,
             checkpoint_every=checkpoint_every,
         )

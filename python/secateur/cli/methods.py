@@ -15,7 +15,7 @@ from .output import collected
 from .typed_options import options_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from ..methods.base import Method
     from .typed_options import TypedOption
@@ -30,15 +30,19 @@ def methods(
     """List the pruning methods, or describe one: its paper, what it needs, and its options."""
     with collected(as_json) as output:
         if name is None:
-            found = {each: _summary(lazy.method_named(each)) for each in sc.methods()}
-            output.show(*_columns(found.items()), methods=[{"name": each, "summary": found[each]} for each in found])
+            found = {each: lazy.method_named(each) for each in sc.methods()}
+            rows = [(each, ", ".join(method.needs) or "weights", _summary(method)) for each, method in found.items()]
+            output.show(*_columns(rows), methods=[{"name": each, **_facts(method)} for each, method in found.items()])
             return
         method = lazy.method_named(name)
         options = options_of(method)
         lines = [
             f"{name}: {_summary(method)}",
             f"Paper: {method.paper}",
+            f"Source: {method.source}",
             f"Statistics it needs: {', '.join(method.needs) or 'none'}",
+            f"Images: {_yes(method.needs)}; labels: no; gradients: {_yes('gradients' in method.needs)}; training: no",
+            f"Cuts: {', '.join(method.cuts)}",
             f"Changes weights: {'yes' if method.changes_weights else 'no'}",
             "Options, each as --option NAME=VALUE:" if options else "Options: none",
             *_described(options),
@@ -46,12 +50,24 @@ def methods(
         output.show(
             *lines,
             name=name,
-            summary=_summary(method),
-            paper=method.paper,
-            needs=list(method.needs),
-            changes_weights=method.changes_weights,
+            **_facts(method),
             options=[_fields(option) for option in options],
         )
+
+
+def _facts(method: Method) -> dict[str, Any]:
+    return {
+        "summary": _summary(method),
+        "paper": method.paper,
+        "source": method.source,
+        "needs": list(method.needs),
+        "cuts": list(method.cuts),
+        "changes_weights": method.changes_weights,
+    }
+
+
+def _yes(value: object) -> str:
+    return "yes" if value else "no"
 
 
 def _summary(method: Method) -> str:
@@ -84,8 +100,7 @@ def _fields(option: TypedOption) -> dict[str, Any]:
     }
 
 
-def _columns(pairs: Iterable[tuple[str, str]]) -> list[str]:
-    """Lay out names and texts in two columns."""
-    rows = list(pairs)
-    width = max((len(name) for name, _ in rows), default=0)
-    return [f"{name:<{width}}  {text}" for name, text in rows]
+def _columns(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Lay out names, what is needed, and texts in columns."""
+    first, second = (max((len(row[index]) for row in rows), default=0) for index in (0, 1))
+    return [f"{name:<{first}}  {needs:<{second}}  {text}" for name, needs, text in rows]

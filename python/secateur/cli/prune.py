@@ -225,8 +225,15 @@ def _at_once(
     """Calibrate the dense model, plan, and cut."""
     stats = None
     by_noise = wanted["allocation"] == "error"
-    if lazy.method_named(method).needs or by_noise:
-        stats = sc.calibrate(net, images, max_images=max_images, sensitivity="noise" if by_noise else False)
+    needs = lazy.method_named(method).needs
+    if needs or by_noise:
+        stats = sc.calibrate(
+            net,
+            images,
+            max_images=max_images,
+            sensitivity="noise" if by_noise else False,
+            gradients="gradients" in needs,
+        )
     measured = wanted["target"] is not None and wanted["allocation"] in (None, "measured")
     found = sc.plan(net, stats, method=method, loader=images if measured else None, **wanted, **options)
     return sc.prune(net, found, **how)

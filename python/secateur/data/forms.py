@@ -23,6 +23,7 @@ __all__ = [
     "example",
     "is_example",
     "is_single_tensor",
+    "lists_images",
     "named",
     "opened",
     "split",
@@ -76,8 +77,7 @@ def split(batch: Any, prepare: Prepare, *, labels: bool = True) -> tuple[Any, An
         return _of_mappings([each for each in held if each is not None], prepare, labels)
     if all(_is_pair(each) for each in batch):
         return _columns([each[0] for each in batch], [each[1] for each in batch] if labels else None, prepare)
-    # Not a tuple, which may be one image and its mask.
-    if _are_pictures(batch) or (isinstance(batch, list) and all(_is_single(each) for each in batch)):
+    if lists_images(batch):
         return _images(batch, prepare), None
     first, second = batch[0], batch[1] if labels and len(batch) > 1 else None
     images_by_name, labels_by_name = named(first), named(second)
@@ -91,6 +91,19 @@ def split(batch: Any, prepare: Prepare, *, labels: bool = True) -> tuple[Any, An
         second = None if name is None else labels_by_name[name]
     images = _images(first, prepare)
     return images, _targets(second, images, squeeze=labels_by_name is not None)
+
+
+def lists_images(batch: Any) -> bool:
+    """Return whether a batch is a list of single images, of pairs (image, class) or of mappings of one each."""
+    if not isinstance(batch, (tuple, list)) or not batch or named(batch) is not None:
+        return False
+    held = [named(each) for each in batch]
+    if all(each is not None and _found(each, IMAGES) for each in held):
+        return True
+    if all(_is_pair(each) for each in batch) or _are_pictures(batch):
+        return True
+    # Not a tuple, which may be one image and its mask.
+    return isinstance(batch, list) and all(_is_single(each) for each in batch)
 
 
 def named(batch: Any) -> Mapping[str, Any] | None:

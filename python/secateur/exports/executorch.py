@@ -14,7 +14,7 @@ from .. import check
 from ..data.model_input import input_dtype
 from ..errors import Error, InvalidArgument, Unsupported, first_line
 from ..families.attention import plain_attention
-from ..runtime.executorch import Engine, engine, instructions, lowered
+from ..runtime.executorch import Engine, engine, in_int8, instructions, lowered
 from ..runtime.quiet import quiet
 from .base import Checked, Exporter, ExportReport, random_images, register
 from .bits import Bits, calibration_images, cost, difference_of_integers
@@ -83,7 +83,7 @@ class ExecuTorch(Exporter):
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             written = Path(folder) / path.name
             program = _exported(model, options.max_batch)
-            exact = _in_int8(program, images) if bits else None
+            exact = in_int8(program, images) if bits else None
             if exact is not None:
                 program = _exported(exact, options.max_batch, random_images(model, _example(options.max_batch)))
             details |= _write(program, written)
@@ -114,24 +114,6 @@ def _exported(model: nn.Module, largest: int, example: Tensor | None = None) -> 
         except Exception as error:  # torch raises what it likes
             reason = first_line(error)
             raise Unsupported(f"model: expected one that torch.export takes, got {reason}") from error
-
-
-def _in_int8(program: torch.export.ExportedProgram, images: list[Tensor]) -> Any:
-    """Return a module that rounds as linear layers of 8 bits do, with ranges seen on the images."""
-    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
-        XNNPACKQuantizer,
-        get_symmetric_quantization_config,
-    )
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
-    config = get_symmetric_quantization_config(is_per_channel=True)
-    # Of the residual sums a ViT's class token does not survive 8 bits: linear layers alone.
-    quantizer = XNNPACKQuantizer().set_operator_type(torch.ops.aten.linear.default, config)
-    with quiet("torch.utils._pytree"), torch.no_grad():
-        observed = prepare_pt2e(program.module(), quantizer)
-        for image in images:
-            observed(image)
-        return convert_pt2e(observed)
 
 
 def _write(program: torch.export.ExportedProgram, path: Path) -> dict[str, int]:

@@ -16,12 +16,13 @@ from .. import check
 from ..data.model_input import input_dtype
 from ..errors import InvalidArgument, Unsupported
 from ..families.attention import plain_attention
+from ..runtime.openvino import compiled, in_int8
 from ..runtime.quiet import quiet
 from .base import Checked, Exporter, ExportReport, random_images, register
 from .bits import Bits, calibration_images, cost, difference_of_integers
 from .locate import Run, located_difference
 from .onnx import write
-from .openvino_bits import decompressed, in_int4, in_int8, refuse_groups
+from .openvino_int4 import decompressed, in_int4, refuse_groups
 
 __all__ = ["OpenVino"]
 
@@ -97,7 +98,7 @@ class OpenVino(Exporter):
             _save(chosen.model, written)
             convert = _WAYS[chosen.source]
             difference = located_difference(
-                model, _load(written), sizes, engine, lambda *given: _running(_compiled(convert(*given)))
+                model, _load(written), sizes, engine, lambda *given: _running(compiled(convert(*given)))
             )
             details: dict[str, Any] = {"converted_from": chosen.source} | chosen.counts
             if bits is not None:
@@ -106,7 +107,7 @@ class OpenVino(Exporter):
                 written = Path(folder) / "bits" / path.name
                 written.parent.mkdir()
                 _save(smaller, written)
-                exact = _running(_compiled(smaller if options.int8 else decompressed(smaller)))
+                exact = _running(compiled(smaller if options.int8 else decompressed(smaller)))
                 difference = difference_of_integers(exact, _load(written), model, sizes, engine)
                 details |= _looked_at(chosen.source, smaller).counts | cost(model, _load(written), images, bits)
                 details |= {"group_size": options.group_size} if options.int4 else {}
@@ -170,7 +171,7 @@ _WAYS: dict[str, Callable[[nn.Module, Path], Any]] = {"onnx": _from_onnx, "torch
 def _looked_at(source: str, model: Any) -> _Converted:
     """Compile, and see what became of attention."""
     fused = unfused = operators = 0
-    for each in _compiled(model).get_runtime_model().get_ops():
+    for each in compiled(model).get_runtime_model().get_ops():
         told = {key: str(each.get_rt_info()[key].astype(str)) for key in ("layerType", "originalLayersNames")}
         kind, names = told["layerType"], told["originalLayersNames"].lower()
         products = "matmul" in names or "scaled_dot_product_attention" in names
@@ -180,22 +181,9 @@ def _looked_at(source: str, model: Any) -> _Converted:
     return _Converted(source, model, fused, unfused, operators)
 
 
-def _compiled(model: Any) -> Any:
-    import openvino
-
-    # By default some processors compute in bfloat16, and quantize what linear layers of few bits take.
-    settings = {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "NUM_STREAMS": 1,
-    }
-    return openvino.Core().compile_model(model, "CPU", settings)
-
-
-def _running(compiled: Any) -> Run:
+def _running(engine: Any) -> Run:
     def run(images: Tensor) -> Any:
-        outputs = list(compiled(images.numpy(), share_outputs=False).values())
+        outputs = list(engine(images.numpy(), share_outputs=False).values())
         return outputs[0] if len(outputs) == 1 else outputs
 
     return run
@@ -214,7 +202,7 @@ def _load(path: Path) -> Run:
     import openvino
 
     try:
-        return _running(_compiled(openvino.Core().read_model(path)))
+        return _running(compiled(openvino.Core().read_model(path)))
     except Exception as error:  # OpenVINO has exceptions of its own
         raise Unsupported(f"model: expected one that OpenVINO runs, got {_reason(error)}") from error
 

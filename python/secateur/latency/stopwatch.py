@@ -78,7 +78,8 @@ def prepared(runtime: Runtime, model: nn.Module, images: Tensor, name: str) -> C
         expected = _require_takes(model, images, name)
         if isinstance(expected, Tensor):
             apart = difference(found, expected)
-            if not apart <= _FAR.get(expected.dtype, 0.0) * largest(expected):
+            most = getattr(runtime, "tolerance", _FAR.get(expected.dtype, 0.0))
+            if not apart <= most * largest(expected):
                 raise InvalidArgument(
                     f"runtime: expected one that computes what the {name} does, got outputs of {runtime.name} that "
                     f"differ by {apart:.3g}"

@@ -16,8 +16,10 @@ from ..statistics.settings import Float
 from ..statistics.statistics import Statistics
 from .weights import Weights
 
-__all__ = ["Bound", "Decision", "Handler", "Method", "NoOptions", "Prepared", "Remainder"]
+__all__ = ["ALL_KINDS", "Bound", "Decision", "Handler", "Method", "NoOptions", "Prepared", "Remainder"]
 
+# What most methods cut.
+ALL_KINDS: tuple[Kind, ...] = ("qk", "v", "ffn", "conv", "heads", "width", "layer")
 # Heads are decided before values, since values are refitted when a head is removed.
 _ORDER = ("heads", "qk", "v", "ffn")
 
@@ -84,13 +86,16 @@ class Handler(ABC):
 class Method(ABC):
     """A pruning method; a subclass registers itself with ``methods.register``.
 
-    ``paper`` names its source; ``needs`` names what ``calibrate`` has to collect for it: "scores" or "moments", or
-    nothing for a method that looks at weights alone. ``Options`` is a frozen dataclass of its options, each described
-    in one line by its field's ``metadata["help"]``. With ``changes_weights`` the plan holds new weights.
+    ``paper`` names its source, and ``source`` says whether the method is the paper's or in its style; ``needs`` names
+    what ``calibrate`` has to collect for it: "scores", "moments" or "gradients", or nothing for a method that looks at
+    weights alone. ``cuts`` names the kinds that it has handlers for. ``Options`` is a frozen dataclass of its options,
+    each described in one line by its field's ``metadata["help"]``. With ``changes_weights`` the plan holds new weights.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    source: ClassVar[str] = "not stated"
+    cuts: ClassVar[tuple[Kind, ...]] = ALL_KINDS
     Options: ClassVar[type] = NoOptions
     needs: ClassVar[tuple[str, ...]] = ()
     changes_weights: ClassVar[bool] = False
@@ -141,8 +146,10 @@ class Prepared:
                 continue
             for kind in sorted(layer.groups, key=_ORDER.index):
                 group = anatomy.group(layer.groups[kind])
-                handler = self._handler(group) if sizes[group.name] < group.size or group.within in keep else None
                 smaller = sizes[group.name] < group.size
+                # A method of heads alone has nothing to do with the neurons of heads that leave.
+                follows = self._handlers.get(group.kind) if group.within in keep else None
+                handler = self._handler(group) if smaller else follows
                 if handler is not None and (smaller or handler.follows_heads):
                     kept = handler.cut(weights, group, sizes[group.name])
                     if smaller:

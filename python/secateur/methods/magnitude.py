@@ -32,6 +32,7 @@ class Magnitude(Method):
 
     name = "magnitude"
     paper = "Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710, with the ℓ2 norm"
+    source = "in its style"
 
     def handlers(self, bound: Bound) -> Mapping[Kind, Handler]:
         """Return rankings by norm."""
@@ -80,6 +81,7 @@ class Random(Method):
 
     name = "random"
     paper = "a baseline"
+    source = "ours"
     Options: ClassVar[type] = Options
 
     def handlers(self, bound: Bound) -> Mapping[Kind, Handler]:

@@ -43,6 +43,7 @@ class Project(Method):
 
     name = "project"
     paper = "ours; the residual stream after SliceGPT, Ashkboos et al., ICLR 2024, arXiv:2401.15024"
+    source = "ours"
     Options: ClassVar[type] = Options
     needs = ("moments",)
     changes_weights = True

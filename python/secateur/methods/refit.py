@@ -45,6 +45,7 @@ class Refit(Method):
 
     name = "refit"
     paper = "after CORP, arXiv:2602.05243, and OB²C, arXiv:2608.17657; queries and keys are ours"
+    source = "after its papers; queries and keys are ours"
     Options: ClassVar[type] = Options
     needs = ("moments",)
     changes_weights = True

@@ -41,6 +41,7 @@ class SNP(Method):
 
     name = "snp"
     paper = "Shim et al., SNP: Structured Neuron-level Pruning, ECCV 2024, arXiv:2404.11630"
+    source = "the paper's, where it states its formulas"
     Options: ClassVar[type] = Options
     needs = ("scores",)
 

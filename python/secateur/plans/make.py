@@ -120,6 +120,10 @@ def plan(
     criterion = method_named(method)
     if not isinstance(stats, Statistics) and (stats is not None or criterion.needs):
         raise InvalidArgument(f"stats: expected Statistics from calibrate, got {type(stats).__name__}")
+    if "gradients" in criterion.needs and stats is not None and not stats.settings.gradients:
+        raise InvalidArgument(
+            f"stats: expected gradients for {method!r}, calibrate(gradients=True), got statistics without"
+        )
     check_budget(target, ratios, allocation, latency_table, batch_size, runtime, round_to)
     chosen = options_of(criterion, options)
     anatomy = family_of(model).inspect(model)

@@ -16,7 +16,8 @@ from ..errors import InvalidArgument
 from ..families.base import Family, classifies
 from ..runtime.progress import progress
 from ..runtime.ranks import Ranks
-from ..statistics.measurements.base import as_tensor, divergence
+from ..statistics.measurements.base import divergence
+from ..statistics.outputs import as_tensor
 from ..statistics.passes import batches_of
 from ..statistics.rows import RowWeights
 from .best import Course, train

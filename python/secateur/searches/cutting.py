@@ -17,6 +17,7 @@ from ..families.registry import family_of
 from ..plans.make import plan
 from ..plans.plan import Plan
 from ..plans.prune import prune
+from ..statistics.objective import Objective
 from ..statistics.statistics import Statistics
 from ..training.finetune import finetune as finetune_
 
@@ -77,8 +78,10 @@ class Tuned:
         how: Tuning,
         train_loader: Iterable[Any] | None,
         calibration_loader: Iterable[Any] | None,
+        gradients: Objective | None = None,
     ) -> None:
         assert calibration_loader is not None
+        self._gradients = gradients
         self.train_loader, self.calibration_loader = train_loader, calibration_loader
         self._call = how if callable(how) else None
         self._arguments: dict[str, Any] = {} if callable(how) else {"teacher": dense, **how}
@@ -102,6 +105,7 @@ class Tuned:
 
     def calibrate(self, model: nn.Module, like: Statistics) -> Statistics:
         """Collect the statistics of a trained copy with the settings used for the dense model."""
+        objective = self._gradients
         methods = [cut.removeprefix("cut:") for cut in like.cuts]
         return calibrate(
             model,
@@ -112,6 +116,9 @@ class Tuned:
             token_fraction=like.settings.token_fraction,
             sensitivity=True if methods else "noise" if like.sensitive else False,
             methods=methods or None,
+            gradients=objective is not None,
+            loss=None if objective is None else objective.loss,
+            amp=None if objective is None else objective.amp,
         )
 
 

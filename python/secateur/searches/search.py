@@ -31,6 +31,7 @@ from ..methods.registry import method_named, options_of
 from ..plans.make import check_allocation, check_table
 from ..plans.on_the_clock import loaded, with_steps
 from ..runtime.progress import progress
+from ..statistics import objective as objectives
 from ..statistics.statistics import Statistics
 from ..training import checkpoint as resumption
 from ..training.finetune import finetune as finetune_
@@ -156,7 +157,10 @@ def search(
     limits = with_steps(limits, loaded(latency_table), anatomy)
     loader = in_batches(loader, model)
     if calibration_loader is not None:
-        calibration_loader = in_batches(calibration_loader, model, labels=False)
+        needed = stats.settings.gradients if "gradients" in method_named(method).needs else ""
+        again = objectives.Objective.named(needed)
+        labels = again is not None and again.loss is not None
+        calibration_loader = in_batches(calibration_loader, model, labels=labels)
     if not classifies(model):
         raise InvalidArgument("model: expected a classifier, got one without classes")
     fingerprint = Fingerprint.of(model, anatomy)
@@ -166,7 +170,7 @@ def search(
     cutting = Cutting(
         model, anatomy, stats, objective.cost, {"method": method, **limits, "allocation": allocation, **method_options}
     )
-    tuning = None if finetune is None else Tuned(model, finetune, train_loader, calibration_loader)
+    tuning = None if finetune is None else Tuned(model, finetune, train_loader, calibration_loader, again)
     course = Course(cutting, tuning, objective, loader, Stepper(step))
     settings = {
         "objective": settings_of(objective),

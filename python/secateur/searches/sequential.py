@@ -155,6 +155,8 @@ def prune_sequential(
     chosen = asdict(settings)
     if chosen.get("head_score") == "michel":
         raise InvalidArgument("head_score: expected one that takes no gradients block by block, got 'michel'")
+    if "gradients" in criterion.needs:
+        raise InvalidArgument(f"method: expected one that takes no gradients block by block, got {method!r}")
     family = family_of(model)
     anatomy = family.inspect(model)
     refuse_live_wrapper(model)

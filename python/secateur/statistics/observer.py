@@ -18,6 +18,8 @@ from ..errors import InvalidArgument
 from ..runtime.ranks import Ranks
 from .collectors import Accumulator, Position, collectors
 from .collectors.base import wait_for_all
+from .gradients import Gradients
+from .objective import Objective
 from .rows import RowWeights, after_layers
 from .settings import FOLDS, Float, Settings
 from .statistics import IMAGES, Statistics
@@ -35,13 +37,23 @@ class Observer:
     """The accumulators of everything that is observed, and their position."""
 
     def __init__(
-        self, anatomy: Anatomy, settings: Settings, *, only: int | None = None, norms: bool | None = None
+        self,
+        anatomy: Anatomy,
+        settings: Settings,
+        *,
+        only: int | None = None,
+        norms: bool | None = None,
+        objective: Objective | None = None,
     ) -> None:
-        """Observe the whole model, or the layers of block ``only``, or with ``norms`` the norms (and one attention)."""
+        """Observe the whole model, or the layers of block ``only``, or with ``norms`` the norms (and one attention).
+
+        With an ``objective``, its gradients are gathered too.
+        """
         self.position = Position()
         # Gives tokens their weights, where `Settings.row_weights` asks for them.
         self.weights: RowWeights | None = None
         self.whole = True
+        self._paused = False
         self.settings = settings
         self.sensitivity: dict[str, Float] = {}
         first = next((anatomy.block_of(layer) for layer in anatomy.attention), None)
@@ -72,6 +84,9 @@ class Observer:
         if set(maps) != {1}:
             # The scorers' own counts are of maps, and any of them may be asked.
             self._accumulators.append(_Count())
+
+        self.gradients = None if objective is None else Gradients(anatomy, objective)
+        self._accumulators += [] if self.gradients is None else [self.gradients]
 
     @property
     def images(self) -> int:
@@ -134,7 +149,7 @@ class Observer:
         """
         settings = statistics.settings
         self.settings.fingerprint.require(settings.fingerprint, "resume", strict=True)
-        for name in ("gamma", "collect", "token_fraction", "data", "row_weights"):
+        for name in ("gamma", "collect", "token_fraction", "data", "row_weights", "gradients"):
             mine, found = getattr(self.settings, name), getattr(settings, name)
             if mine != found:
                 raise InvalidArgument(f"resume: expected a file of {name} = {mine!r}, got {found!r}")
@@ -171,7 +186,18 @@ class Observer:
             if isinstance(accumulator, _Count):
                 accumulator.add(self.position, images)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Observe nothing while the block runs: a second pass of the same images must not count."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def _seen(self, accumulator: Accumulator, pending: dict[int, Tensor], number: int, seen: Tensor) -> None:
+        if self._paused:
+            return
         pending[number] = accumulator.taps[number].read(seen)
         if number == len(accumulator.taps) - 1:
             tensors = [pending[each] for each in range(len(accumulator.taps))]
@@ -183,6 +209,8 @@ class Observer:
 
     def _weigh(self, weights: RowWeights, layer: str, stream: Tensor) -> None:
         """Add what was read in a layer, now that the stream after it is known."""
+        if self._paused:
+            return
         self.position.weights = weights.of(layer, stream)
         for accumulator, tensors in self._read:
             accumulator.update(self.position, tensors)

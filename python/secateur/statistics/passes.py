@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,9 @@ from ..errors import InvalidArgument, NumericalError
 from ..families.base import Family
 from ..runtime.progress import progress
 from ..runtime.ranks import Ranks
+from .gradients import Gradients
 from .measurements import MEASURED_IMAGES, Measurement, Work, measurements
+from .objective import Share
 from .observer import EnoughError, Observer
 from .rows import RowWeights
 from .statistics import Statistics
@@ -45,8 +48,12 @@ def run(
     path: Path | None = None,
     every: int | None = None,
     ranks: Ranks = _ALONE,
+    labels: bool = False,
 ) -> Statistics:
-    """Run the images and the measurements ``further``, and write ``path``; arguments are those of `calibrate`."""
+    """Run the images and the measurements ``further``, and write ``path``; arguments are those of `calibrate`.
+
+    With ``labels``, the classes of data sets and lists of single images are read too.
+    """
     total = images_in(loader, max_images)
     with ranks.together():
         if ranks.size > 1 and isinstance(loader, ImageLoader):
@@ -64,13 +71,15 @@ def run(
     missing = [measurement for measurement in further if measurement.name not in taken]
     with measuring(model), _kept(observer, path, ranks):
         shown = progress(total, "calibrate", silent=ranks.rank > 0)
-        rounds = batches_of(model, loader, max_images, seen, ranks)
+        rounds = rounds_of(model, loader, max_images, seen, ranks, labels=labels)
+        if observer.gradients is not None:
+            rounds = _checked(model, observer, observer.gradients, rounds, ranks, seen)
         if observer.settings.row_weights:
             assert family is not None
             assert anatomy is not None
             rounds = _weighing(model, family, anatomy, observer, rounds, ranks)
         with observer.observing(model), shown as advance:
-            for index, (start, images, stop) in enumerate(rounds):
+            for index, (start, images, stop, share) in enumerate(rounds):
                 advance(stop - end)
                 end = stop
                 if missing and start < MEASURED_IMAGES and len(images) > 0:
@@ -84,6 +93,10 @@ def run(
                 skip = min(len(images), max(0, seen - start))
                 with ranks.together(), observer.batch(start + skip, end):
                     if skip < len(images):
+                        if observer.gradients is not None:
+                            with observer.paused():
+                                part = share.part(skip, len(images))
+                                observer.gradients.add(model, images[skip:], part, start + skip)
                         _forward(model, observer, images[skip:])
                         observer.count(len(images) - skip)
                 if every and path is not None and (index + 1) % every == 0:
@@ -107,24 +120,40 @@ def _weighing(
     family: Family,
     anatomy: Anatomy,
     observer: Observer,
-    rounds: Iterator[tuple[int, torch.Tensor, int]],
+    rounds: Iterator[Round],
     ranks: Ranks,
-) -> Iterator[tuple[int, torch.Tensor, int]]:
+) -> Iterator[Round]:
     """Measure on the first images how tokens count, unless that is known, and return all rounds."""
     early = []
     if not any(name.endswith("/rows") for name in observer.sensitivity):
-        for start, images, stop in rounds:
+        for each in rounds:
             # The loader may use its memory again.
-            early.append((start, images.detach().clone(), stop))
-            if stop >= MEASURED_IMAGES:
+            kept = each if observer.gradients is None else each._replace(share=copy.deepcopy(each.share))
+            early.append(kept._replace(images=each.images.detach().clone()))
+            if each.stop >= MEASURED_IMAGES:
                 break
-        first = {start: images[: max(0, MEASURED_IMAGES - start)] for start, images, _ in early}
+        first = {each.start: each.images[: max(0, MEASURED_IMAGES - each.start)] for each in early}
         first = {start: images for start, images in first.items() if len(images) > 0}
         _measure(model, family, anatomy, observer, [measurements.named("rows")], first, ranks)
     sums = {name: each for name, each in observer.sensitivity.items() if name.endswith("/rows")}
     if sums:
         observer.weights = RowWeights(model, anatomy, family.prefix_tokens(model), sums)
     return chain(early, rounds)
+
+
+def _checked(
+    model: nn.Module, observer: Observer, gradients: Gradients, rounds: Iterator[Round], ranks: Ranks, seen: int
+) -> Iterator[Round]:
+    """Try the loss on the first image that is not skipped, before any work."""
+    tried = False
+    for each in rounds:
+        if not tried and each.stop > seen:
+            skip = max(0, seen - each.start)
+            with ranks.together(), observer.paused():
+                if skip < len(each.images):
+                    gradients.check(model, each.images[skip:], each.share.part(skip, len(each.images)))
+            tried = True
+        yield each
 
 
 def _forward(model: nn.Module, observer: Observer, images: torch.Tensor) -> None:
@@ -204,18 +233,41 @@ def _refuse_non_finite(images: torch.Tensor, start: int) -> None:
 def batches_of(
     model: nn.Module, loader: Iterable[Any], max_images: int | None, seen: int = 0, ranks: Ranks = _ALONE
 ) -> Iterator[tuple[int, torch.Tensor, int]]:
-    """Yield this rank's batches as the model takes them, the number of their first image, and of images so far.
+    """Yield the number of a batch's first image, this rank's images, and the number of images so far."""
+    return ((start, images, stop) for start, images, stop, _ in rounds_of(model, loader, max_images, seen, ranks))
+
+
+class Round(NamedTuple):
+    """One batch: the number of its first image, the images as the model takes them, and the number so far."""
+
+    start: int
+    images: torch.Tensor
+    stop: int
+    share: Share
+
+
+def rounds_of(
+    model: nn.Module,
+    loader: Iterable[Any],
+    max_images: int | None,
+    seen: int = 0,
+    ranks: Ranks = _ALONE,
+    *,
+    labels: bool = False,
+) -> Iterator[Round]:
+    """Yield this rank's batches as the model takes them.
 
     In each round every rank has a batch, or has reached its end; images are numbered as if the batches of a round
     followed one another. There are exactly ``max_images`` in all, and no round begins after them. The first ``seen``
     images may hold anything.
     """
-    source = iter(in_batches(loader, model, labels=False))
+    source = iter(in_batches(loader, model, labels=labels))
     start = 0
     while max_images is None or start < max_images:
         with ranks.together(2 * ranks.size) as told:
             batch = next(source, _END)
             images = _images(batch, model, ranks)
+            size = len(images)
             if len(images) > 0:
                 images = model_input(model, images)
             told[ranks.rank] = len(images)
@@ -231,7 +283,7 @@ def batches_of(
             skip = max(0, seen - own)
             if skip < len(images):
                 _refuse_non_finite(images[skip:], own + skip)
-        yield own, images, start
+        yield Round(own, images, start, Share(batch, size, 0, len(images)))
 
 
 def _images(batch: Any, model: nn.Module, ranks: Ranks) -> torch.Tensor:

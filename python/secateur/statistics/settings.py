@@ -24,7 +24,8 @@ class Settings:
     """The settings that the sums depend on besides the images; only sums with equal settings can be merged.
 
     ``data`` is the model's data configuration (input size, mean, std, interpolation), ``dtype`` the type of the
-    queries and keys that were scored; ``row_weights`` says whether tokens have weights in the moments.
+    queries and keys that were scored; ``row_weights`` says whether tokens have weights in the moments; ``gradients``
+    names the loss whose gradients were gathered, if any.
     """
 
     fingerprint: Fingerprint
@@ -34,13 +35,16 @@ class Settings:
     dtype: str
     data: Mapping[str, Any]
     row_weights: bool = False
+    gradients: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
         fields = {**vars(self), "fingerprint": self.fingerprint.to_dict(), "data": dict(self.data)}
         if not self.row_weights:
-            # Files without weights are those of versions that know none; they refuse the others.
+            # Files without weights, or gradients, are those of versions that know none; they refuse the others.
             del fields["row_weights"]
+        if not self.gradients:
+            del fields["gradients"]
         return fields
 
     @classmethod

@@ -16,6 +16,7 @@ from .. import core
 from ..anatomy.fingerprint import Fingerprint
 from ..errors import InvalidArgument
 from ..files import container
+from .agreement import Agreement, agreement_of
 from .collectors import collectors
 from .settings import FOLDS, Float, Settings
 from .sufficiency import images_for, median_excess
@@ -39,18 +40,6 @@ class Moments:
         """The centred second moment, (d, d)."""
         covariance: Float = np.outer(self.mean, self.mean)
         return np.subtract(self.second, covariance, out=covariance)
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far two estimates of a group's importance agree.
-
-    ``spearman`` is the rank correlation over a head's neurons, averaged over heads; ``overlap`` is the share of the
-    lower half that both would prune.
-    """
-
-    spearman: float
-    overlap: float
 
 
 class Statistics:
@@ -190,14 +179,31 @@ class Statistics:
         found = {int(name.removeprefix(start)): sums for name, sums in self.tensors.items() if name.startswith(start)}
         return {size: float(found[size][0] / found[size][-1]) for size in sorted(found)}
 
+    def gradients(self, group: str, what: Literal["taylor", "fisher", "gate"]) -> Float:
+        """Return the mean over images of what gradients say about each unit, (heads, size).
+
+        "taylor" and "fisher" are squared; see ``statistics.gradients.Gradients``.
+
+        Raises:
+            InvalidArgument: not collected (``calibrate(gradients=True)``).
+        """
+        if not self.settings.gradients or f"{FOLDS[0]}/{group}:gradients/{what}" not in self.tensors:
+            raise InvalidArgument(f"stats: expected the gradients of {group!r}, got none: calibrate(gradients=True)")
+        mean: Float = self._sum(f"{group}:gradients", what, None) / self.images
+        return mean
+
     def head_importance(self, group: str) -> Float:
         """Return E |Att_h · ∂L/∂Att_h| for each head of a group of heads ("blocks.0.heads"), (heads,).
 
-        Michel et al., 2019, arXiv:1905.10650; L is the cross-entropy of the model's own prediction.
+        Michel et al., 2019, arXiv:1905.10650. Over all images and of their loss with ``calibrate(gradients=True)``;
+        else over the first 128, and L is the cross-entropy of the model's own prediction.
 
         Raises:
-            InvalidArgument: not collected (``calibrate(head_gradients=True)``).
+            InvalidArgument: not collected (``calibrate(head_gradients=True)`` or ``calibrate(gradients=True)``).
         """
+        if self.settings.gradients:
+            found: Float = self.gradients(group, "gate")[0]
+            return found
         return self._per_image(group, "gradient")
 
     def _per_image(self, group: str, what: str) -> Float:
@@ -250,7 +256,7 @@ class Statistics:
                     pair = (self.importance(group, "even"), self.importance(group, "odd"))
                 else:
                     pair = (self.importance(group), other.importance(group))
-                found[group] = _agreement(*pair)
+                found[group] = agreement_of(*pair)
         return found
 
     @cached_property
@@ -371,17 +377,3 @@ def unpack(packed: Float, out: Float | None = None, divisor: float = 1.0) -> Flo
     full = np.empty((*packed.shape[:-1], size, size)) if out is None else out
     core.unpack(np.ascontiguousarray(packed), full, divisor)
     return full
-
-
-def _agreement(first: Float, second: Float) -> Agreement:
-    correlations, overlaps = [], []
-    for mine, theirs in zip(first, second, strict=True):
-        ranks, other = _ranks(mine), _ranks(theirs)
-        half = max(1, len(mine) // 2)
-        correlations.append(1.0 if len(mine) < 2 else float(np.corrcoef(ranks, other)[0, 1]))
-        overlaps.append(float(np.mean((ranks < half)[other < half])))
-    return Agreement(float(np.mean(correlations)), float(np.mean(overlaps)))
-
-
-def _ranks(scores: Float) -> Float:
-    return np.argsort(np.argsort(scores, kind="stable"), kind="stable").astype(np.float64)

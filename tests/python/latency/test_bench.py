@@ -138,6 +138,25 @@ def test_every_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
             bench(*models, batch_size=2, input_size=4, repeats=1, warmup=0, compile=True)
 
 
+def test_each_model_is_run_by_its_own_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    ready: list[tuple[str, nn.Module]] = []
+
+    def prepared(runtime: SimpleNamespace, model: nn.Module, _: Tensor, name: str) -> nn.Module:
+        ready.append((f"{name} by {runtime.name}", model))
+        return model
+
+    monkeypatch.setattr(module, "prepared", prepared)
+    monkeypatch.setattr(module, "chosen", lambda name, *_, **__: SimpleNamespace(name=name or "torch"))
+    models = Sleeper(0), Sleeper(0)
+    found = bench(*models, batch_size=1, input_size=4, repeats=1, runtime="a", reference_runtime="b")
+    assert ready == [("model by a", models[0]), ("reference by b", models[1])]
+    assert (found.runtime, found.reference_runtime) == ("a", "b")
+    found = bench(*models, batch_size=1, input_size=4, repeats=1, runtime="a")
+    assert ready[2:] == [("model by a", models[0]), ("reference by a", models[1])]
+    assert found.reference_runtime == "a"
+    assert bench(models[0], batch_size=1, input_size=4, repeats=1).reference_runtime is None
+
+
 def test_text_is_one_line_of_the_figures() -> None:
     found = bench(Sleeper(0.01), Sleeper(0.02), batch_size=2, input_size=4, repeats=3)
     assert "\n" not in str(found)
@@ -164,6 +183,11 @@ def test_text_is_one_line_of_the_figures() -> None:
         ({"device": "gpu"}, r"device: expected one that is there, got 'gpu' \(.*\)"),
         ({"reference": "vit"}, "reference: expected an nn.Module, got str"),
         ({"input_size": 0}, "input_size: expected a side, .*, got 0"),
+        ({"reference_runtime": "torch"}, "reference_runtime: expected None without a reference, got 'torch'"),
+        (
+            {"reference": nn.Identity(), "reference_runtime": "none"},
+            "reference_runtime: expected one of .*, got 'none'",
+        ),
     ],
 )
 def test_refusals(arguments: dict[str, object], text: str) -> None:

@@ -321,7 +321,7 @@ def cut(model, stats, **arguments):
 @pytest.mark.parametrize("ratios", [{"qk": 0.7}, {"v": 0.6}, {"ffn": 0.5}, {"width": 0.3}])
 def test_projection_loses_least_on_a_trained_model(digits_model, digits_statistics, digits_images, ratios):
     lost = {}
-    for method in sc.methods():
+    for method in ("project", "refit", "snp"):
         pruned = cut(digits_model, digits_statistics, method=method, ratios=ratios)
         lost[method] = divergence(pruned, digits_model, digits_images)
     assert lost["project"] <= 1.02 * lost["refit"]

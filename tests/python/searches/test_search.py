@@ -614,7 +614,10 @@ LOADERS = {"calibration_loader": [], "train_loader": []}
         ({"rounds": 0}, "rounds: expected an integer of at least 1, got 0"),
         ({"step": 0}, r"step: expected a fraction in \(0, 1\), got 0"),
         ({"step": 1.0}, r"step: expected a fraction in \(0, 1\), got 1.0"),
-        ({"method": "magic"}, "method: expected one of magnitude, project, random, refit, snp, got 'magic'"),
+        (
+            {"method": "magic"},
+            "method: expected one of fisher, magnitude, michel, project, random, refit, snp, taylor, got 'magic'",
+        ),
         ({"colour": "red"}, "options: expected"),
         ({"groups": "qk"}, "groups: expected a sequence of names, got 'qk'"),
         ({"groups": ["head"]}, "groups: expected"),

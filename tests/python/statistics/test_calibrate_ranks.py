@@ -49,7 +49,7 @@ def before(index):
 
 # What is calibrated: images in the loader, in a batch, asked for.
 CASES = [(29, 4, None), (40, 4, 27), (5, 4, 1024), (1, 4, 8), (70, 9, None)]
-OPTIONS = {"token_fraction": 0.5, "sensitivity": True, "head_gradients": True}
+OPTIONS = {"token_fraction": 0.5, "sensitivity": True, "head_gradients": True, "gradients": True}
 SIZES = [(0, 3, 1, 4), (2, 5), (1, 1, 1, 2)]
 
 EQUAL = f"""

@@ -18,6 +18,8 @@ _MODULES = {
 def installed(engine: str) -> bool:
     """Whether an exporter's or a runtime's engine is there; those of the extra are."""
     try:
-        return all(importlib.util.find_spec(name) is not None for name in _MODULES.get(engine, ()))
+        return all(
+            importlib.util.find_spec(name) is not None for name in _MODULES.get(engine.removesuffix("-int8"), ())
+        )
     except ImportError:
         return False

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from ...errors import Unsupported
 
-__all__ = ["Runtime", "refuse_other_places"]
+__all__ = ["INT8_TOLERANCE", "Runtime", "refuse_other_places"]
 
 # What engines for the processor have all operations for.
 _DTYPES = (torch.float32, torch.float16)
+# Of linear layers with ranges of one input; what is compared with is another model's output, or none.
+INT8_TOLERANCE = 0.5
 
 
 class Runtime(Protocol):
@@ -21,6 +23,8 @@ class Runtime(Protocol):
 
     ``name`` is what arguments take and files hold. A class may have ``layout``, the one that suits the engine
     ("exact" if it has none); ``prune(layout="auto", engine=name)`` chooses it, unless an exporter has the same name.
+    One that rounds more than the input's type does has ``tolerance``, the largest difference from the module's output
+    relative to its largest value.
     """
 
     name: str
@@ -47,14 +51,14 @@ class Runtime(Protocol):
         """
 
 
-def refuse_other_places(engine: str, example: Tensor) -> None:
+def refuse_other_places(engine: str, example: Tensor, dtypes: tuple[torch.dtype, ...] = _DTYPES) -> None:
     """Refuse inputs that an engine for the processor does not take.
 
     Raises:
-        Unsupported: the example is not on the processor, or neither float32 nor float16.
+        Unsupported: the example is not on the processor, or of none of the types.
     """
     if example.device.type != "cpu":
         raise Unsupported(f"device: expected 'cpu' for {engine}, got {str(example.device)!r}")
-    if example.dtype not in _DTYPES:
-        found = str(example.dtype).removeprefix("torch.")
-        raise Unsupported(f"dtype: expected float32 or float16 for {engine}, got {found!r}")
+    if example.dtype not in dtypes:
+        names = [str(each).removeprefix("torch.") for each in (*dtypes, example.dtype)]
+        raise Unsupported(f"dtype: expected {' or '.join(names[:-1])} for {engine}, got {names[-1]!r}")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ... import check
 from ...families.attention import plain_attention
+from ...runtime.openvino import compiled, in_int8
 from ...runtime.quiet import quiet
-from .base import refuse_other_places
+from .base import INT8_TOLERANCE, refuse_other_places
 from .registry import register
 
 # As exports/openvino does, which prefers this way: OpenVINO fuses plain attention of ONNX best.
@@ -37,14 +39,12 @@ class OpenVino:
             InvalidArgument: onnx, onnxscript or openvino is not installed.
             Unsupported: the example is not on the processor, or neither float32 nor float16.
         """
+        refuse_other_places(self.name, example)
+        return self._prepared(module, example, lambda model: model)
+
+    @staticmethod
+    def _prepared(module: nn.Module, example: Tensor, changed: Callable[[Any], Any]) -> Callable[[Tensor], object]:
         engine = check.packages("runtime", "openvino", "onnx", "onnxscript", "openvino")
-        refuse_other_places("openvino", example)
-        # By default some processors compute in bfloat16, which is another model.
-        settings = {
-            "INFERENCE_PRECISION_HINT": "f32",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "NUM_STREAMS": 1,
-        }
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, quiet("onnxscript"):
             path = Path(folder) / "module.onnx"
             with plain_attention(module):
@@ -52,10 +52,31 @@ class OpenVino:
             assert program is not None
             program.save(path)
             # OpenVINO maps the files while it converts.
-            compiled = engine.Core().compile_model(engine.convert_model(path), "CPU", settings)
-        request = compiled.create_infer_request()
+            request = compiled(changed(engine.convert_model(path))).create_infer_request()
 
         def run(x: Tensor) -> object:
             return request.infer([x.numpy()], share_inputs=True)[0]
 
         return run
+
+
+@register
+class OpenVinoInt8(OpenVino):
+    """The same with linear layers and convolutions in 8 bits, as the exporter's ``int8`` has them.
+
+    Their ranges are those of the example: enough for the time.
+    """
+
+    name = "openvino-int8"
+    tolerance = INT8_TOLERANCE
+
+    def prepare(self, module: nn.Module, example: Tensor) -> Callable[[Tensor], object]:
+        """Export the module for the example's shape, convert, quantize and compile it.
+
+        Raises:
+            InvalidArgument: onnx, onnxscript, openvino or nncf is not installed.
+            Unsupported: the example is not on the processor, or not float32.
+        """
+        check.packages("runtime", "openvino", "nncf")
+        refuse_other_places(self.name, example, (torch.float32,))
+        return self._prepared(module, example, lambda model: in_int8(model, [example]))

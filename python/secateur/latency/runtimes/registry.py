@@ -22,12 +22,17 @@ def register(cls: R) -> R:
     return RUNTIMES.register(cls)
 
 
-def chosen(runtime: str | None, compile: bool = False) -> Runtime:  # noqa: A002  # torch's own word for it
+def chosen(
+    runtime: str | None,
+    compile: bool = False,  # noqa: A002  # torch's own word for it
+    argument: str = "runtime",
+) -> Runtime:
     """The engine of this name, "torch" by default; ``compile`` is another word for "torch.compile".
 
     Raises:
-        InvalidArgument: no such engine, or both arguments.
+        InvalidArgument: no such engine, which is said of ``argument``, or both of the others.
     """
     if compile and runtime is not None:
         raise InvalidArgument(f"compile, runtime: expected one of them, got compile=True and runtime={runtime!r}")
-    return RUNTIMES.named("torch.compile" if compile else "torch" if runtime is None else runtime)
+    name = "torch.compile" if compile else "torch" if runtime is None else runtime
+    return RUNTIMES.named(name, argument)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ...anatomy import Anatomy
-from ...errors import Unsupported
 from ...families.base import Family, classifies
 from ...registry import Registry
 from ..settings import Float
@@ -21,9 +20,7 @@ __all__ = [
     "MEASURED_IMAGES",
     "Measurement",
     "Work",
-    "as_tensor",
     "divergence",
-    "double",
     "hooked",
     "measurements",
     "register",
@@ -93,22 +90,3 @@ def divergence(model: nn.Module, wanted: Tensor, found: Tensor) -> Tensor:
         return each.reshape(len(wanted), -1).mean(1)
     spread = (wanted - wanted.flatten(0, -2).mean(0)).square().mean() if wanted.ndim > 1 else wanted.square().mean()
     return (wanted - found).square().reshape(len(wanted), -1).mean(1) / spread
-
-
-def as_tensor(output: Any) -> Tensor:
-    """Return a model's output itself, or all tensors of a sequence or mapping side by side, (B, K).
-
-    Raises:
-        Unsupported: it holds no tensors.
-    """
-    if isinstance(output, Tensor):
-        return output
-    parts = list(output.values()) if isinstance(output, Mapping) else output
-    if not isinstance(parts, (list, tuple)) or not parts:
-        raise Unsupported(f"model: expected outputs of tensors, got {type(output).__name__}")
-    return torch.cat([as_tensor(part).flatten(1) for part in parts], 1)
-
-
-def double(output: Any) -> Tensor:
-    """Return a model's output, `as_tensor`, in float64."""
-    return as_tensor(output).double()

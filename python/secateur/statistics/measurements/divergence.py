@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ...anatomy import Anatomy
+from ..outputs import double
 from ..settings import Float
-from .base import Work, divergence, double, hooked, register
+from .base import Work, divergence, hooked, register
 
 __all__ = ["Divergence"]
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ... import core
 from ...anatomy import Anatomy
-from ...families.base import classifies
+from ..objective import own_answers
+from ..outputs import differentiable
 from ..settings import Float
-from .base import Work, double, hooked, register
+from .base import Work, hooked, register
 
 __all__ = ["Gradient"]
 
@@ -63,12 +63,7 @@ def _of_single_images(model: nn.Module, anatomy: Anatomy, images: Tensor) -> dic
         for layer in anatomy.attention
     ]
     with torch.inference_mode(False), torch.enable_grad(), hooked(hooks):
-        logits = double(model(images.clone()))
-        if classifies(model):
-            own = logits.detach().argmax(-1)
-            loss = functional.cross_entropy(logits.flatten(0, -2), own.flatten(), reduction="sum")
-        else:
-            loss = logits.square().sum() / 2
+        loss = own_answers(model, differentiable(model)(images.clone()))
         with core.subnormals_flushed(images.device):
             gradients = torch.autograd.grad(loss, list(outputs.values()))
     found = {}

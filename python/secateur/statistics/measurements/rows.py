@@ -12,9 +12,10 @@ from torch.nn import functional
 from ... import core
 from ...anatomy import Layer
 from ...families.base import classifies
+from ..outputs import differentiable, double
 from ..rows import after_layers, spread
 from ..settings import Float
-from .base import Work, double, hooked, register
+from .base import Work, hooked, register
 
 __all__ = ["Rows"]
 
@@ -66,7 +67,7 @@ def _of_images(model: nn.Module, layers: Sequence[Layer], images: Tensor, start:
     hooks = [model.get_submodule(layer.branch).register_forward_hook(keep(layer.name)) for layer in layers]
     hooks += after_layers(model, layers, streams.__setitem__)
     with torch.inference_mode(False), torch.enable_grad(), hooked(hooks):
-        output = double(_with_gradients(model)(images.clone()))
+        output = double(differentiable(model)(images.clone()))
         with core.subnormals_flushed(images.device):
             outputs = [written[layer.name] for layer in layers]
             gradients = torch.autograd.grad(_log_likelihood(model, output, start), outputs)
@@ -86,15 +87,6 @@ def _of_images(model: nn.Module, layers: Sequence[Layer], images: Tensor, start:
             ]
         )
     return found
-
-
-def _with_gradients(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return the model's forward pass, with copies of what was made in inference mode and cannot take part."""
-    state = [*model.named_parameters(), *model.named_buffers()]
-    copies = {name: value.clone() for name, value in state if value.is_inference()}
-    if not copies:
-        return model
-    return lambda images: torch.func.functional_call(model, copies, (images,))
 
 
 def _log_likelihood(model: nn.Module, output: Tensor, start: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""OpenVINO's models with linear layers of 8 or 4 bits, by NNCF."""
+"""OpenVINO's models with linear layers of 4 bits, by NNCF."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from math import gcd
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import InvalidArgument
+from ..runtime.openvino import WEIGHTED
 from ..runtime.quiet import quiet
 
-__all__ = ["decompressed", "in_int4", "in_int8", "refuse_groups"]
-
-# Operators whose second input is their weights.
-_WEIGHTED = ("MatMul", "Convolution", "GroupConvolution")
+__all__ = ["decompressed", "in_int4", "refuse_groups"]
 
 
 def refuse_groups(model: nn.Module, size: int) -> None:
@@ -37,31 +35,6 @@ def refuse_groups(model: nn.Module, size: int) -> None:
     raise InvalidArgument(f"group_size: expected an even divisor of every linear layer's inputs, got {got}; {instead}")
 
 
-def in_int8(model: Any, images: list[Tensor]) -> Any:
-    """Return a copy whose linear layers and convolutions take and hold 8 bits, with ranges seen on the images."""
-    import nncf
-
-    # Of the residual sums a ViT's class token does not survive 8 bits: only what has weights is quantized.
-    float_ = [
-        each.get_friendly_name()
-        for each in model.get_ops()
-        if each.get_type_name() not in ("Constant", "Parameter", "Result") and not _has_weights(each)
-    ]
-    with quiet("nncf"):
-        return nncf.quantize(
-            model.clone(),
-            nncf.Dataset([image.numpy() for image in images]),
-            subset_size=len(images),
-            model_type=nncf.ModelType.TRANSFORMER,
-            ignored_scope=nncf.IgnoredScope(names=float_),
-        )
-
-
-def _has_weights(operator: Any) -> bool:
-    kind = operator.get_type_name()
-    return kind in _WEIGHTED and operator.input_value(1).get_node().get_type_name() == "Constant"
-
-
 def in_int4(model: Any, group_size: int) -> Any:
     """Return a copy whose linear layers hold weights of 4 bits; NNCF gives the last one and convolutions 8."""
     import nncf
@@ -77,7 +50,7 @@ def decompressed(model: Any) -> Any:
 
     model = model.clone()
     for each in model.get_ordered_ops():
-        source = each.input_value(1) if each.get_type_name() in _WEIGHTED else None
+        source = each.input_value(1) if each.get_type_name() in WEIGHTED else None
         if source is None or source.get_node().get_type_name() == "Constant" or not _is_constant(source.get_node()):
             continue
         (weights,) = openvino.Core().compile_model(openvino.Model([source], []), "CPU")([]).values()

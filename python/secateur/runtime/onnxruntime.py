@@ -1,4 +1,4 @@
-"""ONNX files whose linear layers hold 8 bits, by onnxruntime's quantizer."""
+"""ONNX files whose linear layers hold 8 bits, by onnxruntime's quantizer; exporter and runtime share it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import Unsupported, first_line
-from ..runtime.quiet import quiet
+from .quiet import quiet
 
-__all__ = ["in_int8"]
+__all__ = ["in_int8", "linear_layers"]
 
 
-def in_int8(source: Path, path: Path, name: str, images: list[Tensor] | None, external_data: bool) -> int:
+def in_int8(source: Path, path: Path, name: str, images: list[Tensor] | None, external_data: bool = False) -> int:
     """Write a copy of a file whose linear layers take and hold 8 bits, and return how many they are.
 
     Products of two activations, and the sums that layers are added to, stay float32: of the residual sums a ViT's class
@@ -32,7 +32,7 @@ def in_int8(source: Path, path: Path, name: str, images: list[Tensor] | None, ex
     """
     from onnxruntime import quantization
 
-    linear = _linear(source)
+    linear = linear_layers(source)
     if not linear:
         raise Unsupported("int8: expected a model with linear layers, got none in its file")
     common: dict[str, Any] = {
@@ -64,8 +64,8 @@ def in_int8(source: Path, path: Path, name: str, images: list[Tensor] | None, ex
     return _matrices(path)
 
 
-def _linear(path: Path) -> list[str]:
-    """Return the names of products with constant weights."""
+def linear_layers(path: Path) -> list[str]:
+    """Return the names of a file's products with constant weights."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
