@@ -77,24 +77,24 @@ class _Sizes(NamedTuple):
     registers: int
 
 
-def same_in_timm(model: nn.Module, accepts: Callable[[nn.Module], bool]) -> str | None:
+def same_in_timm(model: nn.Module) -> str | None:
     """Return what to say of a model of another library that timm has as well; None for models of no such library."""
     bases = [f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__]
     if any(base.startswith("transformers.") for base in bases):
         config, part = _vision(getattr(model, "config", None))
         subject = "its part for images" if part else "this model"
         kind = getattr(config, "model_type", "") if hasattr(config, "num_channels") else ""
-        return f"of transformers; {_advice(_tried(_of_transformers, config), kind, accepts, subject)}"
+        return f"of transformers; {_advice(_tried(_of_transformers, config), kind, subject)}"
     if any(base.startswith("torchvision.models.") for base in bases):
         twin = _tried(_of_torchvision, model)
-        if twin is not None and accepts(twin.built()):
+        if twin is not None:
             return f"of torchvision; {twin} has the same weights by the same names: load_state_dict(model.state_dict())"
-        return f"of torchvision; {_advice(twin, type(model).__name__, accepts)}"
+        return f"of torchvision; {_advice(None, type(model).__name__)}"
     for base in bases:
         if base.endswith(".DinoVisionTransformer"):
             version = "3" if base.startswith("dinov3.") else "2"
             found = _tried(_of_dinov3 if version == "3" else _of_dinov2, model)
-            return f"of DINOv{version}'s own code; {_advice(found, f'dinov{version}', accepts)}"
+            return f"of DINOv{version}'s own code; {_advice(found, f'dinov{version}')}"
     return None
 
 
@@ -105,19 +105,12 @@ def _tried(find: Callable[[Any], _Model | None], model: Any) -> _Model | None:
         return None
 
 
-def _advice(
-    found: _Model | None, kind: object, accepts: Callable[[nn.Module], bool], subject: str = "this model"
-) -> str:
+def _advice(found: _Model | None, kind: object, subject: str = "this model") -> str:
     """Say what to do with a model of timm, or else with a kind of model."""
     if found is None:
         return f"timm has its own class of {subject}" if _is_known(str(kind).lower()) else NOT_IN_TIMM
     if not found.known:
         return f"timm has its own class of {subject}, which takes the same weights by other names: {found}"
-    model = found.built()
-    if not accepts(model):
-        name = found.name.partition(".")[0]
-        what = "it" if subject == "this model" else subject
-        return f"in timm {what} is {name}, of a class that is not supported either ({type(model).__name__})"
     return f"timm has {subject} with the same weights, by other names: {found}"
 
 

@@ -204,7 +204,7 @@ def described(
     if mark is not None:
         inner = getattr(model, mark.attribute)
         return f"{name} around {described(inner, classes, accepts, require)}"
-    elsewhere = same_in_timm(model, accepts)
+    elsewhere = same_in_timm(model)
     if elsewhere is not None:
         return f"{name} ({elsewhere})"
     base = next((cls for cls in classes if isinstance(model, cls)), None)
@@ -230,7 +230,7 @@ def _says_more(module: nn.Module, classes: Sequence[type[nn.Module]]) -> bool:
     cls = type(module)
     if _mark(cls) is not None or _name(cls) in _FEATURES or isinstance(module, tuple(classes)):
         return True
-    elsewhere = same_in_timm(module, lambda _: True)
+    elsewhere = same_in_timm(module)
     return elsewhere is not None and not elsewhere.endswith(NOT_IN_TIMM)
 
 

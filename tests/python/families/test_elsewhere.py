@@ -168,11 +168,13 @@ def test_dinov2_giant_is_gated():
         (swin("swinv2", window_size=8, image_size=256), "swinv2_tiny_window8_256", "SwinTransformerV2"),
     ],
 )
-def test_classes_that_are_not_supported_are_named_too(config, name, cls):
+def test_other_classes_by_name(config, name, cls):
     if getattr(config, "use_gated_mlp", False):
         config.intermediate_size = 1536  # facebook/dinov3-vits16plus-pretrain-lvd1689m
-    assert said(config) == f"in timm it is {name}, of a class that is not supported either ({cls})"
-    assert type(timm.create_model(name, device="meta")).__name__ == cls
+    text = said(config)
+    size = ", img_size=224" if cls == "Eva" else ""  # timm's are of 256 pixels
+    assert text == f'timm has {OTHER_NAMES}timm.create_model("{name}"{size})'
+    assert type(advised(text)).__name__ == cls
 
 
 @pytest.mark.parametrize(
@@ -369,8 +371,8 @@ def test_a_part_of_a_larger_configuration():
     part = "its part for images"
     assert said(clip) == f'timm has {part} with the same weights, by other names: timm.create_model("{name}")'
     segmenter = configured("upernet", backbone_config=swin("swinv2", window_size=16, image_size=256))
-    unsupported = "of a class that is not supported either (SwinTransformerV2)"
-    assert said(segmenter) == f"in timm {part} is swinv2_tiny_window16_256, {unsupported}"
+    name = "swinv2_tiny_window16_256"
+    assert said(segmenter) == f'timm has {part} with the same weights, by other names: timm.create_model("{name}")'
     captions = configured("vision-encoder-decoder", encoder=vit(num_attention_heads=8))
     assert said(captions).startswith(f"timm has its own class of {part}, which takes the same weights by other names: ")
     assert said(configured("upernet", backbone_config=configured("convnext", num_channels=3))) == (
@@ -559,12 +561,12 @@ def of_dino(library, width, depth, heads, *, patch=14, registers=0, side=518, ga
         (
             of_dino("dinov3", 1024, 24, 16, patch=16, registers=4, side=224),
             3,
-            "in timm it is vit_large_patch16_dinov3_qkvb, of a class that is not supported either (Eva)",
+            f'timm has {OTHER_NAMES}timm.create_model("vit_large_patch16_dinov3_qkvb", img_size=224)',
         ),
         (
             of_dino("dinov3", 384, 12, 6, patch=16, registers=4, side=224, gated=1536, bias=False),
             3,
-            "in timm it is vit_small_plus_patch16_dinov3, of a class that is not supported either (Eva)",
+            f'timm has {OTHER_NAMES}timm.create_model("vit_small_plus_patch16_dinov3", img_size=224)',
         ),
         (
             named("dinov2.models.vision_transformer", "DinoVisionTransformer")(),
