@@ -267,7 +267,11 @@ def test_losses_are_measured(sensitivity):
     sc.prune(model, plan)
 
 
-def test_block_by_block_is_refused():
+def test_layers_are_pruned_at_once_where_blocks_are_not_known():
     model = timm_ffn.make("convnext of convolutions")
-    with pytest.raises(sc.errors.Error):
-        sc.prune_sequential(model, [timm_ffn.images(model, 8)], ratios={"ffn": 0.5})
+    images, by_block = timm_ffn.images(model, 8), copy.deepcopy(model)
+    sc.prune_sequential(by_block, [images], method="refit", ratios={"ffn": 0.5})
+    sc.prune(model, sc.plan(model, sc.calibrate(model, [images]), method="refit", ratios={"ffn": 0.5}))
+    assert set(sc.inspect(model).sizes.values()) == {32, 48, 64, 80}
+    with torch.no_grad():
+        assert torch.allclose(by_block(images), model(images), rtol=1e-4, atol=1e-4)
