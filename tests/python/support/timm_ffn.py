@@ -7,6 +7,8 @@ import timm
 import torch
 from secateur.data.model_input import data_config
 
+_TWINS = {"depths": (1, 1, 1, 1), "embed_dims": (16, 24, 32, 48), "num_heads": (1, 2, 2, 4)}
+_TWINS |= {"mlp_ratios": (2.2, 1.7, 2, 2)}
 # A name, the arguments that make it small, and the size of images.
 MODELS = {
     "beit": (
@@ -78,9 +80,9 @@ MODELS = {
     "mobilevitv2": ("mobilevitv2_050", {}, 64),
     "volo": ("volo_d1_224", {"img_size": 64}, 64),
     "davit": ("davit_tiny", {"depths": (1, 1), "embed_dims": (24, 48), "num_heads": (2, 3), "mlp_ratio": 1.7}, 64),
-    "twins pcpvt": ("twins_pcpvt_small", {"img_size": 64, "depths": (1, 1, 1, 1)}, 64),
-    "twins svt": ("twins_svt_small", {"img_size": 64, "depths": (1, 1, 1, 1)}, 64),
-    "efficientformer": ("efficientformer_l1", {}, 224),
+    "twins pcpvt": ("twins_pcpvt_small", {"img_size": 64, **_TWINS}, 64),
+    "twins svt": ("twins_svt_small", {"img_size": 64, **_TWINS}, 64),
+    "efficientformer": ("efficientformer_l1", {"depths": (1, 1, 1, 2), "embed_dims": (16, 24, 32, 48)}, 224),
     "naflexvit": ("naflexvit_base_patch16_gap", {"embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 1.7}, 64),
     "poolformer": ("poolformer_s12", {}, 64),
     "caformer": ("caformer_s18", {}, 64),
@@ -89,11 +91,18 @@ MODELS = {
         {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 1.7},
         32,
     ),
-    "tnt": ("tnt_s_patch16_224", {"img_size": 32, "depth": 2}, 32),
-    "edgenext": ("edgenext_xx_small", {}, 64),
+    "tnt": (
+        "tnt_s_patch16_224",
+        {"img_size": 32, "depth": 2, "embed_dim": 48, "inner_dim": 12, "mlp_ratio": 1.7}
+        | {"num_heads_outer": 3, "num_heads_inner": 2},
+        32,
+    ),
+    "edgenext": ("edgenext_xx_small", {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)}, 64),
     "mixer": ("mixer_s16_224", {"img_size": 32}, 32),
     "gmixer": ("gmixer_12_224", {"img_size": 32}, 32),
 }
+# Those whose builders make no small ones.
+LARGE = ("mvitv2", "volo", "poolformer", "caformer", "mixer", "gmixer")
 # What cannot be cut at all, and what the refusal must name.
 REFUSED = {
     "levit": ("levit_128s", r"stages\.0\.blocks\.0\.mlp: expected Mlp, .*got LevitMlp"),
