@@ -225,6 +225,36 @@ def test_statistics_are_of_hidden_units():
             assert torch.allclose(second, rows.mT @ rows / len(rows), rtol=1e-5, atol=1e-5 * float(second.abs().max()))
 
 
+def hidden_units(model, images):
+    """What each FFN layer's tap makes of what enters its last linear layer."""
+    seen, hooks = {}, []
+    for name, layer in sc.inspect(model).layers.items():
+        tap = layer.taps["hidden"]
+        hook = partial(keep_view, seen, name, tap.view)
+        hooks.append(model.get_submodule(tap.module).register_forward_pre_hook(hook))
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def keep_view(seen, name, view, _module, args):
+    seen[name] = view(args[0])
+
+
+def test_hidden_units_are_told_apart_by_image():
+    """Windows and patches are parts of their image, wherever the model puts them along the first axis."""
+    for kind in ("mobilevit", "maxvit", "tnt", "davit", "volo", "convnext of convolutions"):
+        model = timm_ffn.make(kind).double()
+        images = timm_ffn.images(model, 3).double()
+        together = hidden_units(model, images)
+        for number, image in enumerate(images):
+            for name, alone in hidden_units(model, image[None]).items():
+                assert len(alone) == 1
+                assert torch.allclose(together[name][number], alone[0], rtol=1e-9, atol=1e-9), (kind, name)
+
+
 def test_refits_lose_less_than_selection():
     for kind in ("beit", "convnext of convolutions", "eva02, with inner norms", "convnextv2"):
         model = timm_ffn.make(kind)
