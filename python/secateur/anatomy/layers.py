@@ -91,7 +91,8 @@ class Layer:
     ``score_norm`` is their type, None unless both have the same type and a scale; ``inner`` is a norm directly before
     the writer. ``fixed`` maps parts whose basis must not be rotated to the reason. ``softmax_scale`` multiplies the
     scores. The ``layout`` of attention is "stock" if the module is the library's own class, cut or not, else "exact".
-    ``channel_axis`` is that of what the writer returns: 1 where it is a convolution.
+    ``channel_axis`` is that of what the writer returns: 1 where it is a convolution. ``batch_norm`` normalises what a
+    writer without a bias returns, and shifts it instead: the library fuses the two as if there were none.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Layer:
     softmax_scale: float = 1.0
     layout: Layout | None = None
     channel_axis: int = -1
+    batch_norm: str | None = None
 
     @property
     def before_writer(self) -> Tap:

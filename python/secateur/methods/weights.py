@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import Anatomy, Group, Indices, Member, Part, kept_along_axes, parameter_name
+from ..anatomy import Anatomy, Group, Indices, Layer, Member, Part, kept_along_axes, parameter_name
 from ..errors import NumericalError
 
 __all__ = ["Weights"]
@@ -51,6 +51,15 @@ class Weights:
         if name in self._changed or layer.bias is not None:
             return self.weight(module, "bias")
         return torch.zeros(len(layer.weight), dtype=torch.float64)
+
+    def shift(self, layer: Layer, value: Tensor) -> None:
+        """Draft a new bias for a layer's writer; it goes into the batch norm that follows, if that has to take it."""
+        if layer.batch_norm is None:
+            self.set(layer.writer, value, "bias")
+            return
+        norm: Any = self._model.get_submodule(layer.batch_norm)
+        gain = self.weight(layer.batch_norm) / (norm.running_var.cpu().double() + norm.eps).sqrt()
+        self.set(layer.batch_norm, self.weight(layer.batch_norm, "bias") + gain * value, "bias")
 
     def rows(self, group: Group, part: Part) -> Tensor:
         """Return the rows that compute a part of a layer's units, head after head: (heads · size, inputs)."""

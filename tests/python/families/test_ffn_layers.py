@@ -34,14 +34,15 @@ def masked(dense, keep):
     model = copy.deepcopy(dense)
     for name, layer in sc.inspect(dense).layers.items():
         mlp, kept = model.get_submodule(name), torch.from_numpy(keep[layer.groups["ffn"]][0])
-        axis = 1 if isinstance(mlp.fc2, nn.Conv2d) else -1
-        mask = torch.zeros(mlp.fc2.weight.shape[1], dtype=torch.float64)
+        writer = model.get_submodule(layer.writer)
+        axis = 1 if isinstance(writer, nn.Conv2d) else -1
+        mask = torch.zeros(writer.weight.shape[1], dtype=torch.float64)
         mask[kept] = 1
         mask = mask[:, None, None] if axis == 1 else mask
-        mlp.fc2.register_forward_pre_hook(lambda _module, args, mask=mask: args[0] * mask)
+        writer.register_forward_pre_hook(lambda _module, args, mask=mask: args[0] * mask)
         if isinstance(mlp, GlobalResponseNormMlp):
             mlp.grn.register_forward_hook(lambda grn, args, _out, mask=mask, a=axis: responses(grn, args[0], mask, a))
-        elif isinstance(getattr(mlp, "norm", None), nn.LayerNorm):
+        elif layer.inner is not None:
             mlp.norm.register_forward_hook(lambda norm, args, _out, mask=mask: normalised(norm, args[0], mask))
     return model
 
@@ -266,6 +267,34 @@ def test_refits_lose_less_than_selection():
             with torch.no_grad():
                 lost[method] = float((pruned(images) - model(images)).square().sum())
         assert lost["refit"] < 0.5 * lost["random"], (kind, lost)
+
+
+@pytest.mark.parametrize("kind", ["levit", "efficientvit"])
+def test_what_a_refit_adds_survives_fusing(kind):
+    """timm fuses batch norms with layers before them as if these had no biases."""
+    model = timm_ffn.make(kind)
+    images, layers = timm_ffn.images(model, 12), sc.inspect(model).layers.values()
+    sc.prune(model, sc.plan(model, sc.calibrate(model, [images]), method="refit", ratios={"ffn": 0.5}, round_to=1))
+    assert all(model.get_submodule(layer.writer).bias is None for layer in layers)
+    with torch.no_grad():
+        found, expected = timm.utils.reparameterize_model(model, inplace=False)(images), model(images)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_a_mean_that_is_lost_moves_into_the_batch_norm():
+    """Units that are always the same can go without a trace."""
+    model = timm_ffn.make("levit").double()
+    layer = next(iter(sc.inspect(model).layers.values()))
+    with torch.no_grad():
+        norm = model.get_submodule(layer.name).ln1.bn
+        norm.weight[::2], norm.bias[::2] = 0, 0.7
+        images = timm_ffn.images(model, 4).double()
+        expected = model(images)
+        stats = sc.calibrate(model, [images])
+        name = layer.groups["ffn"]
+        sc.prune(model, sc.plan(model, stats, method="refit", ratios={name: 0.5}, round_to=1))
+        assert sc.inspect(model).sizes[name] == 128
+        assert (model(images) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_classes_are_taken_by_exact_type():

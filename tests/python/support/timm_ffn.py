@@ -98,15 +98,29 @@ MODELS = {
         32,
     ),
     "edgenext": ("edgenext_xx_small", {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)}, 64),
+    "efficientformerv2": (
+        "efficientformerv2_s0",
+        {"depths": (1, 1, 1, 2), "embed_dims": (16, 24, 32, 48), "num_vit": 1, "mlp_ratios": (1.7, 2, 2, (2, 2))},
+        224,
+    ),
+    "efficientvit": ("efficientvit_m0", {"depth": (1, 1, 1)}, 224),
+    "fastvit": ("fastvit_sa12", {"layers": (1, 1, 1, 1)}, 64),
+    "levit": ("levit_128s", {"depth": (1, 1, 1)}, 224),
+    "pvt_v2": ("pvt_v2_b0", {"depths": (1, 1, 1, 1), "mlp_ratios": (1.7, 2, 2, 2)}, 64),
+    "pvt_v2, linear": ("pvt_v2_b2_li", {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 40, 64)}, 64),
+    "swiftformer": ("swiftformer_xs", {}, 64),
+    "tiny_vit": ("tiny_vit_5m_224", {"depths": (1, 1, 1, 1)}, 224),
+    "visformer": ("visformer_tiny", {}, 224),
+    "qwen3, its encoder": ("qwen3_vit_88m_enc", {"depth": 1}, 224),
     "mixer": ("mixer_s16_224", {"img_size": 32}, 32),
     "gmixer": ("gmixer_12_224", {"img_size": 32}, 32),
 }
 # Those whose builders make no small ones.
-LARGE = ("mvitv2", "volo", "poolformer", "caformer", "mixer", "gmixer")
+LARGE = ("mvitv2", "volo", "poolformer", "caformer", "mixer", "gmixer", "fastvit", "tiny_vit", "visformer")
+LARGE += ("swiftformer", "qwen3, its encoder", "levit")
 # What cannot be cut at all, and what the refusal must name.
 REFUSED = {
-    "levit": ("levit_128s", r"stages\.0\.blocks\.0\.mlp: expected Mlp, .*got LevitMlp"),
-    "pvt_v2": ("pvt_v2_b0", r"stages\.0\.blocks\.0\.mlp: expected Mlp, .*got MlpWithDepthwiseConv"),
+    "gemma4": ("gemma4_vit_167m", r"encoder\.blocks\.0\.mlp: expected Mlp, .*got Gemma4GatedMlp"),
     "gmlp": ("gmlp_ti16_224", r"blocks\.0\.mlp_channels\.gate: expected nn\.Dropout or nn\.Identity, got Spatial"),
 }
 

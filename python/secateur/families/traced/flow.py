@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
@@ -13,10 +13,18 @@ from ...anatomy import Group
 from ...anatomy.costs import FixedProduct, Product, WeightProduct
 from .run import Following, follow, pointwise, tensors_in
 
-__all__ = ["Flow", "flow"]
+__all__ = ["Flow", "Used", "flow"]
 
 # A prime, so that an axis of another meaning is hardly ever a multiple of it.
 _IMAGES = 11
+
+
+class Used(NamedTuple):
+    """The hidden units of an FFN layer, and the names within it of what reads them and of its activations."""
+
+    group: Group
+    writer: str
+    acts: tuple[str, ...]
 
 
 class Flow(Following):
@@ -26,16 +34,16 @@ class Flow(Following):
     image has along the first axis of their input, one after the other.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, layers: Mapping[str, Group]) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, layers: Mapping[str, Used]) -> None:
         super().__init__()
         self.folded: dict[str, int] = {}
         self.reasons: dict[str, str] = {}
         self._layers = layers
-        owners = {member.tensor: layer for layer, group in layers.items() for member in group.members}
+        owners = {member.tensor: layer for layer, used in layers.items() for member in used.group.members}
         tensors = (*model.named_parameters(), *model.named_buffers())
         self._owners = {id(tensor): (owners[name], name) for name, tensor in tensors if name in owners}
         self._own = {id(tensor) for _, tensor in tensors}
-        self._writers = {f"{layer}.fc2": layer for layer in layers}
+        self._writers = {f"{layer}.{used.writer}": layer for layer, used in layers.items()}
         # Storages, which views share and which stay alive as long as one of their tensors does.
         self._seen = {_storage(images)}
         self._alive: list[Any] = [images]
@@ -54,7 +62,7 @@ class Flow(Following):
             if layer and name.rpartition(".")[0] != here:
                 self._refuse(layer, f"{here or 'model'}: it uses {name} itself")
         within = next((each for each in self.where if each in self._layers), None)
-        if within is not None and here.startswith(f"{within}.act"):
+        if within is not None and here.startswith(tuple(f"{within}.{act}" for act in self._layers[within].acts)):
             alone = pointwise(func) and all(t.numel() == 1 for t in taken if id(t) in self._own)
             if not alone:
                 self._refuse(within, f"{here}: {func.overloadpacket.__name__} does not act on each unit alone")
@@ -96,7 +104,7 @@ class Flow(Following):
         self.reasons.setdefault(layer, reason)
 
 
-def flow(model: nn.Module, input_size: tuple[int, int, int], layers: Mapping[str, Group]) -> Flow:
+def flow(model: nn.Module, input_size: tuple[int, int, int], layers: Mapping[str, Used]) -> Flow:
     """Run a model without values and see how it uses these FFN layers, by the names of their modules.
 
     Raises:

@@ -11,8 +11,19 @@ from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
-from timm.layers import ConvMlp, GatedMlp, GlobalResponseNormMlp, GluMlp, Mlp, SwiGLU
+from timm.layers import BatchNormAct2d, ConvMlp, GatedMlp, GlobalResponseNormMlp, GluMlp, Mlp, SwiGLU
 from timm.layers.grn import GlobalResponseNorm
+from timm.models import (
+    efficientformer,
+    efficientformer_v2,
+    efficientvit_msra,
+    fastvit,
+    levit,
+    pvt_v2,
+    swiftformer,
+    tiny_vit,
+    visformer,
+)
 from torch import Tensor, nn
 
 from ...anatomy import Anatomy, Group, Indices, Layer, Member, NormSite, Tap, unit_entries
@@ -20,20 +31,47 @@ from ...data.model_input import data_config
 from ...errors import InvalidArgument, Unsupported
 from ..base import refuse_computed, unsupported
 from ..walk import Walk, identity
-from .flow import flow
+from .flow import Used, flow
 
 __all__ = ["KNOWN", "accepts", "inspect"]
 
-# Classes of FFN layers, with those of their parts that compute the hidden units: a gated unit has two rows.
-_BRANCHES: Mapping[type[nn.Module], tuple[str, ...]] = {
-    Mlp: ("fc1",),
-    ConvMlp: ("fc1",),
-    GluMlp: ("fc1",),
-    SwiGLU: ("fc1_g", "fc1_x"),
-    GlobalResponseNormMlp: ("fc1",),
-    GatedMlp: ("fc1",),
+
+class _Form(NamedTuple):
+    """Where a class of FFN layers keeps what it computes.
+
+    ``branches`` compute the hidden units, which ``writer`` reads; ``norms`` are over them; ``depthwise`` convolutions
+    look at each alone, as the activations do: modules whose names begin with those of ``acts``. ``batch_norm``
+    normalises what the writer returns, and takes its bias where the layer can be fused.
+    """
+
+    branches: tuple[str, ...] = ("fc1",)
+    writer: str = "fc2"
+    norms: tuple[str, ...] = ()
+    depthwise: tuple[str, ...] = ()
+    acts: tuple[str, ...] = ("act",)
+    batch_norm: str | None = None
+
+
+_CONV_NORM = _Form(("fc1.conv",), "fc2.conv", ("fc1.bn", "mid.bn"), ("mid.conv",), ("fc1.bn.act", "mid.bn.act"))
+# A gated unit of GluMlp has two rows.
+_FORMS: Mapping[type[nn.Module], _Form] = {
+    Mlp: _Form(norms=("norm",)),
+    ConvMlp: _Form(norms=("norm",)),
+    GluMlp: _Form(norms=("norm",)),
+    SwiGLU: _Form(("fc1_g", "fc1_x"), norms=("norm",)),
+    GlobalResponseNormMlp: _Form(),
+    GatedMlp: _Form(norms=("norm",)),
+    efficientformer.ConvMlpWithNorm: _Form(norms=("norm1",)),
+    efficientformer_v2.ConvMlpWithNorm: _CONV_NORM,
+    efficientvit_msra.ConvMlp: _Form(("pw1.conv",), "pw2.conv", ("pw1.bn",), batch_norm="pw2.bn"),
+    fastvit.ConvMlp: _Form(),
+    levit.LevitMlp: _Form(("ln1.linear",), "ln2.linear", ("ln1.bn",), batch_norm="ln2.bn"),
+    pvt_v2.MlpWithDepthwiseConv: _Form(depthwise=("dwconv",), acts=("act", "relu")),
+    swiftformer.Mlp: _Form(),
+    tiny_vit.NormMlp: _Form(),
+    visformer.SpatialMlp: _Form(("conv1",), "conv3", acts=("act1",)),
 }
-KNOWN = f"{', '.join(cls.__name__ for cls in [*_BRANCHES][:-1])} or {[*_BRANCHES][-1].__name__}"
+KNOWN = "Mlp, ConvMlp, GluMlp, SwiGLU, GlobalResponseNormMlp, GatedMlp or another class of docs/families.md"
 _NOTHING = (nn.Identity, nn.Dropout)
 _LIKE = ("mlp", "ffn", "feedforward", "glu")
 _HEADS = ("head", "pre_logits")
@@ -42,7 +80,8 @@ _HEADS = ("head", "pre_logits")
 def accepts(model: nn.Module) -> bool:
     """Return whether a model is timm's, by exact class, and has FFN layers."""
     cls = type(model)
-    ours = cls.__module__.startswith("timm.models.") and hasattr(cls, "reset_classifier")
+    whole = hasattr(cls, "reset_classifier") or hasattr(model, "pretrained_cfg")
+    ours = cls.__module__.startswith("timm.models.") and whole
     if not ours or getattr(sys.modules[cls.__module__], cls.__name__, None) is not cls:
         return False
     return next(_ffn_layers(model), None) is not None
@@ -65,7 +104,7 @@ def _ffn_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         inside = bool(within) and name.startswith(f"{within}.")
         if not name or inside or any(part in _HEADS for part in name.split(".")):
             continue
-        if cls in _BRANCHES or (any(word in cls.__name__.lower() for word in _LIKE) and any(_linear(module))):
+        if cls in _FORMS or (any(word in cls.__name__.lower() for word in _LIKE) and any(_linear(module))):
             within = name
             yield name, module
 
@@ -76,8 +115,12 @@ def _linear(module: nn.Module) -> Iterator[bool]:
 
 class _Pair(NamedTuple):
     group: Group
+    form: _Form
     inner: NormSite | None
     image: bool  # channels are the second axis, not the last
+
+    def used(self) -> Used:
+        return Used(self.group, self.form.writer, self.form.acts)
 
 
 class _Inspection(Walk):
@@ -98,7 +141,7 @@ class _Inspection(Walk):
                 self.pairs[name] = self.pair(name, module)
             except Unsupported as error:
                 self.refused[name] = str(error)
-        found = flow(model, self.input_size, {name: pair.group for name, pair in self.pairs.items()})
+        found = flow(model, self.input_size, {name: pair.used() for name, pair in self.pairs.items()})
         layers: dict[str, Layer] = {}
         for name, pair in list(self.pairs.items()):
             reason = found.reasons.get(name)
@@ -133,10 +176,12 @@ class _Inspection(Walk):
     def pair(self, name: str, module: Any) -> _Pair:
         """Describe one FFN layer, or raise Unsupported naming the module and the reason."""
         cls = type(module)
-        if cls not in _BRANCHES:
+        if cls not in _FORMS:
             raise unsupported(name, module, KNOWN)
-        size, writer = int(module.fc2.weight.shape[1]), f"{name}.fc2"
-        image = isinstance(module.fc2, nn.Conv2d)
+        form = _FORMS[cls]
+        writer = f"{name}.{form.writer}"
+        size = int(self.linear(writer).weight.shape[1])
+        image = isinstance(self.linear(writer), nn.Conv2d)
         gated = cls is GluMlp
         rows = unit_entries(size, copies=2, stride=size) if gated else unit_entries(size)
         units, members, inner = unit_entries(size), list[Member](), None
@@ -144,20 +189,27 @@ class _Inspection(Walk):
             part = getattr(module, child, None)
             if part is not None and type(part) not in _NOTHING:
                 raise unsupported(f"{name}.{child}", part, "nn.Dropout or nn.Identity")
-        for branch in _BRANCHES[cls]:
+        if getattr(module, "spatial_conv", False):
+            raise Unsupported(f"{name}.conv2: expected no grouped convolution of hidden units, got one")
+        for branch in form.branches:
             self.whole(f"{name}.{branch}", rows.size)
             self.rows(f"{name}.{branch}", members, "writer", "hidden", rows)
         if cls is GlobalResponseNormMlp:
             if type(module.grn) is not GlobalResponseNorm:
                 raise unsupported(f"{name}.grn", module.grn, "GlobalResponseNorm")
             self.norm_members(f"{name}.grn", module.grn, members, "output", units)
-        elif type(module.norm) is nn.BatchNorm2d:
-            self.batch_norm(f"{name}.norm", module.norm, members, units)
-        elif type(module.norm) is not nn.Identity:
-            if image:
-                raise unsupported(f"{name}.norm", module.norm, "nn.BatchNorm2d or nn.Identity")
-            self.norm(f"{name}.norm", members, "output", units)
-            inner = self.inner(f"{name}.norm", size)
+        for child in self.present(name, form.norms):
+            norm = self.model.get_submodule(child)
+            if type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d):
+                self.batch_norm(child, norm, members, units)
+            elif image:
+                raise unsupported(child, norm, "nn.BatchNorm2d or nn.Identity")
+            else:
+                self.norm(child, members, "output", units)
+                inner = self.inner(child, size)
+        for child in self.present(name, form.depthwise):
+            self.depthwise(child, size)
+            self.rows(child, members, "elementwise", "hidden", units)
         self.whole(writer, size, reads=True)
         self.columns(writer, members, "output", units)
         for tensor in (member.tensor for member in members):
@@ -165,7 +217,22 @@ class _Inspection(Walk):
                 raise Unsupported(f"{tensor}: expected a parameter of its own, got one tied to {self.shared[tensor]}")
         parent, _, child = name.rpartition(".")
         group = f"{parent}.ffn" if child == "mlp" else f"{name}.ffn"
-        return _Pair(Group(group, "ffn", None, size, tuple(members)), inner, image)
+        return _Pair(Group(group, "ffn", None, size, tuple(members)), form, inner, image)
+
+    def present(self, name: str, children: tuple[str, ...]) -> Iterator[str]:
+        """Yield the names of those modules of a layer that are there."""
+        for child in children:
+            module: Any = self.model.get_submodule(name)
+            for part in child.split("."):
+                module = getattr(module, part, None)
+            if module is not None and type(module) is not nn.Identity:
+                yield f"{name}.{child}"
+
+    def depthwise(self, name: str, size: int) -> None:
+        """Refuse a convolution that mixes hidden units."""
+        layer = self.linear(name)
+        if not isinstance(layer, nn.Conv2d) or not layer.groups == layer.in_channels == layer.out_channels == size:
+            raise Unsupported(f"{name}: expected a depthwise convolution of {size} hidden units, got {layer}")
 
     def whole(self, name: str, size: int, *, reads: bool = False) -> None:
         """Refuse a layer that splits its inputs into groups, looks at neighbours or is of another size."""
@@ -176,7 +243,7 @@ class _Inspection(Walk):
         if layer.weight.shape[int(reads)] != size:
             raise Unsupported(f"{name}: expected {size} hidden units, got a weight of {tuple(layer.weight.shape)}")
 
-    def batch_norm(self, name: str, norm: nn.BatchNorm2d, members: list[Member], units: Indices) -> None:
+    def batch_norm(self, name: str, norm: Any, members: list[Member], units: Indices) -> None:
         """Add all that a batch norm has for each unit."""
         refuse_computed(name, norm)
         for tensor in ("weight", "bias", "running_mean", "running_var"):
@@ -185,7 +252,7 @@ class _Inspection(Walk):
 
 
 def _layer(name: str, pair: _Pair, folded: int) -> Layer:
-    writer, group = f"{name}.fc2", pair.group
+    writer, group = f"{name}.{pair.form.writer}", pair.group
     view = _tokens(pair.image, folded)
     return Layer(
         name=name,
@@ -197,6 +264,7 @@ def _layer(name: str, pair: _Pair, folded: int) -> Layer:
         stream=name,
         inner=pair.inner,
         channel_axis=1 if pair.image else -1,
+        batch_norm=None if pair.form.batch_norm is None else f"{name}.{pair.form.batch_norm}",
     )
 
 

@@ -197,7 +197,7 @@ class Fit:
         refitted = torch.zeros_like(weight)
         refitted[:, kept] = (weight[:, kept] + gained) * divisor
         weights.set_matrix(module, refitted)
-        weights.set(module, bias - gained @ mean, "bias")
+        weights.shift(layer, bias - gained @ mean)
 
     def _renormalised(
         self, weights: Weights, norm: NormSite, moments: Moments, kept: Tensor
