@@ -10,7 +10,7 @@ import secateur as sc
 import timm
 import torch
 import torch.nn.utils.prune
-from pruning import plan_of
+from pruning import plan_of, set_fused
 from secateur.budgets.limits import FreeGroups
 from secateur.errors import Unsupported
 from secateur.families.traced import Traced
@@ -145,6 +145,7 @@ def check(model, masked=None, seed=0):
     assert after.sizes == sizes
     assert after.refused.keys() == anatomy.refused.keys()
     assert after.params == sum(parameter.numel() for parameter in pruned.parameters()) == anatomy.params_at(sizes)
+    set_fused(pruned, False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         pruned(images[:1])
     assert after.macs == counter.get_total_flops() // 2 == anatomy.macs_at(sizes)
@@ -184,6 +185,10 @@ VARIANTS = {
     "features": lambda: small(num_classes=0),
     "efficientnet": lambda: timm.create_model("test_efficientnet", num_classes=5),
     "same padding": lambda: efficientnet("ds_r1_k3_s1_c16_noskip", "ir_r2_k5_s2_e3_c24_se0.25", pad_type="same"),
+    "mobilenetv3": lambda: timm.create_model("mobilenetv3_small_050", num_classes=5),
+    "mobilenetv3, features": lambda: timm.create_model("mobilenetv3_small_050", num_classes=0),
+    "mobilenetv4": lambda: timm.create_model("mobilenetv4_conv_small_050", num_classes=5),
+    "mobilenetv4, hybrid": lambda: timm.create_model("mobilenetv4_hybrid_medium", num_classes=5),
     "mixed kernels": lambda: efficientnet("ds_r1_k3_s1_c16", "ir_r2_k3.5_s2_e3_c24", "ir_r2_k3_s2_e2_c40"),
 }
 
@@ -192,7 +197,7 @@ VARIANTS = {
 def test_variants(variant):
     """Compared with the masked model by `verify_cut`, which is tested by itself."""
     # timm's average pools do not fit odd sizes.
-    size = (64, 96) if variant == "averaged" else (33, 41)
+    size = {"averaged": (64, 96), "mobilenetv4, hybrid": (64, 64)}.get(variant, (33, 41))
     anatomy, _ = check(live(VARIANTS[variant](), size))
     names = {group.name for group in anatomy.groups}
     if variant == "squeeze":
@@ -469,11 +474,12 @@ def test_inspecting_changes_nothing():
 
 
 def test_what_a_model_says_of_itself_follows():
-    for name in ("test_resnet", "test_efficientnet"):
+    for name in ("test_resnet", "test_efficientnet", "mobilenetv3_small_050", "mobilenetv4_conv_small_050"):
         _, pruned = check(live(timm.create_model(name, num_classes=5)))
         image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
         features = pruned.forward_features(image)
-        assert pruned.num_features == pruned.head_hidden_size == features.shape[1]
+        assert pruned.num_features == features.shape[1]
+        assert pruned.head_hidden_size == pruned.forward_head(features, pre_logits=True).shape[1]
         _, maps = pruned.forward_intermediates(image)
         assert [info["num_chs"] for info in pruned.feature_info] == [x.shape[1] for x in maps]
 
@@ -532,7 +538,7 @@ def test_a_trained_resnet(digits_resnet, seed):
     assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "resnetblur18", "test_efficientnet"])
+@pytest.mark.parametrize("name", ["resnet10t", "resnetblur18", "test_efficientnet", "mobilenetv4_conv_small_050"])
 def test_pruned_saved_loaded_and_trained(name, tmp_path):
     model = live(timm.create_model(name, num_classes=5))
     anatomy = sc.inspect(model)

@@ -7,6 +7,7 @@ from typing import Any
 
 from timm.layers import BlurPool2d
 from timm.models.efficientnet import EfficientNet
+from timm.models.mobilenetv3 import MobileNetV3
 from timm.models.resnet import ResNet
 from torch import nn
 
@@ -20,13 +21,14 @@ __all__ = ["Traced"]
 
 @register
 class Traced(Family):
-    """ResNet and EfficientNet by channels, and the FFN layers of any other timm model that are of classes it knows.
+    """Some CNNs by channels, and the FFN layers of any other timm model that are of classes it knows.
 
-    ResNet includes ResNeXt, SENet, antialiased and deep-stem variants; EfficientNet MobileNetV2 and MnasNet.
+    ResNet includes ResNeXt, SENet, antialiased and deep-stem variants; EfficientNet MobileNetV2 and MnasNet;
+    MobileNetV3 MobileNetV4, in whose hybrids attention stays as it is.
     """
 
     name = "traced"
-    models = (ResNet, EfficientNet)
+    models = (ResNet, EfficientNet, MobileNetV3)
     others = f"a model of timm with FFN layers of {pairs.KNOWN}"
     verified = True
 
@@ -59,6 +61,8 @@ class Traced(Family):
         found = channels.widths(model)
         described: Any = model
         described.num_features, described.head_hidden_size = found["global_pool"]
+        if type(model) is MobileNetV3:  # a convolution follows the pool
+            described.head_hidden_size = found["classifier"][0]
         for info in described.feature_info:
             if info["module"] in found:
                 info["num_chs"] = found[info["module"]][info.get("hook_type") != "forward_pre"]
