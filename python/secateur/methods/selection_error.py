@@ -17,7 +17,13 @@ __all__ = ["of_selection", "writer_metric"]
 
 
 def of_selection(
-    model: nn.Module, anatomy: Anatomy, statistics: Statistics, group: Group, order: Indices
+    model: nn.Module,
+    anatomy: Anatomy,
+    statistics: Statistics,
+    group: Group,
+    order: Indices,
+    *,
+    mean_kept: bool = False,
 ) -> Float | None:
     """Return the share of the group's output lost when only its first units in ``order`` stay, at every size.
 
@@ -31,6 +37,7 @@ def of_selection(
         statistics: its statistics, with moments.
         group: any kind but a layer.
         order: (heads, size), the most important unit first.
+        mean_kept: whether the writer's bias takes over the mean of what is removed of values, heads and FFN.
 
     Returns:
         (size + 1,), for 0 … size units, never rising; None where the statistics lack the moments.
@@ -39,7 +46,7 @@ def of_selection(
     if of_kind is None or statistics.settings.collect != "all":
         return None
     rows = torch.from_numpy(np.ascontiguousarray(order, dtype=np.int64))
-    return of_kind(model, anatomy, statistics, group, rows)
+    return of_kind(model, anatomy, statistics, group, rows, mean_kept)
 
 
 def writer_metric(model: nn.Module, anatomy: Anatomy, layer: Layer) -> Tensor:
@@ -52,13 +59,17 @@ def writer_metric(model: nn.Module, anatomy: Anatomy, layer: Layer) -> Tensor:
     return weight - weight.mean(0) if isinstance(stream, Stream) and stream.centred else weight
 
 
-def _scores(_model: nn.Module, _anatomy: Anatomy, statistics: Statistics, group: Group, order: Tensor) -> Float:
+def _scores(
+    _model: nn.Module, _anatomy: Anatomy, statistics: Statistics, group: Group, order: Tensor, _mean_kept: bool
+) -> Float:
     grams = torch.from_numpy(statistics.gram(group.name, "score_gram"))
     shares = [_trailing(gram, index) / _positive(gram.sum()) for gram, index in zip(grams, order, strict=True)]
     return _falling(torch.stack(shares).mean(0))
 
 
-def _channels(_model: nn.Module, anatomy: Anatomy, statistics: Statistics, group: Group, order: Tensor) -> Float | None:
+def _channels(
+    _model: nn.Module, anatomy: Anatomy, statistics: Statistics, group: Group, order: Tensor, _mean_kept: bool
+) -> Float | None:
     norms = [norm for norm in anatomy.norms if norm.stream == group.name]
     seen = [statistics.moments(norm.name).second.diagonal() for norm in norms]
     if not seen:
@@ -67,29 +78,36 @@ def _channels(_model: nn.Module, anatomy: Anatomy, statistics: Statistics, group
     return _falling(_trailing(torch.diag(energy / _positive(energy.sum())), order[0]))
 
 
-def _written(model: nn.Module, anatomy: Anatomy, statistics: Statistics, group: Group) -> tuple[Tensor, Tensor]:
+def _written(
+    model: nn.Module, anatomy: Anatomy, statistics: Statistics, group: Group, mean_kept: bool
+) -> tuple[Tensor, Tensor]:
     """Return a matrix whose sum over any set of units is the energy they write together; and the total."""
     layer = anatomy.layers[anatomy.layer_of[group.name]]
     weight, moments = writer_metric(model, anatomy, layer), statistics.moments(layer.before_writer.name)
-    energy = (weight.mT @ weight) * torch.from_numpy(moments.second)
-    return energy, _positive((weight @ torch.from_numpy(moments.covariance) * weight).sum())
+    covariance = torch.from_numpy(moments.covariance)
+    lost = covariance if mean_kept else torch.from_numpy(moments.second)
+    return (weight.mT @ weight) * lost, _positive((weight @ covariance * weight).sum())
 
 
-def _heads(model: nn.Module, anatomy: Anatomy, statistics: Statistics, group: Group, order: Tensor) -> Float:
-    energy, total = _written(model, anatomy, statistics, group)
+def _heads(
+    model: nn.Module, anatomy: Anatomy, statistics: Statistics, group: Group, order: Tensor, mean_kept: bool
+) -> Float:
+    energy, total = _written(model, anatomy, statistics, group, mean_kept)
     size = len(energy) // group.size
     channels = (order.mT * size + torch.arange(size)).flatten()
     return _falling(_trailing(energy, channels)[::size] / total)
 
 
-def _units(model: nn.Module, anatomy: Anatomy, statistics: Statistics, group: Group, order: Tensor) -> Float:
-    energy, total = _written(model, anatomy, statistics, group)
+def _units(
+    model: nn.Module, anatomy: Anatomy, statistics: Statistics, group: Group, order: Tensor, mean_kept: bool
+) -> Float:
+    energy, total = _written(model, anatomy, statistics, group, mean_kept)
     # Every size keeps the same number in each head: one of each head per round.
     joint = (order + group.size * torch.arange(group.heads)[:, None]).mT.flatten()
     return _falling(_trailing(energy, joint)[:: group.heads] / total)
 
 
-_OF_KIND: Mapping[Kind, Callable[[nn.Module, Anatomy, Statistics, Group, Tensor], Float | None]] = {
+_OF_KIND: Mapping[Kind, Callable[[nn.Module, Anatomy, Statistics, Group, Tensor, bool], Float | None]] = {
     "qk": _scores,
     "v": _units,
     "ffn": _units,

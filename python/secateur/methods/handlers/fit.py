@@ -170,14 +170,17 @@ class Fit:
         self._ridges[module] = self.last_ridge
         return self.last_ridge
 
-    def compensate(self, weights: Weights, layer: Layer, kept: Tensor) -> None:
-        """Refit the layer's writer: kept inputs take over what the removed ones contributed, the bias its mean."""
+    def compensate(self, weights: Weights, layer: Layer, kept: Tensor, *, mean_alone: bool = False) -> None:
+        """Refit the layer's writer: kept inputs take over what the removed ones contributed, the bias its mean.
+
+        With ``mean_alone`` the bias takes over the mean, and the kept inputs nothing.
+        """
         module, moments = layer.writer, self.before_writer(layer)
         weight = weights.matrix(module)
         cut = torch.ones(weight.shape[1], dtype=torch.bool)
         cut[kept] = False
         cut = cut.nonzero().flatten()
-        ridge = self._ridge(module, moments, weight, kept, cut)
+        ridge = None if mean_alone else self._ridge(module, moments, weight, kept, cut)
         part, beside = (moments.covariance[kept[:, None], index] for index in (kept, cut))
         mean, lost = moments.mean[kept], beside @ weight[:, cut].mT
         if module in self.remainders:
@@ -193,7 +196,7 @@ class Fit:
             lost = lost + change @ lost
             part = part + change @ part
             part = part + part @ change.mT
-        gained = solve(Moment(part, lost), ridge).mT
+        gained = weight.new_zeros(lost.mT.shape) if ridge is None else solve(Moment(part, lost), ridge).mT
         refitted = torch.zeros_like(weight)
         refitted[:, kept] = (weight[:, kept] + gained) * divisor
         weights.set_matrix(module, refitted)

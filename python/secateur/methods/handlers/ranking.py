@@ -22,16 +22,17 @@ class Ranking(Handler):
     Args:
         bound: the model, statistics and options that the method is bound to.
         score: returns the scores of a group, (heads, size).
+        mean_kept: whether the next layer's bias takes over the mean of what is removed.
     """
 
-    def __init__(self, bound: Bound, score: Callable[[Group], Float]) -> None:
-        self._bound, self._score = bound, score
+    def __init__(self, bound: Bound, score: Callable[[Group], Float], *, mean_kept: bool = False) -> None:
+        self._bound, self._score, self._mean_kept = bound, score, mean_kept
 
     def errors(self, group: Group) -> Float | None:
         """Return what is lost with the units of the lowest scores; the score itself only orders them."""
         bound = self._bound
         order = np.argsort(-self._score(group), axis=1, kind="stable")
-        return of_selection(bound.model, bound.anatomy, bound.statistics, group, order)
+        return of_selection(bound.model, bound.anatomy, bound.statistics, group, order, mean_kept=self._mean_kept)
 
     def cut(self, weights: Weights, group: Group, count: int) -> Indices:
         """Choose the units; ties go to the lower index."""
