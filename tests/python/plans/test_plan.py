@@ -174,7 +174,7 @@ def test_other_dimensions_are_refused_even_if_not_strict(digits_model, stats):
         ({"ratios": 0.5}, "ratios: expected a dict, a name or a path, got 0.5"),
         (
             {"ratios": {"qk": 0.1}, "method": "magic"},
-            "method: expected one of fisher, magnitude, michel, project, random, refit, snp, taylor, got 'magic'",
+            "method: expected one of fisher, magnitude, michel, project, random, refit, snp, taylor, vbp, got 'magic'",
         ),
         (
             {"ratios": {"qk": 0.1}, "similarity": "looks"},
@@ -221,7 +221,7 @@ def test_a_plan_that_does_not_fit_changes_nothing(digits_model, stats, keep, tex
 
 
 def test_methods():
-    assert sc.methods() == ["fisher", "magnitude", "michel", "project", "random", "refit", "snp", "taylor"]
+    assert sc.methods() == ["fisher", "magnitude", "michel", "project", "random", "refit", "snp", "taylor", "vbp"]
 
 
 def test_the_plan_is_readable_json(digits_model, stats, tmp_path):

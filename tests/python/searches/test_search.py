@@ -616,7 +616,7 @@ LOADERS = {"calibration_loader": [], "train_loader": []}
         ({"step": 1.0}, r"step: expected a fraction in \(0, 1\), got 1.0"),
         (
             {"method": "magic"},
-            "method: expected one of fisher, magnitude, michel, project, random, refit, snp, taylor, got 'magic'",
+            "method: expected one of fisher, magnitude, michel, project, random, refit, snp, taylor, vbp, got 'magic'",
         ),
         ({"colour": "red"}, "options: expected"),
         ({"groups": "qk"}, "groups: expected a sequence of names, got 'qk'"),
