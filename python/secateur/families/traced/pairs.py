@@ -78,11 +78,12 @@ _HEADS = ("head", "pre_logits")
 
 
 def accepts(model: nn.Module) -> bool:
-    """Return whether a model is timm's, by exact class, and has FFN layers."""
+    """Return whether a model is timm's, by exact class, and has FFN layers; not one in timm's wrappers for features."""
     cls = type(model)
     whole = hasattr(cls, "reset_classifier") or hasattr(model, "pretrained_cfg")
     ours = cls.__module__.startswith("timm.models.") and whole
-    if not ours or getattr(sys.modules[cls.__module__], cls.__name__, None) is not cls:
+    wrapped = cls.__module__.startswith("timm.models._")
+    if not ours or wrapped or getattr(sys.modules[cls.__module__], cls.__name__, None) is not cls:
         return False
     return next(_ffn_layers(model), None) is not None
 
